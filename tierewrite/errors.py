@@ -1,0 +1,151 @@
+"""The family of errors, and the exit code that each stands for.
+
+Every message says what was looked at (file, tensor), what was found, what was expected and what to do.
+The command line turns an error into one message on standard error and its exit code; the library raises it.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Any
+
+EXIT_OK = 0
+EXIT_INTERNAL = 1
+EXIT_USAGE = 2
+EXIT_REFUSED = 3
+EXIT_SOURCE = 4
+EXIT_SYSTEM = 5
+EXIT_FINDINGS = 6
+EXIT_SIGINT = 130
+EXIT_SIGTERM = 143
+
+EXIT_CODES: dict[int, str] = {
+    EXIT_OK: "done",
+    EXIT_INTERNAL: "internal error (a bug: please report it)",
+    EXIT_USAGE: "wrong usage: DST not empty, SRC and DST overlap, a broken, cyclic or idle --ties file",
+    EXIT_REFUSED: "refused: a declared tie was not confirmed, or a tied module has an unknown companion",
+    EXIT_SOURCE: "something is wrong in SRC: headers, index, configs, model class, remote code, file kinds",
+    EXIT_SYSTEM: "the system failed: disk full, no permission, I/O error, SRC changed underfoot",
+    EXIT_FINDINGS: "verify or check found something wrong (an unreadable DST included)",
+    EXIT_SIGINT: "interrupted (SIGINT)",
+    EXIT_SIGTERM: "terminated (SIGTERM)",
+}
+
+
+def shown(name: object) -> str:
+    """`name` as it may be printed: control, format and unpaired surrogate characters escaped.
+
+    Tensor and file names come from strangers; a terminal escape in one must not reach the terminal.
+    Names over 300 characters are cut in the middle.
+    """
+    text = str(name)
+    out = "".join(
+        c.encode("unicode_escape").decode("ascii") if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c
+        for c in text
+    )
+    return out if len(out) <= 300 else f"{out[:180]}...{out[-100:]}"
+
+
+class TierewriteError(Exception):
+    """Base of all errors raised on purpose.
+
+    Attributes:
+        exit_code: the command line's exit status for it.
+        file: the file concerned, as text, or None.
+        tensor: the tensor (key) concerned, or None.
+        details: further facts for --json; JSON-serialisable.
+    """
+
+    exit_code = EXIT_INTERNAL
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        file: object | None = None,
+        tensor: str | None = None,
+        details: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.file = None if file is None else str(file)
+        self.tensor = tensor
+        self.details = details or {}
+
+    def __str__(self) -> str:
+        where = [shown(self.file)] if self.file is not None else []
+        if self.tensor is not None:
+            where.append(f"tensor '{shown(self.tensor)}'")
+        message = super().__str__()
+        return f"{', '.join(where)}: {message}" if where else message
+
+    def to_json(self) -> dict[str, Any]:
+        """The error as a JSON object (the `error` member of a command's --json output)."""
+        return {
+            "type": type(self).__name__,
+            "exit_code": self.exit_code,
+            "message": str(self),
+            "file": self.file,
+            "tensor": self.tensor,
+            "details": self.details,
+        }
+
+
+class UsageError(TierewriteError):
+    """The call itself cannot be carried out (exit 2)."""
+
+    exit_code = EXIT_USAGE
+
+
+class TieFileError(UsageError):
+    """The --ties file is unreadable, malformed, cyclic or matches nothing (exit 2)."""
+
+
+class Refused(TierewriteError):
+    """A declared tie is not confirmed by the bytes, or a companion is of no known format (exit 3).
+
+    `details["groups"]` lists every such group with its reason.
+    """
+
+    exit_code = EXIT_REFUSED
+
+
+class SourceError(TierewriteError):
+    """Something is wrong in SRC (exit 4)."""
+
+    exit_code = EXIT_SOURCE
+
+
+class HeaderError(SourceError):
+    """A safetensors file whose header is malformed or disagrees with the file (exit 4)."""
+
+
+class ShardIndexError(SourceError):
+    """`model.safetensors.index.json` is malformed or disagrees with the shards (exit 4)."""
+
+
+class ConfigError(SourceError):
+    """A configuration file is malformed, or the class it names cannot be asked for its ties (exit 4)."""
+
+
+class SystemFailure(TierewriteError):
+    """The operating system failed us: disk, permission, I/O (exit 5)."""
+
+    exit_code = EXIT_SYSTEM
+
+
+class SourceChanged(SystemFailure):
+    """SRC changed while it was read (exit 5)."""
+
+
+class VerificationFailed(TierewriteError):
+    """DST is not what SRC makes (exit 6)."""
+
+    exit_code = EXIT_FINDINGS
+
+
+class Interrupted(TierewriteError):
+    """SIGINT or SIGTERM arrived; everything staged has been removed (exit 130 or 143)."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by signal {signum}; nothing was left behind")
+        self.exit_code = 128 + signum
