@@ -1,0 +1,905 @@
+"""What is on disk: a checkpoint's shards, tensors, index, configurations and side files. Headers only.
+
+This is the one gate for input. A header or an index is validated in full here, before anything is planned, so that
+no later room has to ask whether an offset lies inside its file. Nothing is opened for writing, no tensor data is
+read, and time and memory are bounded by the size of the headers, whatever they say.
+
+Refused: anything but regular files; headers that safetensors' own reader refuses (length field beyond the file, over
+100 MB, not UTF-8, not JSON, wrong types, negative or huge numbers, overflow, overlaps, holes, trailing or missing
+bytes, sizes that disagree with dtype and shape); and, unlike there, duplicate names or JSON keys anywhere, tensors
+given as arrays, dtypes given as objects. Accepted, unlike there: dtypes that nobody here knows, as long as the
+offsets tile the file.
+
+The format: https://github.com/huggingface/safetensors#format (8 bytes little-endian header length N, N bytes of JSON,
+then the data). The rules were compared with `safetensors` 0.8.0 by running it; tests/test_fuzz.py keeps them equal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tierewrite.errors import (
+    ConfigError,
+    HeaderError,
+    ShardIndexError,
+    SourceError,
+    SystemFailure,
+    TierewriteError,
+    shown,
+)
+
+INDEX_NAME = "model.safetensors.index.json"
+MANIFEST_NAME = "tierewrite.json"
+
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit (MAX_HEADER_SIZE)
+MAX_INDEX_BYTES = 256 * 1024**2  # three times the index of 500,000 tensors
+MAX_CONFIG_BYTES = 64 * 1024**2
+MAX_SIDE_ENTRIES = 1_000_000  # files and folders; ends the walk through folders that link to each other
+MAX_DEPTH = 127  # serde_json refuses the 128th nested container
+_U64_MAX = 2**64 - 1
+
+DTYPE_BITS: Mapping[str, int] = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+"""Bits an element takes, for the dtypes that safetensors 0.8 knows. A dtype may be missing here: use `.get`."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor: its name and where its bytes are.
+
+    Attributes:
+        name: the key in the checkpoint.
+        dtype: as the header spells it (`BF16`, `F8_E4M3`, ...); possibly one that is not in DTYPE_BITS.
+        shape: () for a scalar.
+        shard: position of its file in `Checkpoint.shards`.
+        start, end: byte range in that file, absolute, end exclusive.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: int
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One safetensors file.
+
+    Attributes:
+        name: file name in the checkpoint folder.
+        path: the regular file it leads to, links resolved.
+        size, mtime_ns, inode: of that file when its header was read (bytes, ns); to notice a change underfoot.
+        data_start: offset of the first data byte.
+        metadata: its `__metadata__`.
+    """
+
+    name: str
+    path: Path
+    size: int
+    mtime_ns: int
+    inode: int
+    data_start: int
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class SideFile:
+    """A file that is carried along unchanged. `name` is its POSIX path below the root, `path` the resolved file."""
+
+    name: str
+    path: Path
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder, as far as headers, index and configurations tell.
+
+    Attributes:
+        root: the folder, resolved.
+        shards: the files whose tensors count, in natural order of their names.
+        tensors: by name, ordered by shard, then offset.
+        index_metadata: the index's `metadata` ({} if it has none); None without an index.
+        side_files: everything else but the index and an old manifest, sorted by name; links as the files they lead to.
+        directories: the folders below the root, empty ones too, sorted.
+        config, quant_config: config.json and hf_quant_config.json, {} where absent.
+        warnings: sentences for the report.
+    """
+
+    root: Path
+    shards: tuple[Shard, ...]
+    tensors: dict[str, TensorEntry]
+    index_metadata: dict[str, Any] | None
+    side_files: tuple[SideFile, ...]
+    directories: tuple[str, ...]
+    config: dict[str, Any]
+    quant_config: dict[str, Any]
+    warnings: tuple[str, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        """Sum of all tensors' bytes."""
+        return sum(entry.nbytes for entry in self.tensors.values())
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, ignore_unindexed: bool = False) -> Checkpoint:
+        """Read the headers, index and configurations of the checkpoint folder `path`.
+
+        With an index, the index decides which files are shards; without one, every `*.safetensors` of the folder is
+        read, as vLLM does. Safetensors files beside an index are side files, unless their keys overlap.
+
+        Args:
+            path: the folder (a link to one is followed).
+            ignore_unindexed: leave out, with a warning, tensors that a shard holds and the index lacks.
+
+        Raises:
+            HeaderError, ShardIndexError, ConfigError, SourceError: something is wrong in the folder.
+            SystemFailure: the system does not let us read it.
+        """
+        root = _resolve(Path(path))
+        if not root.is_dir():
+            raise SourceError(
+                "not a folder; expected a checkpoint folder holding *.safetensors files", file=path
+            )
+        warnings: list[str] = []
+        config = _read_config(root / "config.json", warnings)
+        quant_config = _read_config(root / "hf_quant_config.json", warnings)
+        top = _list_dir(root)
+
+        index_path = root / INDEX_NAME
+        metadata: dict[str, Any] | None = None
+        weight_map: dict[str, str] | None = None
+        local = [name for name in top if name.endswith(".safetensors") and not name.startswith(".")]
+        if INDEX_NAME in top:
+            metadata, weight_map = read_index(index_path)
+            listed_files = set(weight_map.values())
+            names = sorted(listed_files, key=natural_key)
+            for name in names:
+                _check_shard_link(root, name, index_path)
+            strays = [name for name in local if name not in listed_files]
+        else:
+            names, strays = sorted(local, key=natural_key), []
+            if not names:
+                raise SourceError(f"no *.safetensors file here; {_what_is_here(top)}", file=root)
+
+        shards: list[Shard] = []
+        tensors: dict[str, TensorEntry] = {}
+        unindexed: list[TensorEntry] = []
+        for number, name in enumerate(names):
+            shard, entries = read_header(root / name, shard=number, name=name)
+            shards.append(shard)
+            for entry in entries:
+                earlier = tensors.setdefault(entry.name, entry)
+                if earlier is not entry:
+                    raise ShardIndexError(
+                        f"also stored in {shown(shards[earlier.shard].name)}; expected each name in one shard only. "
+                        "Remove the copy that is not meant",
+                        file=root / name,
+                        tensor=entry.name,
+                    )
+                if weight_map is not None and entry.name not in weight_map:
+                    unindexed.append(entry)
+        if weight_map is not None:
+            _check_against_index(weight_map, tensors, shards, index_path)
+            if unindexed:
+                listed = ", ".join(f"'{shown(entry.name)}'" for entry in unindexed[:5])
+                more = f" and {len(unindexed) - 5} more" if len(unindexed) > 5 else ""
+                if not ignore_unindexed:
+                    raise ShardIndexError(
+                        f"holds {len(unindexed)} tensors that {INDEX_NAME} lacks: {listed}{more}. Loaders would not "
+                        "read them; add them to the index, or pass --ignore-unindexed to leave them out",
+                        file=root / shards[unindexed[0].shard].name,
+                        tensor=unindexed[0].name,
+                        details={"unindexed": [entry.name for entry in unindexed]},
+                    )
+                for entry in unindexed:
+                    del tensors[entry.name]
+                warnings.append(f"left out {len(unindexed)} tensors that the index lacks: {listed}{more}")
+            _check_total(metadata or {}, tensors, warnings)
+        for name in strays:
+            _, entries = read_header(root / name, name=name)
+            twice = [entry.name for entry in entries if entry.name in tensors]
+            if twice:
+                raise ShardIndexError(
+                    f"is not in {INDEX_NAME}, yet holds {len(twice)} of its tensors; remove the file, or the index if "
+                    "the file is what counts",
+                    file=root / name,
+                    tensor=twice[0],
+                    details={"overlap": twice},
+                )
+            warnings.append(
+                f"{shown(name)} is not in {INDEX_NAME}: copied as it is, its tensors are not looked at"
+            )
+        if not tensors:
+            raise SourceError("the safetensors files hold no tensors; nothing to rewrite", file=root)
+        side_files, directories = _walk(root, {*names, INDEX_NAME, MANIFEST_NAME}, warnings)
+        return cls(
+            root=root,
+            shards=tuple(shards),
+            tensors=tensors,
+            index_metadata=metadata,
+            side_files=side_files,
+            directories=directories,
+            config=config,
+            quant_config=quant_config,
+            warnings=tuple(warnings),
+        )
+
+
+def natural_key(name: str) -> list[tuple[int, int, str]]:
+    """Sort key that puts `model-2` before `model-10`; names that only differ in leading zeros stay apart."""
+    parts: list[tuple[int, int, str]] = []
+    for part in re.split("([0-9]+)", name):
+        # int() of thousands of digits is slow and refused by Python: such a part is compared as text
+        parts.append(
+            (0, int(part), part)
+            if part[:1].isdecimal() and part.isascii() and len(part) < 20
+            else (1, 0, part)
+        )
+    return parts
+
+
+# ---------------------------------------------------------------------------------------------------- headers
+
+
+def read_header(
+    path: str | os.PathLike[str], *, shard: int = 0, name: str | None = None
+) -> tuple[Shard, list[TensorEntry]]:
+    """Read and validate the header of one safetensors file.
+
+    Args:
+        path: the file; links are followed to a regular file.
+        shard: the number that its entries carry.
+        name: the shard's name; by default the last part of `path`.
+
+    Returns:
+        The shard and its tensors, ordered by offset.
+
+    Raises:
+        HeaderError: the file is malformed. SourceError: it is missing or no regular file. SystemFailure: unreadable.
+    """
+    given = Path(path)
+    resolved = _resolve(given)
+    with _opened(resolved, given) as fd:
+        info = os.fstat(fd)
+        length = _header_length(_read(fd, 8, given), info.st_size, given)
+        header = _read(fd, length, given)
+    if len(header) != length:
+        raise HeaderError(
+            f"ends after {8 + len(header)} bytes while its header is read: it shrank", file=given
+        )
+    metadata, rows = parse_header(header, info.st_size - 8 - length, file=given)
+    del header
+    base = 8 + length
+    entries = [
+        TensorEntry(key, dtype, shape, shard, base + start, base + end)
+        for start, end, key, dtype, shape in rows
+    ]
+    found = Shard(
+        given.name if name is None else name,
+        resolved,
+        info.st_size,
+        info.st_mtime_ns,
+        info.st_ino,
+        base,
+        metadata,
+    )
+    return found, entries
+
+
+def _header_length(prefix: bytes, size: int, file: Path) -> int:
+    """The header's length in bytes, from a file's first 8 bytes and its size; at most MAX_HEADER_BYTES."""
+    if len(prefix) < 8:
+        raise HeaderError(f"has {len(prefix)} bytes; a safetensors file has at least 8", file=file)
+    length = int.from_bytes(prefix, "little")
+    if prefix == b"version ":
+        raise HeaderError("is a Git LFS pointer, not the file itself; run `git lfs pull`", file=file)
+    if length > MAX_HEADER_BYTES:
+        raise HeaderError(
+            f"says its header has {length} bytes; the format allows {MAX_HEADER_BYTES}", file=file
+        )
+    if length > size - 8:
+        raise HeaderError(
+            f"says its header has {length} bytes, but only {size - 8} follow: truncated?", file=file
+        )
+    return length
+
+
+_Row = tuple[int, int, str, str, tuple[int, ...]]  # start, end, name, dtype, shape
+
+
+def parse_header(header: bytes, data_bytes: int, *, file: object = None) -> tuple[dict[str, str], list[_Row]]:
+    """Validate a header's JSON against the number of data bytes that follow it.
+
+    Args:
+        header: the JSON, without the length field.
+        data_bytes: bytes of the file after the header.
+        file: named in errors.
+
+    Returns:
+        `__metadata__`, and (start, end, name, dtype, shape) per tensor, ordered by offset; offsets are relative to the
+        first data byte.
+
+    Raises:
+        HeaderError: anything that the module's docstring lists.
+    """
+    try:
+        text = header.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise HeaderError(f"header is not UTF-8 at byte {8 + e.start}", file=file) from None
+    try:
+        root = _strict_json(text)
+    except _BadJson as e:
+        raise HeaderError(f"header is no valid JSON for this format: {e}", file=file) from None
+    if (
+        type(root) is tuple
+    ):  # three tensors named dtype, shape, data_offsets: legal names, though no legal tensors
+        root = _as_dict(root)
+    if type(root) is not dict:
+        raise HeaderError(f"header is {_kind(root)}; expected an object", file=file)
+    metadata = _header_metadata(root.pop("__metadata__", None), file)
+
+    rows: list[_Row] = []
+    shapes: dict[tuple[int, ...], tuple[tuple[int, ...], int]] = {}
+    bits_of = DTYPE_BITS.get
+    for name, info in root.items():
+        dtype, shape, offsets = info if type(info) is tuple else _tensor_fields(name, info, file)
+        if type(dtype) is not str:
+            raise HeaderError(f"dtype is {_kind(dtype)}; expected a string", file=file, tensor=name)
+        if type(shape) is not list:
+            raise HeaderError(f"shape is {_kind(shape)}; expected an array", file=file, tensor=name)
+        for dim in shape:
+            if type(dim) is not int or not 0 <= dim <= _U64_MAX:
+                _bad_number("shape", dim, file, name)
+        if type(offsets) is not list or len(offsets) != 2:
+            raise HeaderError("data_offsets are no array of two numbers", file=file, tensor=name)
+        start, end = offsets
+        if type(start) is not int or not 0 <= start <= _U64_MAX:
+            _bad_number("data_offsets", start, file, name)
+        if type(end) is not int or not 0 <= end <= _U64_MAX:
+            _bad_number("data_offsets", end, file, name)
+        key = tuple(shape)
+        known = shapes.get(key)
+        if known is None:
+            known = shapes[key] = key, _elements(key, file, name)
+        bits = bits_of(dtype)
+        if bits is not None:
+            total = known[1] * bits
+            if total > _U64_MAX:
+                raise HeaderError(f"shape {list(key)} of {dtype} overflows 64 bits", file=file, tensor=name)
+            if total % 8:
+                raise HeaderError(
+                    f"{total} bits of {dtype} are no whole number of bytes", file=file, tensor=name
+                )
+            if end - start != total // 8:
+                raise HeaderError(
+                    f"data_offsets [{start}, {end}] hold {end - start} bytes; {dtype} {list(key)[:20]} takes {total // 8}",
+                    file=file,
+                    tensor=name,
+                )
+        elif end < start:
+            raise HeaderError(f"data_offsets [{start}, {end}] run backwards", file=file, tensor=name)
+        rows.append((start, end, name, dtype, known[0]))
+
+    rows.sort(key=_by_offset)
+    expected = 0
+    for start, end, name, _, _ in rows:
+        if start != expected:
+            problem = "overlaps the tensor before it" if start < expected else "leaves a hole before it"
+            raise HeaderError(
+                f"data_offsets [{start}, {end}]: {problem}; expected to start at {expected}",
+                file=file,
+                tensor=name,
+            )
+        expected = end
+    if expected != data_bytes:
+        what = "truncated" if expected > data_bytes else f"{data_bytes - expected} trailing bytes"
+        raise HeaderError(f"{data_bytes} bytes of data, but its tensors end at {expected}: {what}", file=file)
+    return metadata, rows
+
+
+def _by_offset(row: _Row) -> tuple[int, int]:
+    return row[0], row[1]
+
+
+def _elements(shape: tuple[int, ...], file: object, name: str) -> int:
+    """Product of the dimensions, refused where it overflows on the way (a later 0 does not save it, as in Rust)."""
+    count = 1
+    for dim in shape:
+        count *= dim
+        if count > _U64_MAX:
+            raise HeaderError("the number of elements overflows 64 bits", file=file, tensor=name)
+    return count
+
+
+def _tensor_fields(name: str, info: Any, file: object) -> tuple[Any, Any, Any]:
+    """dtype, shape and offsets of a tensor whose fields come in another order or with unknown ones beside them."""
+    if type(info) is not dict:
+        raise HeaderError(
+            f"is {_kind(info)}; expected an object with dtype, shape, data_offsets", file=file, tensor=name
+        )
+    for field in ("dtype", "shape", "data_offsets"):
+        if field not in info:
+            raise HeaderError(f"lacks {field}", file=file, tensor=name)
+    for field, value in info.items():
+        if field not in ("dtype", "shape", "data_offsets"):
+            _check_ignored(value, file, name)
+    return info["dtype"], info["shape"], info["data_offsets"]
+
+
+def _check_ignored(value: Any, file: object, name: str) -> None:
+    """Fields nobody knows are ignored, but bounded: nesting as serde_json bounds it, numbers within a double."""
+    waiting = [(value, 3)]
+    while waiting:
+        value, depth = waiting.pop()
+        if type(value) is tuple:
+            value = _as_dict(value)
+        if type(value) in (dict, list):
+            if depth > MAX_DEPTH:
+                raise HeaderError(f"nested more than {MAX_DEPTH} deep", file=file, tensor=name)
+            waiting.extend((child, depth + 1) for child in (value.values() if type(value) is dict else value))
+        elif type(value) in (int, float):
+            try:
+                finite = math.isfinite(value)
+            except OverflowError:
+                finite = False
+            if not finite:
+                raise HeaderError("a number is out of range", file=file, tensor=name)
+
+
+def _header_metadata(found: Any, file: object) -> dict[str, str]:
+    """`__metadata__`: absent, null, or an object of strings."""
+    if found is None:
+        return {}
+    if type(found) is tuple:
+        found = _as_dict(found)
+    if type(found) is not dict:
+        raise HeaderError(f"__metadata__ is {_kind(found)}; expected an object of strings", file=file)
+    for key, value in found.items():
+        if type(value) is not str:
+            raise HeaderError(f"__metadata__ '{shown(key)}' is {_kind(value)}; expected a string", file=file)
+    return found
+
+
+def _bad_number(field: str, value: Any, file: object, name: str) -> NoReturn:
+    found = shown(value) if type(value) is int and abs(value) < 2**200 else _kind(value)
+    raise HeaderError(
+        f"{field} holds {found}; expected whole numbers from 0 to 2^64 - 1", file=file, tensor=name
+    )
+
+
+def _kind(value: Any) -> str:
+    """What a JSON value is, for messages."""
+    if value is None:
+        return "null"
+    if type(value) is tuple:
+        return "an object"
+    names = {
+        bool: "a boolean",
+        int: "a number",
+        float: "a fraction",
+        str: "a string",
+        list: "an array",
+        dict: "an object",
+    }
+    return names.get(type(value), type(value).__name__)
+
+
+# ------------------------------------------------------------------------------------------------ strict JSON
+
+
+class _BadJson(ValueError):
+    """Why a text is not the JSON we accept."""
+
+
+_FIELDS = ("dtype", "shape", "data_offsets")
+
+
+def _as_dict(fields: tuple[Any, ...]) -> dict[str, Any]:
+    return dict(zip(_FIELDS, fields, strict=True))
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | tuple[Any, Any, Any]:
+    """An object from its members, none of which may come twice.
+
+    A tensor's three fields in their usual order become a tuple: a header has up to half a million of them, and a
+    dictionary each would take 500 MB. Nothing else in parsed JSON is a tuple.
+    """
+    if len(pairs) == 3:
+        (a, first), (b, second), (c, third) = pairs
+        if a == "dtype" and b == "shape" and c == "data_offsets":
+            return first, second, third
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _BadJson(f"'{shown(key)}' comes twice in one object")
+            seen.add(key)
+    return found
+
+
+def _no_constant(found: str) -> NoReturn:
+    raise _BadJson(f"{found} is not JSON")
+
+
+def _whole(digits: str) -> int | float:
+    return -0.0 if digits == "-0" else int(digits)  # serde_json reads -0 as a fraction
+
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
+
+
+def _strict_json(text: str) -> Any:
+    """Parse JSON as serde_json does, but refuse an object with a key twice. Tensor objects come as tuples.
+
+    Raises:
+        _BadJson: with the reason.
+    """
+    pause = gc.isenabled()
+    if pause:
+        gc.disable()  # a million young containers would be scanned over and over: twice the time
+    try:
+        return _strict_json_uncollected(text)
+    except RecursionError:
+        raise _BadJson(f"nested more than {MAX_DEPTH} deep") from None
+    except json.JSONDecodeError as e:
+        raise _BadJson(f"{e.msg} at character {e.pos}") from None
+    except _BadJson:
+        raise
+    except ValueError as e:  # an integer of more digits than Python converts
+        raise _BadJson(str(e)) from None
+    finally:
+        if pause:
+            gc.enable()
+
+
+def _strict_json_uncollected(text: str) -> Any:
+    if "-0" in text:
+        found = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant, parse_int=_whole)
+    else:
+        found = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+    if _SURROGATE.search(text):
+        # Python accepts half a surrogate pair, which is no Unicode text and could not be written again
+        for match in _STRING.finditer(text):
+            token = match.group()
+            if _SURROGATE.search(token):
+                try:
+                    json.loads(token).encode("utf-8")
+                except UnicodeEncodeError:
+                    raise _BadJson(
+                        f"half a surrogate pair in a string at character {match.start()}"
+                    ) from None
+    return found
+
+
+# -------------------------------------------------------------------------------------------------- the index
+
+
+def read_index(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read and validate an index file by itself.
+
+    Returns:
+        Its `metadata` ({} if absent) and its `weight_map` {tensor name: file name}.
+
+    Raises:
+        ShardIndexError: not the JSON expected, a key twice, or a file name that is more than a name.
+        SourceError: missing or no regular file. SystemFailure: unreadable.
+    """
+    path = Path(path)
+    raw = _read_small(path, MAX_INDEX_BYTES, ShardIndexError)
+    try:
+        root = _strict_json(raw.decode("utf-8"))
+    except UnicodeDecodeError as e:
+        raise ShardIndexError(f"is not UTF-8 at byte {e.start}", file=path) from None
+    except _BadJson as e:
+        raise ShardIndexError(f"is no valid JSON: {e}", file=path) from None
+    if type(root) is not dict:
+        raise ShardIndexError(f"is {_kind(root)}; expected an object with weight_map", file=path)
+    metadata = root.get("metadata")
+    metadata = {} if metadata is None else _as_dict(metadata) if type(metadata) is tuple else metadata
+    if type(metadata) is not dict:
+        raise ShardIndexError(f"metadata is {_kind(metadata)}; expected an object", file=path)
+    metadata = _plain(metadata, path)
+    weight_map = root.get("weight_map")
+    if type(weight_map) is tuple:
+        weight_map = _as_dict(weight_map)
+    if type(weight_map) is not dict:
+        what = "lacks weight_map" if "weight_map" not in root else f"weight_map is {_kind(weight_map)}"
+        raise ShardIndexError(f"{what}; expected an object of tensor names and file names", file=path)
+    if not weight_map:
+        raise ShardIndexError("weight_map is empty; it must list the tensors", file=path)
+    checked: set[str] = set()
+    for key, name in weight_map.items():
+        if type(name) is not str:
+            raise ShardIndexError(f"its file is {_kind(name)}; expected a file name", file=path, tensor=key)
+        if name not in checked:
+            if (
+                not name
+                or name in (".", "..")
+                or any(c in name for c in "/\\\0")
+                or re.match("[A-Za-z]:", name)
+            ):
+                raise ShardIndexError(
+                    f"its file '{shown(name)}' is not a plain file name; shards lie beside the index",
+                    file=path,
+                    tensor=key,
+                )
+            checked.add(name)
+    return metadata, weight_map
+
+
+def _plain(value: Any, path: Path, depth: int = 2) -> Any:
+    """`value` with the tuples that stand for tensor-like objects turned back into dictionaries."""
+    if depth > MAX_DEPTH:
+        raise ShardIndexError(f"nested more than {MAX_DEPTH} deep", file=path)
+    if type(value) is tuple:
+        value = _as_dict(value)
+    if type(value) is dict:
+        return {key: _plain(child, path, depth + 1) for key, child in value.items()}
+    if type(value) is list:
+        return [_plain(child, path, depth + 1) for child in value]
+    return value
+
+
+def _check_shard_link(root: Path, name: str, index_path: Path) -> None:
+    """An indexed file may be a link, but only to a file of this folder or of the hub cache that the folder is in."""
+    path = root / name
+    try:
+        resolved = _resolve(path)
+    except SourceError as e:
+        raise ShardIndexError(f"names '{shown(name)}', which cannot be found: {e}", file=index_path) from None
+    if not _belongs(root, resolved):
+        raise ShardIndexError(
+            f"names '{shown(name)}', a link that leaves the folder to {shown(resolved)}; put the file itself there",
+            file=index_path,
+        )
+
+
+def _belongs(root: Path, resolved: Path) -> bool:
+    """Whether a link's end is the folder's own: below it, or a blob of the hub cache whose snapshot the folder is.
+
+    The cache keeps `snapshots/<revision>/<file>` as links to `blobs/<hash>` beside `snapshots`
+    (https://huggingface.co/docs/huggingface_hub/guides/manage-cache).
+    """
+    if resolved.is_relative_to(root):
+        return True
+    return any(
+        folder.name == "snapshots" and resolved.is_relative_to(folder.parent / "blobs")
+        for folder in root.parents
+    )
+
+
+def _check_against_index(
+    weight_map: dict[str, str], tensors: dict[str, TensorEntry], shards: list[Shard], index_path: Path
+) -> None:
+    """Every key of the index must be in the shard that the index says."""
+    for key, name in weight_map.items():
+        entry = tensors.get(key)
+        if entry is None or shards[entry.shard].name != name:
+            where = "no shard holds it" if entry is None else f"it is in {shown(shards[entry.shard].name)}"
+            raise ShardIndexError(f"listed as in {shown(name)}, but {where}", file=index_path, tensor=key)
+
+
+def _check_total(metadata: dict[str, Any], tensors: dict[str, TensorEntry], warnings: list[str]) -> None:
+    if "total_size" in metadata:
+        total = sum(entry.nbytes for entry in tensors.values())
+        if metadata["total_size"] != total:
+            said = metadata["total_size"]
+            text = (
+                str(said)
+                if type(said) is float or (type(said) is int and abs(said) < 2**200)
+                else _kind(said)
+            )
+            warnings.append(f"{INDEX_NAME} says total_size {text}; its tensors have {total} bytes")
+
+
+# --------------------------------------------------------------------------------- configurations, side files
+
+
+def _read_config(path: Path, warnings: list[str]) -> dict[str, Any]:
+    """A JSON object from a configuration file, as `json.load` sees it (NaN and Infinity included); {} if absent."""
+    if not os.path.lexists(path):
+        return {}
+    raw = _read_small(path, MAX_CONFIG_BYTES, ConfigError)
+    repeated: list[str] = []
+
+    def pairs_hook(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            seen: set[str] = set()
+            repeated.append(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
+        return found
+
+    try:
+        found = json.loads(raw.decode("utf-8"), object_pairs_hook=pairs_hook)
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"is not UTF-8 at byte {e.start}", file=path) from None
+    except RecursionError:
+        raise ConfigError("is nested too deeply", file=path) from None
+    except ValueError as e:
+        raise ConfigError(f"is no valid JSON: {e}", file=path) from None
+    if type(found) is not dict:
+        raise ConfigError(f"is {_kind(found)}; expected an object", file=path)
+    if repeated:
+        warnings.append(f"{path.name}: '{shown(repeated[0])}' comes twice in one object; the last one counts")
+    return found
+
+
+def _what_is_here(names: list[str]) -> str:
+    """What a folder without safetensors holds instead, for the error."""
+    if not names:
+        return "the folder is empty"
+    weights = [
+        n for n in names if n.endswith((".bin", ".pt", ".pth", ".gguf", ".ckpt", ".msgpack", ".h5", ".onnx"))
+    ]
+    if weights:
+        listed = ", ".join(shown(name) for name in weights[:5])
+        return f"found weights in other formats ({listed}): convert them to safetensors first"
+    return f"found {', '.join(shown(name) for name in names[:8])}{' ...' if len(names) > 8 else ''}"
+
+
+def _walk(
+    root: Path, leave_out: set[str], warnings: list[str]
+) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
+    """All other files and all folders below `root`, links followed; `leave_out` are names at the top."""
+    files: list[SideFile] = []
+    folders: list[str] = []
+    waiting: list[tuple[str, Path, tuple[Path, ...]]] = [("", root, (root,))]
+    while waiting:
+        prefix, folder, above = waiting.pop()
+        for name in _list_dir(folder):
+            if not prefix and name in leave_out:
+                continue
+            if len(files) + len(folders) >= MAX_SIDE_ENTRIES:
+                raise SourceError(f"holds more than {MAX_SIDE_ENTRIES} files and folders", file=root)
+            path = folder / name
+            relative = prefix + name
+            linked = path.is_symlink()
+            resolved = _resolve(path) if linked else path
+            info = _stat(resolved, path)
+            if stat.S_ISDIR(info.st_mode):
+                if resolved in above:
+                    raise SourceError("is a link to a folder that holds it: a loop", file=path)
+                if linked and not _belongs(root, resolved):
+                    raise SourceError(
+                        f"is a link to the folder {shown(resolved)}, outside of the checkpoint; copy it, or remove the link",
+                        file=path,
+                    )
+                folders.append(relative)
+                waiting.append((relative + "/", resolved, (*above, resolved)))
+            elif stat.S_ISREG(info.st_mode):
+                if linked and not _belongs(root, resolved):
+                    warnings.append(f"{shown(relative)} is a link to {shown(resolved)}: that file is copied")
+                files.append(SideFile(relative, resolved, info.st_size, info.st_mtime_ns))
+            else:
+                raise SourceError(f"is {_mode(info.st_mode)}; only regular files can be copied", file=path)
+    return tuple(sorted(files, key=lambda side: side.name)), tuple(sorted(folders))
+
+
+# -------------------------------------------------------------------------------------------- the file system
+
+
+def _mode(mode: int) -> str:
+    for test, text in (
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISFIFO, "a FIFO"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISCHR, "a character device"),
+        (stat.S_ISBLK, "a block device"),
+    ):
+        if test(mode):
+            return text
+    return "no regular file"
+
+
+def _failed(e: OSError | ValueError, path: Path) -> TierewriteError:
+    """The error that an exception of the system stands for: a wrong source, or a system that does not let us read."""
+    if isinstance(e, ValueError):
+        return SourceError("its name holds a NUL character", file=path)
+    if e.errno == errno.ELOOP:
+        return SourceError("is a link that leads to itself", file=path)
+    if e.errno in (errno.ENOENT, errno.ENOTDIR):
+        what = "is a link to nothing" if path.is_symlink() else "does not exist"
+        return SourceError(what, file=path)
+    if e.errno in (errno.ENAMETOOLONG, errno.ENXIO):
+        return SourceError(f"cannot be opened: {e.strerror}", file=path)
+    return SystemFailure(f"cannot be read: {e.strerror or e}", file=path)
+
+
+def _resolve(path: Path) -> Path:
+    """`path` with every link resolved; it exists."""
+    try:
+        return Path(os.path.realpath(path, strict=True))
+    except (OSError, ValueError) as e:
+        raise _failed(e, path) from None
+
+
+def _stat(path: Path, given: Path) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except (OSError, ValueError) as e:
+        raise _failed(e, given) from None
+
+
+def _list_dir(path: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(path))
+    except OSError as e:
+        raise _failed(e, path) from None
+
+
+@contextlib.contextmanager
+def _opened(resolved: Path, given: Path) -> Iterator[int]:
+    """A descriptor, for reading, of a regular file whose links are resolved already.
+
+    Looked at before it is opened, because opening a device can do things; opened without waiting, because opening a
+    FIFO waits for its writer; looked at again, because it may have been exchanged in between.
+    """
+    try:
+        info = os.stat(resolved)
+        fd = -1
+        if stat.S_ISREG(info.st_mode):
+            fd = os.open(resolved, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY)
+            info = os.fstat(fd)
+    except (OSError, ValueError) as e:
+        raise _failed(e, given) from None
+    try:
+        if fd < 0 or not stat.S_ISREG(info.st_mode):
+            raise SourceError(f"is {_mode(info.st_mode)}; expected a regular file", file=given)
+        yield fd
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def _read(fd: int, count: int, path: Path) -> bytes:
+    """`count` bytes from where `fd` stands, fewer only where the file ends."""
+    pieces: list[bytes] = []
+    try:
+        while count:
+            piece = os.read(fd, count)
+            if not piece:
+                break
+            pieces.append(piece)
+            count -= len(piece)
+    except OSError as e:
+        raise _failed(e, path) from None
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _read_small(path: Path, limit: int, error: type[SourceError]) -> bytes:
+    """A whole file of at most `limit` bytes."""
+    with _opened(_resolve(path), path) as fd:
+        size = os.fstat(fd).st_size
+        if size > limit:
+            raise error(f"has {size} bytes; at most {limit} are read", file=path)
+        raw = _read(fd, limit + 1, path)
+    if len(raw) > limit:
+        raise error(f"has more than {limit} bytes", file=path)
+    return raw
