@@ -1,17 +1,18 @@
 """What is on disk: a checkpoint's shards, tensors, index, configurations and side files. Headers only.
 
-This is the one gate for input. A header or an index is validated in full here, before anything is planned, so that
-no later room has to ask whether an offset lies inside its file. Nothing is opened for writing, no tensor data is
-read, and time and memory are bounded by the size of the headers, whatever they say.
+This is the one gate for input. A header or an index is validated in full here, before anything is planned, so
+that no later room has to ask whether an offset lies inside its file. Nothing is opened for writing, no tensor
+data is read, and time and memory are bounded by the size of the headers, whatever they say.
 
-Refused: anything but regular files; headers that safetensors' own reader refuses (length field beyond the file, over
-100 MB, not UTF-8, not JSON, wrong types, negative or huge numbers, overflow, overlaps, holes, trailing or missing
-bytes, sizes that disagree with dtype and shape); and, unlike there, duplicate names or JSON keys anywhere, tensors
-given as arrays, dtypes given as objects. Accepted, unlike there: dtypes that nobody here knows, as long as the
-offsets tile the file.
+Refused: anything but regular files; headers that safetensors' own reader refuses (length field beyond the
+file, over 100 MB, not UTF-8, not JSON, wrong types, negative or huge numbers, overflow, overlaps, holes,
+trailing or missing bytes, sizes that disagree with dtype and shape); and, unlike there, duplicate names or
+JSON keys anywhere, tensors given as arrays, dtypes given as objects. Accepted, unlike there: dtypes that
+nobody here knows, as long as the offsets tile the file.
 
-The format: https://github.com/huggingface/safetensors#format (8 bytes little-endian header length N, N bytes of JSON,
-then the data). The rules were compared with `safetensors` 0.8.0 by running it; tests/test_fuzz.py keeps them equal.
+The format: https://github.com/huggingface/safetensors#format (8 bytes little-endian header length N, N bytes
+of JSON, then the data). The rules were compared with `safetensors` 0.8.0 by running it; tests/test_fuzz.py
+keeps them equal.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from tierewrite.errors import (
     ConfigError,
@@ -56,12 +57,27 @@ DTYPE_BITS: Mapping[str, int] = {
     "I32": 32, "U32": 32, "F32": 32,
     "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
-"""Bits an element takes, for the dtypes that safetensors 0.8 knows. A dtype may be missing here: use `.get`."""
+"""Bits an element takes, for the dtypes that safetensors 0.8 knows. A dtype may be missing here: use `.get`.
+"""
 
 
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """One tensor: its name and where its bytes are.
+@contextlib.contextmanager
+def _gc_paused() -> Iterator[None]:
+    """No cyclic garbage collection: it would scan a million young containers over and over, at twice the
+    time.
+    """
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
+
+
+class TensorEntry(NamedTuple):
+    """One tensor: its name and where its bytes are. A named tuple, because half a million dataclasses take
+    seconds.
 
     Attributes:
         name: the key in the checkpoint.
@@ -91,7 +107,8 @@ class Shard:
     Attributes:
         name: file name in the checkpoint folder.
         path: the regular file it leads to, links resolved.
-        size, mtime_ns, inode: of that file when its header was read (bytes, ns); to notice a change underfoot.
+        size, mtime_ns, inode: of that file when its header was read (bytes, ns); to notice a change
+            underfoot.
         data_start: offset of the first data byte.
         metadata: its `__metadata__`.
     """
@@ -107,7 +124,9 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class SideFile:
-    """A file that is carried along unchanged. `name` is its POSIX path below the root, `path` the resolved file."""
+    """A file that is carried along unchanged. `name` is its POSIX path below the root, `path` the resolved
+    file.
+    """
 
     name: str
     path: Path
@@ -124,7 +143,8 @@ class Checkpoint:
         shards: the files whose tensors count, in natural order of their names.
         tensors: by name, ordered by shard, then offset.
         index_metadata: the index's `metadata` ({} if it has none); None without an index.
-        side_files: everything else but the index and an old manifest, sorted by name; links as the files they lead to.
+        side_files: everything else but the index and an old manifest, sorted by name; links as the files they
+            lead to.
         directories: the folders below the root, empty ones too, sorted.
         config, quant_config: config.json and hf_quant_config.json, {} where absent.
         warnings: sentences for the report.
@@ -146,11 +166,13 @@ class Checkpoint:
         return sum(entry.nbytes for entry in self.tensors.values())
 
     @classmethod
+    @_gc_paused()
     def open(cls, path: str | os.PathLike[str], *, ignore_unindexed: bool = False) -> Checkpoint:
         """Read the headers, index and configurations of the checkpoint folder `path`.
 
-        With an index, the index decides which files are shards; without one, every `*.safetensors` of the folder is
-        read, as vLLM does. Safetensors files beside an index are side files, unless their keys overlap.
+        With an index, the index decides which files are shards; without one, every `*.safetensors` of the
+        folder is read, as vLLM does. Safetensors files beside an index are side files, unless their keys
+        overlap.
 
         Args:
             path: the folder (a link to one is followed).
@@ -162,9 +184,7 @@ class Checkpoint:
         """
         root = _resolve(Path(path))
         if not root.is_dir():
-            raise SourceError(
-                "not a folder; expected a checkpoint folder holding *.safetensors files", file=path
-            )
+            raise SourceError("not a folder; expected a checkpoint folder holding *.safetensors files", file=path)
         warnings: list[str] = []
         config = _read_config(root / "config.json", warnings)
         quant_config = _read_config(root / "hf_quant_config.json", warnings)
@@ -231,9 +251,7 @@ class Checkpoint:
                     tensor=twice[0],
                     details={"overlap": twice},
                 )
-            warnings.append(
-                f"{shown(name)} is not in {INDEX_NAME}: copied as it is, its tensors are not looked at"
-            )
+            warnings.append(f"{shown(name)} is not in {INDEX_NAME}: copied as it is, its tensors are not looked at")
         if not tensors:
             raise SourceError("the safetensors files hold no tensors; nothing to rewrite", file=root)
         side_files, directories = _walk(root, {*names, INDEX_NAME, MANIFEST_NAME}, warnings)
@@ -256,9 +274,7 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
     for part in re.split("([0-9]+)", name):
         # int() of thousands of digits is slow and refused by Python: such a part is compared as text
         parts.append(
-            (0, int(part), part)
-            if part[:1].isdecimal() and part.isascii() and len(part) < 20
-            else (1, 0, part)
+            (0, int(part), part) if part[:1].isdecimal() and part.isascii() and len(part) < 20 else (1, 0, part)
         )
     return parts
 
@@ -266,6 +282,7 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
 # ---------------------------------------------------------------------------------------------------- headers
 
 
+@_gc_paused()
 def read_header(
     path: str | os.PathLike[str], *, shard: int = 0, name: str | None = None
 ) -> tuple[Shard, list[TensorEntry]]:
@@ -280,7 +297,8 @@ def read_header(
         The shard and its tensors, ordered by offset.
 
     Raises:
-        HeaderError: the file is malformed. SourceError: it is missing or no regular file. SystemFailure: unreadable.
+        HeaderError: the file is malformed. SourceError: it is missing or no regular file. SystemFailure:
+            unreadable.
     """
     given = Path(path)
     resolved = _resolve(given)
@@ -289,15 +307,12 @@ def read_header(
         length = _header_length(_read(fd, 8, given), info.st_size, given)
         header = _read(fd, length, given)
     if len(header) != length:
-        raise HeaderError(
-            f"ends after {8 + len(header)} bytes while its header is read: it shrank", file=given
-        )
+        raise HeaderError(f"ends after {8 + len(header)} bytes while its header is read: it shrank", file=given)
     metadata, rows = parse_header(header, info.st_size - 8 - length, file=given)
     del header
     base = 8 + length
     entries = [
-        TensorEntry(key, dtype, shape, shard, base + start, base + end)
-        for start, end, key, dtype, shape in rows
+        TensorEntry(key, dtype, shape, shard, base + start, base + end) for start, end, key, dtype, shape in rows
     ]
     found = Shard(
         given.name if name is None else name,
@@ -319,13 +334,9 @@ def _header_length(prefix: bytes, size: int, file: Path) -> int:
     if prefix == b"version ":
         raise HeaderError("is a Git LFS pointer, not the file itself; run `git lfs pull`", file=file)
     if length > MAX_HEADER_BYTES:
-        raise HeaderError(
-            f"says its header has {length} bytes; the format allows {MAX_HEADER_BYTES}", file=file
-        )
+        raise HeaderError(f"says its header has {length} bytes; the format allows {MAX_HEADER_BYTES}", file=file)
     if length > size - 8:
-        raise HeaderError(
-            f"says its header has {length} bytes, but only {size - 8} follow: truncated?", file=file
-        )
+        raise HeaderError(f"says its header has {length} bytes, but only {size - 8} follow: truncated?", file=file)
     return length
 
 
@@ -341,8 +352,8 @@ def parse_header(header: bytes, data_bytes: int, *, file: object = None) -> tupl
         file: named in errors.
 
     Returns:
-        `__metadata__`, and (start, end, name, dtype, shape) per tensor, ordered by offset; offsets are relative to the
-        first data byte.
+        `__metadata__`, and (start, end, name, dtype, shape) per tensor, ordered by offset; offsets are
+        relative to the first data byte.
 
     Raises:
         HeaderError: anything that the module's docstring lists.
@@ -355,9 +366,7 @@ def parse_header(header: bytes, data_bytes: int, *, file: object = None) -> tupl
         root = _strict_json(text)
     except _BadJson as e:
         raise HeaderError(f"header is no valid JSON for this format: {e}", file=file) from None
-    if (
-        type(root) is tuple
-    ):  # three tensors named dtype, shape, data_offsets: legal names, though no legal tensors
+    if type(root) is tuple:  # three tensors named dtype, shape, data_offsets: legal names, though no legal tensors
         root = _as_dict(root)
     if type(root) is not dict:
         raise HeaderError(f"header is {_kind(root)}; expected an object", file=file)
@@ -378,10 +387,11 @@ def parse_header(header: bytes, data_bytes: int, *, file: object = None) -> tupl
         if type(offsets) is not list or len(offsets) != 2:
             raise HeaderError("data_offsets are no array of two numbers", file=file, tensor=name)
         start, end = offsets
-        if type(start) is not int or not 0 <= start <= _U64_MAX:
-            _bad_number("data_offsets", start, file, name)
-        if type(end) is not int or not 0 <= end <= _U64_MAX:
-            _bad_number("data_offsets", end, file, name)
+        if not (type(start) is type(end) is int and 0 <= start <= end <= _U64_MAX):
+            for offset in offsets:
+                if type(offset) is not int or not 0 <= offset <= _U64_MAX:
+                    _bad_number("data_offsets", offset, file, name)
+            raise HeaderError(f"data_offsets [{start}, {end}] run backwards", file=file, tensor=name)
         key = tuple(shape)
         known = shapes.get(key)
         if known is None:
@@ -392,17 +402,14 @@ def parse_header(header: bytes, data_bytes: int, *, file: object = None) -> tupl
             if total > _U64_MAX:
                 raise HeaderError(f"shape {list(key)} of {dtype} overflows 64 bits", file=file, tensor=name)
             if total % 8:
-                raise HeaderError(
-                    f"{total} bits of {dtype} are no whole number of bytes", file=file, tensor=name
-                )
+                raise HeaderError(f"{total} bits of {dtype} are no whole number of bytes", file=file, tensor=name)
             if end - start != total // 8:
                 raise HeaderError(
-                    f"data_offsets [{start}, {end}] hold {end - start} bytes; {dtype} {list(key)[:20]} takes {total // 8}",
+                    f"data_offsets [{start}, {end}] hold {end - start} bytes; "
+                    f"{dtype} {list(key)[:20]} takes {total // 8}",
                     file=file,
                     tensor=name,
                 )
-        elif end < start:
-            raise HeaderError(f"data_offsets [{start}, {end}] run backwards", file=file, tensor=name)
         rows.append((start, end, name, dtype, known[0]))
 
     rows.sort(key=_by_offset)
@@ -427,7 +434,9 @@ def _by_offset(row: _Row) -> tuple[int, int]:
 
 
 def _elements(shape: tuple[int, ...], file: object, name: str) -> int:
-    """Product of the dimensions, refused where it overflows on the way (a later 0 does not save it, as in Rust)."""
+    """Product of the dimensions, refused where it overflows on the way (a later 0 does not save it, as in
+    Rust).
+    """
     count = 1
     for dim in shape:
         count *= dim
@@ -437,7 +446,9 @@ def _elements(shape: tuple[int, ...], file: object, name: str) -> int:
 
 
 def _tensor_fields(name: str, info: Any, file: object) -> tuple[Any, Any, Any]:
-    """dtype, shape and offsets of a tensor whose fields come in another order or with unknown ones beside them."""
+    """dtype, shape and offsets of a tensor whose fields come in another order or with unknown ones beside
+    them.
+    """
     if type(info) is not dict:
         raise HeaderError(
             f"is {_kind(info)}; expected an object with dtype, shape, data_offsets", file=file, tensor=name
@@ -487,9 +498,7 @@ def _header_metadata(found: Any, file: object) -> dict[str, str]:
 
 def _bad_number(field: str, value: Any, file: object, name: str) -> NoReturn:
     found = shown(value) if type(value) is int and abs(value) < 2**200 else _kind(value)
-    raise HeaderError(
-        f"{field} holds {found}; expected whole numbers from 0 to 2^64 - 1", file=file, tensor=name
-    )
+    raise HeaderError(f"{field} holds {found}; expected whole numbers from 0 to 2^64 - 1", file=file, tensor=name)
 
 
 def _kind(value: Any) -> str:
@@ -526,8 +535,8 @@ def _as_dict(fields: tuple[Any, ...]) -> dict[str, Any]:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | tuple[Any, Any, Any]:
     """An object from its members, none of which may come twice.
 
-    A tensor's three fields in their usual order become a tuple: a header has up to half a million of them, and a
-    dictionary each would take 500 MB. Nothing else in parsed JSON is a tuple.
+    A tensor's three fields in their usual order become a tuple: a header has up to half a million of them,
+    and a dictionary each would take 500 MB. Nothing else in parsed JSON is a tuple.
     """
     if len(pairs) == 3:
         (a, first), (b, second), (c, third) = pairs
@@ -561,11 +570,11 @@ def _strict_json(text: str) -> Any:
     Raises:
         _BadJson: with the reason.
     """
-    pause = gc.isenabled()
-    if pause:
-        gc.disable()  # a million young containers would be scanned over and over: twice the time
     try:
-        return _strict_json_uncollected(text)
+        found = _parsed(text)
+        if _SURROGATE.search(text):
+            _refuse_half_pairs(text)
+        return found
     except RecursionError:
         raise _BadJson(f"nested more than {MAX_DEPTH} deep") from None
     except json.JSONDecodeError as e:
@@ -574,28 +583,25 @@ def _strict_json(text: str) -> Any:
         raise
     except ValueError as e:  # an integer of more digits than Python converts
         raise _BadJson(str(e)) from None
-    finally:
-        if pause:
-            gc.enable()
 
 
-def _strict_json_uncollected(text: str) -> Any:
+def _parsed(text: str) -> Any:
     if "-0" in text:
-        found = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant, parse_int=_whole)
-    else:
-        found = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
-    if _SURROGATE.search(text):
-        # Python accepts half a surrogate pair, which is no Unicode text and could not be written again
-        for match in _STRING.finditer(text):
-            token = match.group()
-            if _SURROGATE.search(token):
-                try:
-                    json.loads(token).encode("utf-8")
-                except UnicodeEncodeError:
-                    raise _BadJson(
-                        f"half a surrogate pair in a string at character {match.start()}"
-                    ) from None
-    return found
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant, parse_int=_whole)
+    return json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+
+
+def _refuse_half_pairs(text: str) -> None:
+    """Python accepts half a surrogate pair in a string, which is no Unicode text and could not be written
+    again.
+    """
+    for match in _STRING.finditer(text):
+        token = match.group()
+        if _SURROGATE.search(token):
+            try:
+                json.loads(token).encode("utf-8")
+            except UnicodeEncodeError:
+                raise _BadJson(f"half a surrogate pair in a string at character {match.start()}") from None
 
 
 # -------------------------------------------------------------------------------------------------- the index
@@ -639,12 +645,7 @@ def read_index(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, 
         if type(name) is not str:
             raise ShardIndexError(f"its file is {_kind(name)}; expected a file name", file=path, tensor=key)
         if name not in checked:
-            if (
-                not name
-                or name in (".", "..")
-                or any(c in name for c in "/\\\0")
-                or re.match("[A-Za-z]:", name)
-            ):
+            if not name or name in (".", "..") or any(c in name for c in "/\\\0") or re.match("[A-Za-z]:", name):
                 raise ShardIndexError(
                     f"its file '{shown(name)}' is not a plain file name; shards lie beside the index",
                     file=path,
@@ -668,7 +669,9 @@ def _plain(value: Any, path: Path, depth: int = 2) -> Any:
 
 
 def _check_shard_link(root: Path, name: str, index_path: Path) -> None:
-    """An indexed file may be a link, but only to a file of this folder or of the hub cache that the folder is in."""
+    """An indexed file may be a link, but only to a file of this folder or of the hub cache that the folder is
+    in.
+    """
     path = root / name
     try:
         resolved = _resolve(path)
@@ -682,7 +685,8 @@ def _check_shard_link(root: Path, name: str, index_path: Path) -> None:
 
 
 def _belongs(root: Path, resolved: Path) -> bool:
-    """Whether a link's end is the folder's own: below it, or a blob of the hub cache whose snapshot the folder is.
+    """Whether a link's end is the folder's own: below it, or a blob of the hub cache whose snapshot the
+    folder is.
 
     The cache keeps `snapshots/<revision>/<file>` as links to `blobs/<hash>` beside `snapshots`
     (https://huggingface.co/docs/huggingface_hub/guides/manage-cache).
@@ -690,8 +694,7 @@ def _belongs(root: Path, resolved: Path) -> bool:
     if resolved.is_relative_to(root):
         return True
     return any(
-        folder.name == "snapshots" and resolved.is_relative_to(folder.parent / "blobs")
-        for folder in root.parents
+        folder.name == "snapshots" and resolved.is_relative_to(folder.parent / "blobs") for folder in root.parents
     )
 
 
@@ -711,11 +714,7 @@ def _check_total(metadata: dict[str, Any], tensors: dict[str, TensorEntry], warn
         total = sum(entry.nbytes for entry in tensors.values())
         if metadata["total_size"] != total:
             said = metadata["total_size"]
-            text = (
-                str(said)
-                if type(said) is float or (type(said) is int and abs(said) < 2**200)
-                else _kind(said)
-            )
+            text = str(said) if type(said) is float or (type(said) is int and abs(said) < 2**200) else _kind(said)
             warnings.append(f"{INDEX_NAME} says total_size {text}; its tensors have {total} bytes")
 
 
@@ -723,7 +722,9 @@ def _check_total(metadata: dict[str, Any], tensors: dict[str, TensorEntry], warn
 
 
 def _read_config(path: Path, warnings: list[str]) -> dict[str, Any]:
-    """A JSON object from a configuration file, as `json.load` sees it (NaN and Infinity included); {} if absent."""
+    """A JSON object from a configuration file, as `json.load` sees it (NaN and Infinity included); {} if
+    absent.
+    """
     if not os.path.lexists(path):
         return {}
     raw = _read_small(path, MAX_CONFIG_BYTES, ConfigError)
@@ -755,18 +756,14 @@ def _what_is_here(names: list[str]) -> str:
     """What a folder without safetensors holds instead, for the error."""
     if not names:
         return "the folder is empty"
-    weights = [
-        n for n in names if n.endswith((".bin", ".pt", ".pth", ".gguf", ".ckpt", ".msgpack", ".h5", ".onnx"))
-    ]
+    weights = [n for n in names if n.endswith((".bin", ".pt", ".pth", ".gguf", ".ckpt", ".msgpack", ".h5", ".onnx"))]
     if weights:
         listed = ", ".join(shown(name) for name in weights[:5])
         return f"found weights in other formats ({listed}): convert them to safetensors first"
     return f"found {', '.join(shown(name) for name in names[:8])}{' ...' if len(names) > 8 else ''}"
 
 
-def _walk(
-    root: Path, leave_out: set[str], warnings: list[str]
-) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
+def _walk(root: Path, leave_out: set[str], warnings: list[str]) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
     """All other files and all folders below `root`, links followed; `leave_out` are names at the top."""
     files: list[SideFile] = []
     folders: list[str] = []
@@ -788,7 +785,8 @@ def _walk(
                     raise SourceError("is a link to a folder that holds it: a loop", file=path)
                 if linked and not _belongs(root, resolved):
                     raise SourceError(
-                        f"is a link to the folder {shown(resolved)}, outside of the checkpoint; copy it, or remove the link",
+                        f"is a link to the folder {shown(resolved)}, outside of the checkpoint; "
+                        "copy it, or remove the link",
                         file=path,
                     )
                 folders.append(relative)
@@ -819,7 +817,9 @@ def _mode(mode: int) -> str:
 
 
 def _failed(e: OSError | ValueError, path: Path) -> TierewriteError:
-    """The error that an exception of the system stands for: a wrong source, or a system that does not let us read."""
+    """The error that an exception of the system stands for: a wrong source, or a system that does not let us
+    read.
+    """
     if isinstance(e, ValueError):
         return SourceError("its name holds a NUL character", file=path)
     if e.errno == errno.ELOOP:
@@ -858,8 +858,8 @@ def _list_dir(path: Path) -> list[str]:
 def _opened(resolved: Path, given: Path) -> Iterator[int]:
     """A descriptor, for reading, of a regular file whose links are resolved already.
 
-    Looked at before it is opened, because opening a device can do things; opened without waiting, because opening a
-    FIFO waits for its writer; looked at again, because it may have been exchanged in between.
+    Looked at before it is opened, because opening a device can do things; opened without waiting, because
+    opening a FIFO waits for its writer; looked at again, because it may have been exchanged in between.
     """
     try:
         info = os.stat(resolved)
