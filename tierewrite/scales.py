@@ -178,9 +178,7 @@ def _elements_checked(sides: Sequence[Side], companion: Companion) -> int:
         elements = math.prod(shape)
         for side in sides:
             if len(side.data) != elements * _CODECS[side.dtype].itemsize:
-                raise ValueError(
-                    f"'{side.key}': {len(side.data)} bytes, but {side.dtype} {list(side.shape)} needs more or less"
-                )
+                raise ValueError(f"'{side.key}': {len(side.data)} bytes do not fill {side.dtype} {list(side.shape)}")
         return elements
     raise ValueError(f"{', '.join(repr(side.key) for side in sides)}: {reason}")
 
@@ -233,9 +231,7 @@ def _merge_alike(jobs: Sequence[tuple[Sequence[Side], Companion]]) -> list[Merge
     values: _F64 = np.stack(
         [_decode(side.dtype, column).reshape(shape) for side, column in zip(first, columns, strict=True)]
     )
-    valid: _Bool = np.stack(
-        [_valid(side.dtype, value, companion) for side, value in zip(first, values, strict=True)]
-    )
+    valid: _Bool = np.stack([_valid(side.dtype, value, companion) for side, value in zip(first, values, strict=True)])
     high = np.where(valid, values, 0.0).max(axis=0)
     low = np.where(valid, values, np.inf).min(axis=0)
     any_valid = np.asarray(valid.any(axis=0))
@@ -270,9 +266,7 @@ def _merge_alike(jobs: Sequence[tuple[Sequence[Side], Companion]]) -> list[Merge
             taken_from=sides[source[at]].key if source[at] >= 0 else None,
             ratio=ratio if ratio > 0 else None,
             equal=all(side.data == sides[0].data and side.dtype == dtype for side in sides),
-            invalid=tuple([side.key for s, side in enumerate(sides) if partial[s, at]])
-            if touched[at]
-            else (),
+            invalid=tuple([side.key for s, side in enumerate(sides) if partial[s, at]]) if touched[at] else (),
         )
         for at, ((sides, _), ratio) in enumerate(zip(jobs, ratios.tolist(), strict=True))
     ]

@@ -15,10 +15,12 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
+from tierewrite.formats.adjacent import Adjacency
 from tierewrite.formats.family import Companion, Family, Role, Signs
 
 __all__ = [
     "FAMILIES",
+    "Adjacency",
     "Companion",
     "Family",
     "Role",
@@ -29,13 +31,20 @@ __all__ = [
     "kv_scale",
 ]
 
-MODULES = ("plain", "modelopt", "compressed_tensors")
+MODULES = (
+    "plain",
+    "modelopt",
+    "compressed_tensors",
+    "deepseek_fp8",
+    "fbgemm_fp8",
+    "mxfp4",
+    "gptq_awq",
+    "bitsandbytes",
+    "quark",
+)
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {
-        family.name: family
-        for family in (importlib.import_module(f"{__name__}.{module}").FAMILY for module in MODULES)
-    }
+    {family.name: family for family in (importlib.import_module(f"{__name__}.{module}").FAMILY for module in MODULES)}
 )
 
 
@@ -137,9 +146,7 @@ def _configs(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [_mapping(c.get(name)) for c in nested for name in ("quantization_config", "compression_config")]
 
 
-def detect(
-    config: Mapping[str, Any], quant_config: Mapping[str, Any], keys: Collection[str]
-) -> tuple[str, ...]:
+def detect(config: Mapping[str, Any], quant_config: Mapping[str, Any], keys: Collection[str]) -> tuple[str, ...]:
     """The families present in a checkpoint, by its configs and by its keys; a mixture is normal.
 
     Args:
