@@ -400,7 +400,7 @@ def parse_header(header: bytes, data_bytes: int, *, file: object = None) -> tupl
         if bits is not None:
             total = known[1] * bits
             if total > _U64_MAX:
-                raise HeaderError(f"shape {list(key)} of {dtype} overflows 64 bits", file=file, tensor=name)
+                raise HeaderError(f"shape {list(key)[:20]} of {dtype} overflows 64 bits", file=file, tensor=name)
             if total % 8:
                 raise HeaderError(f"{total} bits of {dtype} are no whole number of bytes", file=file, tensor=name)
             if end - start != total // 8:
