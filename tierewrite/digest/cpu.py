@@ -1,0 +1,152 @@
+"""BLAKE3 on the CPU, by the `blake3` package.
+
+Small tensors are spread over threads, large ones over the package's own threads; it lets go of the interpreter
+lock while it hashes. Refuses nothing but what `spans.Ledger` refuses.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from blake3 import blake3
+
+from tierewrite.digest.spans import PIECE, Bytes, Columns, Ledger, Span, host_bytes
+
+_LARGE = 4 << 20
+"""Bytes from which one tensor is worth all threads; below, tensors are dealt out to threads whole."""
+_INLINE = 256 << 10
+"""Bytes of a batch under which handing it to other threads costs more than it brings."""
+
+
+def _threads_here() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class _Done:
+    """The ticket of work done within the call."""
+
+    def wait(self) -> None:
+        return None
+
+
+class CpuDigester:
+    """BLAKE3 by the `blake3` package; see `tierewrite.digest.Digester`.
+
+    Args:
+        threads: how many may hash at once; 1 hashes in the calling thread alone; None takes all it may run on.
+        why: why it is not a GPU, for the description.
+    """
+
+    device = "cpu"
+
+    def __init__(self, threads: int | None = None, *, why: str | None = None) -> None:
+        self.threads = _threads_here() if threads is None else max(1, threads)
+        self.description = f"CPU, {self.threads} thread{'s' * (self.threads > 1)}" + (f" ({why})" if why else "")
+        self._pool: ThreadPoolExecutor | None = None
+
+    @property
+    def parallelism(self) -> int:
+        """The `max_threads` of the blake3 package for one large tensor."""
+        return 1 if self.threads == 1 else blake3.AUTO
+
+    def digest(self, data: object) -> bytes:
+        view = host_bytes(data)
+        return self._one(view) if len(view) >= _LARGE else blake3(view.data).digest()
+
+    def digest_many(self, data: object, spans: Iterable[tuple[int, int]]) -> list[bytes]:
+        view = host_bytes(data)
+        ranges = list(spans)
+        for start, length in ranges:
+            if start < 0 or length < 0 or start + length > len(view):
+                raise ValueError(f"bytes {start} to {start + length} leave a buffer of {len(view)} bytes")
+        return self._views([view[start : start + length] for start, length in ranges])
+
+    def digest_arrays(self, arrays: Iterable[object]) -> list[bytes]:
+        return self._views([host_bytes(array) for array in arrays])
+
+    def host_buffer(self, nbytes: int) -> Bytes:
+        return np.frombuffer(mmap.mmap(-1, max(1, nbytes)), np.uint8)[:nbytes]
+
+    def stream(self, buffer_size: int) -> CpuStream:
+        return CpuStream(self, buffer_size)
+
+    def _one(self, view: Bytes) -> bytes:
+        return blake3(view.data, max_threads=self.parallelism).digest()
+
+    def _views(self, views: Sequence[Bytes]) -> list[bytes]:
+        sizes = np.array([len(view) for view in views], dtype=np.int64)
+        if self.threads == 1 or sizes.sum() < _INLINE:
+            return [blake3(view.data).digest() for view in views]
+        digests: list[bytes] = [b""] * len(views)
+        for i in np.flatnonzero(sizes >= _LARGE).tolist():
+            digests[i] = self._one(views[i])
+        small = np.flatnonzero(sizes < _LARGE)
+        if not len(small):
+            return digests
+        # contiguous shares of about equal cost; the constant stands for the call itself, about 1 us
+        cost = np.cumsum(sizes[small] + 2048)
+        ends = np.searchsorted(cost, cost[-1] * np.arange(1, self.threads) / self.threads)
+        shares = np.split(small, ends)
+
+        def work(share: Sequence[int]) -> None:
+            for i in share:
+                digests[i] = blake3(views[i].data).digest()
+
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="blake3")
+        for future in [self._pool.submit(work, share.tolist()) for share in shares if len(share)]:
+            future.result()
+        return digests
+
+
+class CpuStream:
+    """Digests of tensors that arrive buffer by buffer; see `tierewrite.digest.Stream`. `update` hashes at once."""
+
+    def __init__(self, digester: CpuDigester, buffer_size: int) -> None:
+        if buffer_size < PIECE:
+            raise ValueError(f"a buffer of {buffer_size} bytes is too small: at least {PIECE} are needed")
+        self.buffer_size = buffer_size
+        self._digester = digester
+        self._ledger = Ledger()
+        self._digests: dict[int, bytes] = {}
+        self._hashers: dict[int, blake3] = {}
+
+    def update(self, buffer: Bytes, spans: Sequence[Span] | Columns) -> _Done:
+        view = host_bytes(buffer)
+        if len(view) > self.buffer_size:
+            raise ValueError(f"a buffer of {len(view)} bytes: this stream takes up to {self.buffer_size}")
+        whole, pieces = self._ledger.take(spans, len(view))
+        for piece in pieces:
+            if piece.position == 0:
+                self._hashers[piece.tensor] = blake3(max_threads=self._digester.parallelism)
+            hasher = self._hashers[piece.tensor]
+            hasher.update(view[piece.start : piece.start + piece.length].data)
+            if piece.position + piece.length == piece.total:
+                self._digests[piece.tensor] = hasher.digest()
+                del self._hashers[piece.tensor]
+        rows = whole.tolist()
+        found = self._digester._views([view[start : start + length] for _, start, length, _, _ in rows])
+        self._digests.update(zip((row[0] for row in rows), found, strict=True))
+        return _Done()
+
+    def finish(self) -> dict[int, bytes]:
+        self._ledger.close()
+        return self._digests
+
+    def salvage(self) -> dict[int, bytes]:
+        return dict(self._digests)
+
+    def close(self) -> None:
+        self._hashers.clear()
+
+    def __enter__(self) -> CpuStream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
