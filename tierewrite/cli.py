@@ -1,0 +1,293 @@
+"""The command line: parses, calls the library, renders. It decides nothing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+import tierewrite
+from tierewrite.errors import (
+    EXIT_CODES,
+    EXIT_FINDINGS,
+    EXIT_INTERNAL,
+    EXIT_OK,
+    EXIT_SYSTEM,
+    EXIT_USAGE,
+    Interrupted,
+    SystemFailure,
+    TierewriteError,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+ERROR_SCHEMA = "tierewrite/error/1"
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_FOLDER = click.Path(path_type=Path)
+_EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:>3}  {text}" for code, text in EXIT_CODES.items())
+
+
+def _options(*decorators: Callable[[_F], _F]) -> Callable[[_F], _F]:
+    def decorate(function: _F) -> _F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object (see the README).")
+_source_options = _options(
+    click.option(
+        "--ties",
+        type=_FOLDER,
+        metavar="FILE",
+        help="JSON {alias: canonical}, names or regular expressions as transformers writes them, instead of asking "
+        "the model class.",
+    ),
+    click.option(
+        "--trust-remote-code",
+        is_flag=True,
+        help="Run the model code that SRC brings (auto_map), to ask it for its ties.",
+    ),
+    click.option(
+        "--ignore-unindexed",
+        is_flag=True,
+        help="Leave out tensors that are in a shard but not in the index, instead of refusing (exit 4).",
+    ),
+)
+_policy_options = _options(
+    click.option(
+        "--on-mismatch",
+        type=click.Choice(["error", "keep"]),
+        default="error",
+        show_default=True,
+        help="A declared tie that the bytes do not confirm: refuse (exit 3), or keep that group whole.",
+    ),
+    click.option(
+        "--kv-scales",
+        type=click.Choice(["keep", "merge"]),
+        default="keep",
+        show_default=True,
+        help="KV-cache scales: keep every side's, or leave one merged canonical value.",
+    ),
+    click.option(
+        "--max-shard-size",
+        metavar="SIZE",
+        help='Most tensor bytes in a shard, e.g. "5GB" (10^9). Default: as the fullest shard of SRC.',
+    ),
+)
+_run_options = _options(
+    click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda"]),
+        default="auto",
+        show_default=True,
+        help="Where the hashing happens; the output is the same.",
+    ),
+    click.option("--threads", type=click.IntRange(1, 256), help="Workers. Default: one a core, at most 8."),
+)
+_quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=_EPILOG)
+@click.version_option(tierewrite.__version__, "-V", "--version", prog_name="tierewrite")
+@click.option("-v", "--verbose", count=True, help="Log what is done to standard error; twice for debugging.")
+def cli(verbose: int) -> None:
+    """Rewrite exported safetensors checkpoints so that every tied weight is stored once.
+
+    Quantization exporters write every tied weight under every one of its names, each with its own activation
+    scales. tierewrite works on the files alone: it learns from the model class which parameters are tied, confirms
+    it by hashing the bytes, merges the activation scales, drops the alias names and writes a checkpoint and index
+    under canonical names. SRC is never written to; DST appears whole or not at all.
+    """
+    level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+
+
+@cli.command()
+@click.argument("src", type=_FOLDER)
+@click.argument("dst", type=_FOLDER)
+@_policy_options
+@_source_options
+@_run_options
+@click.option("--overwrite", is_flag=True, help="Swap out what DST holds, once the new checkpoint is complete.")
+@click.option("--no-manifest", is_flag=True, help="Do not write tierewrite.json.")
+@_quiet_option
+@_json_option
+def rewrite(
+    src: Path, dst: Path, as_json: bool, quiet: bool, no_manifest: bool, ties: Path | None, **options: Any
+) -> None:
+    """Write the canonical form of the checkpoint in SRC to DST.
+
+    \b
+    Examples:
+      tierewrite rewrite exported/ canonical/
+      tierewrite rewrite exported/ canonical/ --on-mismatch keep --json > report.json
+      tierewrite rewrite exported/ canonical/ --ties ties.json --max-shard-size 5GB
+    """
+    show_progress = not (quiet or as_json) and sys.stderr.isatty()
+    if show_progress:
+        from tierewrite.views import Bar
+
+        with Bar(_console(stderr=True)) as bar:
+            report = tierewrite.rewrite(src, dst, ties=ties, manifest=not no_manifest, progress=bar, **options)
+    else:
+        report = tierewrite.rewrite(src, dst, ties=ties, manifest=not no_manifest, **options)
+    if as_json:
+        _print_json(report.to_json())
+    elif not quiet:
+        from tierewrite.views import show_report
+
+        show_report(_console(), report)
+
+
+@cli.command()
+@click.argument("src", type=_FOLDER)
+@_policy_options
+@_source_options
+@_json_option
+def plan(src: Path, as_json: bool, **options: Any) -> None:
+    """Show what `rewrite` would do with SRC. Reads headers only and writes nothing.
+
+    A plan is what happens if every tie is confirmed. Groups that the headers already refute are listed as
+    unconfirmed; the exit code is 0 all the same.
+
+    \b
+    Examples:
+      tierewrite plan exported/
+      tierewrite plan exported/ --json | jq '.tensors[] | select(.action == "drop") | .name'
+    """
+    result = tierewrite.plan(src, **options)
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        from tierewrite.views import show_plan
+
+        show_plan(_console(), result)
+
+
+@cli.command()
+@click.argument("src", type=_FOLDER)
+@click.argument("dst", type=_FOLDER)
+@click.option("--ties", type=_FOLDER, metavar="FILE", help="JSON {alias: canonical}; see rewrite --help.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the model code that SRC brings (auto_map).")
+@_json_option
+def verify(src: Path, dst: Path, as_json: bool, ties: Path | None, trust_remote_code: bool) -> None:
+    """Prove DST from SRC, from the files alone.
+
+    Every tensor of SRC is accounted for, every tensor of DST has its origin, index, side files and manifest are
+    true. Exit code 6 if anything is wrong, an unreadable DST included.
+
+    \b
+    Example:
+      tierewrite verify exported/ canonical/
+    """
+    result = tierewrite.verify(src, dst, ties_file=ties, trust_remote_code=trust_remote_code)
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        from tierewrite.views import show_verification
+
+        show_verification(_console(), result)
+    if not result.ok:
+        raise click.exceptions.Exit(EXIT_FINDINGS)
+
+
+@cli.command()
+@click.argument("src", type=_FOLDER)
+@_source_options
+@click.option("--no-ties", is_flag=True, help="Do not ask for declared ties (never imports transformers).")
+@_json_option
+def inspect(src: Path, as_json: bool, no_ties: bool, **options: Any) -> None:
+    """Show shards, tensors, dtypes, formats and declared ties of SRC. Reads headers only.
+
+    \b
+    Example:
+      tierewrite inspect exported/
+    """
+    result = tierewrite.inspect(src, declared=not no_ties, **options)
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        from tierewrite.views import show_inspection
+
+        show_inspection(_console(), result)
+
+
+def _console(stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    # Piped output is not cut to 80 columns: scripts and logs want whole lines.
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, width=None if stream.isatty() else 200)
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(data, indent=1, ensure_ascii=True) + "\n")
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    """Raises in the main thread, once: the clean-up that follows is not to be interrupted."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Interrupted(signum)
+
+
+def _failed(error: TierewriteError, as_json: bool) -> int:
+    print(f"tierewrite: {error}", file=sys.stderr)
+    if as_json:
+        _print_json({"schema": ERROR_SCHEMA, "error": error.to_json()})
+    return error.exit_code
+
+
+def run(arguments: list[str]) -> int:
+    """Runs the command line and returns its exit code. Only messages reach the user, never a traceback."""
+    as_json = "--json" in arguments
+    try:
+        code = cli.main(args=arguments, prog_name="tierewrite", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else EXIT_OK
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except click.ClickException as error:
+        error.show()
+        if as_json:
+            failure = tierewrite.UsageError(error.format_message())
+            _print_json({"schema": ERROR_SCHEMA, "error": failure.to_json()})
+        return EXIT_USAGE
+    except (click.Abort, KeyboardInterrupt):
+        return _failed(Interrupted(signal.SIGINT), as_json)
+    except TierewriteError as error:
+        return _failed(error, as_json)
+    except BrokenPipeError:
+        # Whoever read our output has gone; nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_SYSTEM
+    except OSError as error:
+        return _failed(SystemFailure(f"{error.strerror or error}", file=error.filename), as_json)
+    except MemoryError:
+        return _failed(SystemFailure("out of memory; use fewer --threads or a larger machine"), as_json)
+    except Exception as error:
+        logging.getLogger(__name__).debug("internal error", exc_info=True)
+        message = f"internal error: {type(error).__name__}: {error}; this is a bug, please report it (-vv shows where)"
+        failure = TierewriteError(message)
+        failure.exit_code = EXIT_INTERNAL
+        return _failed(failure, as_json)
+
+
+def main() -> None:
+    """Entry point of the `tierewrite` command."""
+    signal.signal(signal.SIGINT, _stop)
+    signal.signal(signal.SIGTERM, _stop)
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,136 @@
+"""A look at a checkpoint: shards, tensors, dtypes, formats and declared ties. Headers only."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Union
+
+from tierewrite import formats
+from tierewrite.checkpoint import Checkpoint
+from tierewrite.names import DiskTies, on_disk
+from tierewrite.ties import TieMap
+
+INSPECTION_SCHEMA = "tierewrite/inspection/1"
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is on disk and what the model declares.
+
+    Attributes:
+        checkpoint: the headers.
+        families: names of the quantization families that are present.
+        ties: the declared ties; None if they were not asked for.
+        disk: the same under the names that are on disk.
+    """
+
+    checkpoint: Checkpoint
+    families: tuple[str, ...]
+    ties: TieMap | None
+    disk: DiskTies | None
+
+    @property
+    def dtypes(self) -> dict[str, tuple[int, int]]:
+        """dtype -> (number of tensors, bytes), the most bytes first."""
+        count: Counter[str] = Counter()
+        size: Counter[str] = Counter()
+        for entry in self.checkpoint.tensors.values():
+            count[entry.dtype] += 1
+            size[entry.dtype] += entry.nbytes
+        return {dtype: (count[dtype], size[dtype]) for dtype in sorted(count, key=lambda d: (-size[d], d))}
+
+    @property
+    def shard_counts(self) -> list[int]:
+        """Number of tensors in each shard."""
+        counts = [0] * len(self.checkpoint.shards)
+        for entry in self.checkpoint.tensors.values():
+            counts[entry.shard] += 1
+        return counts
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `tierewrite inspect --json` prints (schema tierewrite/inspection/1)."""
+        shards = self.checkpoint.shards
+        return {
+            "schema": INSPECTION_SCHEMA,
+            "root": str(self.checkpoint.root),
+            "bytes": self.checkpoint.total_bytes,
+            "shards": [
+                {"name": shard.name, "bytes": shard.size, "tensors": count, "metadata": dict(shard.metadata)}
+                for shard, count in zip(shards, self.shard_counts, strict=True)
+            ],
+            "dtypes": {d: {"tensors": n, "bytes": size} for d, (n, size) in self.dtypes.items()},
+            "formats": list(self.families),
+            "side_files": [{"name": side.name, "bytes": side.size} for side in self.checkpoint.side_files],
+            "ties": None if self.ties is None or self.disk is None else _ties_json(self.ties, self.disk),
+            "tensors": [
+                {
+                    "name": entry.name,
+                    "dtype": entry.dtype,
+                    "shape": list(entry.shape),
+                    "bytes": entry.nbytes,
+                    "shard": shards[entry.shard].name,
+                }
+                for entry in self.checkpoint.tensors.values()
+            ],
+            "warnings": [*self.checkpoint.warnings, *(self.ties.warnings if self.ties is not None else ())],
+        }
+
+
+def _ties_json(ties: TieMap, disk: DiskTies) -> dict[str, Any]:
+    return {
+        "source": ties.source,
+        "detail": ties.detail,
+        "unpaired": list(ties.unpaired),
+        "idle": list(disk.idle),
+        "groups": [
+            {
+                "id": group.id,
+                "canonical": group.canonical,
+                "aliases": list(group.aliases),
+                "origins": list(group.origins),
+                "parameters_on_disk": [list(slot) for slot in group.slots],
+            }
+            for group in disk.groups
+        ],
+    }
+
+
+def inspect(
+    src: Union[str, os.PathLike[str]],
+    *,
+    ties: Union[str, os.PathLike[str], None] = None,
+    trust_remote_code: bool = False,
+    ignore_unindexed: bool = False,
+    declared: bool = True,
+) -> Inspection:
+    """Looks at the checkpoint in `src`. Reads headers only.
+
+    Args:
+        src: the folder.
+        ties: JSON file {alias: canonical}, instead of asking the model class.
+        trust_remote_code: run the model code that `src` brings, to ask it for its ties.
+        ignore_unindexed: leave out tensors that the index does not list, instead of refusing.
+        declared: also ask for the declared ties (imports transformers unless `ties` is given).
+
+    Raises:
+        SourceError: something is wrong in `src`.
+        UsageError: the ties file is unusable.
+        SystemFailure: reading failed.
+    """
+    checkpoint = Checkpoint.open(Path(src), ignore_unindexed=ignore_unindexed)
+    keys = checkpoint.tensors.keys()
+    tie_map = disk = None
+    if declared:
+        tie_map = TieMap.resolve(
+            checkpoint.root,
+            checkpoint.config,
+            keys=keys,
+            ties_file=None if ties is None else Path(ties),
+            trust_remote_code=trust_remote_code,
+        )
+        disk = on_disk(tie_map, keys)
+    families = formats.detect(checkpoint.config, checkpoint.quant_config, keys)
+    return Inspection(checkpoint, families, tie_map, disk)

@@ -1,0 +1,652 @@
+"""What to do: a pure function of what is on disk, what the model declares and what the caller wants.
+
+`plan()` reads no tensor bytes. It answers: if every tie is confirmed, what becomes of each tensor of the source, and
+in which output shard does each survivor stand? Groups that the headers alone refute are listed as unconfirmed and their
+tensors kept. The result is data: printed by `tierewrite plan`, executed as it stands by the pass.
+
+Refused here (the group is kept whole and the reason recorded):
+  - sides with different sets of weight-derived tensors, or with different dtypes or shapes of them;
+  - a companion that no family knows (`suffix` below the module of a tied weight);
+  - a key that two groups claim, or a canonical name that is taken by something else.
+"""
+
+from __future__ import annotations
+
+import bisect
+import enum
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tierewrite import formats, scales
+from tierewrite.checkpoint import Checkpoint, TensorEntry
+from tierewrite.formats import Companion, Role
+from tierewrite.names import DiskTies, TieGroup
+
+PLAN_SCHEMA = "tierewrite/plan/1"
+
+
+class Action(str, enum.Enum):
+    """What becomes of one tensor of the source."""
+
+    KEEP = "keep"
+    RENAME = "rename"
+    DROP = "drop"
+    MERGE = "merge"
+    REPACK = "repack"
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The options that decide content (all of them are recorded in the manifest).
+
+    Attributes:
+        on_mismatch: "error" refuses the checkpoint when a declared tie is not confirmed; "keep" leaves that group as it is.
+        kv_scales: "keep" leaves KV-cache scales on every side; "merge" leaves one merged canonical value.
+        max_shard_size: most tensor bytes in one output shard; None takes the fullest input shard's.
+    """
+
+    on_mismatch: str = "error"
+    kv_scales: str = "keep"
+    max_shard_size: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "on_mismatch": self.on_mismatch,
+            "kv_scales": self.kv_scales,
+            "max_shard_size": self.max_shard_size,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """The fate of one source tensor.
+
+    Attributes:
+        name: its key in the source.
+        action: see `Action`; the canonical side of a merged scale is MERGE, its other sides DROP.
+        target: the key in the output that holds it or stands for it.
+        merged: True where a merged value is written under `target` by this tensor's place.
+        group: id of the tie group it belongs to, or None.
+    """
+
+    name: str
+    action: Action
+    target: str
+    merged: bool = False
+    group: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """Scales of several sides that become one value.
+
+    Attributes:
+        target: key in the output.
+        keys: source keys, the carrying one first: its dtype, shape and place are kept.
+        companion: the role, with the direction of the merge.
+        kv: True for a KV-cache scale (merged only on request).
+        only_if_equal: keys per companion bias, one tuple a bias, that must agree byte for byte, or nothing is merged.
+    """
+
+    target: str
+    keys: tuple[str, ...]
+    companion: Companion
+    kv: bool = False
+    only_if_equal: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPlan:
+    """One tie with everything that its parameter became on disk: dropped whole or kept whole.
+
+    Attributes:
+        id: the canonical parameter's name.
+        status: "planned" (will be rewritten if the bytes confirm it), "canonical" (nothing to do) or "unconfirmed".
+        reason: why it is unconfirmed, else None.
+        checks: keys that must be equal byte for byte, canonical (or surviving) side first.
+        merges: scales that become one.
+        kind: what sort of parameter it is, e.g. "experts.down_proj", for summaries.
+    """
+
+    id: str
+    canonical: str
+    aliases: tuple[str, ...]
+    origins: tuple[str, ...]
+    status: str
+    reason: str | None = None
+    checks: tuple[tuple[str, ...], ...] = ()
+    merges: tuple[Merge, ...] = ()
+    kind: str = ""
+    dropped: int = 0
+    dropped_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class OutTensor:
+    """A tensor of the output: the bytes of `source`, unless a merged value takes their place.
+
+    `start` and `end` are byte offsets in the data section of its shard, end exclusive.
+    """
+
+    name: str
+    source: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class OutShard:
+    """One file of the output; tensors in file order, offsets without holes."""
+
+    name: str
+    tensors: tuple[OutTensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensors[-1].end if self.tensors else 0
+
+
+@dataclass(frozen=True)
+class RewritePlan:
+    """Everything that will be done, before a byte moves."""
+
+    tensors: Mapping[str, TensorPlan]
+    groups: tuple[GroupPlan, ...]
+    shards: tuple[OutShard, ...]
+    policy: Policy
+    warnings: tuple[str, ...] = ()
+    ties_source: str = "none"
+    ties_detail: str = ""
+    unpaired: tuple[str, ...] = ()
+    source_bytes: int = 0
+    families: tuple[str, ...] = ()
+    by_id: Mapping[str, GroupPlan] = field(default_factory=dict, repr=False)
+
+    @property
+    def total_bytes(self) -> int:
+        """Tensor bytes of the output."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    def unconfirmed(self) -> list[GroupPlan]:
+        return [group for group in self.groups if group.status == "unconfirmed"]
+
+    def planned(self) -> list[GroupPlan]:
+        return [group for group in self.groups if group.status == "planned"]
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `tierewrite plan --json` prints (schema tierewrite/plan/1)."""
+        return {
+            "schema": PLAN_SCHEMA,
+            "options": self.policy.to_json(),
+            "ties": {"source": self.ties_source, "detail": self.ties_detail, "unpaired": list(self.unpaired)},
+            "formats": list(self.families),
+            "before": {"tensors": len(self.tensors), "bytes": self.source_bytes},
+            "after": {
+                "tensors": sum(len(shard.tensors) for shard in self.shards),
+                "bytes": self.total_bytes,
+                "shards": [
+                    {"name": s.name, "tensors": len(s.tensors), "bytes": s.nbytes} for s in self.shards
+                ],
+            },
+            "groups": [group_json(group) for group in self.groups],
+            "tensors": [
+                {
+                    "name": t.name,
+                    "action": t.action.value,
+                    "target": t.target,
+                    "merged": t.merged,
+                    "group": t.group,
+                }
+                for t in self.tensors.values()
+            ],
+            "warnings": list(self.warnings),
+        }
+
+
+def group_json(group: GroupPlan) -> dict[str, Any]:
+    """A group as JSON: the part that plan and report have in common."""
+    return {
+        "id": group.id,
+        "canonical": group.canonical,
+        "aliases": list(group.aliases),
+        "origins": list(group.origins),
+        "kind": group.kind,
+        "status": group.status,
+        "reason": group.reason,
+        "dropped_tensors": group.dropped,
+        "dropped_bytes": group.dropped_bytes,
+    }
+
+
+def plan(
+    checkpoint: Checkpoint,
+    ties: DiskTies,
+    policy: Policy | None = None,
+    *,
+    ties_source: str = "none",
+    ties_detail: str = "",
+    unpaired: tuple[str, ...] = (),
+    refuted: Mapping[str, str] | None = None,
+    separate_kv: Iterable[str] = (),
+) -> RewritePlan:
+    """What will be done with `checkpoint` if every tie that the headers allow is confirmed.
+
+    Args:
+        checkpoint: the source, headers only.
+        ties: the declared ties under the names that are on disk.
+        policy: the options; defaults to `Policy()`.
+        ties_source, ties_detail, unpaired: who declared the ties, for the record.
+        refuted: group id -> reason, for groups that their bytes have already refuted: they are kept whole.
+        separate_kv: targets of KV-scale merges that are not to be carried out (their biases differ).
+
+    Returns:
+        A plan in which each tensor of the source occurs once.
+    """
+    policy = policy or Policy()
+    drafted = _Planner(checkpoint, ties, policy, refuted or {}, frozenset(separate_kv)).run()
+    return replace(drafted, ties_source=ties_source, ties_detail=ties_detail, unpaired=unpaired)
+
+
+def kind_of(parameter: str) -> str:
+    """The last two words of a parameter's module, without numbers: "experts.down_proj", "self_attn.q_proj"."""
+    return ".".join([part for part in parameter.removesuffix(".weight").split(".") if not part.isdigit()][-2:])
+
+
+class _Unconfirmed(Exception):
+    """Raised inside the planner when headers refute a group."""
+
+
+@dataclass
+class _Draft:
+    """A group while it is planned."""
+
+    tie: TieGroup
+    tensors: dict[str, TensorPlan] = field(default_factory=dict)
+    checks: list[tuple[str, ...]] = field(default_factory=list)
+    merges: list[Merge] = field(default_factory=list)
+    attention: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    touched: bool = False
+
+
+class _Planner:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        ties: DiskTies,
+        policy: Policy,
+        refuted: Mapping[str, str],
+        separate_kv: frozenset[str],
+    ) -> None:
+        self.entries = checkpoint.tensors
+        self.checkpoint = checkpoint
+        self.ties = ties
+        self.policy = policy
+        self.refuted = refuted
+        self.separate_kv = separate_kv
+        self.families = formats.detect(checkpoint.config, checkpoint.quant_config, self.entries.keys())
+        self.sorted_keys = sorted(self.entries)
+        # A tied parameter's own name is never a companion of its neighbour (a tied bias beside a tied weight).
+        self.tied_names = {name for group in ties.groups for slot in group.slots for name in slot}
+        self.plans = {name: TensorPlan(name, Action.KEEP, name) for name in self.entries}
+        self.claimed: dict[str, str] = {}
+        self.taken: dict[str, str] = {}
+        self.warnings: list[str] = []
+
+    def run(self) -> RewritePlan:
+        groups: list[GroupPlan] = []
+        attention: dict[str, dict[str, tuple[str, ...]]] = {}
+        blocked: set[str] = set()
+        for tie in self.ties.groups:
+            draft = _Draft(tie)
+            reason = self.refuted.get(tie.id)
+            if reason is None:
+                try:
+                    for slot in tie.slots:
+                        self._slot(draft, slot)
+                    self._claim(draft)
+                except _Unconfirmed as error:
+                    reason = str(error)
+            if reason is not None:
+                groups.append(self._group(tie, "unconfirmed", reason=reason))
+                blocked.update(_attention_of(slot[0]) for slot in tie.slots)
+                for key in self._members(tie):
+                    self.plans[key] = TensorPlan(key, Action.KEEP, key, group=tie.id)
+                continue
+            self.plans.update(draft.tensors)
+            for alias, canonical in draft.attention.items():
+                attention.setdefault(alias, {}).setdefault(tie.id, canonical)
+            groups.append(
+                self._group(
+                    tie,
+                    "planned" if draft.touched else "canonical",
+                    checks=tuple(draft.checks),
+                    merges=tuple(draft.merges),
+                )
+            )
+        by_id = {group.id: group for group in groups}
+        if self.policy.kv_scales == "merge":
+            self._kv_scales({a: o for a, o in attention.items() if a not in blocked}, by_id)
+        for plan_ in self.plans.values():
+            if plan_.action is Action.DROP and plan_.group is not None:
+                group = by_id[plan_.group]
+                by_id[plan_.group] = replace(
+                    group,
+                    dropped=group.dropped + 1,
+                    dropped_bytes=group.dropped_bytes + self.entries[plan_.name].nbytes,
+                )
+        return RewritePlan(
+            tensors=self.plans,
+            groups=tuple(by_id.values()),
+            shards=self._layout(),
+            policy=self.policy,
+            warnings=tuple(self.warnings),
+            source_bytes=self.checkpoint.total_bytes,
+            families=self.families,
+            by_id=by_id,
+        )
+
+    @staticmethod
+    def _group(tie: TieGroup, status: str, **more: Any) -> GroupPlan:
+        return GroupPlan(tie.id, tie.canonical, tie.aliases, tie.origins, status, kind=kind_of(tie.canonical), **more)
+
+    # -- one parameter as it is on disk --------------------------------------------------------------------------
+
+    def _below(self, prefix: str) -> list[str]:
+        """Keys that begin with `prefix`, by bisection: no list is searched."""
+        start = bisect.bisect_left(self.sorted_keys, prefix)
+        end = start
+        while end < len(self.sorted_keys) and self.sorted_keys[end].startswith(prefix):
+            end += 1
+        return self.sorted_keys[start:end]
+
+    def _companions(self, name: str) -> dict[str, tuple[str, Companion]]:
+        """What the parameter `name` became on disk: part -> (key, companion).
+
+        `part` is the same on every side of a tie: the suffix below the module, with the parameter's own last word
+        written as "*" (sides may call it differently).
+
+        Raises:
+            _Unconfirmed: a suffix that no family knows.
+        """
+        parent, _, leaf = name.rpartition(".")
+        stem = f"{parent}." if parent else ""
+        if leaf == "weight":
+            keys = self._below(stem) if parent else [k for k in self._below(leaf)]
+        else:
+            keys = [*self._below(f"{name}_"), *self._below(f"{name}.")]
+            if name in self.entries:
+                keys.insert(0, name)
+        found: dict[str, tuple[str, Companion]] = {}
+        for key in keys:
+            if key != name and (key in self.tied_names or key in self.ties.owned):
+                continue
+            suffix = key[len(stem) :]
+            companion = formats.classify(leaf, suffix, self.families) or formats.classify(leaf, suffix)
+            if companion is None:
+                raise _Unconfirmed(
+                    f"no known format has the tensor '{key}' (suffix '{suffix}') beside the tied parameter '{name}'"
+                )
+            if companion.role in (Role.PER_SIDE, Role.KV):
+                continue
+            part = "*" + suffix[len(leaf) :] if suffix.startswith(leaf) else suffix
+            found[part] = (key, companion)
+        return found
+
+    def _canonical_key(self, name: str, part: str) -> str:
+        parent, _, leaf = name.rpartition(".")
+        suffix = leaf + part[1:] if part.startswith("*") else part
+        return f"{parent}.{suffix}" if parent else suffix
+
+    def _slot(self, draft: _Draft, slot: tuple[str, ...]) -> None:
+        sides = [(name, self._companions(name)) for name in slot]
+        present = [
+            (name, parts)
+            for name, parts in sides
+            if any(companion.role in (Role.WEIGHT, Role.ADJACENT) for _, companion in parts.values())
+        ]
+        if not present:
+            return
+        canonical = slot[0]
+        group = draft.tie.id
+        if present[0][0] != canonical or len(present) > 1:
+            draft.touched = True
+        self._weights(draft, canonical, present)
+        parts = {
+            part: companion
+            for _, found in present
+            for part, (_, companion) in found.items()
+            if companion.role is Role.ACTIVATION
+        }
+        for part, companion in parts.items():
+            keys = tuple(found[part][0] for _, found in present if part in found)
+            target = self._canonical_key(canonical, part)
+            reason = self._unmergeable(keys)
+            if reason is not None:
+                raise _Unconfirmed(reason)
+            if keys == (target,):
+                draft.tensors[target] = TensorPlan(target, Action.KEEP, target, group=group)
+                continue
+            draft.merges.append(Merge(target, keys, companion))
+            self._carry(draft.tensors, keys, target, group, merged=True)
+        attention = _attention_of(canonical)
+        if len(slot) > 1 and attention:
+            draft.attention[attention] = tuple(_attention_of(name) for name in slot)
+
+    def _weights(
+        self, draft: _Draft, canonical: str, present: list[tuple[str, dict[str, tuple[str, Companion]]]]
+    ) -> None:
+        """Weight-derived tensors: the same set on every side, with the same headers."""
+        first_name, first = present[0]
+        exact = {
+            part: key for part, (key, companion) in first.items() if companion.role in (Role.WEIGHT, Role.ADJACENT)
+        }
+        rows = {part: [key] for part, key in exact.items()}
+        for name, found in present[1:]:
+            other = {
+                part: key
+                for part, (key, companion) in found.items()
+                if companion.role in (Role.WEIGHT, Role.ADJACENT)
+            }
+            if other.keys() != exact.keys():
+                lacking = sorted(exact.keys() - other.keys())
+                extra = sorted(other.keys() - exact.keys())
+                have = first[lacking[0]][0] if lacking else found[extra[0]][0]
+                side = name if lacking else first_name
+                raise _Unconfirmed(
+                    f"'{first_name}' and '{name}' are stored differently: '{have}' has no twin on the side of '{side}'"
+                )
+            for part, key in other.items():
+                mine = self.entries[exact[part]]
+                theirs = self.entries[key]
+                if (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape):
+                    raise _Unconfirmed(
+                        f"'{mine.name}' is {_header_text(mine)} but '{theirs.name}' is {_header_text(theirs)}"
+                    )
+                rows[part].append(key)
+        for part, keys in rows.items():
+            if len(keys) > 1:
+                draft.checks.append(tuple(keys))
+            self._carry(draft.tensors, tuple(keys), self._canonical_key(canonical, part), draft.tie.id)
+
+    def _carry(
+        self,
+        into: dict[str, TensorPlan],
+        keys: tuple[str, ...],
+        target: str,
+        group: str,
+        merged: bool = False,
+    ) -> None:
+        """The first of `keys` survives as `target`; the others are dropped."""
+        first = keys[0]
+        if first != target:
+            into[first] = TensorPlan(first, Action.RENAME, target, merged, group)
+        elif merged:
+            into[first] = TensorPlan(first, Action.MERGE, target, True, group)
+        else:
+            into[first] = TensorPlan(first, Action.KEEP, target, False, group)
+        for key in keys[1:]:
+            into[key] = TensorPlan(key, Action.DROP, target, False, group)
+
+    def _claim(self, draft: _Draft) -> None:
+        """A tensor belongs to one group, and a canonical name to one survivor."""
+        group = draft.tie.id
+        for key, plan_ in draft.tensors.items():
+            other = self.claimed.get(key)
+            if other is not None:
+                raise _Unconfirmed(f"'{key}' already belongs to the tie of '{other}'")
+            if plan_.action is Action.RENAME and (
+                (plan_.target in self.entries and plan_.target not in draft.tensors) or plan_.target in self.taken
+            ):
+                raise _Unconfirmed(f"'{key}' would become '{plan_.target}', a name that another tensor has")
+        for key, plan_ in draft.tensors.items():
+            self.claimed[key] = group
+            if plan_.action is Action.RENAME:
+                self.taken[plan_.target] = key
+
+    def _members(self, tie: TieGroup) -> list[str]:
+        """Keys that belong to an unconfirmed group: the named parameters and what stands below their modules."""
+        members: list[str] = []
+        for slot in tie.slots:
+            for name in slot:
+                if name.endswith(".weight"):
+                    below = self._below(name[: -len("weight")])
+                else:
+                    below = [*self._below(f"{name}_"), *self._below(f"{name}.")]
+                members.extend(
+                    key
+                    for key in below
+                    if key not in self.claimed and key not in self.tied_names and key not in self.ties.owned
+                )
+                if name in self.entries and name not in self.claimed:
+                    members.append(name)
+        return members
+
+    def _unmergeable(self, keys: Iterable[str]) -> str | None:
+        """Why the scales `keys` cannot become one, by their headers; None if they can."""
+        reason = scales.mergeable([(self.entries[key].dtype, self.entries[key].shape) for key in keys])
+        return None if reason is None else f"{', '.join(repr(key) for key in keys)}: {reason}"
+
+    # -- KV-cache scales -----------------------------------------------------------------------------------------
+
+    def _kv_scales(
+        self, attention: dict[str, dict[str, tuple[str, ...]]], by_id: dict[str, GroupPlan]
+    ) -> None:
+        """Merges the KV-cache scales of attention modules whose projections are tied.
+
+        The pairing of the attention modules comes from the ties of their projections, so that a layer which has a
+        `v_proj.v_scale` but no `v_proj.weight` is paired too.
+        """
+        found: dict[str, dict[str, tuple[str, Companion]]] = {}
+        for key in self.sorted_keys:
+            hit = formats.kv_scale(key, self.families) or formats.kv_scale(key)
+            if hit is not None:
+                module, rest, companion = hit
+                found.setdefault(module, {})[rest] = (key, companion)
+        for canonical, owners in sorted(attention.items()):
+            sides = next(iter(owners.values()))
+            rests = sorted({rest for side in sides for rest in found.get(side, {})})
+            biases = tuple(
+                keys
+                for rest in rests
+                if rest.endswith("_bias")
+                for keys in [tuple(found[s][rest][0] for s in sides if rest in found.get(s, {}))]
+                if len(keys) > 1
+            )
+            scales_ = tuple(
+                tuple(found[s][rest][0] for s in sides if rest in found.get(s, {})) for rest in rests
+            )
+            lone_bias = any(
+                sum(rest in found.get(side, {}) for side in sides) != len([s for s in sides if s in found])
+                for rest in rests
+                if rest.endswith("_bias")
+            )
+            if lone_bias:
+                self.warnings.append(f"KV scales of '{canonical}' are kept apart: a bias has no twin on another side")
+                continue
+            for rest in rests:
+                keys = tuple(found[s][rest][0] for s in sides if rest in found.get(s, {}))
+                companion = found[next(s for s in sides if rest in found.get(s, {}))][rest][1]
+                target = f"{canonical}.{rest}"
+                owner = self._kv_owner(rest, owners)
+                if keys == (target,) or target in self.separate_kv:
+                    continue
+                if self._unmergeable(keys) is not None or any(
+                    key in self.claimed for key in keys
+                ):
+                    self.warnings.append(f"KV scale '{target}' is kept apart: its sides are stored differently")
+                    continue
+                # With a bias the zero point moves too: only equal scales and biases stand for each other.
+                merge = Merge(target, keys, companion, kv=True, only_if_equal=scales_ if biases else ())
+                group = by_id[owner]
+                by_id[owner] = replace(group, merges=(*group.merges, merge), status="planned")
+                self._carry(self.plans, keys, target, owner, merged=companion.merge is not None)
+
+    @staticmethod
+    def _kv_owner(rest: str, owners: Iterable[str]) -> str:
+        """The group that a KV scale is listed under: its own projection's, else the attention's first."""
+        word = rest.partition(".")[0]
+        for group in sorted(owners):
+            if f".{word}." in f".{group}.":
+                return group
+        return min(owners)
+
+    # -- where the survivors stand -------------------------------------------------------------------------------
+
+    def _layout(self) -> tuple[OutShard, ...]:
+        from huggingface_hub.serialization import split_state_dict_into_shards_factory
+
+        limit = self.policy.max_shard_size
+        if limit is None:
+            fullest = [0] * len(self.checkpoint.shards)
+            for entry in self.entries.values():
+                fullest[entry.shard] += entry.nbytes
+            limit = max(fullest, default=0)
+        survivors = {
+            plan_.target: self.entries[name]
+            for name, plan_ in self.plans.items()
+            if plan_.action is not Action.DROP
+        }
+        if not survivors:
+            return (OutShard("model.safetensors", ()),)
+        split = split_state_dict_into_shards_factory(
+            survivors,
+            get_storage_size=lambda entry: entry.nbytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=limit,
+        )
+        shards = []
+        for filename, names in split.filename_to_tensors.items():
+            # Wide dtypes first keeps every tensor aligned to its element, as safetensors' own serializer does; within a
+            # width the source's order makes neighbours of neighbours, so that runs are copied in one piece.
+            order = sorted(names, key=lambda name: -_element_size(survivors[name]))
+            position = 0
+            tensors = []
+            for name in order:
+                entry = survivors[name]
+                tensors.append(OutTensor(name, entry.name, position, position + entry.nbytes))
+                position += entry.nbytes
+            shards.append(OutShard(filename, tuple(tensors)))
+        return tuple(shards)
+
+
+def _attention_of(name: str) -> str:
+    """The module around a projection: "a.self_attn" for "a.self_attn.k_proj.weight"."""
+    return name.rpartition(".")[0].rpartition(".")[0]
+
+
+def _header_text(entry: TensorEntry) -> str:
+    return f"{entry.dtype} {list(entry.shape)}"
+
+
+def _element_size(entry: TensorEntry) -> int:
+    """Bytes an element (0 for less than one or none): derived, so that a new dtype needs no table."""
+    count = 1
+    for extent in entry.shape:
+        count *= extent
+    return entry.nbytes // count if count else 0
+
+
+def needed_for_confirmation(groups: Sequence[GroupPlan]) -> set[str]:
+    """Keys whose digests decide whether the planned `groups` are confirmed."""
+    return {key for group in groups if group.status == "planned" for row in group.checks for key in row}

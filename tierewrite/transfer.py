@@ -1,0 +1,384 @@
+"""Moving bytes: each byte that matters is read once, hashed and written from the same buffer.
+
+A `Task` is data: a batch of byte ranges of one source shard, small enough for one buffer, or one larger tensor that
+streams through it. Any worker can carry out any task, in any order, with the same result: every span knows where its
+bytes go. Memory is bounded by the number of workers times one buffer, whatever the size of the checkpoint. Bytes that
+are neither hashed nor written are not read.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+from tierewrite.checkpoint import Checkpoint, Shard, TensorEntry
+from tierewrite.digest import PIECE, DeviceFailed, Digester, Stream, select
+from tierewrite.digest import Span as DigestSpan
+from tierewrite.digest.spans import Bytes
+from tierewrite.errors import SourceChanged
+from tierewrite.planning import OutShard
+from tierewrite.writer import system_errors, write_all
+
+log = logging.getLogger(__name__)
+
+BUFFER_BYTES = 8 << 20  # a multiple of digest.PIECE, so that a large tensor may be cut at every buffer's end
+assert BUFFER_BYTES % PIECE == 0
+_RUNS_PER_TASK = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One source tensor within a task.
+
+    Attributes:
+        key: its name in the source.
+        start, end: absolute byte range in the source shard.
+        hashed: whether its digest is wanted.
+        out: index of the output shard it is written to, or -1.
+        position: absolute byte offset in that file.
+    """
+
+    key: str
+    start: int
+    end: int
+    hashed: bool
+    out: int = -1
+    position: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Spans of one source shard, ascending; together at most a buffer, unless there is only one."""
+
+    shard: int
+    spans: tuple[Span, ...]
+    nbytes: int
+
+
+def tasks(
+    checkpoint: Checkpoint,
+    hashed: Iterable[str],
+    shards: Sequence[OutShard] = (),
+    data_starts: Sequence[int] = (),
+) -> list[Task]:
+    """Batches of byte ranges that cover `hashed` and everything that `shards` hold.
+
+    Args:
+        checkpoint: the source.
+        hashed: keys whose digests are wanted.
+        shards: output shards to write; empty to hash only.
+        data_starts: for each output shard, the absolute offset of its data section.
+
+    Returns:
+        Large tensors first, since each is one worker's work, then the source in file order.
+    """
+    wanted = dict.fromkeys(hashed, (-1, 0))
+    want_digest = set(wanted)
+    for index, shard in enumerate(shards):
+        for tensor in shard.tensors:
+            wanted[tensor.source] = (index, data_starts[index] + tensor.start)
+    by_shard: list[list[TensorEntry]] = [[] for _ in checkpoint.shards]
+    for key in wanted:
+        entry = checkpoint.tensors[key]
+        by_shard[entry.shard].append(entry)
+    large: list[Task] = []
+    batches: list[Task] = []
+    for number, entries in enumerate(by_shard):
+        entries.sort(key=lambda entry: entry.start)
+        batch: list[Span] = []
+        size = 0
+        for entry in entries:
+            out, position = wanted[entry.name]
+            span = Span(entry.name, entry.start, entry.end, entry.name in want_digest, out, position)
+            length = entry.end - entry.start
+            if length > BUFFER_BYTES:
+                large.append(Task(number, (span,), length))
+                continue
+            if batch and (size + length > BUFFER_BYTES or len(batch) >= _RUNS_PER_TASK):
+                batches.append(Task(number, tuple(batch), size))
+                batch, size = [], 0
+            batch.append(span)
+            size += length
+        if batch:
+            batches.append(Task(number, tuple(batch), size))
+    large.sort(key=lambda task: -task.nbytes)
+    return large + batches
+
+
+class Transfer:
+    """Carries out tasks with a fixed number of workers and buffers.
+
+    Args:
+        checkpoint: the source; its shards are opened read-only.
+        digester: where hashing happens.
+        outputs: paths of the output shards, in the order of the plan; created by the caller.
+        patches: source key -> bytes to write instead of the source's (merged scales); same length.
+        originals: source key -> the bytes that the merge was computed from; a difference means SRC changed.
+        threads: number of workers.
+        advance: called with a number of bytes after each piece, from any thread.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        digester: Digester,
+        outputs: Sequence[Path] = (),
+        patches: Mapping[str, bytes] | None = None,
+        originals: Mapping[str, bytes] | None = None,
+        threads: int | None = None,
+        advance: Callable[[int], None] = lambda n: None,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.digester = digester
+        self.outputs = outputs
+        self.patches = patches or {}
+        self.originals = originals or {}
+        self.threads = threads or default_threads()
+        self.advance = advance
+        self._sources: list[int] = []
+        self._outs: list[int] = []
+
+    def run(self, work: Sequence[Task]) -> dict[str, bytes]:
+        """Carries out all of `work` and flushes the outputs.
+
+        A GPU that fails midway is replaced by the CPU, with a warning; the output is the same.
+
+        Returns:
+            The 32-byte BLAKE3 digest of each tensor that was to be hashed.
+
+        Raises:
+            SourceChanged: a source file became shorter, or a scale changed since it was merged.
+            SystemFailure: reading or writing failed.
+        """
+        digests: dict[str, bytes] = {}
+        try:
+            for shard in self.checkpoint.shards:
+                self._sources.append(open_source(shard))
+            for path in self.outputs:
+                with system_errors("opening", path):
+                    self._outs.append(os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW))
+            try:
+                self._pass(work, digests)
+            except DeviceFailed as error:
+                log.warning("the GPU failed (%s); the CPU goes on", error)
+                self.digester = select("cpu", threads=1)
+                # Writing again what is already written does no harm: every span knows its place.
+                left = [task for task in work if any(s.hashed and s.key not in digests for s in task.spans)]
+                left += [task for task in work if not any(s.hashed for s in task.spans)]
+                self._pass(left, digests)
+            for fd, path in zip(self._outs, self.outputs, strict=True):
+                with system_errors("flushing", path):
+                    os.fsync(fd)
+            for number, shard in enumerate(self.checkpoint.shards):
+                unchanged(shard, os.fstat(self._sources[number]))
+        finally:
+            for fd in (*self._sources, *self._outs):
+                os.close(fd)
+            self._sources, self._outs = [], []
+        return digests
+
+    def _pass(self, work: Sequence[Task], digests: dict[str, bytes]) -> None:
+        """One go at `work` on the present digester; what is known goes into `digests`, also when it fails."""
+        stop = threading.Event()
+        keys: list[str] = []
+        numbered: list[tuple[Task, int]] = []
+        for task in work:
+            numbered.append((task, len(keys)))
+            keys.extend(span.key for span in task.spans)
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="tierewrite")
+        with self.digester.stream(BUFFER_BYTES) as stream:
+            buffers = threading.local()
+
+            def carry_out(task: Task, number: int) -> None:
+                if stop.is_set():
+                    return
+                if not hasattr(buffers, "array"):
+                    buffers.array = self.digester.host_buffer(BUFFER_BYTES)
+                if task.nbytes > BUFFER_BYTES:
+                    self._large(task, number, buffers.array, stream, stop)
+                else:
+                    self._batch(task, number, buffers.array, stream)
+
+            try:
+                futures = [pool.submit(carry_out, task, number) for task, number in numbered]
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                found = stream.finish()
+            except DeviceFailed:
+                stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+                digests.update((keys[number], digest) for number, digest in stream.salvage().items())
+                raise
+            finally:
+                stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+        digests.update((keys[number], digest) for number, digest in found.items())
+
+    def _batch(self, task: Task, number: int, array: Bytes, stream: Stream) -> None:
+        """Tensors that fit into a buffer together: read, hand over for hashing, write meanwhile."""
+        buffer = memoryview(array)
+        spans = task.spans
+        shard = self.checkpoint.shards[task.shard]
+        source = self._sources[task.shard]
+        position = first = 0
+        for i in range(1, len(spans) + 1):
+            if i == len(spans) or spans[i].start != spans[i - 1].end:  # neighbours are one read
+                length = spans[i - 1].end - spans[first].start
+                read_exactly(source, buffer[position : position + length], spans[first].start, shard)
+                position += length
+                first = i
+        place = 0
+        wanted: list[DigestSpan] = []
+        for span in spans:
+            length = span.end - span.start
+            if span.hashed:
+                wanted.append(DigestSpan(number, place, length, length, 0))
+            number += 1
+            place += length
+        ticket = stream.update(array, wanted) if wanted else None
+        if self._outs:
+            if ticket is not None and any(span.key in self.patches for span in spans):
+                ticket.wait()  # the buffer is about to be changed
+            self._write(spans, buffer)
+        if ticket is not None:
+            ticket.wait()
+        self.advance(place)
+
+    def _write(self, spans: Sequence[Span], buffer: memoryview) -> None:
+        """Writes what survives; neighbours in the output are one write."""
+        place = run_start = 0
+        run_out, run_position, run_end = -1, 0, 0
+        for span in spans:
+            length = span.end - span.start
+            if span.out >= 0 and (patch := self.patches.get(span.key)) is not None:
+                if buffer[place : place + length] != self.originals.get(span.key, patch):
+                    raise SourceChanged(
+                        "a scale changed while the checkpoint was being rewritten; run again when nothing writes to SRC",
+                        tensor=span.key,
+                    )
+                buffer[place : place + length] = patch
+            if span.out != run_out or span.position != run_end:
+                self._flush(run_out, buffer[run_start:place], run_position)
+                run_start, run_out, run_position = place, span.out, span.position
+            run_end = span.position + length
+            place += length
+        self._flush(run_out, buffer[run_start:place], run_position)
+
+    def _flush(self, out: int, data: memoryview, position: int) -> None:
+        if out >= 0 and data:
+            with system_errors("writing", self.outputs[out]):
+                write_all(self._outs[out], data, position)
+
+    def _large(self, task: Task, number: int, array: Bytes, stream: Stream, stop: threading.Event) -> None:
+        """One tensor larger than the buffer, piece by piece."""
+        (span,) = task.spans
+        shard = self.checkpoint.shards[task.shard]
+        source = self._sources[task.shard]
+        buffer = memoryview(array)
+        total = span.end - span.start
+        for position in range(0, total, BUFFER_BYTES):
+            if stop.is_set():
+                return
+            length = min(BUFFER_BYTES, total - position)
+            piece = buffer[:length]
+            read_exactly(source, piece, span.start + position, shard)
+            ticket = stream.update(array, [DigestSpan(number, 0, length, total, position)]) if span.hashed else None
+            self._flush(span.out, piece, span.position + position)
+            if ticket is not None:
+                ticket.wait()
+            self.advance(length)
+
+
+def default_threads() -> int:
+    """Workers enough to overlap reading, hashing and writing on this machine."""
+    return max(2, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2))
+
+
+def open_source(shard: Shard) -> int:
+    """A read-only descriptor of a source shard that is still the file whose header was read.
+
+    Raises:
+        SourceChanged, SystemFailure.
+    """
+    with system_errors("opening", shard.path):
+        fd = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            unchanged(shard, os.fstat(fd))
+        except BaseException:
+            os.close(fd)
+            raise
+    return fd
+
+
+def unchanged(shard: Shard, status: os.stat_result) -> None:
+    """Raises SourceChanged unless size, modification time and inode are those of the header's reading."""
+    was = (shard.size, shard.mtime_ns, shard.inode)
+    now = (status.st_size, status.st_mtime_ns, status.st_ino)
+    if was != now:
+        raise SourceChanged(
+            f"the file changed while it was being read (size {was[0]:,} then, {now[0]:,} now); run again when nothing "
+            "writes to SRC",
+            file=shard.path,
+        )
+
+
+def read_exactly(fd: int, into: memoryview, offset: int, shard: Shard) -> None:
+    """Fills `into` from `offset`; a short read is continued.
+
+    Raises:
+        SourceChanged: the file ends before that.
+        SystemFailure: reading failed.
+    """
+    with system_errors("reading", shard.path):
+        while into:
+            done = os.preadv(fd, [into], offset)
+            if done == 0:
+                raise SourceChanged(
+                    f"the file ends at byte {offset:,}, before the data that its header promises; it was cut while it "
+                    "was being read",
+                    file=shard.path,
+                )
+            into = into[done:]
+            offset += done
+
+
+def read_tensors(checkpoint: Checkpoint, keys: Iterable[str]) -> dict[str, bytes]:
+    """The bytes of small tensors (scales), with one read for neighbours.
+
+    Raises:
+        SourceChanged, SystemFailure: as `read_exactly`.
+    """
+    result: dict[str, bytes] = {}
+    by_shard: dict[int, list[TensorEntry]] = {}
+    for key in keys:
+        entry = checkpoint.tensors[key]
+        by_shard.setdefault(entry.shard, []).append(entry)
+    for number, entries in by_shard.items():
+        shard = checkpoint.shards[number]
+        fd = open_source(shard)
+        try:
+            entries.sort(key=lambda entry: entry.start)
+            first = 0
+            for i in range(1, len(entries) + 1):
+                # A few skipped scalars cost less than another read.
+                if (
+                    i < len(entries)
+                    and entries[i].start - entries[i - 1].end < 4096
+                    and entries[i].end - entries[first].start < 1 << 20
+                ):
+                    continue
+                base = entries[first].start
+                data = bytearray(entries[i - 1].end - base)
+                read_exactly(fd, memoryview(data), base, shard)
+                for entry in entries[first:i]:
+                    result[entry.name] = bytes(data[entry.start - base : entry.end - base])
+                first = i
+        finally:
+            os.close(fd)
+    return result

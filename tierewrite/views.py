@@ -1,0 +1,245 @@
+"""Tables and progress for people on a terminal. Everything shown is a view of a report; nothing is decided here."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tierewrite.errors import shown
+from tierewrite.rewriting import Progress
+
+if TYPE_CHECKING:
+    from tierewrite.inspection import Inspection
+    from tierewrite.planning import GroupPlan, RewritePlan
+    from tierewrite.report import Report
+    from tierewrite.verification import Verification
+
+_WARNINGS_SHOWN = 10
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people, in powers of 1024: "16.47 GiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(nbytes) < 1024:
+            return f"{nbytes:,.0f} {unit}" if unit == "B" else f"{nbytes:,.2f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:,.2f} TiB"
+
+
+def percent(before: int, after: int) -> str:
+    """The change from `before` to `after`: "-42.1%"."""
+    return f"{100 * (after - before) / before:+.1f}%" if before else "0%"
+
+
+def show_plan(console: Console, plan: RewritePlan) -> None:
+    """The summary of a plan."""
+    tensors = sum(len(shard.tensors) for shard in plan.shards)
+    console.print(_sizes(plan.source_bytes, len(plan.tensors), None, plan.total_bytes, tensors, len(plan.shards)))
+    _say_ties(console, plan.ties_source, plan.ties_detail, plan.unpaired)
+    table = Table("tied parameters", title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for name in ("groups", "unconfirmed", "tensors dropped", "bytes dropped"):
+        table.add_column(name, justify="right")
+    for kind, rows in _by_kind(plan.groups).items():
+        table.add_row(
+            Text(shown(kind)),
+            str(len(rows)),
+            str(sum(g.status == "unconfirmed" for g in rows)),
+            f"{sum(g.dropped for g in rows):,}",
+            size(sum(g.dropped_bytes for g in rows)),
+        )
+    if plan.groups:
+        console.print(table)
+    _say_kept(console, plan.unconfirmed(), "not confirmed by the headers")
+    _say_warnings(console, plan.warnings)
+
+
+def show_report(console: Console, report: Report) -> None:
+    """The summary of a rewrite."""
+    console.print(
+        _sizes(
+            report.before_bytes,
+            report.before_tensors,
+            len(report.before_shards),
+            report.after_bytes,
+            report.after_tensors,
+            len(report.after_shards),
+        )
+    )
+    _say_ties(console, report.ties_source, report.ties_detail, report.unpaired)
+    table = Table("tied parameters", box=None, pad_edge=False, header_style="bold")
+    for name in ("groups", "kept", "tensors dropped", "bytes dropped", "scales merged", "sides apart (median, max)"):
+        table.add_column(name, justify="right")
+    by_id = {group.group.id: group for group in report.groups}
+    for kind, rows in _by_kind([group.group for group in report.groups]).items():
+        reports = [by_id[g.id] for g in rows]
+        merged = [scale for r in reports for scale in r.scales]
+        ratios = [scale.ratio for scale in merged if scale.ratio is not None]
+        table.add_row(
+            Text(shown(kind)),
+            str(len(rows)),
+            str(sum(r.status == "kept" for r in reports)),
+            f"{sum(g.dropped for g in rows):,}",
+            size(sum(g.dropped_bytes for g in rows)),
+            f"{len(merged):,}" if merged else "",
+            f"{statistics.median(ratios):.2f}x, {max(ratios):.2f}x" if ratios else "",
+        )
+    if report.groups:
+        console.print(table)
+    _say_kept(console, [g.group for g in report.groups if g.status == "kept"], "kept on every side")
+    never = sum(not scale.calibrated for scale in report.scales)
+    if never:
+        console.print(f"{never} scale{'s were' if never > 1 else ' was'} never calibrated on any side.", style="yellow")
+    _say_warnings(console, report.warnings)
+    console.print(Text(f"{shown(report.dst)} is written; hashed on {report.device}.", style="green"))
+
+
+def show_inspection(console: Console, inspection: Inspection) -> None:
+    """The summary of a look at a checkpoint."""
+    checkpoint = inspection.checkpoint
+    console.print(
+        Text(
+            f"{shown(checkpoint.root)}: {len(checkpoint.tensors):,} tensors, {size(checkpoint.total_bytes)}, "
+            f"formats: {', '.join(inspection.families)}"
+        )
+    )
+    shards = Table("shard", box=None, pad_edge=False, header_style="bold")
+    for name in ("tensors", "file size"):
+        shards.add_column(name, justify="right")
+    for shard, count in zip(checkpoint.shards, inspection.shard_counts, strict=True):
+        shards.add_row(Text(shown(shard.name)), f"{count:,}", size(shard.size))
+    console.print(shards)
+    dtypes = Table("dtype", box=None, pad_edge=False, header_style="bold")
+    for name in ("tensors", "bytes"):
+        dtypes.add_column(name, justify="right")
+    for dtype, (count, nbytes) in inspection.dtypes.items():
+        dtypes.add_row(Text(shown(dtype)), f"{count:,}", size(nbytes))
+    console.print(dtypes)
+    if inspection.ties is not None and inspection.disk is not None:
+        _say_ties(console, inspection.ties.source, inspection.ties.detail, inspection.ties.unpaired)
+        table = Table("alias", "canonical", "declared by", box=None, pad_edge=False, header_style="bold")
+        for group in inspection.disk.groups:
+            for alias, origin in zip(group.aliases, group.origins, strict=True):
+                table.add_row(Text(shown(alias)), Text(shown(group.canonical)), Text(shown(origin)))
+        if inspection.disk.groups:
+            console.print(table)
+    _say_warnings(console, checkpoint.warnings)
+
+
+def show_verification(console: Console, verification: Verification) -> None:
+    """The outcome of a verification."""
+    data = verification.to_json()
+    counts = data.get("counts", {})
+    if counts:
+        console.print(Text(", ".join(f"{value:,} {name}" for name, value in counts.items())))
+    for problem in verification.problems[:50]:
+        console.print(Text(f"{problem.id}: {shown(problem.where)}: {problem.message}", style="red"))
+    if len(verification.problems) > 50:
+        console.print(Text(f"... and {len(verification.problems) - 50} more (all of them with --json)", style="red"))
+    if verification.ok:
+        console.print("DST is what SRC makes.", style="green")
+    else:
+        console.print(f"{len(verification.problems)} problems found.", style="red")
+
+
+def _sizes(
+    before: int, before_tensors: int, before_shards: int | None, after: int, after_tensors: int, after_shards: int
+) -> Table:
+    table = Table("", box=None, pad_edge=False, header_style="bold")
+    for name in ("tensor bytes", "tensors", "shards"):
+        table.add_column(name, justify="right")
+    table.add_row("before", size(before), f"{before_tensors:,}", "" if before_shards is None else str(before_shards))
+    table.add_row("after", f"{size(after)}", f"{after_tensors:,}", str(after_shards))
+    table.add_row("", percent(before, after), percent(before_tensors, after_tensors), "")
+    return table
+
+
+def _by_kind(groups: Sequence[GroupPlan]) -> dict[str, list[GroupPlan]]:
+    kinds: dict[str, list[GroupPlan]] = {}
+    for group in groups:
+        kinds.setdefault(group.kind, []).append(group)
+    return dict(sorted(kinds.items(), key=lambda item: -sum(g.dropped_bytes for g in item[1])))
+
+
+def _say_ties(console: Console, source: str, detail: str, unpaired: Sequence[str]) -> None:
+    who = {
+        "class": "the model class",
+        "config": "config.json",
+        "ties-file": "the ties file",
+        "none": "nobody: the model declares no ties",
+    }.get(source, source)
+    console.print(Text(f"Ties declared by {who}{f' ({shown(detail)})' if detail else ''}."))
+    for alias in unpaired:
+        console.print(Text(f"'{shown(alias)}' is declared tied, but nothing says to what: it is kept.", style="yellow"))
+
+
+def _say_kept(console: Console, groups: Sequence[GroupPlan], what: str) -> None:
+    if not groups:
+        return
+    console.print(Text(f"{len(groups)} group{'s' if len(groups) > 1 else ''} {what}:", style="yellow"))
+    for group in groups[:_WARNINGS_SHOWN]:
+        console.print(Text(f"  {shown(group.canonical)}: {group.reason}", style="yellow"))
+    if len(groups) > _WARNINGS_SHOWN:
+        console.print(Text(f"  ... and {len(groups) - _WARNINGS_SHOWN} more (all of them with --json)", style="yellow"))
+
+
+def _say_warnings(console: Console, warnings: Sequence[str]) -> None:
+    for warning in warnings[:_WARNINGS_SHOWN]:
+        console.print(Text(f"warning: {warning}", style="yellow"))
+    if len(warnings) > _WARNINGS_SHOWN:
+        rest = len(warnings) - _WARNINGS_SHOWN
+        console.print(Text(f"... and {rest} more warnings (all of them with --json)", style="yellow"))
+
+
+class Bar(Progress):
+    """A rich progress display on standard error; shown once a phase has lasted for half a second."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+        from rich.progress import Progress as RichProgress
+
+        self._display = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task: Any = None
+        self._visible_from = 0.0
+        self._started = False
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._started:
+            self._display.stop()
+
+    def start(self, phase: str, total: int) -> None:
+        if self._task is not None:
+            self._display.remove_task(self._task)
+        self._task = self._display.add_task(phase, total=total)
+        self._visible_from = time.monotonic() + 0.5
+
+    def advance(self, nbytes: int) -> None:
+        if not self._started and time.monotonic() >= self._visible_from:
+            self._started = True
+            self._display.start()
+        self._display.update(self._task, advance=nbytes)

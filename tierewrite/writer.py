@@ -1,0 +1,394 @@
+"""The new files: staged in a hidden folder beside the target, flushed, and made visible by one rename.
+
+Nothing exists under the target's name until everything is written and flushed to disk (files, folders, and the folder
+that holds them), so a crash at any instant leaves the target whole or absent. The staging folder is locked while a
+run lives; one that a killed run left behind is recognised by the lock being free, and cleared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+import stat
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tierewrite.checkpoint import Checkpoint, SideFile, TensorEntry
+from tierewrite.errors import SourceChanged, SourceError, SystemFailure, UsageError, shown
+from tierewrite.planning import OutShard
+
+log = logging.getLogger(__name__)
+
+INDEX_NAME = "model.safetensors.index.json"
+MANIFEST_NAME = "tierewrite.json"
+# The format's own limit, MAX_HEADER_SIZE in safetensors/src/tensor.rs.
+MAX_HEADER_BYTES = 100_000_000
+_COPY_BYTES = 1 << 20
+_RENAME_EXCHANGE = 2
+
+
+@contextlib.contextmanager
+def system_errors(what: str, file: object) -> Iterator[None]:
+    """Turns an OSError inside into a SystemFailure that names `file` and what was being done."""
+    try:
+        yield
+    except OSError as error:
+        advice = {
+            errno.ENOSPC: "free some space, or choose another disk",
+            errno.EDQUOT: "free some of your quota, or choose another disk",
+            errno.EACCES: "check the permissions of the file and of its folder",
+            errno.EPERM: "check the permissions of the file and of its folder",
+            errno.EROFS: "the file system is read-only: choose another one",
+            errno.EFBIG: "a file may not grow this large here: raise the limit, or use a smaller --max-shard-size",
+            errno.EIO: "the device reports an I/O error: check the disk",
+            errno.EMFILE: "raise the limit of open files (ulimit -n)",
+        }.get(error.errno or 0, "see the system's message")
+        raise SystemFailure(
+            f"{what} failed: {error.strerror or error} ({errno.errorcode.get(error.errno or 0, '?')}); {advice}",
+            file=file,
+        ) from error
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the output goes, checked before anything else happens.
+
+    Attributes:
+        path: the real path of DST (links resolved); absent or an empty folder, unless `overwrite`.
+        overwrite: swap out what is there once the new one is complete.
+    """
+
+    path: Path
+    overwrite: bool = False
+
+    @classmethod
+    def check(cls, src: Path, dst: Path, overwrite: bool) -> Target:
+        """Decides whether `dst` can be written.
+
+        Raises:
+            UsageError: SRC and DST are the same or inside one another, or DST is not an empty or absent folder.
+        """
+        with system_errors("looking at DST", dst):
+            real_src = src.resolve()
+            try:
+                real = dst.resolve()
+            except RuntimeError as error:  # a loop of symbolic links, before Python 3.13
+                raise UsageError("DST is a loop of symbolic links", file=dst) from error
+            if dst.is_symlink() and not real.exists():
+                raise UsageError(f"DST is a link to '{shown(real)}', which does not exist", file=dst)
+            if real == real_src or (real.exists() and real_src.exists() and os.path.samefile(real, real_src)):
+                raise UsageError("SRC and DST are the same folder; write to another one", file=dst)
+            if real_src in real.parents:
+                raise UsageError(f"DST lies inside SRC '{shown(src)}'; write outside of it", file=dst)
+            if real in real_src.parents:
+                raise UsageError(f"SRC '{shown(src)}' lies inside DST; write somewhere else", file=dst)
+            if not real.name:
+                raise UsageError("DST is the root of the file system", file=dst)
+            if real.exists():
+                if not real.is_dir():
+                    raise UsageError("DST exists and is not a folder", file=dst)
+                if not overwrite and any(real.iterdir()):
+                    raise UsageError("DST is not empty; choose another folder, or replace it with --overwrite", file=dst)
+        return cls(real, overwrite)
+
+
+class Staging:
+    """A locked hidden folder beside the target; a context manager that leaves nothing behind unless committed.
+
+    Raises on entry:
+        UsageError: another run is writing to the same target.
+        SystemFailure: the folder cannot be made.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.path = target.path.parent / f".{target.path.name}.tierewrite"
+        self._lock = -1
+        self._made_parents: list[Path] = []
+        self._committed = False
+
+    def __enter__(self) -> Staging:
+        with system_errors("making the staging folder", self.path):
+            missing = []
+            parent = self.path.parent
+            while not parent.exists():
+                missing.append(parent)
+                parent = parent.parent
+            for folder in reversed(missing):
+                folder.mkdir()
+                self._made_parents.append(folder)
+            try:
+                self._acquire()
+            except BaseException:
+                self._remove_parents()
+                raise
+        return self
+
+    def _acquire(self) -> None:
+        while True:
+            with contextlib.suppress(FileExistsError):
+                self.path.mkdir()
+            try:
+                lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue  # the other run ended between the two calls
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(lock)
+                raise UsageError(
+                    "another run is writing to this DST; wait for it to end, or choose another DST",
+                    file=self.target.path,
+                ) from None
+            except OSError as error:
+                if error.errno not in (errno.ENOTSUP, errno.EBADF, errno.ENOLCK, errno.EINVAL):
+                    os.close(lock)
+                    raise
+                log.warning("this file system has no locks: do not start a second run into %s", self.target.path)
+            try:
+                same = os.path.samestat(os.fstat(lock), os.stat(self.path, follow_symlinks=False))
+            except FileNotFoundError:
+                same = False
+            if same:
+                self._lock = lock
+                self._clear()
+                return
+            os.close(lock)  # the other run renamed its folder into place before we got the lock
+
+    def _clear(self) -> None:
+        leftovers = list(self.path.iterdir())
+        if leftovers:
+            log.warning("clearing the staging folder of a run that was killed: %s", self.path)
+        for entry in leftovers:
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+
+    def commit(self) -> None:
+        """Flushes the folder and makes it the target, by one rename.
+
+        Raises:
+            SystemFailure: the rename or a flush failed; the target is what it was.
+            UsageError: something appeared in the target meanwhile.
+        """
+        target = self.target.path
+        with system_errors("flushing the new checkpoint", self.path):
+            for folder, _, _ in os.walk(self.path, topdown=False):
+                sync_folder(Path(folder))
+        replaced: Path | None = None
+        with system_errors("moving the new checkpoint into place", target):
+            if target.exists() and any(target.iterdir()):
+                if not self.target.overwrite:
+                    raise UsageError("something was put into DST while this run was working", file=target)
+                replaced = self._exchange(target)
+            else:
+                os.rename(self.path, target)
+            self._committed = True
+            sync_folder(target.parent)
+        if replaced is not None:
+            shutil.rmtree(replaced, ignore_errors=True)
+
+    def _exchange(self, target: Path) -> Path:
+        """Swaps staging and target in one step where the kernel can, so that the target is never absent."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        if hasattr(libc, "renameat2"):
+            result = libc.renameat2(-100, os.fsencode(self.path), -100, os.fsencode(target), _RENAME_EXCHANGE)
+            if result == 0:
+                return self.path
+        old = self.path.with_name(self.path.name + "-old")
+        if old.exists():
+            shutil.rmtree(old)
+        os.rename(target, old)
+        try:
+            os.rename(self.path, target)
+        except OSError:
+            os.rename(old, target)
+            raise
+        return old
+
+    def _remove_parents(self) -> None:
+        for folder in reversed(self._made_parents):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if not self._committed:
+            shutil.rmtree(self.path, ignore_errors=True)
+            self._remove_parents()
+        os.close(self._lock)
+
+
+def sync_folder(path: Path) -> None:
+    """Flushes a folder's entries to disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot, and need not
+            raise
+    finally:
+        os.close(fd)
+
+
+def shard_header(shard: OutShard, entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> bytes:
+    """The length field and JSON header of an output shard, padded to 8 bytes as safetensors' serializer pads.
+
+    Raises:
+        UsageError: the header would be longer than the format allows.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    for tensor in shard.tensors:
+        entry = entries[tensor.source]
+        header[tensor.name] = {
+            "dtype": entry.dtype,
+            "shape": entry.shape,
+            "data_offsets": (tensor.start, tensor.end),
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER_BYTES:
+        raise UsageError(
+            f"the header of '{shard.name}' would be {len(text):,} bytes, more than the {MAX_HEADER_BYTES:,} that the "
+            "format allows; use a smaller --max-shard-size"
+        )
+    return struct.pack("<Q", len(text)) + text
+
+
+def merged_metadata(checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
+    """The union of the shards' `__metadata__`; where two disagree the first shard wins. Returns it with warnings."""
+    union: dict[str, str] = {}
+    warnings = []
+    for shard in checkpoint.shards:
+        for key, value in shard.metadata.items():
+            if union.setdefault(key, value) != value:
+                warnings.append(
+                    f"metadata '{shown(key)}' is {shown(union[key])!r} in an earlier shard and {shown(value)!r} in "
+                    f"'{shown(shard.name)}'; the first is kept"
+                )
+    return union, warnings
+
+
+def index_bytes(shards: Sequence[OutShard], metadata: Mapping[str, Any] | None) -> bytes:
+    """`model.safetensors.index.json`: canonical names, `total_size` in bytes of tensor data, other metadata kept."""
+    index = {
+        "metadata": {**(metadata or {}), "total_size": sum(shard.nbytes for shard in shards)},
+        "weight_map": {tensor.name: shard.name for shard in shards for tensor in shard.tensors},
+    }
+    return (json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def create(path: Path) -> int:
+    """A new file for writing, with the mode that the umask gives (safetensors' own save_file gives 0600)."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+
+
+def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Writes all of `data` at `offset`; a short write is continued."""
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(fd, view, offset)
+        view = view[done:]
+        offset += done
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes and flushes a small file."""
+    with system_errors("writing", path):
+        fd = create(path)
+        try:
+            write_all(fd, data, 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def side_file_clashes(checkpoint: Checkpoint, shards: Sequence[OutShard]) -> None:
+    """A side file may not have the name of a file that we write.
+
+    Raises:
+        SourceError: a stray file stands where an output shard will.
+    """
+    ours = {shard.name for shard in shards} | {INDEX_NAME}
+    for side in checkpoint.side_files:
+        if side.name in ours:
+            raise SourceError(
+                "this file is not part of the checkpoint's index but has the name of a shard of the output; "
+                "move it out of SRC",
+                file=side.path,
+            )
+
+
+def copy_side_files(
+    side_files: Sequence[SideFile],
+    directories: Sequence[str],
+    folder: Path,
+    advance: Callable[[int], None] = lambda n: None,
+) -> None:
+    """Copies every other file of the source, byte for byte; links arrive as files.
+
+    Raises:
+        SourceChanged: a file is not as long as it was when the source was opened.
+        SystemFailure: reading or writing failed.
+    """
+    for name in directories:
+        with system_errors("making a folder", folder / name):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+    for side in side_files:
+        path = folder / side.name
+        with system_errors("copying", side.path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            source = os.open(side.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            try:
+                if not stat.S_ISREG(os.fstat(source).st_mode):
+                    raise SourceChanged("is no regular file any more", file=side.path)
+                out = create(path)
+                try:
+                    size = 0
+                    while chunk := os.read(source, _COPY_BYTES):
+                        write_all(out, chunk, size)
+                        size += len(chunk)
+                        advance(len(chunk))
+                    os.fsync(out)
+                finally:
+                    os.close(out)
+            finally:
+                os.close(source)
+        if size != side.size:
+            raise SourceChanged(
+                f"was {side.size:,} bytes when the run began and {size:,} when it was copied; run again when "
+                "nothing writes to SRC",
+                file=side.path,
+            )
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuses before the first byte when the disk of `folder` cannot hold `needed` bytes.
+
+    Raises:
+        SystemFailure: too little space.
+    """
+    while not folder.exists():
+        folder = folder.parent
+    with system_errors("asking for the free space", folder):
+        free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise SystemFailure(
+            f"the output needs {needed:,} bytes and the disk has {free:,} free; free some space, or choose another disk",
+            file=folder,
+        )
