@@ -1,0 +1,513 @@
+"""The families' tables: every suffix an exporter writes has one meaning, and everything else has none."""
+
+from __future__ import annotations
+
+import json
+import struct
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+from tierewrite.formats import FAMILIES, Adjacency, Role, classify, concerns, detect, kv_scale
+from tierewrite.formats.quant_config import (
+    CONFIG,
+    QUANT_CONFIG,
+    Problem,
+    fixed,
+    fixed_text,
+    inconsistencies,
+)
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+CHECKPOINTS = sorted(
+    {path.parent for path in FIXTURES.rglob("config.json") if list(path.parent.glob("*.safetensors"))}
+)
+
+
+def keys_of(folder: Path) -> list[str]:
+    keys: list[str] = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            keys += [key for key in json.loads(file.read(size)) if key != "__metadata__"]
+    return keys
+
+
+def configs_of(folder: Path) -> tuple[dict, dict]:
+    quant = folder / "hf_quant_config.json"
+    return json.loads((folder / "config.json").read_text()), json.loads(
+        quant.read_text()
+    ) if quant.exists() else {}
+
+
+W, A, P, J, K = Role.WEIGHT, Role.ACTIVATION, Role.PER_SIDE, Role.ADJACENT, Role.KV
+
+# What each exporter writes beside (or as) `weight`, and what it must be taken for.
+WRITTEN = [
+    ("ModelOpt NVFP4", {"weight": W, "weight_scale": W, "weight_scale_2": W, "input_scale": (A, "max")}),
+    ("ModelOpt W4A16_NVFP4", {"weight": W, "weight_scale": W, "weight_scale_2": W}),
+    (
+        "ModelOpt W4A8_NVFP4_FP8",
+        {"weight": W, "weight_scale": W, "weight_scale_2": W, "input_scale": (A, "max")},
+    ),
+    ("ModelOpt FP8", {"weight": W, "weight_scale": W, "input_scale": (A, "max")}),
+    ("ModelOpt FP8 per channel, blocks, MXFP8, MXFP4, INT4", {"weight": W, "weight_scale": W}),
+    ("ModelOpt AWQ", {"weight": W, "weight_scale": W, "pre_quant_scale": J, "input_scale": (A, "max")}),
+    (
+        "ModelOpt SVDQuant",
+        {
+            "pre_quant_scale": J,
+            "weight_quantizer._svdquant_lora_a": W,
+            "weight_quantizer._svdquant_lora_b": W,
+            "svdquant_lora_a": W,
+            "svdquant_lora_b": W,
+        },
+    ),
+    ("ModelOpt KV cache", {"k_scale": (K, "max"), "v_scale": (K, "max"), "k_bias": K, "v_bias": K}),
+    (
+        "compressed-tensors nvfp4-pack-quantized",
+        {
+            "weight_packed": W,
+            "weight_scale": W,
+            "weight_global_scale": W,
+            "weight_zero_point": W,
+            "input_global_scale": (A, "min"),
+        },
+    ),
+    ("compressed-tensors mxfp4-pack-quantized", {"weight_packed": W, "weight_scale": W}),
+    (
+        "compressed-tensors pack-quantized",
+        {"weight_packed": W, "weight_scale": W, "weight_shape": W, "weight_zero_point": W, "weight_g_idx": W},
+    ),
+    (
+        "compressed-tensors float-quantized, static",
+        {"weight": W, "weight_scale": W, "input_scale": (A, "max")},
+    ),
+    (
+        "compressed-tensors int-quantized, asymmetric",
+        {
+            "weight": W,
+            "weight_scale": W,
+            "input_scale": (A, "max"),
+            "input_zero_point": W,
+            "weight_zero_point": W,
+        },
+    ),
+    ("DeepSeek FP8", {"weight": W, "weight_scale_inv": W, "activation_scale": (A, "max")}),
+    ("FBGEMM FP8", {"weight": W, "weight_scale": W, "input_scale_ub": W}),
+    ("GPTQ", {"qweight": W, "qzeros": W, "scales": W, "g_idx": W}),
+    ("AutoAWQ", {"qweight": W, "qzeros": W, "scales": W}),
+    (
+        "bitsandbytes 4-bit",
+        {
+            "weight": W,
+            "weight.absmax": W,
+            "weight.quant_map": W,
+            "weight.nested_absmax": W,
+            "weight.nested_quant_map": W,
+            "weight.quant_state.bitsandbytes__nf4": W,
+            "weight.quant_state.bitsandbytes__fp4": W,
+        },
+    ),
+    ("bitsandbytes 8-bit", {"weight": W, "SCB": W, "weight_format": W}),
+    (
+        "Quark",
+        {
+            "weight": W,
+            "weight_scale": W,
+            "weight_zero_point": W,
+            "input_scale": (A, "max"),
+            "output_scale": (A, "max"),
+            "input_scale_2": (A, "max"),
+            "bias_scale": P,
+            "input_rotation": J,
+        },
+    ),
+    ("plain", {"weight": W, "bias": P}),
+]
+FUSED = [
+    ("gate_up_proj", "gate_up_proj", W, None),
+    ("gate_up_proj", "gate_up_proj_bias", P, None),
+    ("gate_up_proj", "gate_up_proj_weight_scale", W, None),  # ModelOpt, Llama 4 and gpt-oss
+    ("gate_up_proj", "gate_up_proj_weight_scale_2", W, None),
+    ("gate_up_proj", "gate_up_proj_input_scale", A, "max"),
+    ("gate_up_proj", "gate_up_proj_scale", W, None),  # FBGEMM, Llama 4
+    ("down_proj", "down_proj_scale_inv", W, None),  # transformers FP8
+    ("down_proj", "down_proj_activation_scale", A, "max"),
+    ("down_proj", "down_proj_blocks", W, None),  # gpt-oss MXFP4
+    ("down_proj", "down_proj_scales", W, None),
+    ("down_proj", "down_proj.absmax", W, None),  # bitsandbytes on a parameter
+    ("down_proj", "down_proj.quant_state.bitsandbytes__nf4", W, None),
+    ("bias", "bias", W, None),  # a bias that the tie map names is a weight of its own
+    ("scale", "scale", W, None),  # DiffusionGemma's router.scale
+    ("per_expert_scale", "per_expert_scale", W, None),
+    ("in_proj_weight", "in_proj_weight", W, None),
+]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "meaning"),
+    [
+        pytest.param(suffix, meaning, id=f"{name}: {suffix}")
+        for name, row in WRITTEN
+        for suffix, meaning in row.items()
+    ],
+)
+def test_suffix_has_its_role(suffix: str, meaning: Role | tuple[Role, str]) -> None:
+    role, merge = meaning if isinstance(meaning, tuple) else (meaning, None)
+    companion = classify("weight", suffix)
+    assert companion is not None
+    assert (companion.role, companion.merge) == (role, merge)
+    assert companion.suffix == suffix or kv_scale(f"self_attn.{companion.suffix}") is not None
+
+
+@pytest.mark.parametrize(("leaf", "suffix", "role", "merge"), FUSED)
+def test_fused_parameter_owns_itself_and_what_its_name_begins(
+    leaf: str, suffix: str, role: Role, merge: str | None
+) -> None:
+    companion = classify(leaf, suffix)
+    assert companion is not None
+    assert (companion.role, companion.merge, companion.suffix) == (role, merge, suffix)
+
+
+@pytest.mark.parametrize(
+    "suffix",
+    [
+        "weight_quantizer._amax",
+        "input_quantizer._amax",
+        "_amax",
+        "weight_quantizer._scale",
+        "weight_scale_3",
+        "weightscale",
+        "lora_A.default.weight",
+        "",
+        "Weight",
+        "weight ",
+        "B",
+        "workspace",
+        "weight_sf",
+    ],
+)
+def test_suffix_that_no_family_knows_is_none(suffix: str) -> None:
+    assert classify("weight", suffix) is None
+
+
+def test_other_leaves_do_not_claim_their_neighbours() -> None:
+    assert classify("bias", "weight_scale") is None
+    assert classify("gate_up_proj", "down_proj") is None
+    assert classify("scale", "per_expert_scale") is None
+    assert not concerns("gate_up_proj", "down_proj_scales")
+    assert not concerns("scale", "scaled")
+    assert concerns("weight", "anything.at.all")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "main"),
+    [("weight", True), ("weight_packed", True), ("qweight", True), ("weight_scale", False), ("bias", False)],
+)
+def test_main_says_which_companion_is_the_weight_itself(suffix: str, main: bool) -> None:
+    companion = classify("weight", suffix)
+    assert companion is not None
+    assert companion.main is main
+
+
+def test_no_two_families_contradict_each_other_in_the_default_union() -> None:
+    for one, other in combinations(FAMILIES.values(), 2):
+        for table in ("companions", "fused", "kv"):
+            mine = {row.suffix: row.meaning for row in getattr(one, table) if row.suffix not in one.own_only}
+            theirs = {
+                row.suffix: row.meaning for row in getattr(other, table) if row.suffix not in other.own_only
+            }
+            for suffix in mine.keys() & theirs.keys():
+                assert mine[suffix] == theirs[suffix], (one.name, other.name, suffix)
+
+
+def test_merging_rules_exist_exactly_where_values_may_differ() -> None:
+    for family in FAMILIES.values():
+        for row in (*family.companions, *family.fused, *family.kv):
+            if row.role is Role.ACTIVATION:
+                assert row.merge is not None, (family.name, row.suffix)
+            elif row.role is not Role.KV:
+                assert row.merge is None, (family.name, row.suffix)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
+def test_no_table_lists_a_suffix_twice(family) -> None:
+    for rows in (family.companions, family.fused, family.kv):
+        assert len({row.suffix for row in rows}) == len(rows)
+
+
+def test_asking_detected_families_only_leaves_out_the_others() -> None:
+    assert classify("weight", "qweight", ("modelopt",)) is None
+    assert classify("weight", "weight_scale_2", ("modelopt",)) is not None
+    assert classify("weight", "weight", ("gptq-awq",)) is not None  # plain is everywhere
+
+
+@pytest.mark.parametrize(
+    ("key", "parent", "rest", "merge"),
+    [
+        ("model.layers.0.self_attn.k_proj.k_scale", "model.layers.0.self_attn", "k_proj.k_scale", "max"),
+        ("model.layers.0.self_attn.v_proj.v_scale", "model.layers.0.self_attn", "v_proj.v_scale", "max"),
+        ("model.layers.0.self_attn.k_proj.k_bias", "model.layers.0.self_attn", "k_proj.k_bias", None),
+        ("model.layers.0.self_attn.k_scale", "model.layers.0.self_attn", "k_scale", "max"),
+        ("self_attn.k_global_scale", "self_attn", "k_global_scale", "min"),
+        (
+            "model.layers.0.self_attn.k_proj.output_scale",
+            "model.layers.0.self_attn",
+            "k_proj.output_scale",
+            "max",
+        ),
+    ],
+)
+def test_kv_scale_splits_off_the_attention_module(
+    key: str, parent: str, rest: str, merge: str | None
+) -> None:
+    found = kv_scale(key)
+    assert found is not None
+    assert found[:2] == (parent, rest)
+    assert (found[2].role, found[2].merge) == (Role.KV, merge)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["k_scale", "a.k_proj.weight", "a.q_proj.output_scale", "a.k_proj.input_scale", "a.k_proj.k_scale.x", ""],
+)
+def test_kv_scale_is_none_for_anything_else(key: str) -> None:
+    assert kv_scale(key) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "quant_config", "keys", "families"),
+    [
+        ({}, {}, ["a.weight", "a.bias"], ("plain",)),
+        ({"quantization_config": {"quant_method": "modelopt"}}, {}, [], ("modelopt",)),
+        ({}, {"producer": {"name": "modelopt"}}, [], ("modelopt",)),
+        ({"quantization_config": {"quant_method": "compressed-tensors"}}, {}, [], ("compressed-tensors",)),
+        ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, {}, [], ("deepseek-fp8",)),
+        ({"quantization_config": {"quant_method": "AWQ"}}, {}, [], ("gptq-awq",)),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, {}, [], ("bitsandbytes",)),
+        ({"quantization_config": {"quant_method": "quark"}}, {}, [], ("quark",)),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, {}, [], ("mxfp4",)),
+        ({"quantization_config": {"quant_method": "fbgemm_fp8"}}, {}, [], ("fbgemm-fp8",)),
+        ({}, {}, ["a.weight_scale_2"], ("modelopt",)),
+        ({}, {}, ["a.weight_packed"], ("compressed-tensors",)),
+        ({}, {}, ["a.weight_scale_inv"], ("deepseek-fp8",)),
+        ({}, {}, ["a.qweight"], ("gptq-awq",)),
+        ({}, {}, ["a.weight.absmax"], ("bitsandbytes",)),
+        ({}, {}, ["experts.gate_up_proj_blocks"], ("mxfp4",)),
+        ({}, {}, ["a.weight_scale_2", "b.qweight"], ("modelopt", "gptq-awq")),
+        ({"quantization_config": None}, {"producer": None}, [], ("plain",)),
+        ({"quantization_config": ["x"], "text_config": 3}, {"quantization": []}, [], ("plain",)),
+    ],
+)
+def test_detect(config: dict, quant_config: dict, keys: list[str], families: tuple[str, ...]) -> None:
+    assert detect(config, quant_config, keys) == families
+
+
+EXPECTED_FAMILY = [("llmcompressor", "compressed-tensors"), ("_bf16", "plain"), ("dg_", "modelopt")]
+
+
+@pytest.mark.parametrize("folder", CHECKPOINTS, ids=lambda path: path.relative_to(FIXTURES).as_posix())
+def test_fixture_is_detected_and_every_suffix_in_it_is_known(folder: Path) -> None:
+    keys = keys_of(folder)
+    families = detect(*configs_of(folder), keys)
+    quantized = "quantization_config" in configs_of(folder)[0]
+    assert quantized == (families != ("plain",))
+    for mark, family in EXPECTED_FAMILY:
+        if (
+            mark in folder.parent.name
+            and (quantized or family == "plain")
+            and not (quantized and family == "plain")
+        ):
+            assert family in families
+    # Modules with a weight are what quantizers touch; parameters of other names stand for themselves.
+    weights = ("weight", "weight_packed", "qweight", "weight_scale", "weight_quantizer._svdquant_lora_a")
+    modules = {key.removesuffix(f".{mark}") for key in keys for mark in weights if key.endswith(f".{mark}")}
+    checked = 0
+    for key in keys:
+        parts = key.split(".")
+        for cut in range(len(parts) - 1, 0, -1):
+            if ".".join(parts[:cut]) in modules:
+                suffix = ".".join(parts[cut:])
+                if suffix not in ("per_expert_scale", "scale"):
+                    assert classify("weight", suffix) is not None, key
+                    assert classify("weight", suffix, families) is not None or kv_scale(key), key
+                    checked += 1
+                break
+    assert checked
+
+
+LAYER = "model.layers.3"
+SMOOTHED = {"quantization_config": {"quant_algo": "NVFP4_AWQ", "quant_method": "modelopt"}}
+LAYER_KEYS = [
+    f"{LAYER}.input_layernorm.weight",
+    f"{LAYER}.pre_feedforward_layernorm.weight",
+    f"{LAYER}.self_attn.q_proj.weight",
+    f"{LAYER}.self_attn.v_proj.weight",
+    f"{LAYER}.self_attn.v_proj.weight_scale",
+    f"{LAYER}.self_attn.v_proj.input_scale",
+    f"{LAYER}.self_attn.o_proj.weight",
+    f"{LAYER}.mlp.experts.7.up_proj.weight",
+    f"{LAYER}.mlp.experts.7.down_proj.weight",
+    "model.layers.4.input_layernorm.weight",
+    "model.norm.weight",
+]
+
+
+def test_smoothed_linear_needs_the_norms_of_its_layer() -> None:
+    norms = (f"{LAYER}.input_layernorm.weight", f"{LAYER}.pre_feedforward_layernorm.weight")
+    adjacency = Adjacency(LAYER_KEYS, SMOOTHED, {})
+    assert adjacency.of(f"{LAYER}.self_attn.q_proj") == norms
+    assert adjacency.of(f"{LAYER}.mlp.experts.7.up_proj") == norms
+    assert adjacency.of("lm_head") == ()
+
+
+def test_smoothed_linear_needs_the_linear_that_its_scale_was_folded_into() -> None:
+    adjacency = Adjacency(LAYER_KEYS, SMOOTHED, {})
+    assert adjacency.of(f"{LAYER}.self_attn.o_proj")[2:] == (
+        f"{LAYER}.self_attn.v_proj.weight",
+        f"{LAYER}.self_attn.v_proj.weight_scale",
+    )
+    assert adjacency.of(f"{LAYER}.mlp.experts.7.down_proj")[2:] == (f"{LAYER}.mlp.experts.7.up_proj.weight",)
+
+
+@pytest.mark.parametrize(
+    ("config", "quant_config", "extra", "smoothed"),
+    [
+        ({}, {}, [], False),
+        ({"quantization_config": {"quant_algo": "NVFP4"}}, {}, [], False),
+        (SMOOTHED, {}, [], True),
+        ({}, {"quantization": {"quant_algo": "W4A16_AWQ"}}, [], True),
+        ({}, {"quantization": {"quant_algo": "NVFP4_SVD"}}, [], True),
+        ({}, {"quantization": {"quant_algo": "W8A8_SQ_PER_CHANNEL"}}, [], True),
+        ({}, {"quantization": {"quantized_layers": {"a.b": {"quant_algo": "W4A8_AWQ"}}}}, [], True),
+        ({"quantization_config": {"quant_method": "awq"}}, {}, [], True),
+        ({}, {}, ["a.o_proj.pre_quant_scale"], True),
+    ],
+)
+def test_smoothing_shows_in_the_config_or_in_its_own_tensors(
+    config: dict, quant_config: dict, extra: list[str], smoothed: bool
+) -> None:
+    adjacency = Adjacency([*LAYER_KEYS, *extra], config, quant_config)
+    assert adjacency.smoothed is smoothed
+    assert bool(adjacency.of(f"{LAYER}.self_attn.q_proj")) is smoothed
+
+
+PAIRS = [("enc.layers.1.q", "dec.layers.1.q"), ("enc.layers.1.router", "dec.layers.1.router")]
+MODELOPT = {"quant_method": "modelopt"}
+CT = {"quant_method": "compressed-tensors"}
+BNB = {"quant_method": "bitsandbytes"}
+
+
+def config_with(part: dict, key: str, *entries: object) -> dict:
+    return {"model_type": "x", "quantization_config": {**part, key: list(entries), "z": 1}}
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "entry", "covers"),
+    [
+        (MODELOPT, "ignore", "enc.layers.1.q", True),
+        (MODELOPT, "ignore", "enc.layers.1*", True),
+        (MODELOPT, "ignore", "enc", True),
+        (MODELOPT, "ignore", "enc.layers.1.q.deeper", False),
+        (MODELOPT, "ignore", "nc.layers.1.q", False),
+        (CT, "ignore", "enc.layers.1.q", True),
+        (CT, "ignore", "enc.layers.1", False),
+        (CT, "ignore", "enc.layers.1*", False),
+        (CT, "ignore", r"re:enc.*\.q$", True),
+        (CT, "ignore", r"re:.*\.k$", False),
+        (CT, "ignore", "re:[", False),
+        ({"quant_method": "quark"}, "exclude", "*.layers.1.q", True),
+        ({"quant_method": "quark"}, "exclude", "enc.layers.1", False),
+        (BNB, "llm_int8_skip_modules", "enc.layers.1", True),
+        (BNB, "llm_int8_skip_modules", "enc.lay", False),
+        (BNB, "modules_to_not_convert", "layers.1.q", True),
+        (BNB, "modules_to_not_convert", "enc.layers.*", True),
+    ],
+)
+def test_each_list_is_read_in_its_own_language(part: dict, key: str, entry: str, covers: bool) -> None:
+    found = inconsistencies(config_with(part, key, entry), {}, PAIRS[:1], {"dec.layers.1.q"}, ())
+    assert [f.entry for f in found] == ([entry] if covers else [])
+    assert all(f.problem is Problem.EXCLUDES_QUANTIZED for f in found)
+
+
+def test_entry_that_names_an_alias_whose_canonical_is_quantized_is_removed() -> None:
+    config = config_with(MODELOPT, "ignore", "lm_head", "enc.layers.1.q", "vision*")
+    (finding,) = inconsistencies(config, {}, PAIRS[:1], {"dec.layers.1.q"}, {"lm_head", "vision.a"})
+    assert finding.replacement == ()
+    assert "'enc.layers.1.q'" in finding.message
+    assert fixed(config, CONFIG, [finding]) == config_with(MODELOPT, "ignore", "lm_head", "vision*")
+
+
+def test_wildcard_that_covers_more_keeps_what_is_not_quantized() -> None:
+    config = config_with(MODELOPT, "ignore", "enc*", "enc.vision.b")
+    plain = ["enc.vision.a", "enc.vision.b", "dec.layers.1.router"]
+    findings = inconsistencies(config, {}, PAIRS[:1], {"dec.layers.1.q"}, plain)
+    assert fixed(config, CONFIG, findings) == config_with(MODELOPT, "ignore", "enc.vision.a", "enc.vision.b")
+
+
+def test_entry_that_names_an_alias_whose_canonical_is_plain_gains_the_canonical() -> None:
+    quant_config = {"quantization": {"exclude_modules": ["enc.layers.1.router*", "lm_head"]}}
+    (finding,) = inconsistencies({}, quant_config, PAIRS, {"dec.layers.1.q"}, {"dec.layers.1.router"})
+    assert finding.problem is Problem.MISSES_PLAIN
+    assert finding.path == ("quantization", "exclude_modules")
+    assert fixed(quant_config, QUANT_CONFIG, [finding]) == {
+        "quantization": {"exclude_modules": ["enc.layers.1.router*", "dec.layers.1.router", "lm_head"]}
+    }
+    assert fixed({"a": 1}, CONFIG, [finding]) == {"a": 1}
+
+
+def test_lists_that_name_both_sides_are_consistent() -> None:
+    config = config_with(MODELOPT, "ignore", "enc.layers.1.router*", "dec.layers.1.router*", "lm_head")
+    assert inconsistencies(config, {}, PAIRS, {"dec.layers.1.q"}, {"dec.layers.1.router", "lm_head"}) == ()
+
+
+def test_unconfirmed_tie_with_one_plain_side_is_reported_and_not_changed() -> None:
+    config = config_with(MODELOPT, "ignore", "enc.layers.1.q")
+    (finding,) = inconsistencies(config, {}, PAIRS[:1], {"dec.layers.1.q"}, {"enc.layers.1.q"})
+    assert finding.problem is Problem.SIDES_DIFFER
+    assert finding.replacement is None
+    assert fixed(config, CONFIG, [finding]) == config
+
+
+@pytest.mark.parametrize(
+    "style", [{"indent": 2}, {"indent": 4}, {"indent": "\t"}, {}], ids=["2", "4", "tab", "none"]
+)
+@pytest.mark.parametrize("end", ["", "\n"], ids=["no newline", "newline"])
+def test_fixed_text_keeps_the_files_style(style: dict, end: str) -> None:
+    config = {
+        "ü": "é",
+        **config_with(MODELOPT, "ignore", "enc.layers.1.q", "lm_head"),
+        "eps": 1e-06,
+        "a": [1.0, None],
+    }
+    for escaped in (True, False):
+        text = json.dumps(config, ensure_ascii=escaped, **style) + end
+        findings = inconsistencies(config, {}, PAIRS[:1], {"dec.layers.1.q"}, ())
+        config_after = fixed(config, CONFIG, findings)
+        assert config_after != config
+        assert (
+            fixed_text(text, CONFIG, findings)
+            == json.dumps(config_after, ensure_ascii=escaped, **style) + end
+        )
+        assert fixed_text(text, CONFIG, []) is text
+
+
+@pytest.mark.parametrize("folder", CHECKPOINTS, ids=lambda path: path.relative_to(FIXTURES).as_posix())
+def test_real_exporters_lists_name_both_sides(folder: Path) -> None:
+    """What exporters write is consistent: they list modules of the live model, which has both sides."""
+    config, quant_config = configs_of(folder)
+    keys = keys_of(folder)
+    modules = {key.rpartition(".")[0] for key in keys}
+    old, new = "model.encoder.language_model.", "model.decoder."
+    pairs = [(m, new + m.removeprefix(old)) for m in modules if m.startswith(old)]
+    marks = (".weight_scale", ".weight_packed", ".qweight")
+    quantized = {key.rpartition(".")[0] for key in keys if key.endswith(marks)}
+    plain = {m for m in modules - quantized if "norm" not in m and m + ".weight" in keys}
+    if folder.parent.name == "dg_nvfp4_encoder_bf16":
+        found = inconsistencies(config, quant_config, pairs, quantized, plain)
+        assert found
+        assert {f.problem for f in found} == {Problem.SIDES_DIFFER}
+    else:
+        assert inconsistencies(config, quant_config, pairs, quantized, plain) == ()

@@ -1,0 +1,277 @@
+"""Which modules a checkpoint's configs call unquantized, held against what lies on disk after the ties are
+rewritten.
+
+Exporters list the modules they left alone, under both names of a tie or under one. A consumer with a single
+backbone merges the entries of both sides: an entry that names only the side that was dropped then unquantizes
+the side that stayed, or fails to protect it. `inconsistencies` finds such entries, `fixed` rewrites them and
+nothing else.
+
+Languages of the lists, by key:
+- `exclude_modules` (hf_quant_config.json) and `ignore` of quant_method `modelopt`: shell wildcards on module
+  names (ModelOpt export/quant_utils.py `_prefix_wildcard_summarize_exclude_modules`); a name covers what lies
+  below it.
+- `ignore` of compressed-tensors: exact names, or `re:` and a regular expression matched from the start
+  (compressed_tensors/utils/match.py `match_name`).
+- `exclude` of Quark: shell wildcards matched verbatim, a parent does not cover its children
+  (quark/torch/quantization/config/config.py `QConfig`).
+- `modules_to_not_convert`, `ignored_layers`, `llm_int8_skip_modules`: transformers' own rule, a prefix or a
+  regular expression up to a dot, or a suffix (transformers/quantizers/quantizers_utils.py
+  `should_convert_module`).
+
+Refused: changing an entry because of a tie that was not confirmed, whose sides are quantized differently. No
+list can say that to a single-backbone consumer; it is reported, with no fix.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+CONFIG = "config.json"
+QUANT_CONFIG = "hf_quant_config.json"
+
+
+class Problem(str, Enum):
+    """What is wrong with an entry."""
+
+    EXCLUDES_QUANTIZED = "excludes-quantized"  #: it names a tied module whose weight on disk is quantized
+    MISSES_PLAIN = "misses-plain"  #: it names an alias whose canonical is unquantized, and nothing names that
+    SIDES_DIFFER = "sides-differ"  #: it names one side of an unconfirmed tie; the other is quantized
+
+
+@dataclass(frozen=True, slots=True)
+class Inconsistency:
+    """One entry of one list that does not fit what is on disk.
+
+    Attributes:
+        file: "config.json" or "hf_quant_config.json".
+        path: the keys that lead to the list, e.g. ("quantization_config", "ignore").
+        entry: the entry as it stands.
+        problem: see `Problem`.
+        modules: the tied modules concerned, as (alias, canonical), at most 8 of them.
+        replacement: the entries to stand in its place (none: the entry goes); None where no list can be
+            right.
+    """
+
+    file: str
+    path: tuple[str, ...]
+    entry: str
+    problem: Problem
+    modules: tuple[tuple[str, str], ...]
+    replacement: tuple[str, ...] | None
+
+    @property
+    def message(self) -> str:
+        """The finding as one sentence: where, what, and what to do."""
+        alias, canonical = self.modules[0]
+        more = f" (and {len(self.modules) - 1} more)" if len(self.modules) > 1 else ""
+        remedy = "--fix-ignore rewrites the entry"
+        where = f"{self.file}, {'.'.join(self.path)}: '{self.entry}'"
+        if self.problem is Problem.EXCLUDES_QUANTIZED:
+            return f"{where} covers '{alias}', tied to '{canonical}', which is quantized{more}; {remedy}"
+        if self.problem is Problem.MISSES_PLAIN:
+            return f"{where} covers '{alias}' but nothing covers '{canonical}', which stands for it{more}; {remedy}"
+        return (
+            f"{where} covers one of '{alias}' and '{canonical}' and the other is quantized{more}; a consumer with "
+            "a single backbone cannot represent both"
+        )
+
+
+def _wildcard_and_below(entry: str) -> str:
+    """ModelOpt: the pattern, or anything below a module that it matches."""
+    return rf"(?:{fnmatch.translate(entry)}|{fnmatch.translate(entry + '.*')})"
+
+
+def _exact_or_regex(entry: str) -> str:
+    """compressed-tensors."""
+    return entry[3:] if entry.startswith("re:") else rf"{re.escape(entry)}\Z"
+
+
+def _transformers(entry: str) -> str:
+    """transformers: up to a dot from the start, by name or as a regular expression, or a suffix."""
+    return rf"(?:(?:{entry})(?:(?<=\.)|(?=\.|$))|.*{re.escape(entry)}\Z)"
+
+
+_LANGUAGES: Mapping[str, Callable[[str], str]] = {
+    "exclude_modules": _wildcard_and_below,
+    "exclude": fnmatch.translate,
+    "ignore": _exact_or_regex,
+    "modules_to_not_convert": _transformers,
+    "ignored_layers": _transformers,
+    "llm_int8_skip_modules": _transformers,
+}
+
+
+def _lists(
+    config: Mapping[str, Any], quant_config: Mapping[str, Any]
+) -> Iterable[tuple[str, tuple[str, ...], list[Any], Callable[[str], str]]]:
+    """Every list of unquantized modules: file, path to it, the list, and its language as entry -> regex."""
+    for file, root in ((CONFIG, config), (QUANT_CONFIG, quant_config)):
+        for path, part in _parts(file, root):
+            modelopt = file == QUANT_CONFIG or "modelopt" in str(part.get("quant_method")).lower()
+            for key, value in part.items():
+                if isinstance(value, list) and key in _LANGUAGES:
+                    language = _wildcard_and_below if modelopt and key == "ignore" else _LANGUAGES[key]
+                    yield file, (*path, key), value, language
+
+
+def _parts(file: str, root: Mapping[str, Any]) -> Iterable[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    """The mappings that can hold such a list, with the path to each."""
+    if file == QUANT_CONFIG:
+        yield (), root
+        if isinstance(inner := root.get("quantization"), Mapping):
+            yield ("quantization",), inner
+        return
+    nested = [((), root), *(((key,), value) for key, value in root.items() if isinstance(value, Mapping))]
+    for path, part in nested:
+        for name in ("quantization_config", "compression_config"):
+            if isinstance(inner := part.get(name), Mapping):
+                yield (*path, name), inner
+                if isinstance(deeper := inner.get("quantization"), Mapping):
+                    yield (*path, name, "quantization"), deeper
+
+
+def _compiled(pattern: str) -> re.Pattern[str] | None:
+    try:
+        return re.compile(pattern)
+    except re.error:
+        return None
+
+
+class _Entries:
+    """The entries of one list, compiled, with the modules that each covers."""
+
+    def __init__(
+        self, entries: Sequence[Any], language: Callable[[str], str], modules: Collection[str]
+    ) -> None:
+        patterns = {
+            entry: pattern
+            for entry in entries
+            if isinstance(entry, str) and (pattern := _compiled(language(entry))) is not None
+        }
+        self.covers: dict[str, list[str]] = {entry: [] for entry in patterns}
+        self.covered: set[str] = set()
+        # One combined pass first: most modules are covered by nothing.
+        anything = _compiled("|".join(f"(?:{pattern.pattern})" for pattern in patterns.values()))
+        for module in modules if patterns else ():
+            if anything is not None and not anything.match(module):
+                continue
+            for entry, pattern in patterns.items():
+                if pattern.match(module):
+                    self.covers[entry].append(module)
+                    self.covered.add(module)
+
+
+def inconsistencies(
+    config: Mapping[str, Any],
+    quant_config: Mapping[str, Any],
+    pairs: Iterable[tuple[str, str]],
+    quantized: Collection[str],
+    plain: Collection[str],
+) -> tuple[Inconsistency, ...]:
+    """The entries that do not fit what is on disk, of all lists in both configs.
+
+    Args:
+        config: config.json, or {}.
+        quant_config: hf_quant_config.json, or {}.
+        pairs: (alias module, canonical module) of every tie, by their names on disk.
+        quantized: modules whose weight in the result is quantized.
+        plain: modules whose weight in the result is not, matrices only (a norm is never quantized and never
+            listed).
+    """
+    pairs = tuple(dict.fromkeys(pairs))
+    quantized, plain = frozenset(quantized), frozenset(plain)
+    modules = dict.fromkeys(name for pair in pairs for name in pair)
+    found: list[Inconsistency] = []
+    for file, path, values, language in _lists(config, quant_config):
+        entries = _Entries(values, language, {**modules, **dict.fromkeys(plain)})
+        aliases: dict[str, list[tuple[str, str]]] = {}
+        for pair in pairs:
+            for name in pair:
+                aliases.setdefault(name, []).append(pair)
+        for entry, covered in entries.covers.items():
+            excluded: list[tuple[str, str]] = []
+            missing: list[tuple[str, str]] = []
+            differing: list[tuple[str, str]] = []
+            for name in covered:
+                for pair in aliases.get(name, ()):
+                    alias, canonical = pair
+                    if (alias in quantized and canonical in plain) or (
+                        alias in plain and canonical in quantized
+                    ):
+                        if not (alias in entries.covered and canonical in entries.covered):
+                            differing.append(pair)
+                    elif canonical in quantized:
+                        excluded.append(pair)
+                    elif canonical in plain and canonical not in entries.covered:
+                        missing.append(pair)
+            if excluded:
+                # What else the entry covers stays named, one by one. An entry that also covers sides of
+                # unconfirmed ties keeps those that are plain.
+                kept = tuple(name for name in covered if name in plain)
+                found.append(_finding(file, path, entry, Problem.EXCLUDES_QUANTIZED, excluded, kept))
+            elif missing:
+                added = tuple(dict.fromkeys(canonical for _, canonical in missing))
+                found.append(_finding(file, path, entry, Problem.MISSES_PLAIN, missing, (entry, *added)))
+            if differing:
+                found.append(_finding(file, path, entry, Problem.SIDES_DIFFER, differing, None))
+    return tuple(found)
+
+
+def _finding(
+    file: str,
+    path: tuple[str, ...],
+    entry: str,
+    problem: Problem,
+    pairs: Sequence[tuple[str, str]],
+    replacement: tuple[str, ...] | None,
+) -> Inconsistency:
+    return Inconsistency(file, path, entry, problem, tuple(dict.fromkeys(pairs))[:8], replacement)
+
+
+def fixed(config: Mapping[str, Any], file: str, findings: Iterable[Inconsistency]) -> dict[str, Any]:
+    """`config` (the content of `file`) with the entries of `findings` replaced; everything else as it was.
+
+    Order is kept; an entry that a replacement would repeat is not repeated.
+    """
+    result: dict[str, Any] = copy.deepcopy(dict(config))
+    by_path: dict[tuple[str, ...], dict[str, tuple[str, ...]]] = {}
+    for finding in findings:
+        if finding.file == file and finding.replacement is not None:
+            by_path.setdefault(finding.path, {})[finding.entry] = finding.replacement
+    for path, replacements in by_path.items():
+        parent: Any = result
+        for key in path[:-1]:
+            parent = parent[key]
+        entries: list[Any] = []
+        there = {entry for entry in parent[path[-1]] if isinstance(entry, str)} - set(replacements)
+        for entry in parent[path[-1]]:
+            new = replacements.get(entry) if isinstance(entry, str) else None
+            if new is None:
+                entries.append(entry)
+            else:
+                entries.extend(name for name in new if name not in entries and name not in there)
+        parent[path[-1]] = entries
+    return result
+
+
+def fixed_text(text: str, file: str, findings: Iterable[Inconsistency]) -> str:
+    """The JSON `text` of `file` with the entries replaced, in its own style as far as JSON has one.
+
+    Kept: the order of keys, the indentation of the first indented line, escapes or their absence, the final
+    newline.
+    Returns `text` itself when nothing changes.
+    """
+    config = json.loads(text)
+    result = fixed(config, file, findings)
+    if result == config:
+        return text
+    indented = re.search(r"\n([ \t]+)\S", text)
+    new = json.dumps(result, indent=indented.group(1) if indented else None, ensure_ascii=text.isascii())
+    return new + text[len(text.rstrip()) :]
