@@ -278,9 +278,7 @@ _COMPANION = re.compile(
 _WEIGHT_FORM = re.compile(r"weight_packed$|weight_scale|qweight$|weight_q|weight_v$|weight_g$")
 
 
-def _matcher(
-    pattern: str, file: Path | None, error: type[TieFileError] | type[ConfigError]
-) -> re.Pattern[str]:
+def _matcher(pattern: str, file: Path | None, error: type[TieFileError] | type[ConfigError]) -> re.Pattern[str]:
     """`pattern` as transformers searches it (anchored at the start), ended at a dot or at the name's end."""
     try:
         # The end is ours: transformers searches `^...weight` over parameters only, where nothing longer exists.
@@ -328,9 +326,7 @@ def _expand(
             )
         for target, source in made:
             if target != source:
-                pairs[target] = (
-                    pairs.get(source, source) if source in pairs and pairs[source] != target else source
-                )
+                pairs[target] = pairs.get(source, source) if source in pairs and pairs[source] != target else source
     return pairs, idle
 
 
@@ -344,9 +340,7 @@ def _literal_head(pattern: str) -> str:
     return text.replace("\\.", ".")
 
 
-def _pair(
-    alias: str, canonical: str, targets: Sequence[str], sources: Sequence[str]
-) -> list[tuple[str, str]] | None:
+def _pair(alias: str, canonical: str, targets: Sequence[str], sources: Sequence[str]) -> list[tuple[str, str]] | None:
     alias_head, canonical_head = _literal_head(alias), _literal_head(canonical)
     tails = (
         alias[len(re.match(r"(?:[A-Za-z0-9_.]|\\\.)*", alias).group(0)) :],
@@ -377,9 +371,7 @@ def _read_ties(path: Path) -> dict[str, str]:
         seen: dict[str, Any] = {}
         for name, value in items:
             if name in seen and seen[name] != value:
-                raise TieFileError(
-                    f"the ties file names the alias '{shown(name)}' twice, with two values", file=path
-                )
+                raise TieFileError(f"the ties file names the alias '{shown(name)}' twice, with two values", file=path)
             seen[name] = value
         return seen
 
@@ -390,13 +382,9 @@ def _read_ties(path: Path) -> dict[str, str]:
     return _checked_mapping(data, path, TieFileError, "the ties file")
 
 
-def _checked_mapping(
-    data: Any, file: Path, error: type[TieFileError] | type[ConfigError], what: str
-) -> dict[str, str]:
+def _checked_mapping(data: Any, file: Path, error: type[TieFileError] | type[ConfigError], what: str) -> dict[str, str]:
     if not isinstance(data, dict):
-        raise error(
-            f"{what} holds a {type(data).__name__}; expected an object {{alias: canonical}}", file=file
-        )
+        raise error(f"{what} holds a {type(data).__name__}; expected an object {{alias: canonical}}", file=file)
     for alias, canonical in data.items():
         if not isinstance(canonical, str) or not canonical or not alias:
             raise error(
@@ -424,7 +412,10 @@ def _from_file(path: Path, keys: Collection[str]) -> TieMap:
     warned = [f"{path.name}: the tie of '{shown(a)}' matches nothing of the checkpoint" for a in idle]
     scopes = _scopes(keys)
     for alias, canonical in pairs.items():
-        if alias in names and canonical not in names and canonical not in pairs:
+        # Only names that the file spells out can be misspelt; what a pattern pairs may well be absent (exporters that
+        # keep the first name of shared tensors write no canonical side).
+        written_out = declared.get(alias) == canonical
+        if written_out and alias in names and canonical not in names and canonical not in pairs:
             scope = canonical.rpartition(".")[0].rpartition(".")[0]
             if scope and scope not in scopes:
                 raise TieFileError(
@@ -433,10 +424,9 @@ def _from_file(path: Path, keys: Collection[str]) -> TieMap:
                     file=path,
                     tensor=canonical,
                 )
-            if not _is_regex(canonical):
-                warned.append(
-                    f"{path.name}: '{shown(canonical)}' is not in the checkpoint; '{shown(alias)}' takes its name"
-                )
+            warned.append(
+                f"{path.name}: '{shown(canonical)}' is not in the checkpoint; '{shown(alias)}' takes its name"
+            )
     ties = _rooted(pairs, dict.fromkeys(pairs, path.name), TieFileError, path)
     return TieMap(ties, "ties-file", str(path), (), tuple(warned), None)
 
@@ -465,14 +455,10 @@ def _from_config(
         asked = _from_class(root, config, trust_remote_code)
         found = {tie.alias for tie in asked.ties}
         left = tuple(n for n in declared if n not in found and not any(re.search(_safe(n), f) for f in found))
-        return TieMap(
-            asked.ties, asked.source, asked.detail, (*asked.unpaired, *left), asked.warnings, asked.model
-        )
+        return TieMap(asked.ties, asked.source, asked.detail, (*asked.unpaired, *left), asked.warnings, asked.model)
     declared = _checked_mapping(declared, file, ConfigError, "_tied_weights_keys")
     if config.get("tie_word_embeddings") is False:
-        return TieMap(
-            (), "config", "config.json", warnings=("config.json declares ties and switches them off",)
-        )
+        return TieMap((), "config", "config.json", warnings=("config.json declares ties and switches them off",))
     if not declared:
         return None
     _rooted(declared, dict.fromkeys(declared, "config.json"), ConfigError, file)
@@ -593,9 +579,7 @@ def _from_class(root: Path, config: dict[str, Any], trust_remote_code: bool) -> 
         except _FATAL:
             raise
         except _TooLarge as exc:
-            raise ConfigError(
-                f"{name}: {exc}; no model is built from this (use --ties FILE)", file=file
-            ) from exc
+            raise ConfigError(f"{name}: {exc}; no model is built from this (use --ties FILE)", file=file) from exc
         except BaseException as exc:
             return _class_level(model_class, built_config, config, exc, file)
         try:
@@ -656,9 +640,7 @@ def _native(name: str, module_of: Any = None) -> Any:
     return found
 
 
-def _classes(
-    root: Path, config: dict[str, Any], wanted: str | None, trust_remote_code: bool
-) -> tuple[Any, Any, bool]:
+def _classes(root: Path, config: dict[str, Any], wanted: str | None, trust_remote_code: bool) -> tuple[Any, Any, bool]:
     """(config class, model class or None for AutoModel's choice, is it remote code)."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -722,9 +704,7 @@ def _remote_classes(
             f"auto_map is {shown(json.dumps(dict(remote_models)))}; expected 'file.Class' references",
             file=file,
         )
-    chosen = next(
-        (r for r in references if wanted is not None and r.rpartition(".")[2] == wanted), references[0]
-    )
+    chosen = next((r for r in references if wanted is not None and r.rpartition(".")[2] == wanted), references[0])
     config_reference = (config.get("auto_map") or {}).get("AutoConfig")
     try:
         if isinstance(config_reference, str):
@@ -740,9 +720,7 @@ def _remote_classes(
     if config_class is None:
         config_class = getattr(model_class, "config_class", None)
     if config_class is None or not hasattr(config_class, "from_dict"):
-        raise ConfigError(
-            f"remote code {shown(chosen)} names no config class; {_versions(config)}", file=file
-        )
+        raise ConfigError(f"remote code {shown(chosen)} names no config class; {_versions(config)}", file=file)
     return config_class, model_class
 
 
@@ -869,16 +847,12 @@ def _declared_by(
 
     expanded: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
     existing = _existing(model)
-    submodels = [
-        (p, m) for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, PreTrainedModel)
-    ]
+    submodels = [(p, m) for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, PreTrainedModel)]
     declaring = [(p, m) for p, m in submodels if m._tied_weights_keys]
     pairs = {a: c for a, c in expanded.items() if a != c and a in existing and c in existing}
     origins: dict[str, str] = {}
     for alias in pairs:
-        owner = next(
-            ((p, m) for p, m in reversed(declaring) if not p or alias.startswith(f"{p}.")), ("", model)
-        )
+        owner = next(((p, m) for p, m in reversed(declaring) if not p or alias.startswith(f"{p}.")), ("", model))
         # Of nested declarers the innermost whose patterns can speak of the alias; the outer one otherwise.
         for prefix, module in reversed(declaring):
             if prefix and not (alias.startswith(f"{prefix}.") and pairs[alias].startswith(f"{prefix}.")):
@@ -900,9 +874,7 @@ def _declared_by(
                     where = f" at '{prefix}'" if prefix else ""
                     origins[alias] = f"class {type(module).__name__}{where} (legacy list)"
             unpaired.extend(left)
-    notes = [
-        f"the declaration '{shown(n)}' names no counterpart; it is not treated as tied" for n in unpaired
-    ]
+    notes = [f"the declaration '{shown(n)}' names no counterpart; it is not treated as tied" for n in unpaired]
     return pairs, origins, tuple(unpaired), tuple(notes)
 
 
@@ -933,9 +905,7 @@ def _pair_legacy(
     made: dict[str, str] = {}
     left: list[str] = []
     for entry in declared:
-        names = [
-            n for n in (k[len(lead) :] for k in existing if k.startswith(lead)) if re.search(_safe(entry), n)
-        ]
+        names = [n for n in (k[len(lead) :] for k in existing if k.startswith(lead)) if re.search(_safe(entry), n)]
         if not names:
             left.append(lead + entry)
         for name in names:
@@ -970,20 +940,14 @@ def _class_level(
     if not getattr(built_config, "tie_word_embeddings", False):
         declared = {}
     plain = isinstance(declared, dict) and all(
-        not _is_regex(n) and n.rpartition(".")[2] in ("weight", "bias")
-        for pair in declared.items()
-        for n in pair
+        not _is_regex(n) and n.rpartition(".")[2] in ("weight", "bias") for pair in declared.items() for n in pair
     )
     if not plain:
         raise ConfigError(
             f"{name} cannot be built ({why}), and its tie declarations cannot be read without that; {_versions(config)}",
             file=file,
         ) from cause
-    hub = (
-        get_checkpoint_conversion_mapping(name)
-        or get_checkpoint_conversion_mapping(config.get("model_type"))
-        or []
-    )
+    hub = get_checkpoint_conversion_mapping(name) or get_checkpoint_conversion_mapping(config.get("model_type")) or []
     every = (*hub, *(get_checkpoint_conversion_mapping("legacy") or []))
     names = ModelNames(name, str(getattr(model_class, "base_model_prefix", "") or ""), {}, every, tuple(hub))
     origins = dict.fromkeys(declared, f"class {name} (not built)")
