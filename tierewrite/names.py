@@ -17,7 +17,7 @@ This room refuses nothing. What cannot be paired (one side fused, the other unpa
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Container, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,6 +134,21 @@ def _owned_by(model: ModelNames | None, keys: Collection[str]) -> Container[str]
     return {key for key in translator.in_loading_order(keys) if translator.locate(key) is not None}
 
 
+def places(model: ModelNames, names: Iterable[str]) -> dict[str, tuple[str, Part]]:
+    """Where each of `names` (as if unquantized) is loaded: the parameter or buffer in memory, and which part of it.
+
+    A part of an unpacked fused parameter is `("expert", projection, leaf, expert)`, e.g.
+    `("expert", "gate_proj", "weight", 3)`; `WHOLE` is all of it. Names that are loaded nowhere are left out.
+    """
+    translator = _Translator(model, {})
+    found = {}
+    for name in translator.in_loading_order(names if isinstance(names, Collection) else list(names)):
+        place = translator.locate(name)
+        if place is not None:
+            found[name] = place
+    return found
+
+
 def _unquantized(key: str) -> Iterator[str]:
     """The parameters that `key` may be a companion of, likeliest first."""
     parent, _, leaf = key.rpartition(".")
@@ -194,9 +209,7 @@ class _Translator:
 
     def __init__(self, model: ModelNames | None, tied: Mapping[str, str]) -> None:
         # Where the class was not asked (or not built), the only parameters known are the tied ones.
-        self.known: Mapping[str, Any] = (
-            model.shapes if model is not None and model.shapes else dict.fromkeys(tied, ())
-        )
+        self.known: Mapping[str, Any] = model.shapes if model is not None and model.shapes else dict.fromkeys(tied, ())
         self.prefix = model.base_model_prefix if model is not None else ""
         self._memo: dict[str, tuple[str, Part] | None] = {}
         self._covers: dict[str, tuple[str, ...]] = {}
