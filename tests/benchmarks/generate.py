@@ -103,6 +103,8 @@ _SMALL = Recipe(
 PRESETS: dict[str, Recipe] = {
     # a few MB, several shards: what the tests run on
     "tiny": dataclasses.replace(_SMALL, experts=8, hidden=256, moe_intermediate=128, max_shard_bytes=1_000_000),
+    "tiny-10x": dataclasses.replace(_SMALL, experts=80, hidden=256, moe_intermediate=16),
+    "tiny-plan": dataclasses.replace(_SMALL, experts=40, max_shard_bytes=1 << 62, headers_only=True),
     # the two-layer 26B-A4B shape with a small vocabulary: 1.86 GiB
     "1.8gb": Recipe(vocabulary=1024),
     # the same with the vocabulary that makes it 2.06 GB, 6,207 tensors

@@ -6,13 +6,16 @@ import dataclasses
 import json
 import re
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from . import generate as generator
+from . import run
 from .generate import ALIAS, CANONICAL, PRESETS, Generated, Recipe, generate
 
 FIXTURE = generator.TEMPLATE
@@ -211,3 +214,52 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("x")
     with pytest.raises(FileExistsError):
         generate(tmp_path, "tiny")
+
+
+def test_the_bench_runs_every_comparison_and_keeps_every_sample(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    answer = tmp_path / "bench.json"
+    work = tmp_path / "work"
+    assert run.main(["--quick", "--work", str(work), "--json", str(answer)]) == 0
+    report = json.loads(answer.read_text())
+    assert report["schema"] == run.SCHEMA
+    samples = {(sample["subject"], sample["case"]): sample for sample in report["samples"]}
+    assert {case for subject, case in samples if subject == "tiny"} == {case.name for case in run.cases(["auto"])}
+    assert ("tiny-10x", "tierewrite --ties") in samples
+    assert ("tiny-plan", "tierewrite plan --ties --json") in samples
+    for sample in samples.values():
+        assert sample["exit"] == 0, sample
+        assert sample["wall"] > 0
+        assert sample["peak"] > 1 << 20
+    copied = samples["tiny", "cp -r input"]["written"]
+    # ours writes what the user's script writes, but for the names in headers, the index and the manifest
+    ours, theirs = (samples["tiny", case]["written"] for case in ("tierewrite", "user's script, save_file"))
+    assert theirs < copied
+    assert ours < copied
+    assert not any(work.iterdir()), "something was left in the working folder"
+
+
+def test_a_run_that_fails_is_reported_with_its_own_words(tmp_path: Path) -> None:
+    made = generate(tmp_path / "made", "tiny")
+    bench = run.Bench(tmp_path, Console(quiet=True))
+    case = run.Case("sh", lambda s, out: [["sh", "-c", "echo no such luck >&2; exit 7"], ["touch", str(out)]])
+    results = bench.rounds({"made": made}, [case], 2)["made"]
+    assert [sample.exit for sample in results["sh"].samples] == [7, 7]
+    assert "no such luck" in bench.samples[0].error
+    assert not (tmp_path / "output").exists()
+    assert run.findings(made, results) == []
+
+
+def test_memory_is_that_of_the_command_and_not_of_who_starts_it(tmp_path: Path) -> None:
+    made = generate(tmp_path / "made", "tiny")
+    bench = run.Bench(tmp_path, Console(quiet=True))
+    ballast = bytearray(b"x") * (100 << 20)
+    hog = "x = bytearray(b'x') * (60 << 20)"
+    small, large = (
+        bench.run(run.Case(name, lambda s, out, code=code: [[sys.executable, "-c", code]]), made, name="made")
+        for name, code in (("small", "pass"), ("large", hog))
+    )
+    assert len(ballast) == 100 << 20
+    assert small.peak < 50 << 20
+    assert 60 << 20 <= large.peak < 110 << 20
