@@ -263,8 +263,8 @@ def run(arguments: list[str]) -> int:
     except click.ClickException as error:
         error.show()
         if as_json:
-            failure = tierewrite.UsageError(error.format_message())
-            _print_json({"schema": ERROR_SCHEMA, "error": failure.to_json()})
+            usage = tierewrite.UsageError(error.format_message())
+            _print_json({"schema": ERROR_SCHEMA, "error": usage.to_json()})
         return EXIT_USAGE
     except (click.Abort, KeyboardInterrupt):
         return _failed(Interrupted(signal.SIGINT), as_json)

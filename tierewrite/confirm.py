@@ -70,7 +70,7 @@ def merge_scales(checkpoint: Checkpoint, plan: RewritePlan) -> ScaleValues:
     try:
         results = iter(scales.merge_many(jobs))
     except ValueError as error:
-        raise Refused(f"{error}; rewrite that scale in the dtype of the other side, or use --on-mismatch keep") from error
+        raise Refused(f"{error}; store that scale in the other side's dtype, or use --on-mismatch keep") from error
     patches: dict[str, bytes] = {}
     originals: dict[str, bytes] = {}
     merged: dict[str, tuple[str, MergedScale]] = {}

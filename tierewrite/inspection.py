@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 from tierewrite import formats
 from tierewrite.checkpoint import Checkpoint
@@ -99,9 +99,9 @@ def _ties_json(ties: TieMap, disk: DiskTies) -> dict[str, Any]:
 
 
 def inspect(
-    src: Union[str, os.PathLike[str]],
+    src: str | os.PathLike[str],
     *,
-    ties: Union[str, os.PathLike[str], None] = None,
+    ties: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
     ignore_unindexed: bool = False,
     declared: bool = True,

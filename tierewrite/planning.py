@@ -41,7 +41,8 @@ class Policy:
     """The options that decide content (all of them are recorded in the manifest).
 
     Attributes:
-        on_mismatch: "error" refuses the checkpoint when a declared tie is not confirmed; "keep" leaves that group as it is.
+        on_mismatch: "error" refuses the checkpoint when a declared tie is not confirmed; "keep" leaves that group
+            as it is.
         kv_scales: "keep" leaves KV-cache scales on every side; "merge" leaves one merged canonical value.
         max_shard_size: most tensor bytes in one output shard; None takes the fullest input shard's.
     """
@@ -299,7 +300,7 @@ class _Planner:
         blocked: set[str] = set()
         for tie in self.ties.groups:
             draft = _Draft(tie)
-            reason = self.refuted.get(tie.id)
+            reason = self.refuted.get(tie.id) or tie.problem
             if reason is None:
                 try:
                     for slot in tie.slots:
@@ -372,7 +373,7 @@ class _Planner:
         parent, _, leaf = name.rpartition(".")
         stem = f"{parent}." if parent else ""
         if leaf == "weight":
-            keys = self._below(stem) if parent else [k for k in self._below(leaf)]
+            keys = self._below(stem) if parent else self._below(leaf)
         else:
             keys = [*self._below(f"{name}_"), *self._below(f"{name}.")]
             if name in self.entries:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union
@@ -295,7 +295,12 @@ def _write(
 def _digests_wanted(planned: RewritePlan) -> set[str]:
     """What has to be confirmed, and what the manifest gives digests of."""
     wanted = needed_for_confirmation(planned.groups)
-    wanted.update(t.name for t in planned.tensors.values() if t.group is not None and t.action is Action.RENAME)
+    stands_for = {t.target for t in planned.tensors.values() if t.action is Action.DROP}
+    wanted.update(
+        t.name
+        for t in planned.tensors.values()
+        if t.action is Action.RENAME or (t.action is Action.KEEP and t.target in stands_for)
+    )
     return wanted
 
 

@@ -222,7 +222,7 @@ class Transfer:
 
     def _batch(self, task: Task, number: int, array: Bytes, stream: Stream) -> None:
         """Tensors that fit into a buffer together: read, hand over for hashing, write meanwhile."""
-        buffer = memoryview(array)
+        buffer = array.data
         spans = task.spans
         shard = self.checkpoint.shards[task.shard]
         source = self._sources[task.shard]
@@ -259,7 +259,7 @@ class Transfer:
             if span.out >= 0 and (patch := self.patches.get(span.key)) is not None:
                 if buffer[place : place + length] != self.originals.get(span.key, patch):
                     raise SourceChanged(
-                        "a scale changed while the checkpoint was being rewritten; run again when nothing writes to SRC",
+                        "a scale changed while the checkpoint was rewritten; run again when nothing writes to SRC",
                         tensor=span.key,
                     )
                 buffer[place : place + length] = patch
@@ -280,7 +280,7 @@ class Transfer:
         (span,) = task.spans
         shard = self.checkpoint.shards[task.shard]
         source = self._sources[task.shard]
-        buffer = memoryview(array)
+        buffer = array.data
         total = span.end - span.start
         for position in range(0, total, BUFFER_BYTES):
             if stop.is_set():

@@ -15,8 +15,10 @@ import json
 import logging
 import os
 import shutil
+import signal
 import stat
 import struct
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +100,7 @@ class Target:
                 if not real.is_dir():
                     raise UsageError("DST exists and is not a folder", file=dst)
                 if not overwrite and any(real.iterdir()):
-                    raise UsageError("DST is not empty; choose another folder, or replace it with --overwrite", file=dst)
+                    raise UsageError("DST is not empty; choose another folder, or use --overwrite", file=dst)
         return cls(real, overwrite)
 
 
@@ -129,7 +131,11 @@ class Staging:
                 self._made_parents.append(folder)
             try:
                 self._acquire()
+            except UsageError:
+                raise  # the folder is another run's
             except BaseException:
+                with contextlib.suppress(OSError):
+                    self.path.rmdir()
                 self._remove_parents()
                 raise
         return self
@@ -187,7 +193,7 @@ class Staging:
             for folder, _, _ in os.walk(self.path, topdown=False):
                 sync_folder(Path(folder))
         replaced: Path | None = None
-        with system_errors("moving the new checkpoint into place", target):
+        with _signals_deferred(), system_errors("moving the new checkpoint into place", target):
             if target.exists() and any(target.iterdir()):
                 if not self.target.overwrite:
                     raise UsageError("something was put into DST while this run was working", file=target)
@@ -232,6 +238,26 @@ class Staging:
             shutil.rmtree(self.path, ignore_errors=True)
             self._remove_parents()
         os.close(self._lock)
+
+
+@contextlib.contextmanager
+def _signals_deferred() -> Iterator[None]:
+    """Holds SIGINT and SIGTERM back while two renames belong together; they arrive afterwards."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    handlers = {
+        signum: signal.signal(signum, lambda number, frame: arrived.append(number))
+        for signum in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
+        if arrived:
+            signal.raise_signal(arrived[0])
 
 
 def sync_folder(path: Path) -> None:
@@ -389,6 +415,6 @@ def check_space(folder: Path, needed: int) -> None:
         free = shutil.disk_usage(folder).free
     if needed > free:
         raise SystemFailure(
-            f"the output needs {needed:,} bytes and the disk has {free:,} free; free some space, or choose another disk",
+            f"the output needs {needed:,} bytes and the disk has {free:,} free; make room, or choose another disk",
             file=folder,
         )

@@ -1,0 +1,358 @@
+"""The command line as scripts see it: exit codes, JSON, messages, and what is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import FIXTURES, digests, read_tensors, right_answer
+from tierewrite import cli, errors
+
+Naive = Callable[[str], Path]
+
+
+def run(*arguments: object) -> int:
+    return cli.run([str(argument) for argument in arguments])
+
+
+def test_rewrite_prints_a_report_as_one_json_object(
+    naive: Naive, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("rewrite", naive("dg_nvfp4"), tmp_path / "out", "--json") == 0
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert err == ""
+    assert report["schema"] == "tierewrite/report/1"
+    assert report["before"]["tensors"] == 346
+    assert report["after"]["tensors"] == 198
+    assert report["counts"]["dropped_tensors"] == 148
+    assert digests(tmp_path / "out") == right_answer("dg_nvfp4")
+
+
+def test_plan_lists_each_source_tensor_once_and_writes_nothing(
+    naive: Naive, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(naive("dg_nvfp4").iterdir())
+    assert run("plan", naive("dg_nvfp4"), "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["schema"] == "tierewrite/plan/1"
+    names = [tensor["name"] for tensor in plan["tensors"]]
+    assert sorted(names) == sorted(read_tensors(naive("dg_nvfp4")))
+    assert {tensor["action"] for tensor in plan["tensors"]} == {"keep", "rename", "drop", "merge"}
+    survivors = {tensor["target"] for tensor in plan["tensors"] if tensor["action"] != "drop"}
+    assert survivors == right_answer("dg_nvfp4").keys()
+    assert sorted(naive("dg_nvfp4").iterdir()) == before
+
+
+def test_plan_names_actions_and_targets_of_a_merged_scale(
+    naive: Naive, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("plan", naive("dg_nvfp4"), "--json")
+    tensors = {tensor["name"]: tensor for tensor in json.loads(capsys.readouterr().out)["tensors"]}
+    stem = "layers.0.mlp.up_proj.input_scale"
+    group = "model.decoder.layers.0.mlp.up_proj.weight"
+    assert tensors[f"model.decoder.{stem}"] == {
+        "name": f"model.decoder.{stem}",
+        "action": "merge",
+        "target": f"model.decoder.{stem}",
+        "merged": True,
+        "group": group,
+    }
+    assert tensors[f"model.encoder.language_model.{stem}"] == {
+        "name": f"model.encoder.language_model.{stem}",
+        "action": "drop",
+        "target": f"model.decoder.{stem}",
+        "merged": False,
+        "group": group,
+    }
+    assert tensors["model.encoder.language_model.norm.weight"]["action"] == "rename"
+    assert tensors["model.encoder.language_model.norm.weight"]["target"] == "model.decoder.norm.weight"
+    assert tensors["model.encoder.language_model.layers.0.layer_scalar"]["group"] is None
+
+
+def test_plan_of_a_headers_refuted_tie_is_unconfirmed_and_exits_0(
+    naive: Naive, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("plan", naive("dg_nvfp4_encoder_bf16"), "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    unconfirmed = {group["id"] for group in plan["groups"] if group["status"] == "unconfirmed"}
+    assert len(unconfirmed) == 17
+    mine = [tensor for tensor in plan["tensors"] if tensor["group"] in unconfirmed]
+    assert mine
+    assert {tensor["action"] for tensor in mine} == {"keep"}
+    assert all(group["reason"] for group in plan["groups"] if group["status"] == "unconfirmed")
+
+
+def test_inspect_shows_where_each_tie_was_declared(naive: Naive, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", naive("dg_nvfp4"), "--json") == 0
+    inspection = json.loads(capsys.readouterr().out)
+    assert inspection["schema"] == "tierewrite/inspection/1"
+    assert inspection["formats"] == ["modelopt"]
+    assert inspection["dtypes"]["U8"]["tensors"] > 0
+    assert inspection["ties"]["source"] == "class"
+    assert all(origin for group in inspection["ties"]["groups"] for origin in group["origins"])
+    assert len(inspection["tensors"]) == 346
+
+
+def test_refusal_exits_3_with_the_groups_on_both_streams(
+    naive: Naive, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("rewrite", naive("qwen3_tied_but_diverged_bf16"), tmp_path / "out", "--json") == 3
+    out, err = capsys.readouterr()
+    error = json.loads(out)
+    assert error["schema"] == "tierewrite/error/1"
+    assert error["error"]["exit_code"] == 3
+    assert error["error"]["details"]["groups"][0]["aliases"] == ["lm_head.weight"]
+    assert "lm_head.weight" in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dst_that_is_not_empty_exits_2(naive: Naive, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("mine")
+    assert run("rewrite", naive("dg_nvfp4"), tmp_path / "out") == 2
+    assert "not empty" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
+
+
+def test_empty_dst_is_filled(naive: Naive, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert run("rewrite", naive("dg_nvfp4"), tmp_path / "out", "-q") == 0
+    assert digests(tmp_path / "out") == right_answer("dg_nvfp4")
+
+
+def test_overwrite_swaps_the_old_one_out_only_when_the_new_is_complete(naive: Naive, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old.txt").write_text("old")
+    assert run("rewrite", naive("qwen3_tied_but_diverged_bf16"), out, "--overwrite", "-q") == 3
+    assert [path.name for path in out.iterdir()] == ["old.txt"]
+    assert run("rewrite", naive("dg_nvfp4"), out, "--overwrite", "-q") == 0
+    assert not (out / "old.txt").exists()
+    assert digests(out) == right_answer("dg_nvfp4")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("where", [".", "inside", "../.."])
+def test_src_and_dst_that_overlap_exit_2(where: str, copied: Naive, capsys: pytest.CaptureFixture[str]) -> None:
+    src = copied("qwen3_tied_bf16")
+    assert run("rewrite", src, src / where, "--overwrite") == 2
+    assert "SRC" in capsys.readouterr().err
+
+
+def test_dst_that_is_a_link_to_src_exits_2(copied: Naive, tmp_path: Path) -> None:
+    src = copied("qwen3_tied_bf16")
+    (tmp_path / "link").symlink_to(src)
+    before = digests(src)
+    assert run("rewrite", src, tmp_path / "link", "--overwrite") == 2
+    assert digests(src) == before
+
+
+def test_dst_that_is_a_file_exits_2(naive: Naive, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    assert run("rewrite", naive("qwen3_tied_bf16"), tmp_path / "out", "--overwrite") == 2
+    assert (tmp_path / "out").read_text() == "a file"
+
+
+def test_missing_parents_of_dst_are_made_and_removed_again_on_failure(naive: Naive, tmp_path: Path) -> None:
+    assert run("rewrite", naive("qwen3_tied_but_diverged_bf16"), tmp_path / "a" / "b" / "out") == 3
+    assert list(tmp_path.iterdir()) == []
+    assert run("rewrite", naive("qwen3_tied_bf16"), tmp_path / "a" / "b" / "out", "-q") == 0
+    assert digests(tmp_path / "a" / "b" / "out") == right_answer("qwen3_tied_bf16")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "JSON"),
+        ("[]", "object"),
+        ('{"lm_head.weight": 3}', "lm_head.weight"),
+        ('{"a.weight": "b.weight", "b.weight": "a.weight"}', "a.weight"),
+        ('{"nothing.like.this": "nor.this"}', "nothing"),
+    ],
+)
+def test_unusable_ties_file_exits_2(
+    content: str, message: str, naive: Naive, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ties = tmp_path / "ties.json"
+    ties.write_text(content)
+    assert run("rewrite", naive("qwen3_tied_bf16"), tmp_path / "out", "--ties", ties) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "ties.json" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["ties.json"]
+
+
+def test_source_without_safetensors_exits_4_and_says_what_is_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "pytorch_model.bin").write_bytes(b"pickle")
+    assert run("rewrite", tmp_path / "src", tmp_path / "out") == 4
+    assert "pytorch_model.bin" in capsys.readouterr().err
+
+
+def test_truncated_shard_exits_4(copied: Naive, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    src = copied("qwen3_tied_bf16")
+    path = src / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert run("rewrite", src, tmp_path / "out") == 4
+    assert "model.safetensors" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_class_exits_4_and_offers_ties(
+    copied: Naive, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    src = copied("qwen3_tied_bf16")
+    (src / "config.json").write_text('{"architectures": ["Nobody"], "model_type": "nobody"}')
+    assert run("rewrite", src, tmp_path / "out") == 4
+    assert "--ties" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["rewrite"], ["rewrite", "a"], ["nonsense"], ["plan", "x", "--kv-scales", "y"]])
+def test_wrong_usage_exits_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*arguments) == 2
+    assert capsys.readouterr().err
+
+
+def test_wrong_usage_with_json_is_an_object_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("plan", "--json", "--nonsense") == 2
+    assert json.loads(capsys.readouterr().out)["error"]["exit_code"] == 2
+
+
+@pytest.mark.parametrize("size", ["0", "-5", "5XB", "GB", "nan GB", "1e400GB"])
+def test_nonsensical_shard_size_exits_2(size: str, naive: Naive, tmp_path: Path) -> None:
+    assert run("rewrite", naive("qwen3_tied_bf16"), tmp_path / "out", f"--max-shard-size={size}") == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_read_only_parent_exits_5(naive: Naive, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # /proc cannot hold a folder, whoever asks (tests may run as root, whom permissions do not stop)
+    assert run("rewrite", naive("qwen3_tied_bf16"), "/proc/tierewrite-out") == 5
+    assert "/proc" in capsys.readouterr().err
+
+
+def test_help_lists_every_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--help") == 0
+    text = capsys.readouterr().out
+    for code in errors.EXIT_CODES:
+        assert f"{code:>3}  " in text
+
+
+def test_control_characters_in_names_are_shown_escaped(
+    copied: Naive, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.checkpoints import write_shard
+
+    src = copied("qwen3_tied_bf16")
+    write_shard(src / "stray\x1b[31m.safetensors", read_tensors(src))
+    run("inspect", src)
+    out, err = capsys.readouterr()
+    assert "\x1b" not in out + err
+
+
+def script(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tierewrite", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=FIXTURES.parent,
+        **options,  # type: ignore[call-overload]
+    )
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from tierewrite import cli; cli.run(['--help']); "
+        "heavy = {'torch', 'transformers', 'numpy', 'rich', 'huggingface_hub', 'blake3', 'cupy'} & sys.modules.keys(); "
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=FIXTURES.parent, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", ["plan", "inspect", "rewrite"])
+def test_known_ties_need_neither_torch_nor_transformers(command: str, naive: Naive, tmp_path: Path) -> None:
+    ties = tmp_path / "ties.json"
+    ties.write_text('{"lm_head.weight": "model.embed_tokens.weight"}')
+    arguments = [command, str(naive("qwen3_tied_bf16")), "--ties", str(ties), "--json"]
+    if command == "rewrite":
+        arguments.insert(2, str(tmp_path / "out"))
+    code = (
+        f"import sys; from tierewrite import cli; code = cli.run({arguments!r}); "
+        "heavy = {'torch', 'transformers'} & sys.modules.keys(); "
+        "sys.exit(f'imported {heavy}' if heavy else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=FIXTURES.parent, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_ties_never_asks_the_class(naive: Naive) -> None:
+    code = (
+        f"import sys; from tierewrite import cli; code = cli.run(['inspect', '--no-ties', {str(naive('dg_nvfp4'))!r}]); "
+        "heavy = {'torch', 'transformers'} & sys.modules.keys(); sys.exit(f'imported {heavy}' if heavy else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=FIXTURES.parent, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_module_and_version() -> None:
+    done = script("--version")
+    assert done.returncode == 0
+    assert done.stdout.startswith("tierewrite, version ")
+
+
+def test_piped_output_that_is_closed_early_gives_no_traceback(naive: Naive) -> None:
+    command = f"{sys.executable} -m tierewrite inspect --no-ties --json {naive('dg_nvfp4_sharded')} | head -c 10"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=FIXTURES.parent, check=False)
+    assert "Traceback" not in done.stderr
+
+
+def test_package_is_importable_without_side_effects() -> None:
+    code = "import sys, tierewrite; sys.exit(len({'numpy', 'click', 'rich'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=FIXTURES.parent, check=False).returncode == 0
+
+
+def test_every_public_name_is_there() -> None:
+    import tierewrite
+
+    for name in tierewrite.__all__:
+        assert getattr(tierewrite, name) is not None
+    with pytest.raises(AttributeError):
+        tierewrite.nonsense  # noqa: B018
+
+
+def test_device_cuda_without_one_exits_2(naive: Naive, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tierewrite import digest
+
+    try:
+        digest.select("cuda")
+    except errors.UsageError:
+        assert run("rewrite", naive("qwen3_tied_bf16"), tmp_path / "out", "--device", "cuda") == 2
+        assert "--device cpu" in capsys.readouterr().err
+        assert list(tmp_path.iterdir()) == []
+    else:
+        assert run("rewrite", naive("qwen3_tied_bf16"), tmp_path / "out", "--device", "cuda", "-q") == 0
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_source_on_a_read_only_mode_is_enough(copied: Naive, tmp_path: Path) -> None:
+    src = copied("qwen3_tied_bf16")
+    for path in [*src.iterdir(), src]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        assert run("rewrite", src, tmp_path / "out", "-q") == 0
+        for path in (tmp_path / "out").iterdir():
+            assert os.access(path, os.W_OK)
+    finally:
+        src.chmod(0o755)
