@@ -227,13 +227,15 @@ def test_what_came_through_before_a_failure_can_be_salvaged(digester: Digester, 
     buffer = digester.host_buffer(2 * MIB)
     buffer[:] = np.frombuffer(noise[: 2 * MIB], np.uint8)
     with digester.stream(2 * MIB) as stream:
-        for turn in range(9):  # more than a GPU has slots
-            stream.update(buffer, [Span(turn, turn, 1000, 1000, 0)]).wait()
+        for turn in range(80):  # more than the slots of a GPU, or of two, take at once
+            stream.update(buffer, [Span(turn, turn, MIB, MIB, 0), Span(100 + turn, MIB + turn, 3, 3, 0)]).wait()
         stream.update(buffer, [Span(99, 0, 2 * MIB, 4 * MIB, 0)]).wait()
         known = stream.salvage()
     assert known
-    assert all(known[i] == blake3(noise[i : i + 1000]).digest() for i in known)
     assert 99 not in known
+    for i, digest in known.items():
+        start, length = (i, MIB) if i < 100 else (MIB + i - 100, 3)
+        assert digest == blake3(noise[start : start + length]).digest()
 
 
 def test_updates_from_several_threads_give_the_same_digests(digester: Digester, noise: bytes) -> None:
@@ -421,12 +423,17 @@ def broken_driver() -> int:
     raise RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient")
 
 
-@pytest.fixture(params=["not installed", "driver too old", "no device"])
-def useless_cupy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+@pytest.fixture(params=["not installed", "broken", "driver too old", "no device"])
+def useless_cupy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     """CuPy in a state that serves no one, and what must be said of it."""
     if request.param == "not installed":
         monkeypatch.setitem(sys.modules, "cupy", None)
-        yield "CuPy does not import"
+        yield "no cupy is installed"
+    elif request.param == "broken":
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "cupy", raising=False)
+        (tmp_path / "cupy.py").write_text("raise ImportError('libnvrtc.so.13: cannot open shared object file')")
+        yield "CuPy does not import: libnvrtc"
     elif request.param == "driver too old":
         monkeypatch.setitem(sys.modules, "cupy", fake_cupy(getDeviceCount=broken_driver))
         yield "cudaErrorInsufficientDriver"
@@ -515,7 +522,7 @@ class TestOnTheGpu:
             for _ in range(300):
                 tensor += 1
             found = gpu.digest(tensor)
-        assert found == blake3(np.full(1 << 24, 300, np.float32)).digest()
+        assert found == blake3(np.full(1 << 24, 300, np.float32).tobytes()).digest()
 
     def test_arrays_that_are_not_contiguous_are_refused(self, gpu: cuda_room.CudaDigester) -> None:
         cupy = pytest.importorskip("cupy")

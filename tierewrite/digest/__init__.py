@@ -120,7 +120,8 @@ class Digester(Protocol):
     def stream(self, buffer_size: int) -> Stream:
         """A new stream for buffers of at most `buffer_size` bytes (at least PIECE).
 
-        Memory is bounded: on CUDA two device buffers of that size per GPU, plus 1/16 of it, plus 3 MB.
+        Memory is bounded: on CUDA two slots per GPU of 32 MiB (or `buffer_size`, if that is more) and a twelfth of
+        it more, and about 12 MB of pinned memory; on the CPU nothing to speak of.
         """
 
 

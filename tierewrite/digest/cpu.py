@@ -122,17 +122,16 @@ class CpuStream:
         if len(view) > self.buffer_size:
             raise ValueError(f"a buffer of {len(view)} bytes: this stream takes up to {self.buffer_size}")
         whole, pieces = self._ledger.take(spans, len(view))
-        for piece in pieces:
-            if piece.position == 0:
-                self._hashers[piece.tensor] = blake3(max_threads=self._digester.parallelism)
-            hasher = self._hashers[piece.tensor]
-            hasher.update(view[piece.start : piece.start + piece.length].data)
-            if piece.position + piece.length == piece.total:
-                self._digests[piece.tensor] = hasher.digest()
-                del self._hashers[piece.tensor]
-        rows = whole.tolist()
-        found = self._digester._views([view[start : start + length] for _, start, length, _, _ in rows])
-        self._digests.update(zip((row[0] for row in rows), found, strict=True))
+        for tensor, start, length, total, position in pieces:
+            if position == 0:
+                self._hashers[tensor] = blake3(max_threads=self._digester.parallelism)
+            hasher = self._hashers[tensor]
+            hasher.update(view[start : start + length].data)
+            if position + length == total:
+                self._digests[tensor] = hasher.digest()
+                del self._hashers[tensor]
+        found = self._digester._views([view[start : start + length] for _, start, length, _, _ in whole])
+        self._digests.update(zip((row[0] for row in whole), found, strict=True))
         return _Done()
 
     def finish(self) -> dict[int, bytes]:

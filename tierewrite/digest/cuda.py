@@ -18,6 +18,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -26,15 +27,18 @@ from blake3 import blake3
 
 from tierewrite.digest import DeviceFailed
 from tierewrite.digest.kernels import SOURCE
-from tierewrite.digest.spans import CHUNK, PIECE, Bytes, Columns, Ledger, Span, host_bytes, layout
+from tierewrite.digest.spans import CHUNK, PIECE, Bytes, Columns, Ledger, Row, Span, host_bytes, layout
 from tierewrite.digest.tree import combine
 
 _THREADS = 128  # a block of either kernel
 _FAN = 1024  # chaining values that one block of `parents` joins
 _DIGEST = 32
+_PAGE = 4096
 _ROOT_BIT = np.uint64(1 << 63)
-_JOBS = 8192
-"""Jobs of one submission to a stream; a buffer with more is submitted in parts."""
+_JOBS = 32768
+"""Jobs that a stream's slot takes at most before it is hashed."""
+_SLOT = 32 << 20
+"""Bytes that a stream gathers on the GPU before it hashes them: launching costs the same for many as for few."""
 _RESIDENT_CHUNKS = 4 << 20
 """Chunks (4 GiB) of one batch of data on the GPU: bounds its scratch memory at 128 MiB."""
 _STAGE = 16 << 20
@@ -146,6 +150,11 @@ def _leaf_jobs(start: int, length: int, position: int) -> tuple[list[int], list[
     )
 
 
+def _split(digests: npt.NDArray[np.uint8]) -> list[bytes]:
+    raw = digests.tobytes()
+    return [raw[at : at + _DIGEST] for at in range(0, len(raw), _DIGEST)]
+
+
 class _Gpu:
     """One device with the kernels loaded, checked against known digests."""
 
@@ -188,6 +197,7 @@ class _Gpu:
         cupy = self.cupy
         n = len(address)
         result = np.empty((n, _DIGEST), np.uint8)
+        batches: list[tuple[slice, Any]] = []
         giant = length > np.uint64(_RESIDENT_CHUNKS * CHUNK)
         chunks = np.cumsum(length // np.uint64(CHUNK) + np.uint64(1))
         at = 0
@@ -203,8 +213,10 @@ class _Gpu:
             some = slice(at, end)
             zeros = np.zeros(end - at, np.uint64)
             plan = schedule(address[some], length[some], zeros, np.ones(end - at, bool))
-            result[some] = cupy.asnumpy(self.resident(plan))
+            batches.append((some, self.resident(plan)))
             at = end
+        for some, out in batches:
+            result[some] = cupy.asnumpy(out)
         return result
 
     def resident(self, plan: Schedule) -> Any:
@@ -253,8 +265,10 @@ class CudaDigester:
     def __init__(self, devices: Sequence[int] | None = None) -> None:
         try:
             import cupy
+        except ModuleNotFoundError as error:
+            raise DeviceFailed(f"no {error.name} is installed; pip install 'tierewrite[cuda13]' brings CuPy") from error
         except Exception as error:  # a CuPy without its CUDA libraries raises much else than ImportError
-            raise DeviceFailed(f"CuPy does not import ({error}); pip install 'tierewrite[cuda13]' brings it") from error
+            raise DeviceFailed(f"CuPy does not import: {error}") from error
         self._cupy = cupy
         with _device_work("counting devices"):
             numbers = range(cupy.cuda.runtime.getDeviceCount()) if devices is None else devices
@@ -279,7 +293,7 @@ class CudaDigester:
         return self.digest_arrays([data])[0]
 
     def digest_many(self, data: object, spans: Iterable[tuple[int, int]]) -> list[bytes]:
-        ranges = np.array(list(spans), dtype=np.int64).reshape(-1, 2)
+        ranges = np.array(spans if isinstance(spans, np.ndarray) else list(spans), dtype=np.int64).reshape(-1, 2)
         there = self._on_device(data)
         flat = host_bytes(data) if there is None else there
         size = flat.nbytes
@@ -292,8 +306,7 @@ class CudaDigester:
         with _device_work("hashing"), self._cupy.cuda.Device(there.device.id):
             unsigned = ranges.astype(np.uint64)
             address = unsigned[:, 0] + np.uint64(there.data.ptr)
-            found = self._gpu(there.device.id).digests(address, np.ascontiguousarray(unsigned[:, 1]))
-            return [row.tobytes() for row in found]
+            return _split(self._gpu(there.device.id).digests(address, np.ascontiguousarray(unsigned[:, 1])))
 
     def digest_arrays(self, arrays: Iterable[object]) -> list[bytes]:
         items = list(arrays)
@@ -308,15 +321,17 @@ class CudaDigester:
             with _device_work("hashing"), self._cupy.cuda.Device(number):
                 address = np.array([there[i].data.ptr if there[i].nbytes else 0 for i in mine], np.uint64)
                 length = np.array([there[i].nbytes for i in mine], np.uint64)
-                for i, row in zip(mine, self._gpu(number).digests(address, length), strict=True):
-                    digests[i] = row.tobytes()
+                for i, digest in zip(mine, _split(self._gpu(number).digests(address, length)), strict=True):
+                    digests[i] = digest
         return digests
 
     def host_buffer(self, nbytes: int) -> Bytes:
         with _device_work("pinning host memory"):
             runtime = self._cupy.cuda.runtime
-            memory = self._cupy.cuda.PinnedMemory(max(1, nbytes), runtime.hostAllocPortable)
-            return np.frombuffer(self._cupy.cuda.PinnedMemoryPointer(memory, 0), np.uint8, nbytes)
+            memory = self._cupy.cuda.PinnedMemory(nbytes + _PAGE, runtime.hostAllocPortable)
+            whole = np.frombuffer(self._cupy.cuda.PinnedMemoryPointer(memory, 0), np.uint8, nbytes + _PAGE)
+            start = -whole.ctypes.data % _PAGE  # the driver aligns to 512 bytes only
+            return whole[start : start + nbytes]
 
     def stream(self, buffer_size: int) -> CudaStream:
         return CudaStream(self, buffer_size)
@@ -385,7 +400,10 @@ class _Slot:
     table_here: Table  # pinned
     out_here: Bytes  # pinned
     done: Any
-    under_way: list[tuple[int, int]] = field(default_factory=list)  # (tensor, its leaf or -1) of each result
+    filled: int = 0  # bytes
+    # gathered, not yet hashed: (tensor, its leaf or -1, address, length, counter of the first chunk)
+    jobs: list[Row] = field(default_factory=list)
+    under_way: Columns | None = None  # the jobs being hashed
 
 
 class _Copied:
@@ -403,13 +421,15 @@ class _Copied:
 class CudaStream:
     """Digests of tensors that arrive buffer by buffer; see `tierewrite.digest.Stream`.
 
-    Each GPU has two slots, taken in turn, so that the copy into one overlaps with the hashing in the other.
+    Buffers are copied at once and gathered in a slot on the GPU; a full slot is hashed in one go. Each GPU has two
+    slots, so that one is filled while the other is hashed.
     """
 
     def __init__(self, digester: CudaDigester, buffer_size: int) -> None:
         if buffer_size < PIECE:
             raise ValueError(f"a buffer of {buffer_size} bytes is too small: at least {PIECE} are needed")
         self.buffer_size = buffer_size
+        self._room = max(_SLOT, buffer_size + 256)
         self._digester = digester
         self._ledger = Ledger()
         self._digests: dict[int, bytes] = {}
@@ -423,8 +443,8 @@ class CudaStream:
 
     def _slot(self, gpu: _Gpu) -> _Slot:
         cupy = gpu.cupy
-        words, values = bounds(_JOBS, self.buffer_size)
-        sizes = [-(-n // 256) * 256 for n in (self.buffer_size, 8 * words, _DIGEST * values, _DIGEST * _JOBS)]
+        words, values = bounds(_JOBS, self._room)
+        sizes = [-(-n // 256) * 256 for n in (self._room, 8 * words, _DIGEST * values, _DIGEST * _JOBS)]
         with cupy.cuda.Device(gpu.number):
             memory = cupy.cuda.alloc(sum(sizes))
             data, table, scratch, out = (memory.ptr + sum(sizes[:i]) for i in range(4))
@@ -438,7 +458,7 @@ class CudaStream:
                 out=out,
                 table_here=self._digester.host_buffer(8 * words).view(np.uint64),
                 out_here=self._digester.host_buffer(_DIGEST * _JOBS),
-                done=cupy.cuda.Event(block=True, disable_timing=True),
+                done=cupy.cuda.Event(disable_timing=True),
             )
 
     def update(self, buffer: Bytes, spans: Sequence[Span] | Columns) -> _Copied:
@@ -447,64 +467,77 @@ class CudaStream:
             raise ValueError(f"a buffer of {len(view)} bytes: this stream takes up to {self.buffer_size}")
         with self._lock, _device_work("hashing"):
             whole, pieces = self._ledger.take(spans, len(view))
-            # columns: tensor, leaf or -1, start, length, counter of the first chunk
-            none = np.zeros(len(whole), np.int64)
-            jobs = [np.stack([whole[:, 0], none - 1, whole[:, 1], whole[:, 2], none], axis=1)]
+            jobs = [(tensor, -1, start, length, 0) for tensor, start, length, _, _ in whole]
             for tensor, start, length, total, position in pieces:
-                columns = _leaf_jobs(start, length, position)
-                leaves = [position // PIECE + i for i in range(len(columns[0]))]
-                jobs.append(np.array([[tensor] * len(leaves), leaves, *columns], np.int64).T)
                 if position == 0:
                     self._leaves[tensor] = np.zeros((-(-total // PIECE), 8), np.uint32)
-            table = np.concatenate(jobs)
-            if len(table) > _JOBS:
-                table = table[np.argsort(table[:, 2], kind="stable")]  # so that each part copies its own bytes only
-            return _Copied([self._submit(view, table[at : at + _JOBS]) for at in range(0, len(table), _JOBS)])
+                starts, lengths, counters = _leaf_jobs(start, length, position)
+                first = position // PIECE
+                jobs += zip([tensor] * len(starts), range(first, first + len(starts)), starts, lengths, counters)  # noqa: B905
+            if len(jobs) > _JOBS:
+                jobs.sort(key=itemgetter(2))  # so that each part copies its own bytes only
+            return _Copied([self._gather(view, jobs[at : at + _JOBS]) for at in range(0, len(jobs), _JOBS)])
 
-    def _submit(self, view: Bytes, jobs: Columns) -> Any:
-        """Enqueues copy, kernels and copy back; the event returned marks the end of the first."""
-        slot = self._slots[self._turn % len(self._slots)]
-        self._turn += 1
-        self._collect(slot)
-        tensor, leaf, start, length, counter = jobs.T
-        low = int(start.min()) // 256 * 256  # keeps every alignment as it was
-        high = int((start + length).max())
-        plan = schedule(
-            (start - low + slot.data).astype(np.uint64), length.astype(np.uint64), counter.astype(np.uint64), leaf < 0
-        )
-        slot.table_here[: len(plan.table)] = plan.table
-        runtime = self._digester._cupy.cuda.runtime
-        with self._digester._cupy.cuda.Device(slot.gpu.number), slot.stream:
-            copied = self._digester._cupy.cuda.Event(block=True, disable_timing=True)
-            queue = slot.stream.ptr
-            to_gpu, to_host = runtime.memcpyHostToDevice, runtime.memcpyDeviceToHost
+    def _gather(self, view: Bytes, jobs: list[Row]) -> Any:
+        """Enqueues the copy of the jobs' bytes into a slot with room; the event returned marks its end."""
+        low = min([job[2] for job in jobs]) // 256 * 256  # keeps every alignment as it was
+        high = max([job[2] + job[3] for job in jobs])
+        slot = self._slots[self._turn]
+        if slot.filled + high - low > self._room or len(slot.jobs) + len(jobs) > _JOBS:
+            self._hash(slot)
+            self._turn = (self._turn + 1) % len(self._slots)
+            slot = self._slots[self._turn]
+            self._collect(slot)
+        cupy = self._digester._cupy
+        with cupy.cuda.Device(slot.gpu.number):
+            copied = cupy.cuda.Event(disable_timing=True)
             if high > low:
-                runtime.memcpyAsync(slot.data, view.ctypes.data + low, high - low, to_gpu, queue)
+                runtime = cupy.cuda.runtime
+                target, source = slot.data + slot.filled, view.ctypes.data + low
+                runtime.memcpyAsync(target, source, high - low, runtime.memcpyHostToDevice, slot.stream.ptr)
             copied.record(slot.stream)
-            runtime.memcpyAsync(slot.table, slot.table_here.ctypes.data, plan.table.nbytes, to_gpu, queue)
-            slot.gpu.launch(plan, slot.table, slot.scratch, slot.out)
-            runtime.memcpyAsync(slot.out_here.ctypes.data, slot.out, _DIGEST * plan.jobs, to_host, queue)
-            slot.done.record(slot.stream)
-        slot.under_way = list(zip(tensor.tolist(), leaf.tolist(), strict=True))
+        shift = slot.data + slot.filled - low
+        slot.jobs += [(tensor, leaf, start + shift, length, counter) for tensor, leaf, start, length, counter in jobs]
+        slot.filled += -(-(high - low) // 256) * 256
         return copied
 
+    def _hash(self, slot: _Slot) -> None:
+        """Enqueues the kernels for all that a slot has gathered, and the copy of the results back."""
+        if not slot.jobs:
+            return
+        jobs = np.array(slot.jobs, np.int64)
+        address, length, counter = (np.ascontiguousarray(jobs[:, i]).view(np.uint64) for i in (2, 3, 4))
+        plan = schedule(address, length, counter, jobs[:, 1] < 0)
+        slot.table_here[: len(plan.table)] = plan.table
+        cupy = self._digester._cupy
+        runtime, queue = cupy.cuda.runtime, slot.stream.ptr
+        with cupy.cuda.Device(slot.gpu.number), slot.stream:
+            here = slot.table_here.ctypes.data
+            runtime.memcpyAsync(slot.table, here, plan.table.nbytes, runtime.memcpyHostToDevice, queue)
+            slot.gpu.launch(plan, slot.table, slot.scratch, slot.out)
+            here = slot.out_here.ctypes.data
+            runtime.memcpyAsync(here, slot.out, _DIGEST * plan.jobs, runtime.memcpyDeviceToHost, queue)
+            slot.done.record(slot.stream)
+        slot.under_way, slot.jobs, slot.filled = jobs, [], 0
+
     def _collect(self, slot: _Slot) -> None:
-        """Waits for a slot's submission, if there is one, and files its results."""
-        if not slot.under_way:
+        """Waits for what a slot is hashing, if anything, and files the results."""
+        if slot.under_way is None:
             return
         slot.done.synchronize()
         raw = slot.out_here[: _DIGEST * len(slot.under_way)].tobytes()
         words = np.frombuffer(raw, "<u4").reshape(-1, 8)
-        for i, (tensor, leaf) in enumerate(slot.under_way):
+        for i, (tensor, leaf) in enumerate(slot.under_way[:, :2].tolist()):
             if leaf < 0:
                 self._digests[tensor] = raw[_DIGEST * i : _DIGEST * (i + 1)]
             else:
                 self._leaves[tensor][leaf] = words[i]
-        slot.under_way = []
+        slot.under_way = None
 
     def finish(self) -> dict[int, bytes]:
         with self._lock, _device_work("hashing"):
             self._ledger.close()
+            self._hash(self._slots[self._turn])
             for slot in self._slots:
                 self._collect(slot)
             self._digests.update(zip(self._leaves, combine(list(self._leaves.values())), strict=True))

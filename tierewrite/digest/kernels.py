@@ -28,29 +28,13 @@ __device__ __forceinline__ u32 add_fma(u32 x, u32 y, u32 one) {
 }
 
 __device__ __forceinline__ void g(u32& a, u32& b, u32& c, u32& d, u32 x, u32 y, u32 one) {
-#if SPLIT >= 1
     a = add_fma(b, add_fma(x, a, one), one);
-#else
-    a = a + b + x;
-#endif
     d = __byte_perm(d ^ a, 0, 0x1032);
-#if SPLIT >= 1
     c = add_fma(d, c, one);
-#else
-    c = c + d;
-#endif
     b = __funnelshift_r(b ^ c, b ^ c, 12);
-#if SPLIT >= 2
     a = add_fma(b, add_fma(y, a, one), one);
-#else
-    a = a + b + y;
-#endif
     d = __byte_perm(d ^ a, 0, 0x0321);
-#if SPLIT >= 1
     c = add_fma(d, c, one);
-#else
-    c = c + d;
-#endif
     b = __funnelshift_r(b ^ c, b ^ c, 7);
 }
 
@@ -106,16 +90,6 @@ __device__ __forceinline__ u32 find(const u64* __restrict__ starts, u32 n, u64 x
     return low;
 }
 
-__device__ __forceinline__ uint4 load16(const uint4* p) {
-#ifdef L2HINT
-    uint4 r;
-    asm("ld.global.nc.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p));
-    return r;
-#else
-    return __ldg(p);
-#endif
-}
-
 // 0 <= length <= 64 bytes from any address into 16 little-endian words, zeros after the end. Reads aligned
 // 16-byte vectors only, and none that holds no byte of the message: it never leaves a mapped page.
 __device__ __forceinline__ void load(u32 m[16], u64 address, u32 length) {
@@ -124,7 +98,7 @@ __device__ __forceinline__ void load(u32 m[16], u64 address, u32 length) {
     if (shift == 0 && length == 64) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const uint4 q = load16(from + i);
+            const uint4 q = __ldg(from + i);
             m[4 * i] = q.x; m[4 * i + 1] = q.y; m[4 * i + 2] = q.z; m[4 * i + 3] = q.w;
         }
         return;
@@ -133,7 +107,7 @@ __device__ __forceinline__ void load(u32 m[16], u64 address, u32 length) {
     const u32 end = length ? shift + length : 0;
 #pragma unroll
     for (int i = 0; i < 5; ++i) {
-        const uint4 q = 16 * i < end ? load16(from + i) : make_uint4(0, 0, 0, 0);
+        const uint4 q = 16 * i < end ? __ldg(from + i) : make_uint4(0, 0, 0, 0);
         w[4 * i] = q.x; w[4 * i + 1] = q.y; w[4 * i + 2] = q.z; w[4 * i + 3] = q.w;
     }
     const u32 bits = (shift & 3u) * 8;
@@ -158,15 +132,9 @@ __device__ __forceinline__ void load(u32 m[16], u64 address, u32 length) {
 // One thread, one chunk (at most 1,024 bytes) -> its chaining value.
 // jobs: 4 rows of n: address, bytes, first chunk in this launch, chunk counter of the first | ROOT_BIT.
 // A job of one chunk is ready: its 32 bytes go to out[job]; the others' go to cvs[chunk].
-#ifndef TPB
-#define TPB 128
-#endif
-#ifndef MINB
-#define MINB 8
-#endif
-extern "C" __global__ void __launch_bounds__(TPB, MINB)
+extern "C" __global__ void __launch_bounds__(128, 8)
 chunks(const u64* __restrict__ jobs, u32 n, u64 total, uint4* __restrict__ cvs, uint4* __restrict__ out, u32 one) {
-    const u64 me = (u64)blockIdx.x * TPB + threadIdx.x;
+    const u64 me = (u64)blockIdx.x * 128 + threadIdx.x;
     if (me >= total) return;
     const u32 job = find(jobs + 2 * (u64)n, n, me);
     const u64 index = me - jobs[2 * (u64)n + job];

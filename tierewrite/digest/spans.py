@@ -21,6 +21,7 @@ the tensor's first byte. A power of two of chunks, so each piece is a whole subt
 
 Bytes = npt.NDArray[np.uint8]
 Columns = npt.NDArray[np.int64]
+Row = tuple[int, int, int, int, int]
 
 
 class Span(NamedTuple):
@@ -81,27 +82,28 @@ class Ledger:
         self._seen: set[int] = set()
         self._open: dict[int, tuple[int, int]] = {}  # tensor -> (bytes so far, bytes in all)
 
-    def take(self, spans: Sequence[Span] | Columns, size: int) -> tuple[Columns, list[Span]]:
+    def take(self, spans: Sequence[Span] | Columns, size: int) -> tuple[list[Row], list[Row]]:
         """Enters the spans of one buffer of `size` bytes.
 
         Returns:
-            (n, 5) int64, the spans that are whole tensors; and the list of the others, the pieces.
+            The spans that are whole tensors, and the pieces, as tuples in the order of Span's fields.
         """
-        table = np.asarray(spans, dtype=np.int64).reshape(-1, 5)
-        start, length, total, position = table[:, 1], table[:, 2], table[:, 3], table[:, 4]
-        wrong = (start < 0) | (length < 0) | (start + length > size) | (position < 0) | (position + length > total)
-        if wrong.any():
-            raise ValueError(f"{Span(*table[wrong.argmax()].tolist())} does not lie in its buffer of {size} bytes")
-        whole = length == total
-        ids = table[whole, 0].tolist()
-        if len(set(ids)) != len(ids) or not self._seen.isdisjoint(ids):
-            twice = next(i for i in ids if i in self._seen or ids.count(i) > 1)
-            raise ValueError(f"tensor {twice} was handed over twice")
-        self._seen.update(ids)
-        pieces = [Span(*row) for row in table[~whole].tolist()]
-        for piece in pieces:
-            self._piece(piece)
-        return table[whole], pieces
+        # a plain loop: most buffers hold a few dozen spans, for which NumPy's fixed costs are higher
+        whole, pieces = [], []
+        seen = self._seen
+        for row in spans.tolist() if isinstance(spans, np.ndarray) else spans:
+            tensor, start, length, total, position = row
+            if start < 0 or length < 0 or start + length > size or position < 0 or position + length > total:
+                raise ValueError(f"{Span(*row)} does not lie in its buffer of {size} bytes")
+            if length != total:
+                self._piece(Span(*row))
+                pieces.append(row)
+                continue
+            if tensor in seen:
+                raise ValueError(f"tensor {tensor} was handed over twice")
+            seen.add(tensor)
+            whole.append(row)
+        return whole, pieces
 
     def _piece(self, piece: Span) -> None:
         if piece.tensor not in self._open:
