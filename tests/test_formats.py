@@ -344,12 +344,15 @@ LAYER_KEYS = [
     f"{LAYER}.input_layernorm.weight",
     f"{LAYER}.pre_feedforward_layernorm.weight",
     f"{LAYER}.self_attn.q_proj.weight",
+    f"{LAYER}.self_attn.q_proj.weight_scale",
     f"{LAYER}.self_attn.v_proj.weight",
     f"{LAYER}.self_attn.v_proj.weight_scale",
     f"{LAYER}.self_attn.v_proj.input_scale",
     f"{LAYER}.self_attn.o_proj.weight",
-    f"{LAYER}.mlp.experts.7.up_proj.weight",
-    f"{LAYER}.mlp.experts.7.down_proj.weight",
+    f"{LAYER}.self_attn.o_proj.weight_scale",
+    f"{LAYER}.mlp.experts.7.up_proj.weight_packed",
+    f"{LAYER}.mlp.experts.7.down_proj.weight_packed",
+    f"{LAYER}.mlp.router.weight",
     "model.layers.4.input_layernorm.weight",
     "model.norm.weight",
 ]
@@ -360,7 +363,8 @@ def test_smoothed_linear_needs_the_norms_of_its_layer() -> None:
     adjacency = Adjacency(LAYER_KEYS, SMOOTHED, {})
     assert adjacency.of(f"{LAYER}.self_attn.q_proj") == norms
     assert adjacency.of(f"{LAYER}.mlp.experts.7.up_proj") == norms
-    assert adjacency.of("lm_head") == ()
+    for other in ("lm_head", f"{LAYER}.input_layernorm", f"{LAYER}.mlp.router"):
+        assert adjacency.of(other) == (), "only what is quantized was smoothed"
 
 
 def test_smoothed_linear_needs_the_linear_that_its_scale_was_folded_into() -> None:
@@ -369,7 +373,9 @@ def test_smoothed_linear_needs_the_linear_that_its_scale_was_folded_into() -> No
         f"{LAYER}.self_attn.v_proj.weight",
         f"{LAYER}.self_attn.v_proj.weight_scale",
     )
-    assert adjacency.of(f"{LAYER}.mlp.experts.7.down_proj")[2:] == (f"{LAYER}.mlp.experts.7.up_proj.weight",)
+    assert adjacency.of(f"{LAYER}.mlp.experts.7.down_proj")[2:] == (
+        f"{LAYER}.mlp.experts.7.up_proj.weight_packed",
+    )
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,7 @@ class Adjacency:
         self.smoothed = _smoothed(keys, (config.get("quantization_config"), quant_config))
         self._norms: dict[str, list[str]] = {}
         self._linears: dict[str, list[str]] = {}
+        self._quantized: set[str] = set()
         if not self.smoothed:
             return
         from tierewrite.formats import classify
@@ -95,21 +96,24 @@ class Adjacency:
             if suffix in ("weight", "bias") and _NORM.search(name):
                 if layer := _layer(module):
                     self._norms.setdefault(layer, []).append(key)
-            elif name in before:
-                companion = classify("weight", suffix)
-                if companion is not None and companion.role in (Role.WEIGHT, Role.ADJACENT):
-                    self._linears.setdefault(module, []).append(key)
+                continue
+            companion = classify("weight", suffix)
+            if companion is None or companion.role not in (Role.WEIGHT, Role.ADJACENT):
+                continue
+            if suffix != "weight":
+                self._quantized.add(module)
+            if name in before:
+                self._linears.setdefault(module, []).append(key)
 
     def of(self, module: str) -> tuple[str, ...]:
-        """The keys that must be byte-identical to their counterparts on the other side before `module` may
-        merge.
+        """The keys that must be byte-identical to their counterparts before the sides of `module` are one.
 
         `module` is the tied weight's module on one side (`model.layers.0.self_attn.q_proj`). Keys are those
         of that side's checkpoint names: ask again for the other side and compare name by name, and only names
         that the ties pair (a norm that the model does not tie is rightly different). Empty where nothing was
-        smoothed.
+        smoothed, and for modules that are not quantized.
         """
-        if not self.smoothed:
+        if module not in self._quantized:
             return ()
         parent, _, name = module.rpartition(".")
         layer = _layer(module)

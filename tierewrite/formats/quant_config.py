@@ -147,9 +147,7 @@ def _compiled(pattern: str) -> re.Pattern[str] | None:
 class _Entries:
     """The entries of one list, compiled, with the modules that each covers."""
 
-    def __init__(
-        self, entries: Sequence[Any], language: Callable[[str], str], modules: Collection[str]
-    ) -> None:
+    def __init__(self, entries: Sequence[Any], language: Callable[[str], str], modules: Collection[str]) -> None:
         patterns = {
             entry: pattern
             for entry in entries
@@ -202,9 +200,7 @@ def inconsistencies(
             for name in covered:
                 for pair in aliases.get(name, ()):
                     alias, canonical = pair
-                    if (alias in quantized and canonical in plain) or (
-                        alias in plain and canonical in quantized
-                    ):
+                    if (alias in quantized and canonical in plain) or (alias in plain and canonical in quantized):
                         if not (alias in entries.covered and canonical in entries.covered):
                             differing.append(pair)
                     elif canonical in quantized:
