@@ -908,7 +908,7 @@ _SHARD_NAME = re.compile(r"model-([0-9]{5,})-of-([0-9]{5,})\.safetensors\Z")
 
 
 def _check_layout(source: Checkpoint, target: Checkpoint, manifest: Mapping[str, Any] | None) -> list[Problem]:
-    """Index, metadata, and names and sizes of DST's shards. (That index and shards agree was a condition to open it.)"""
+    """Index, metadata, names and sizes of DST's shards. (To open it, index and shards had to agree.)"""
     problems: list[Problem] = []
     metadata = target.index_metadata
     if metadata is None:

@@ -1,0 +1,564 @@
+"""`verify` proves what is right and finds what is wrong, one corruption at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tierewrite
+from tests.checkpoints import FIXTURES, Tensor, read_shard, read_tensors, write_checkpoint, write_shard
+from tierewrite.errors import SourceChanged, SourceError, TierewriteError
+from tierewrite.verification import Verification, verify
+
+INDEX = "model.safetensors.index.json"
+MANIFEST = "tierewrite.json"
+
+
+@pytest.fixture(scope="session")
+def rewritten(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A fixture's rewritten checkpoint, made once per set of options. Not to be changed."""
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def rewrite(case: str, **options: Any) -> Path:
+        key = (case, *sorted(options.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(case) / "dst"
+            tierewrite.rewrite(FIXTURES / case / "naive", made[key], **options)
+        return made[key]
+
+    return rewrite
+
+
+def source(case: str) -> Path:
+    return FIXTURES / case / "naive"
+
+
+def ids(result: Verification) -> set[str]:
+    assert result.ok is not bool(result.problems)
+    return {problem.id for problem in result.problems}
+
+
+# ---------------------------------------------------------------------------------------------------- what is right
+
+CASES = [path.parent.name for path in sorted(FIXTURES.glob("*/naive"))]
+
+
+@pytest.mark.parametrize("manifest", [True, False], ids=["manifest", "no-manifest"])
+@pytest.mark.parametrize("case", CASES)
+def test_every_rewritten_fixture_is_proved(case: str, manifest: bool, rewritten: Callable[..., Path]) -> None:
+    try:
+        dst = rewritten(case, on_mismatch="keep", manifest=manifest)
+    except TierewriteError as e:
+        pytest.skip(f"not rewritten: {e}")
+    result = verify(source(case), dst)
+    assert result.problems == ()
+    assert result.ties_source == "manifest" if manifest else result.ties_source in ("class", "config", "none")
+    before, after = read_tensors(source(case)), read_tensors(dst)
+    assert result.kept + result.renamed + result.merged + result.repacked == len(after)
+    assert result.dropped == len(before) - len(after)
+    assert result.dropped == len(before.keys() - after.keys()) - len(after.keys() - before.keys())
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_kv_scales_may_be_kept_or_merged(manifest: bool, rewritten: Callable[..., Path]) -> None:
+    case = "dg_nvfp4_kvfp8"
+    kept = verify(source(case), rewritten(case, manifest=manifest))
+    merged = verify(source(case), rewritten(case, manifest=manifest, kv_scales="merge"))
+    assert kept.ok
+    assert merged.ok
+    assert merged.merged > kept.merged
+
+
+def test_a_checkpoint_that_somebody_else_deduplicated_by_hand_is_proved(tmp_path: Path) -> None:
+    tensors = read_tensors(source("qwen3_tied_bf16"))
+    del tensors["lm_head.weight"]
+    dst = write_checkpoint(tmp_path / "dst", dict(reversed(tensors.items())))
+    for name in ("config.json", "generation_config.json"):
+        shutil.copy(source("qwen3_tied_bf16") / name, dst)
+    result = verify(source("qwen3_tied_bf16"), dst)
+    assert result.problems == ()
+    assert (result.kept, result.dropped) == (len(tensors), 1)
+
+
+def test_a_canonical_checkpoint_is_its_own_proof(rewritten: Callable[..., Path]) -> None:
+    result = verify(rewritten("dg_nvfp4"), rewritten("dg_nvfp4", manifest=False))
+    assert result.ok
+    assert result.dropped == result.renamed == result.merged == 0
+
+
+def test_json_has_a_schema_and_counts(rewritten: Callable[..., Path]) -> None:
+    data = json.loads(json.dumps(verify(source("dg_fp8"), rewritten("dg_fp8")).to_json()))
+    assert data["schema"] == "tierewrite/verification/1"
+    assert data["ok"] is True
+    assert data["problems"] == []
+    assert data["ties"]["source"] == "manifest"
+    assert data["counts"] == {"kept": 98, "renamed": 26, "dropped": 111, "merged": 37, "repacked": 0}
+
+
+def test_with_a_manifest_neither_torch_nor_transformers_is_imported(rewritten: Callable[..., Path]) -> None:
+    dst = rewritten("dg_nvfp4")
+    code = (
+        "import sys, tierewrite\n"
+        f"assert tierewrite.verify({str(source('dg_nvfp4'))!r}, {str(dst)!r}).ok\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_each_byte_is_read_once(rewritten: Callable[..., Path]) -> None:
+    src, dst = source("dg_nvfp4_sharded"), rewritten("dg_nvfp4_sharded")
+    read: list[int] = []
+    assert verify(src, dst, advance=read.append).ok
+    tensors = sum(len(data) for folder in (src, dst) for _, _, data in read_tensors(folder).values())
+    other = sum(p.stat().st_size for p in src.iterdir() if p.suffix == ".json" and p.name != INDEX)
+    assert sum(read) == tensors + 2 * other
+
+
+def test_memory_is_bounded_whatever_the_size_of_a_tensor(tmp_path: Path) -> None:
+    header = {
+        "a": {"dtype": "U8", "shape": [1 << 29], "data_offsets": [0, 1 << 29]},
+        "b": {"dtype": "F32", "shape": [], "data_offsets": [1 << 29, (1 << 29) + 4]},
+    }
+    text = json.dumps(header).encode()
+    for name in ("src", "dst"):
+        (tmp_path / name).mkdir()
+        with open(tmp_path / name / "model.safetensors", "wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(8 + len(text) + (1 << 29) + 4)
+    (tmp_path / "ties.json").write_text('{"b2": "b"}')
+    code = (
+        "import resource, tierewrite, tierewrite.verification as v, sys\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        f"r = tierewrite.verify({str(tmp_path / 'src')!r}, {str(tmp_path / 'dst')!r},"
+        f" ties_file={str(tmp_path / 'ties.json')!r})\n"
+        "grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before\n"
+        "assert r.ok, r\n"
+        "print(grown // (1024 if sys.platform == 'linux' else 1 << 20))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, timeout=300, capture_output=True, text=True)
+    assert int(done.stdout) < 128
+
+
+# ---------------------------------------------------------------------------------------------------- what is wrong
+
+
+def dropped_by_hand(case: str, key: str, folder: Path) -> Path:
+    tensors = read_tensors(source(case))
+    del tensors[key]
+    write_checkpoint(folder, tensors)
+    for name in ("config.json", "generation_config.json"):
+        shutil.copy(source(case) / name, folder)
+    return folder
+
+
+def test_a_drop_without_a_declared_tie_is_wrong_though_equal_bytes_are_there(tmp_path: Path) -> None:
+    dst = dropped_by_hand("qwen3_untied_equal_bf16", "lm_head.weight", tmp_path / "dst")
+    result = verify(source("qwen3_untied_equal_bf16"), dst)
+    assert [(p.id, p.where) for p in result.problems] == [("undeclared-drop", "lm_head.weight")]
+
+
+def test_a_drop_that_the_bytes_do_not_confirm_is_wrong(tmp_path: Path) -> None:
+    dst = dropped_by_hand("qwen3_tied_but_diverged_bf16", "lm_head.weight", tmp_path / "dst")
+    result = verify(source("qwen3_tied_but_diverged_bf16"), dst)
+    assert [(p.id, p.where) for p in result.problems] == [("unconfirmed-drop", "model.embed_tokens.weight")]
+
+
+def test_a_dropped_tensor_of_no_tie_is_missing(tmp_path: Path) -> None:
+    dst = dropped_by_hand("qwen3_tied_but_diverged_bf16", "model.norm.weight", tmp_path / "dst")
+    result = verify(source("qwen3_tied_but_diverged_bf16"), dst)
+    assert ids(result) <= {"missing", "undeclared-drop"}
+    assert [p.where for p in result.problems] == ["model.norm.weight"]
+
+
+@pytest.mark.parametrize("case", ["qwen3_tied_bf16", "dg_nvfp4"])
+def test_an_untouched_copy_of_a_tied_checkpoint_has_its_ties_left(case: str) -> None:
+    result = verify(source(case), source(case))
+    assert ids(result) == {"tie-left"}
+
+
+def test_an_alias_only_survivor_that_was_not_renamed_is_a_tie_left(
+    tmp_path: Path, rewritten: Callable[..., Path]
+) -> None:
+    names = read_tensors(source("dg_nvfp4")).keys() - read_tensors(rewritten("dg_nvfp4")).keys()
+    alias = "model.encoder.language_model.norm.weight"
+    assert alias in names
+    dst = shutil.copytree(rewritten("dg_nvfp4", manifest=False), tmp_path / "dst")
+    tensors, metadata = read_shard(dst / "model.safetensors")
+    tensors[alias] = tensors.pop("model.decoder.norm.weight")
+    write_shard(dst / "model.safetensors", tensors, metadata)
+    (dst / INDEX).unlink()
+    result = verify(source("dg_nvfp4"), dst)
+    assert [(p.id, p.where) for p in result.problems] == [("tie-left", "model.decoder.norm.weight")]
+
+
+def test_kv_scales_merged_against_the_options_are_wrong(tmp_path: Path, rewritten: Callable[..., Path]) -> None:
+    dst = shutil.copytree(rewritten("dg_nvfp4_kvfp8", kv_scales="merge"), tmp_path / "dst")
+    manifest = json.loads((dst / MANIFEST).read_text())
+    manifest["options"]["kv_scales"] = "keep"
+    (dst / MANIFEST).write_text(json.dumps(manifest))
+    assert "missing" in ids(verify(source("dg_nvfp4_kvfp8"), dst))
+
+
+# ------------------------------------------------------------------------------------------------------------ scales
+
+
+def f32(value: float) -> Tensor:
+    return "F32", [], struct.pack("<f", value)
+
+
+def bf16(bits: int) -> Tensor:
+    return "BF16", [1], struct.pack("<H", bits)
+
+
+TINY = struct.unpack("<f", struct.pack("<I", 7))[0]  # a denormal
+CASES_OF_SCALES = {
+    # name: (canonical's input_scale, alias's, right result, wrong results)
+    "the largest counts": (f32(2.0), f32(3.0), f32(3.0), [f32(2.0), f32(3.0000002), f32(2.9999998), f32(0.0)]),
+    "also when it is the canonical": (f32(3.0), f32(2.0), f32(3.0), [f32(2.0), f32(6.0), f32(-3.0)]),
+    "a missing side": (None, f32(0.5), f32(0.5), [f32(0.25), f32(float("nan"))]),
+    "a side that was never calibrated": (f32(float("inf")), f32(0.5), f32(0.5), [f32(float("inf")), f32(0.0)]),
+    "NaN": (f32(0.5), f32(float("nan")), f32(0.5), [f32(float("nan"))]),
+    "negative, zero, denormal": (f32(-1.0), f32(TINY), f32(-1.0), [f32(TINY), f32(0.0), f32(1.0)]),
+    "BF16 rounds up": (bf16(0x3F80), f32(1.001), bf16(0x3F81), [bf16(0x3F80), bf16(0x3F82)]),
+    "BF16 holds it": (bf16(0x3F80), f32(0.5), bf16(0x3F80), [bf16(0x3F00), bf16(0x3F81)]),
+}
+
+
+@pytest.mark.parametrize("case", CASES_OF_SCALES)
+def test_a_merged_scale_is_right_for_one_value_only(case: str, tmp_path: Path) -> None:
+    canonical, alias, right, wrong = CASES_OF_SCALES[case]
+    weight: Tensor = ("F8_E4M3", [2], b"\x01\x02")
+    tensors = {"a.weight": weight, "b.weight": weight, "a.input_scale": canonical, "b.input_scale": alias}
+    src = write_checkpoint(tmp_path / "src", {k: v for k, v in tensors.items() if v is not None})
+    ties = tmp_path / "ties.json"
+    ties.write_text('{"b.weight": "a.weight"}')
+    dst = tmp_path / "dst"
+    write_checkpoint(dst, {"a.weight": weight, "a.input_scale": right})
+    assert verify(src, dst, ties_file=ties).problems == ()
+    for value in wrong:
+        write_checkpoint(dst, {"a.weight": weight, "a.input_scale": value})
+        assert ids(verify(src, dst, ties_file=ties)) == {"merge"}
+    write_checkpoint(dst, {"a.weight": weight})
+    assert ids(verify(src, dst, ties_file=ties)) == {"missing"}
+
+
+@pytest.mark.parametrize("sides", [(3.0, 2.0), (2.0, 3.0)])
+def test_a_reciprocal_is_merged_to_the_smallest(sides: tuple[float, float], tmp_path: Path) -> None:
+    weight: Tensor = ("U8", [2], b"\x01\x02")
+    tensors = {"a.weight_packed": weight, "b.weight_packed": weight}
+    scales = {f"{n}.input_global_scale": f32(v) for n, v in zip("ab", sides, strict=True)}
+    src = write_checkpoint(tmp_path / "src", tensors | scales)
+    ties = tmp_path / "ties.json"
+    ties.write_text('{"b.weight": "a.weight"}')
+    for value in (2.0, 3.0, 1.9999999):
+        dst = write_checkpoint(tmp_path / "dst", {"a.weight_packed": weight, "a.input_global_scale": f32(value)})
+        assert ids(verify(src, dst, ties_file=ties)) == (set() if value == 2.0 else {"merge"})
+
+
+# ------------------------------------------------------------------------------------------------------ the manifest
+
+
+def first_entry(manifest: dict[str, Any], **wanted: Any) -> dict[str, Any]:
+    return next(
+        entry
+        for group in manifest["groups"]
+        for entry in group["tensors"].values()
+        if all(entry[key] == value for key, value in wanted.items())
+    )
+
+
+LIES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "schema": lambda m: m.update(schema="tierewrite/manifest/2"),
+    "tool": lambda m: m["tool"].update(name="other"),
+    "a source shard's size": lambda m: m["source"]["shards"][0].update(size=1),
+    "a source shard": lambda m: m["source"]["shards"].pop(),
+    "an option": lambda m: m["options"].update(kv_scales="drop"),
+    "a missing option": lambda m: m["options"].pop("on_mismatch"),
+    "a source of ties": lambda m: m["ties"].update(source="guess"),
+    "a tie less": lambda m: m["ties"]["map"].popitem(),
+    "a tie more": lambda m: m["ties"]["map"].update(x="y"),
+    "a group less": lambda m: m["groups"].remove(next(g for g in m["groups"] if g["status"] == "rewritten")),
+    "a group twice": lambda m: m["groups"].append(m["groups"][0]),
+    "a status": lambda m: next(g for g in m["groups"] if g["status"] == "rewritten").update(status="canonical"),
+    "a kept group": lambda m: next(g for g in m["groups"] if g["tensors"]).update(status="kept", reason="differs"),
+    "a digest": lambda m: first_entry(m).update(blake3="0" * 64),
+    "an origin": lambda m: first_entry(m, action="merge")["from"].pop(),
+    "the carrier": lambda m: first_entry(m, action="merge")["from"].reverse(),
+    "an action": lambda m: first_entry(m, action="rename").update(action="keep"),
+    "merged": lambda m: first_entry(m, merged=True).update(merged=False),
+    "a ratio": lambda m: first_entry(m, merged=True).update(ratio=1.0),
+    "calibrated": lambda m: first_entry(m, merged=True).update(calibrated=False),
+    "a tensor that is not there": lambda m: m["groups"][0]["tensors"].update({"x": first_entry(m)}),
+    "a tensor less": lambda m: next(g for g in m["groups"] if len(g["tensors"]) > 1)["tensors"].popitem(),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_lie_in_the_manifest_is_found(lie: str, tmp_path: Path, rewritten: Callable[..., Path]) -> None:
+    dst = shutil.copytree(rewritten("dg_nvfp4"), tmp_path / "dst")
+    manifest = json.loads((dst / MANIFEST).read_text())
+    LIES[lie](manifest)
+    (dst / MANIFEST).write_text(json.dumps(manifest))
+    assert "manifest" in ids(verify(source("dg_nvfp4"), dst))
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "nonsense", '{"schema": 1, "schema": 2}', "[" * 100_000, "\ud800"])
+def test_a_manifest_that_is_none_is_a_problem_and_no_crash(
+    text: str, tmp_path: Path, rewritten: Callable[..., Path]
+) -> None:
+    dst = shutil.copytree(rewritten("qwen3_tied_bf16"), tmp_path / "dst")
+    (dst / MANIFEST).write_bytes(text.encode("utf-8", "surrogatepass"))
+    result = verify(source("qwen3_tied_bf16"), dst)
+    assert ids(result) == {"manifest"}
+    assert result.ties_source == "class"
+
+
+# -------------------------------------------------------------------------------------------------------- unreadable
+
+
+def test_an_unreadable_dst_is_a_problem_an_unreadable_src_an_error(tmp_path: Path) -> None:
+    src = source("qwen3_tied_bf16")
+    assert ids(verify(src, tmp_path / "nowhere")) == {"unreadable"}
+    assert ids(verify(src, src / "config.json")) == {"unreadable"}
+    (tmp_path / "empty").mkdir()
+    assert ids(verify(src, tmp_path / "empty")) == {"unreadable"}
+    for wrong in (tmp_path / "nowhere", tmp_path / "empty"):
+        with pytest.raises(SourceError):
+            verify(wrong, src)
+
+
+@pytest.mark.parametrize("what", ["fifo", "folder", "truncated", "index"])
+def test_a_dst_with_a_broken_file_is_unreadable(what: str, tmp_path: Path, rewritten: Callable[..., Path]) -> None:
+    dst = shutil.copytree(rewritten("qwen3_tied_bf16"), tmp_path / "dst")
+    shard = dst / "model.safetensors"
+    if what == "truncated":
+        os.truncate(shard, shard.stat().st_size - 1)
+    elif what == "index":
+        (dst / INDEX).write_text("{")
+    else:
+        shard.unlink()
+        os.mkfifo(shard) if what == "fifo" else shard.mkdir()
+    assert ids(verify(source("qwen3_tied_bf16"), dst)) == {"unreadable"}
+
+
+def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path: Path, copied: Callable[[str], Path]) -> None:
+    src = copied("qwen3_tied_bf16")
+    dst = tmp_path / "dst"
+    tierewrite.rewrite(src, dst)
+    shard = src / "model.safetensors"
+
+    def touch(_: int) -> None:
+        os.utime(shard, ns=(1, 1))
+
+    with pytest.raises(SourceChanged):
+        verify(src, dst, advance=touch)
+
+
+# ------------------------------------------------------------------------------------------- one corruption at a time
+
+
+class Corruptor:
+    """Makes one random change to a checkpoint at a time and takes it back."""
+
+    def __init__(self, case: str, dst: Path, folder: Path, seed: int) -> None:
+        self.case, self.random = case, random.Random(seed)
+        self.original = {p.relative_to(dst).as_posix(): p.read_bytes() for p in dst.rglob("*") if p.is_file()}
+        self.folder = Path(shutil.copytree(dst, folder))
+        self.shards = [name for name in self.original if name.endswith(".safetensors")]
+        self.sides = [name for name in self.original if name not in (*self.shards, INDEX, MANIFEST)]
+        self.contents = {name: read_shard(dst / name) for name in self.shards}
+        self.source = read_tensors(source(case))
+        manifest = json.loads(self.original[MANIFEST])
+        self.merged = {
+            name: entry["from"]
+            for group in manifest["groups"]
+            for name, entry in group["tensors"].items()
+            if entry["merged"]
+        }
+        self.kinds = [k for k in self.KINDS if (k != "wrong merge" or self.merged)]
+
+    KINDS = (
+        "bit in data",
+        "bit in header",
+        "bit in index",
+        "swapped data",
+        "swapped names",
+        "dropped tensor",
+        "dropped tensor, index too",
+        "wrong merge",
+        "side file",
+        "alias back",
+        "renamed tensor",
+        "cut file",
+    )
+
+    def restore(self) -> None:
+        for path in self.folder.rglob("*"):
+            name = path.relative_to(self.folder).as_posix()
+            if path.is_file() and name not in self.original:
+                path.unlink()
+        for name, data in self.original.items():
+            path = self.folder / name
+            if not path.is_file() or path.read_bytes() != data:
+                path.write_bytes(data)
+
+    def flip(self, name: str, start: int, end: int) -> str:
+        data = bytearray(self.original[name])
+        at, bit = self.random.randrange(start, end), self.random.randrange(8)
+        data[at] ^= 1 << bit
+        (self.folder / name).write_bytes(data)
+        return f"{name}: bit {bit} of byte {at}"
+
+    def rewrite(self, name: str, tensors: dict[str, Tensor]) -> None:
+        write_shard(self.folder / name, tensors, self.contents[name][1])
+
+    def reindex(self) -> None:
+        index = json.loads(self.original[INDEX])
+        index["weight_map"] = {key: name for name in self.shards for key in read_shard(self.folder / name)[0]}
+        index["metadata"]["total_size"] = sum(len(data) for _, _, data in read_tensors(self.folder).values())
+        (self.folder / INDEX).write_text(json.dumps(index))
+
+    def pair(self, tensors: dict[str, Tensor]) -> tuple[str, str] | None:
+        """Two tensors of one dtype and shape with different bytes."""
+        names = list(tensors)
+        self.random.shuffle(names)
+        for one in names[:20]:
+            for other in names:
+                if tensors[one][:2] == tensors[other][:2] and tensors[one][2] != tensors[other][2]:
+                    return one, other
+        return None
+
+    def corrupt(self, kind: str) -> str | None:
+        """Make one change; says which, or None where this one is not possible here."""
+        rng = self.random
+        shard = rng.choice(self.shards)
+        raw = self.original[shard]
+        start = 8 + int.from_bytes(raw[:8], "little")
+        tensors = dict(self.contents[shard][0])
+        if kind == "bit in data":
+            return self.flip(shard, start, len(raw))
+        if kind == "bit in header":
+            return self.flip(shard, 0, start)
+        if kind == "bit in index":
+            return self.flip(INDEX, 0, len(self.original[INDEX]))
+        if kind in ("swapped data", "swapped names"):
+            found = self.pair(tensors)
+            if found is None:
+                return None
+            one, other = found
+            tensors[one], tensors[other] = tensors[other], tensors[one]
+            self.rewrite(shard, tensors)
+            return f"{kind} {one} {other}"
+        if kind.startswith("dropped"):
+            name = rng.choice(list(tensors))
+            del tensors[name]
+            self.rewrite(shard, tensors)
+            if kind.endswith("too"):
+                self.reindex()
+            return f"{kind} {name}"
+        if kind == "wrong merge":
+            name = rng.choice([n for n in self.merged if n in tensors] or [""])
+            if not name:
+                return None
+            dtype, shape, data = tensors[name]
+            (value,) = struct.unpack("<f", data)
+            others = [self.source[key][2] for key in self.merged[name]]
+            wrong = [
+                d for d in (*others, *(struct.pack("<f", value * k) for k in (0.5, 1.0000002, 2, 0, -1))) if d != data
+            ]
+            tensors[name] = dtype, shape, rng.choice(wrong)
+            self.rewrite(shard, tensors)
+            return f"{kind} {name}"
+        if kind == "side file":
+            name = rng.choice(self.sides)
+            path, data = self.folder / name, self.original[name]
+            how = rng.randrange(5)
+            if how == 0:
+                path.unlink()
+            elif how == 1:
+                path.write_bytes(data[:-1])
+            elif how == 2:
+                path.write_bytes(data + b"\n")
+            elif how == 3:
+                (self.folder / "extra.txt").write_text("")
+            else:
+                return self.flip(name, 0, len(data))
+            return f"{kind} {name} {how}"
+        if kind == "alias back":
+            gone = sorted(self.source.keys() - {key for held, _ in self.contents.values() for key in held})
+            if not gone:
+                return None
+            name = rng.choice(gone)
+            tensors[name] = self.source[name]
+            self.rewrite(shard, tensors)
+            self.reindex()
+            return f"{kind} {name}"
+        if kind == "renamed tensor":
+            name = rng.choice(list(tensors))
+            tensors[f"{name[:-1]}x"] = tensors.pop(name)
+            self.rewrite(shard, tensors)
+            self.reindex()
+            return f"{kind} {name}"
+        assert kind == "cut file"
+        name = rng.choice([shard, INDEX])
+        (self.folder / name).write_bytes(self.original[name][: rng.randrange(len(self.original[name]))])
+        return f"{kind} {name}"
+
+
+def corrupted(case: str, dst: Path, folder: Path, count: int, seed: int, keep_manifest: bool) -> dict[str, int]:
+    """Verify `count` single corruptions; returns how many of each kind. Fails on the first that is not found."""
+    ties = folder.parent / f"{folder.name}-ties.json"
+    manifest = json.loads((dst / MANIFEST).read_text())
+    ties.write_text(json.dumps(manifest["ties"]["map"]))
+    breaker = Corruptor(case, dst, folder, seed)
+    if not keep_manifest:
+        del breaker.original[MANIFEST]
+    breaker.restore()
+    breaker_kinds = dict.fromkeys(breaker.kinds, 0)
+    assert verify(source(case), breaker.folder, ties_file=ties).ok
+    done = 0
+    while done < count:
+        kind = breaker.random.choice(breaker.kinds)
+        what = breaker.corrupt(kind)
+        if what is not None:
+            assert not verify(source(case), breaker.folder, ties_file=ties).ok, f"seed {seed}, {case}: {what}"
+            breaker_kinds[kind] += 1
+            done += 1
+        breaker.restore()
+    assert verify(source(case), breaker.folder, ties_file=ties).ok
+    return breaker_kinds
+
+
+@pytest.mark.parametrize(
+    ("case", "options", "count", "keep_manifest"),
+    [
+        ("qwen3_tied_bf16", {}, 300, True),
+        ("bart_bf16", {}, 250, False),
+        ("dg_nvfp4_kvfp8", {"kv_scales": "merge"}, 200, True),
+        ("llmcompressor_nvfp4_dg", {}, 100, False),
+        ("dg_nvfp4_sharded", {}, 150, True),
+    ],
+)
+def test_every_one_of_a_thousand_single_corruptions_is_found(
+    case: str, options: dict[str, Any], count: int, keep_manifest: bool, tmp_path: Path, rewritten: Callable[..., Path]
+) -> None:
+    kinds = corrupted(case, rewritten(case, **options), tmp_path / "dst", count, 2026, keep_manifest)
+    assert sum(kinds.values()) == count
+    assert all(kinds.values()), kinds
+
+
+@pytest.mark.long
+def test_every_one_of_ten_thousand_single_corruptions_is_found(tmp_path: Path, rewritten: Callable[..., Path]) -> None:
+    for case in ("qwen3_tied_bf16", "dg_fp8", "dg_nvfp4_kvfp8", "dg_nvfp4_sharded", "llmcompressor_nvfp4_dg"):
+        kinds = corrupted(case, rewritten(case), tmp_path / case, 2_000, 7, True)
+        print(case, kinds)
