@@ -286,6 +286,8 @@ class _Planner:
         self.refuted = refuted
         self.separate_kv = separate_kv
         self.families = formats.detect(checkpoint.config, checkpoint.quant_config, self.entries.keys())
+        self.adjacency = formats.Adjacency(self.entries.keys(), checkpoint.config, checkpoint.quant_config)
+        self.canonical_of = {name: slot[0] for group in ties.groups for slot in group.slots for name in slot}
         self.sorted_keys = sorted(self.entries)
         # A tied parameter's own name is never a companion of its neighbour (a tied bias beside a tied weight).
         self.tied_names = {name for group in ties.groups for slot in group.slots for name in slot}
@@ -413,6 +415,7 @@ class _Planner:
         if present[0][0] != canonical or len(present) > 1:
             draft.touched = True
         self._weights(draft, canonical, present)
+        self._neighbours(draft, [name for name, _ in present])
         parts = {
             part: companion
             for _, found in present
@@ -469,6 +472,34 @@ class _Planner:
             if len(keys) > 1:
                 draft.checks.append(tuple(keys))
             self._carry(draft.tensors, tuple(keys), self._canonical_key(canonical, part), draft.tie.id)
+
+    def _neighbours(self, draft: _Draft, names: list[str]) -> None:
+        """In a smoothed checkpoint, what a side's scale was folded into must be one as well."""
+        if not self.adjacency.smoothed:
+            return
+        first, *others = (
+            {self._untied(key): key for key in self.adjacency.of(name.rpartition(".")[0])} for name in names
+        )
+        for other in others:
+            for untied, key in other.items():
+                twin = first.get(untied, key)
+                if twin == key:
+                    continue
+                mine, theirs = self.entries[twin], self.entries[key]
+                if (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape):
+                    raise _Unconfirmed(
+                        f"'{twin}' is {_header_text(mine)} but '{key}' is {_header_text(theirs)}, and both were "
+                        f"smoothed together with '{names[0]}'"
+                    )
+                draft.checks.append((twin, key))
+
+    def _untied(self, key: str) -> str:
+        """The canonical name of a tied parameter or of its companion; any other key as it is."""
+        if key in self.canonical_of:
+            return self.canonical_of[key]
+        parent, _, suffix = key.rpartition(".")
+        canonical = self.canonical_of.get(f"{parent}.weight")
+        return key if canonical is None else f"{canonical.rpartition('.')[0]}.{suffix}"
 
     def _carry(
         self,
