@@ -29,10 +29,11 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int, str]]:
 
 @pytest.fixture(autouse=True)
 def _sources_stay_as_they_are() -> Iterator[None]:
-    """The fixtures' bytes, modes and times are the same after every test."""
-    before = snapshot(FIXTURES)
+    """The naive fixtures' bytes, modes and times are the same after every test."""
+    folders = sorted(FIXTURES.glob("*/naive"))
+    before = [snapshot(folder) for folder in folders]
     yield
-    assert snapshot(FIXTURES) == before
+    assert [snapshot(folder) for folder in folders] == before
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ _WHERE = {
     "plan": "rewriting",
     "inspect": "inspection",
     "verify": "verification",
-    "Progress": "rewriting",
+    "Progress": "output",
     "Report": "report",
     "RewritePlan": "planning",
     "Inspection": "inspection",
@@ -83,9 +83,10 @@ if TYPE_CHECKING:
         VerificationFailed,
     )
     from tierewrite.inspection import Inspection, inspect
+    from tierewrite.output import Progress
     from tierewrite.planning import RewritePlan
     from tierewrite.report import Report
-    from tierewrite.rewriting import Progress, plan, rewrite
+    from tierewrite.rewriting import plan, rewrite
     from tierewrite.ties import TieMap
     from tierewrite.verification import Verification, verify
 

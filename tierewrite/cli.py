@@ -117,16 +117,26 @@ def cli(verbose: int) -> None:
 
 @cli.command()
 @click.argument("src", type=_FOLDER)
-@click.argument("dst", type=_FOLDER)
+@click.argument("dst", type=_FOLDER, required=False)
 @_policy_options
 @_source_options
 @_run_options
+@click.option("--in-place", is_flag=True, help="Let the result take the place of SRC, which is kept as SRC.bak.")
+@click.option("--no-backup", is_flag=True, help="With --in-place: keep no SRC.bak.")
+@click.option("--resume", is_flag=True, help="Go on from the shards that a killed run into DST finished.")
+@click.option("--verify", is_flag=True, help="Prove the output from SRC before it appears (reads both once more).")
 @click.option("--overwrite", is_flag=True, help="Swap out what DST holds, once the new checkpoint is complete.")
 @click.option("--no-manifest", is_flag=True, help="Do not write tierewrite.json.")
 @_quiet_option
 @_json_option
 def rewrite(
-    src: Path, dst: Path, as_json: bool, quiet: bool, no_manifest: bool, ties: Path | None, **options: Any
+    src: Path,
+    dst: Path | None,
+    as_json: bool,
+    quiet: bool,
+    no_manifest: bool,
+    no_backup: bool,
+    **options: Any,
 ) -> None:
     """Write the canonical form of the checkpoint in SRC to DST.
 
@@ -136,14 +146,12 @@ def rewrite(
       tierewrite rewrite exported/ canonical/ --on-mismatch keep --json > report.json
       tierewrite rewrite exported/ canonical/ --ties ties.json --max-shard-size 5GB
     """
-    show_progress = not (quiet or as_json) and sys.stderr.isatty()
-    if show_progress:
-        from tierewrite.views import Bar
+    from tierewrite.views import Bar
 
-        with Bar(_console(stderr=True)) as bar:
-            report = tierewrite.rewrite(src, dst, ties=ties, manifest=not no_manifest, progress=bar, **options)
-    else:
-        report = tierewrite.rewrite(src, dst, ties=ties, manifest=not no_manifest, **options)
+    with Bar(_console(stderr=True), shown=not (quiet or as_json)) as bar:
+        report = tierewrite.rewrite(
+            src, dst, manifest=not no_manifest, backup=not no_backup, progress=bar, **options
+        )
     if as_json:
         _print_json(report.to_json())
     elif not quiet:

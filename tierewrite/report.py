@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from tierewrite.checkpoint import Checkpoint
 from tierewrite.planning import GroupPlan, Policy, RewritePlan, group_json
+from tierewrite.ties import TieMap
 
 REPORT_SCHEMA = "tierewrite/report/1"
-MANIFEST_SCHEMA = "tierewrite/manifest/1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +128,8 @@ class Report:
         return [scale for group in self.groups for scale in group.scales]
 
     def with_warnings(self, warnings: tuple[str, ...]) -> Report:
-        return replace(self, warnings=self.warnings + warnings)
+        """The same report with more warnings, each once."""
+        return replace(self, warnings=tuple(dict.fromkeys(self.warnings + warnings)))
 
     def to_json(self) -> dict[str, Any]:
         """The object that `tierewrite rewrite --json` prints (schema tierewrite/report/1)."""
@@ -168,81 +170,43 @@ def _side_json(nbytes: int, tensors: int, shards: tuple[ShardSize, ...]) -> dict
     }
 
 
-@dataclass(frozen=True)
-class Written:
-    """A tensor of the output that stands for source tensors of a group, for the manifest.
+def build_report(
+    checkpoint: Checkpoint,
+    ties: TieMap,
+    plan: RewritePlan,
+    merged: Mapping[str, tuple[str, MergedScale]],
+    shards: Sequence[ShardSize],
+    src: object,
+    dst: object,
+    device: str,
+) -> Report:
+    """The report of an executed plan.
 
-    Attributes:
-        sources: the source keys that it stands for, the carrying one first.
-        action: keep, rename, merge or repack.
-        blake3: digest of its bytes in the output, 32 bytes.
-        scale: for a merged one, how the value came about.
+    Args:
+        merged: target -> (group id, how the value came about).
+        shards: the output's files.
     """
-
-    sources: tuple[str, ...]
-    action: str
-    blake3: bytes
-    scale: MergedScale | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        data: dict[str, Any] = {
-            "from": list(self.sources),
-            "action": self.action,
-            "merged": self.scale is not None,
-            "blake3": self.blake3.hex(),
-        }
-        if self.scale is not None:
-            data["ratio"] = self.scale.ratio
-            data["calibrated"] = self.scale.calibrated
-        return data
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """`tierewrite.json`: what was done, in terms that can be checked against the files.
-
-    It holds nothing that two runs on the same input and options could differ in: no device, threads, paths, times.
-    """
-
-    version: str
-    source_shards: tuple[ShardSize, ...]
-    policy: Policy
-    ties_source: str
-    ties_detail: str
-    ties: Mapping[str, str]
-    groups: tuple[GroupReport, ...]
-    written: Mapping[str, Mapping[str, Written]] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "schema": MANIFEST_SCHEMA,
-            "tool": {"name": "tierewrite", "version": self.version},
-            "source": {"shards": [{"name": s.name, "size": s.nbytes} for s in self.source_shards]},
-            "options": self.policy.to_json(),
-            "ties": {"source": self.ties_source, "detail": self.ties_detail, "map": dict(self.ties)},
-            "groups": [
-                {
-                    "id": report.group.id,
-                    "canonical": report.group.canonical,
-                    "aliases": list(report.group.aliases),
-                    "status": report.status,
-                    "reason": report.group.reason,
-                    "tensors": {
-                        target: written.to_json() for target, written in self.written.get(report.group.id, {}).items()
-                    },
-                }
-                for report in self.groups
-            ],
-        }
-
-
-def summary(plan: RewritePlan) -> dict[str, dict[str, int]]:
-    """Groups, dropped tensors and dropped bytes per kind of parameter, for tables."""
-    kinds: dict[str, dict[str, int]] = {}
-    for group in plan.groups:
-        row = kinds.setdefault(group.kind, {"groups": 0, "unconfirmed": 0, "dropped": 0, "bytes": 0})
-        row["groups"] += 1
-        row["unconfirmed"] += group.status == "unconfirmed"
-        row["dropped"] += group.dropped
-        row["bytes"] += group.dropped_bytes
-    return kinds
+    by_group: dict[str, list[MergedScale]] = {}
+    for group_id, scale in merged.values():
+        by_group.setdefault(group_id, []).append(scale)
+    status = {"planned": "rewritten", "unconfirmed": "kept", "canonical": "canonical"}
+    return Report(
+        src=str(src),
+        dst=str(dst),
+        policy=plan.policy,
+        before_bytes=checkpoint.total_bytes,
+        after_bytes=plan.total_bytes,
+        before_tensors=len(checkpoint.tensors),
+        after_tensors=sum(len(shard.tensors) for shard in plan.shards),
+        before_shards=tuple(ShardSize(shard.name, shard.size) for shard in checkpoint.shards),
+        after_shards=tuple(shards),
+        groups=tuple(
+            GroupReport(group, status[group.status], tuple(by_group.get(group.id, ()))) for group in plan.groups
+        ),
+        ties_source=ties.source,
+        ties_detail=ties.detail,
+        unpaired=ties.unpaired,
+        formats=plan.families,
+        device=device,
+        warnings=(*checkpoint.warnings, *ties.warnings, *plan.warnings),
+    )

@@ -6,27 +6,26 @@ digests say otherwise is the plan made anew (`--on-mismatch keep`) or the staged
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Union
-
-from blake3 import blake3
+from typing import Union
 
 import tierewrite
 from tierewrite import digest
 from tierewrite.checkpoint import Checkpoint
 from tierewrite.confirm import ScaleValues, merge_scales, refusal, refuted
-from tierewrite.errors import UsageError
+from tierewrite.errors import UsageError, VerificationFailed, shown
+from tierewrite.manifest import build_manifest, written_tensors
 from tierewrite.names import DiskTies, on_disk
-from tierewrite.planning import Action, Policy, RewritePlan, needed_for_confirmation
+from tierewrite.output import Mover, Output, Progress
+from tierewrite.planning import Policy, RewritePlan, needed_for_confirmation
 from tierewrite.planning import plan as make_plan
-from tierewrite.report import GroupReport, Manifest, Report, ShardSize, Written
+from tierewrite.report import Report, build_report
 from tierewrite.ties import TieMap
-from tierewrite.transfer import Transfer, tasks
+from tierewrite.transfer import tasks
 from tierewrite.writer import (
     INDEX_NAME,
     MANIFEST_NAME,
@@ -34,29 +33,15 @@ from tierewrite.writer import (
     Target,
     check_space,
     copy_side_files,
-    create,
     index_bytes,
     merged_metadata,
-    shard_header,
     side_file_clashes,
-    system_errors,
-    write_all,
     write_file,
 )
 
 log = logging.getLogger(__name__)
 
 PathLike = Union[str, "os.PathLike[str]"]
-
-
-class Progress:
-    """What a caller may watch. Subclass it; both methods may be called from any thread."""
-
-    def start(self, phase: str, total: int) -> None:
-        """A phase begins that will move `total` bytes."""
-
-    def advance(self, nbytes: int) -> None:
-        """`nbytes` more bytes have moved."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +142,7 @@ def plan(
 
 def rewrite(
     src: PathLike,
-    dst: PathLike,
+    dst: PathLike | None = None,
     *,
     on_mismatch: str = "error",
     kv_scales: str = "keep",
@@ -168,6 +153,10 @@ def rewrite(
     device: str = "auto",
     threads: int | None = None,
     overwrite: bool = False,
+    in_place: bool = False,
+    backup: bool = True,
+    resume: bool = False,
+    verify: bool = False,
     manifest: bool = True,
     progress: Progress | None = None,
 ) -> Report:
@@ -176,6 +165,7 @@ def rewrite(
     Args:
         src: folder with `model.safetensors` or shards with `model.safetensors.index.json`. Never written to.
         dst: folder to make; absent or empty, unless `overwrite`. It appears whole, by one rename, or not at all.
+            None with `in_place`.
         on_mismatch: "error" refuses when a declared tie is not confirmed by the bytes; "keep" leaves such groups whole.
         kv_scales: "keep" leaves KV-cache scales on every side; "merge" leaves one merged canonical value.
         max_shard_size: most tensor bytes a shard, as bytes or as "5GB"; None: as the fullest shard of `src`.
@@ -185,6 +175,10 @@ def rewrite(
         device: "auto", "cpu" or "cuda": where the hashing happens. The output is the same.
         threads: workers that read, hash and write; None: as many as there are cores, at most 8.
         overwrite: swap out what `dst` holds once the new checkpoint is complete.
+        in_place: the new checkpoint takes the place of `src`, by one rename, once it is complete.
+        backup: with `in_place`, keep the original as `SRC.bak`.
+        resume: use the shards that a killed run into `dst` finished, after checking their digests.
+        verify: prove the output from the source before it appears.
         manifest: write `tierewrite.json` with what was done and the digests.
         progress: told how many bytes have moved.
 
@@ -196,199 +190,90 @@ def rewrite(
         Refused: a tie is not confirmed, or a companion is of no known format; nothing was written (exit 3).
         SourceError: something is wrong in `src` (exit 4).
         SystemFailure: disk, permission, I/O, or `src` changed meanwhile; nothing was left behind (exit 5).
+        VerificationFailed: with `verify`, the output is not what `src` makes; nothing was left behind (exit 6).
     """
-    src, dst = Path(src), Path(dst)
+    src = Path(src)
     progress = progress or Progress()
     policy = policy_of(on_mismatch, kv_scales, max_shard_size)
-    target = Target.check(src, dst, overwrite)
+    if in_place:
+        if dst is not None:
+            raise UsageError("in place there is no DST; give SRC alone, or leave out --in-place")
+        dst, target = src, Target.in_place(src, backup)
+    elif dst is None:
+        raise UsageError("DST is missing; name a folder, or use --in-place")
+    else:
+        dst = Path(dst)
+        target = Target.check(src, dst, overwrite)
     digester = digest.select(device, threads=1)
     log.info("hashing on %s", digester.description)
     opened = Opened.open(src, ties=ties, trust_remote_code=trust_remote_code, ignore_unindexed=ignore_unindexed)
     checkpoint = opened.checkpoint
     planned = opened.plan(policy)
+    mover = Mover(checkpoint, digester, threads, progress)
     if policy.on_mismatch == "error" and planned.unconfirmed():
         # Nothing will be written, but the list of what is not confirmed has to be complete.
-        digests = _hash(checkpoint, planned, digester, threads, progress)
+        digests = mover.run(tasks(checkpoint, needed_for_confirmation(planned.groups)), "hashing")
         raise refusal(planned.groups, refuted(checkpoint, planned, digests))
     metadata, warnings = merged_metadata(checkpoint)
     side_bytes = sum(side.size for side in checkpoint.side_files)
-    check_space(target.path.parent, planned.total_bytes + side_bytes)
+    needed = planned.total_bytes + side_bytes
+    check_space(target.path.parent, needed)
+    if in_place:
+        kept = f", and the original stays as '{target.backup}'" if target.backup else ""
+        progress.note(f"in place: {needed:,} bytes are needed beside SRC until the swap{kept}")
     known: dict[str, bytes] = {}
     reasons: dict[str, str] = {}
-    with Staging(target) as staging:
+    with Staging(target, resume) as staging:
         while True:
             side_file_clashes(checkpoint, planned.shards)
             values = merge_scales(checkpoint, planned)
             if values.apart:
                 planned = opened.plan(policy, reasons, values.apart)
                 values = _with_warnings(merge_scales(checkpoint, planned), values.warnings)
-            paths = _write(checkpoint, planned, values, staging, digester, known, metadata, threads, progress)
+            output = Output(checkpoint, planned, values, staging.path, metadata)
+            if resume:
+                output.keep_finished(mover, known)
+            output.write(mover, known)
             found = refuted(checkpoint, planned, known)
             if not found:
                 break
             if policy.on_mismatch == "error":
                 raise refusal(planned.groups, found)
-            for path in paths:
-                path.unlink()
+            output.remove()
             reasons.update(found)
             planned = opened.plan(policy, reasons)
         write_file(staging.path / INDEX_NAME, index_bytes(planned.shards, checkpoint.index_metadata))
         progress.start("copying other files", side_bytes)
         copy_side_files(checkpoint.side_files, checkpoint.directories, staging.path, progress.advance)
-        report = _report(opened, planned, values, paths, src, dst, digester.description, warnings)
+        report = build_report(checkpoint, opened.ties, planned, values.merged, output.sizes(), src, dst, mover.device)
+        report = report.with_warnings((*warnings, *values.warnings))
         if manifest:
-            written = _written(planned, values, known)
-            _write_manifest(staging.path / MANIFEST_NAME, opened, report, written)
+            written = written_tensors(planned, values.patches, values.merged, known)
+            text = build_manifest(report, opened.disk, written, tierewrite.__version__)
+            write_file(staging.path / MANIFEST_NAME, text)
+        if verify:
+            _verify(src, staging.path, ties, trust_remote_code)
         staging.commit()
     return report
 
 
-def _hash(
-    checkpoint: Checkpoint,
-    planned: RewritePlan,
-    digester: digest.Digester,
-    threads: int | None,
-    progress: Progress,
-) -> dict[str, bytes]:
-    """Digests of everything that confirms the planned groups; nothing is written."""
-    work = tasks(checkpoint, needed_for_confirmation(planned.groups))
-    progress.start("hashing", sum(task.nbytes for task in work))
-    return Transfer(checkpoint, digester, threads=threads, advance=progress.advance).run(work)
+def _verify(src: Path, staged: Path, ties: PathLike | None, trust_remote_code: bool) -> None:
+    """Proves the staged output from the source.
 
+    Raises:
+        VerificationFailed: it is not what the source makes.
+    """
+    from tierewrite.verification import verify
 
-def _write(
-    checkpoint: Checkpoint,
-    planned: RewritePlan,
-    values: ScaleValues,
-    staging: Staging,
-    digester: digest.Digester,
-    known: dict[str, bytes],
-    metadata: Mapping[str, str],
-    threads: int | None,
-    progress: Progress,
-) -> list[Path]:
-    """Writes and flushes the output shards; the digests of what confirms the groups go into `known`."""
-    paths: list[Path] = []
-    starts: list[int] = []
-    for shard in planned.shards:
-        header = shard_header(shard, checkpoint.tensors, metadata)
-        path = staging.path / shard.name
-        with system_errors("creating", path):
-            fd = create(path)
-            try:
-                write_all(fd, header, 0)
-                os.ftruncate(fd, len(header) + shard.nbytes)
-            finally:
-                os.close(fd)
-        paths.append(path)
-        starts.append(len(header))
-    wanted = {key for key in _digests_wanted(planned) if key not in known}
-    work = tasks(checkpoint, wanted, planned.shards, starts)
-    progress.start("rewriting", sum(task.nbytes for task in work))
-    transfer = Transfer(
-        checkpoint, digester, paths, values.patches, values.originals, threads=threads, advance=progress.advance
-    )
-    known.update(transfer.run(work))
-    return paths
-
-
-def _digests_wanted(planned: RewritePlan) -> set[str]:
-    """What has to be confirmed, and what the manifest gives digests of."""
-    wanted = needed_for_confirmation(planned.groups)
-    stands_for = {t.target for t in planned.tensors.values() if t.action is Action.DROP}
-    wanted.update(
-        t.name
-        for t in planned.tensors.values()
-        if t.action is Action.RENAME or (t.action is Action.KEEP and t.target in stands_for)
-    )
-    return wanted
-
-
-def _written(planned: RewritePlan, values: ScaleValues, known: Mapping[str, bytes]) -> dict[str, dict[str, Written]]:
-    """Per group, the output tensors that stand for several source tensors or have a new name."""
-    sources: dict[str, list[str]] = {}
-    for tensor in planned.tensors.values():
-        if tensor.action is Action.DROP:
-            sources.setdefault(tensor.target, []).append(tensor.name)
-    result: dict[str, dict[str, Written]] = {}
-    for tensor in planned.tensors.values():
-        if tensor.group is None or tensor.action is Action.DROP:
-            continue
-        others = sources.get(tensor.target, [])
-        if tensor.action is Action.KEEP and not others:
-            continue
-        _, scale = values.merged.get(tensor.target, (None, None))
-        data = values.patches.get(tensor.name)
-        hashed = known[tensor.name] if data is None else blake3(data).digest()
-        result.setdefault(tensor.group, {})[tensor.target] = Written(
-            (tensor.name, *others), tensor.action.value, hashed, scale
+    result = verify(src, staged, ties_file=ties, trust_remote_code=trust_remote_code)
+    if not result.ok:
+        first = result.problems[0]
+        raise VerificationFailed(
+            f"the output is not what SRC makes ({len(result.problems)} problems, the first at '{shown(first.where)}': "
+            f"{first.message}); nothing was left behind. This is a bug or a failing disk: please report it",
+            details={"verification": result.to_json()},
         )
-    return result
 
 
 def _with_warnings(values: ScaleValues, more: tuple[str, ...]) -> ScaleValues:
-    return ScaleValues(
-        values.patches, values.originals, values.merged, values.apart, tuple(dict.fromkeys(values.warnings + more))
-    )
-
-
-def _report(
-    opened: Opened,
-    planned: RewritePlan,
-    values: ScaleValues,
-    paths: list[Path],
-    src: Path,
-    dst: Path,
-    device: str,
-    warnings: list[str],
-) -> Report:
-    checkpoint = opened.checkpoint
-    by_group: dict[str, list[Any]] = {}
-    for group, scale in values.merged.values():
-        by_group.setdefault(group, []).append(scale)
-    status = {"planned": "rewritten", "unconfirmed": "kept", "canonical": "canonical"}
-    return Report(
-        src=str(src),
-        dst=str(dst),
-        policy=planned.policy,
-        before_bytes=checkpoint.total_bytes,
-        after_bytes=planned.total_bytes,
-        before_tensors=len(checkpoint.tensors),
-        after_tensors=sum(len(shard.tensors) for shard in planned.shards),
-        before_shards=tuple(ShardSize(shard.name, shard.size) for shard in checkpoint.shards),
-        after_shards=tuple(ShardSize(path.name, path.stat().st_size) for path in paths),
-        groups=tuple(
-            GroupReport(group, status[group.status], tuple(by_group.get(group.id, ()))) for group in planned.groups
-        ),
-        ties_source=opened.ties.source,
-        ties_detail=opened.ties.detail,
-        unpaired=opened.ties.unpaired,
-        formats=planned.families,
-        device=device,
-        warnings=tuple(
-            dict.fromkeys((*checkpoint.warnings, *opened.ties.warnings, *warnings, *planned.warnings, *values.warnings))
-        ),
-    )
-
-
-def _write_manifest(
-    path: Path, opened: Opened, report: Report, written: Mapping[str, Mapping[str, Written]]
-) -> None:
-    ties: dict[str, str] = {}
-    for group in opened.disk.groups:
-        # One slot: the names on disk, which need no model class to be understood. Unpacked experts: the parameters.
-        rows = [group.slots[0]] if len(group.slots) == 1 else [(group.canonical, *group.aliases)]
-        for canonical, *aliases in rows:
-            ties.update((alias, canonical) for alias in aliases)
-    manifest = Manifest(
-        version=tierewrite.__version__,
-        source_shards=report.before_shards,
-        policy=report.policy,
-        ties_source=report.ties_source,
-        ties_detail=report.ties_detail if report.ties_source == "class" else "",
-        ties=ties,
-        groups=report.groups,
-        written=written,
-    )
-    text = json.dumps(manifest.to_json(), indent=1, ensure_ascii=False) + "\n"
-    write_file(path, text.encode())
+    return replace(values, warnings=tuple(dict.fromkeys(values.warnings + more)))

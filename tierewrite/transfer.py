@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from tierewrite.digest import Span as DigestSpan
 from tierewrite.digest.spans import Bytes
 from tierewrite.errors import SourceChanged
 from tierewrite.planning import OutShard
-from tierewrite.writer import system_errors, write_all
+from tierewrite.writer import flush, part, system_errors, write_all
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +51,12 @@ class Span:
     position: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Task:
-    """Spans of one source shard, ascending; together at most a buffer, unless there is only one."""
+    """Spans of one source shard, ascending; together at most a buffer, unless there is only one.
+
+    Equal and hashed by identity: a task is one piece of work.
+    """
 
     shard: int
     spans: tuple[Span, ...]
@@ -65,6 +68,7 @@ def tasks(
     hashed: Iterable[str],
     shards: Sequence[OutShard] = (),
     data_starts: Sequence[int] = (),
+    finished: Collection[int] = (),
 ) -> list[Task]:
     """Batches of byte ranges that cover `hashed` and everything that `shards` hold.
 
@@ -73,6 +77,7 @@ def tasks(
         hashed: keys whose digests are wanted.
         shards: output shards to write; empty to hash only.
         data_starts: for each output shard, the absolute offset of its data section.
+        finished: indices of output shards that need no writing.
 
     Returns:
         Large tensors first, since each is one worker's work, then the source in file order.
@@ -80,6 +85,8 @@ def tasks(
     wanted = dict.fromkeys(hashed, (-1, 0))
     want_digest = set(wanted)
     for index, shard in enumerate(shards):
+        if index in finished:
+            continue
         for tensor in shard.tensors:
             wanted[tensor.source] = (index, data_starts[index] + tensor.start)
     by_shard: list[list[TensorEntry]] = [[] for _ in checkpoint.shards]
@@ -116,7 +123,8 @@ class Transfer:
     Args:
         checkpoint: the source; its shards are opened read-only.
         digester: where hashing happens.
-        outputs: paths of the output shards, in the order of the plan; created by the caller.
+        outputs: the output shards to write, in the order of the plan (None: not to be written). Each is created by
+            the caller as `part(path)`, header included, and gets its own name once it is complete and flushed.
         patches: source key -> bytes to write instead of the source's (merged scales); same length.
         originals: source key -> the bytes that the merge was computed from; a difference means SRC changed.
         threads: number of workers.
@@ -127,7 +135,7 @@ class Transfer:
         self,
         checkpoint: Checkpoint,
         digester: Digester,
-        outputs: Sequence[Path] = (),
+        outputs: Sequence[Path | None] = (),
         patches: Mapping[str, bytes] | None = None,
         originals: Mapping[str, bytes] | None = None,
         threads: int | None = None,
@@ -141,7 +149,10 @@ class Transfer:
         self.threads = threads or default_threads()
         self.advance = advance
         self._sources: list[int] = []
-        self._outs: list[int] = []
+        self._outs: dict[int, int] = {}
+        self._missing: dict[int, int] = {}
+        self._done: set[Task] = set()
+        self._lock = threading.Lock()
 
     def run(self, work: Sequence[Task]) -> dict[str, bytes]:
         """Carries out all of `work` and flushes the outputs.
@@ -159,28 +170,56 @@ class Transfer:
         try:
             for shard in self.checkpoint.shards:
                 self._sources.append(open_source(shard))
-            for path in self.outputs:
-                with system_errors("opening", path):
-                    self._outs.append(os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW))
+            for index, path in enumerate(self.outputs):
+                if path is not None:
+                    with system_errors("opening", path):
+                        self._outs[index] = os.open(part(path), os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            self._missing = dict.fromkeys(self._outs, 0)
+            for task in work:
+                for index in _outs_of(task):
+                    self._missing[index] += 1
             try:
                 self._pass(work, digests)
             except DeviceFailed as error:
                 log.warning("the GPU failed (%s); the CPU goes on", error)
                 self.digester = select("cpu", threads=1)
-                # Writing again what is already written does no harm: every span knows its place.
+                # Writing again what is already written does no harm: every span knows its place. Shards that are
+                # finished are closed, and their spans are only hashed.
                 left = [task for task in work if any(s.hashed and s.key not in digests for s in task.spans)]
                 left += [task for task in work if not any(s.hashed for s in task.spans)]
                 self._pass(left, digests)
-            for fd, path in zip(self._outs, self.outputs, strict=True):
-                with system_errors("flushing", path):
-                    os.fsync(fd)
+            for index in list(self._outs):  # those without any tensor
+                self._finish(index)
             for number, shard in enumerate(self.checkpoint.shards):
                 unchanged(shard, os.fstat(self._sources[number]))
         finally:
-            for fd in (*self._sources, *self._outs):
+            for fd in (*self._sources, *self._outs.values()):
                 os.close(fd)
-            self._sources, self._outs = [], []
+            self._sources, self._outs = [], {}
         return digests
+
+    def _completed(self, task: Task) -> None:
+        """Enters a task as done; a shard that lacks nothing any more is finished at once, while others go on."""
+        complete = []
+        with self._lock:
+            if task in self._done:
+                return
+            self._done.add(task)
+            for index in _outs_of(task):
+                self._missing[index] -= 1
+                if self._missing[index] == 0:
+                    complete.append(index)
+        for index in complete:
+            self._finish(index)
+
+    def _finish(self, index: int) -> None:
+        """Flushes a complete output shard and gives it its own name."""
+        path = self.outputs[index]
+        assert path is not None
+        with system_errors("flushing", path):
+            flush(self._outs[index])
+            os.close(self._outs.pop(index))
+            os.rename(part(path), path)
 
     def _pass(self, work: Sequence[Task], digests: dict[str, bytes]) -> None:
         """One go at `work` on the present digester; what is known goes into `digests`, also when it fails."""
@@ -203,6 +242,8 @@ class Transfer:
                     self._large(task, number, buffers.array, stream, stop)
                 else:
                     self._batch(task, number, buffers.array, stream)
+                if not stop.is_set():
+                    self._completed(task)
 
             try:
                 futures = [pool.submit(carry_out, task, number) for task, number in numbered]
@@ -271,7 +312,7 @@ class Transfer:
         self._flush(run_out, buffer[run_start:place], run_position)
 
     def _flush(self, out: int, data: memoryview, position: int) -> None:
-        if out >= 0 and data:
+        if data and out in self._outs:
             with system_errors("writing", self.outputs[out]):
                 write_all(self._outs[out], data, position)
 
@@ -293,6 +334,11 @@ class Transfer:
             if ticket is not None:
                 ticket.wait()
             self.advance(length)
+
+
+def _outs_of(task: Task) -> set[int]:
+    """The output shards that a task writes to."""
+    return {span.out for span in task.spans if span.out >= 0}
 
 
 def default_threads() -> int:
@@ -337,7 +383,7 @@ def read_exactly(fd: int, into: memoryview, offset: int, shard: Shard) -> None:
     """
     with system_errors("reading", shard.path):
         while into:
-            done = os.preadv(fd, [into], offset)
+            done = _pread_into(fd, into, offset)
             if done == 0:
                 raise SourceChanged(
                     f"the file ends at byte {offset:,}, before the data that its header promises; it was cut while it "
@@ -346,6 +392,14 @@ def read_exactly(fd: int, into: memoryview, offset: int, shard: Shard) -> None:
                 )
             into = into[done:]
             offset += done
+
+
+def _pread_into(fd: int, into: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [into], offset)
+    data = os.pread(fd, len(into), offset)  # macOS
+    into[: len(data)] = data
+    return len(data)
 
 
 def read_tensors(checkpoint: Checkpoint, keys: Iterable[str]) -> dict[str, bytes]:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tierewrite.errors import shown
-from tierewrite.rewriting import Progress
+from tierewrite.output import Progress
 
 if TYPE_CHECKING:
     from tierewrite.inspection import Inspection
@@ -198,9 +198,9 @@ def _say_warnings(console: Console, warnings: Sequence[str]) -> None:
 
 
 class Bar(Progress):
-    """A rich progress display on standard error; shown once a phase has lasted for half a second."""
+    """A rich progress display on standard error; appears on a terminal once a phase has lasted for half a second."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, shown: bool = True) -> None:
         from rich.progress import (
             BarColumn,
             DownloadColumn,
@@ -219,6 +219,9 @@ class Bar(Progress):
             console=console,
             transient=True,
         )
+        self._console = console
+        self._notes = shown
+        self._bars = shown and console.is_terminal
         self._task: Any = None
         self._visible_from = 0.0
         self._started = False
@@ -239,7 +242,13 @@ class Bar(Progress):
         self._visible_from = time.monotonic() + 0.5
 
     def advance(self, nbytes: int) -> None:
+        if not self._bars:
+            return
         if not self._started and time.monotonic() >= self._visible_from:
             self._started = True
             self._display.start()
         self._display.update(self._task, advance=nbytes)
+
+    def note(self, text: str) -> None:
+        if self._notes:
+            self._console.print(Text(text))

@@ -68,10 +68,30 @@ class Target:
     Attributes:
         path: the real path of DST (links resolved); absent or an empty folder, unless `overwrite`.
         overwrite: swap out what is there once the new one is complete.
+        backup: where what was there goes when it is swapped out; None removes it.
     """
 
     path: Path
     overwrite: bool = False
+    backup: Path | None = None
+
+    @classmethod
+    def in_place(cls, src: Path, backup: bool) -> Target:
+        """The target is the source itself; what was there is kept as SRC.bak if `backup`.
+
+        Raises:
+            UsageError: SRC.bak exists already, or SRC cannot be moved.
+        """
+        with system_errors("looking at SRC", src):
+            real = src.resolve()
+            if not real.name:
+                raise UsageError("SRC is the root of the file system and cannot be swapped", file=src)
+            kept = real.with_name(real.name + ".bak")
+            if backup and (kept.exists() or kept.is_symlink()):
+                raise UsageError(
+                    f"'{shown(kept)}' exists already; move it away, or do without a backup (--no-backup)", file=src
+                )
+        return cls(real, True, kept if backup else None)
 
     @classmethod
     def check(cls, src: Path, dst: Path, overwrite: bool) -> Target:
@@ -107,13 +127,18 @@ class Target:
 class Staging:
     """A locked hidden folder beside the target; a context manager that leaves nothing behind unless committed.
 
+    Args:
+        target: what it becomes.
+        resume: keep the finished shards that a killed run left, for the caller to check.
+
     Raises on entry:
         UsageError: another run is writing to the same target.
         SystemFailure: the folder cannot be made.
     """
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, resume: bool = False) -> None:
         self.target = target
+        self.resume = resume
         self.path = target.path.parent / f".{target.path.name}.tierewrite"
         self._lock = -1
         self._made_parents: list[Path] = []
@@ -173,8 +198,10 @@ class Staging:
 
     def _clear(self) -> None:
         leftovers = list(self.path.iterdir())
-        if leftovers:
-            log.warning("clearing the staging folder of a run that was killed: %s", self.path)
+        if self.resume:
+            leftovers = [entry for entry in leftovers if not is_finished_shard(entry)]
+        elif leftovers:
+            log.warning("a run into this DST was killed; starting anew (--resume would use what it finished)")
         for entry in leftovers:
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
@@ -188,7 +215,7 @@ class Staging:
             SystemFailure: the rename or a flush failed; the target is what it was.
             UsageError: something appeared in the target meanwhile.
         """
-        target = self.target.path
+        target, backup = self.target.path, self.target.backup
         with system_errors("flushing the new checkpoint", self.path):
             for folder, _, _ in os.walk(self.path, topdown=False):
                 sync_folder(Path(folder))
@@ -197,12 +224,19 @@ class Staging:
             if target.exists() and any(target.iterdir()):
                 if not self.target.overwrite:
                     raise UsageError("something was put into DST while this run was working", file=target)
+                if backup is not None:
+                    if backup.exists():
+                        raise UsageError(f"'{shown(backup)}' appeared while this run was working", file=target)
+                    # Under the backup's name before the swap: whatever instant a crash picks, the original is either
+                    # in its place or is the backup, never in a folder that the next run would clear.
+                    os.rename(self.path, backup)
+                    self.path = backup
                 replaced = self._exchange(target)
             else:
                 os.rename(self.path, target)
             self._committed = True
             sync_folder(target.parent)
-        if replaced is not None:
+        if replaced is not None and backup is None:
             shutil.rmtree(replaced, ignore_errors=True)
 
     def _exchange(self, target: Path) -> Path:
@@ -221,7 +255,8 @@ class Staging:
         except OSError:
             os.rename(old, target)
             raise
-        return old
+        os.rename(old, self.path)
+        return self.path
 
     def _remove_parents(self) -> None:
         for folder in reversed(self._made_parents):
@@ -258,6 +293,16 @@ def _signals_deferred() -> Iterator[None]:
             signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
         if arrived:
             signal.raise_signal(arrived[0])
+
+
+def part(path: Path) -> Path:
+    """The name of a shard until it is complete and flushed."""
+    return path.with_name(path.name + ".part")
+
+
+def is_finished_shard(path: Path) -> bool:
+    """Whether `path` in a staging folder is a shard that a run completed and flushed."""
+    return path.suffix == ".safetensors" and path.is_file() and not path.is_symlink()
 
 
 def sync_folder(path: Path) -> None:
@@ -324,6 +369,14 @@ def create(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
 
 
+def flush(fd: int) -> None:
+    """Puts a file's data on the disk itself (on macOS fsync alone leaves it in the drive's cache)."""
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(fd)
+
+
 def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
     """Writes all of `data` at `offset`; a short write is continued."""
     view = memoryview(data)
@@ -339,7 +392,7 @@ def write_file(path: Path, data: bytes) -> None:
         fd = create(path)
         try:
             write_all(fd, data, 0)
-            os.fsync(fd)
+            flush(fd)
         finally:
             os.close(fd)
 
@@ -390,7 +443,7 @@ def copy_side_files(
                         write_all(out, chunk, size)
                         size += len(chunk)
                         advance(len(chunk))
-                    os.fsync(out)
+                    flush(out)
                 finally:
                     os.close(out)
             finally:

@@ -1,0 +1,187 @@
+"""Staging, resuming, and swapping in place."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import tierewrite
+from tests.checkpoints import digests, right_answer
+from tests.conftest import snapshot
+from tierewrite import writer
+
+Naive = Callable[[str], Path]
+
+
+def staging_of(dst: Path) -> Path:
+    return dst.parent / f".{dst.name}.tierewrite"
+
+
+def killed_run(naive: Path, dst: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Leaves what a run leaves that is killed just before the rename; returns the staging folder."""
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.Staging, "commit", lambda self: os._exit(9))
+        if (child := os.fork()) == 0:
+            try:
+                tierewrite.rewrite(naive, dst, max_shard_size="20KB")
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 9
+    assert not dst.exists()
+    return staging_of(dst)
+
+
+def test_killed_run_leaves_no_dst_and_the_next_run_starts_anew(
+    naive: Naive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staging = killed_run(naive("dg_nvfp4"), tmp_path / "out", monkeypatch)
+    assert staging.is_dir()
+    tierewrite.rewrite(naive("dg_nvfp4"), tmp_path / "out")
+    assert digests(tmp_path / "out") == right_answer("dg_nvfp4")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_resume_writes_only_what_is_missing_and_gives_identical_bytes(
+    naive: Naive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tierewrite.rewrite(naive("dg_nvfp4"), tmp_path / "whole", max_shard_size="20KB")
+    staging = killed_run(naive("dg_nvfp4"), tmp_path / "out", monkeypatch)
+    shards = sorted(staging.glob("*.safetensors"))
+    shards[0].unlink()
+    flipped = bytearray(shards[1].read_bytes())
+    flipped[-1] ^= 1
+    shards[1].write_bytes(flipped)
+    (staging / "model-00077-of-00099.safetensors").write_bytes(b"stale")
+    inodes = {path.name: path.stat().st_ino for path in shards[2:]}
+    tierewrite.rewrite(naive("dg_nvfp4"), tmp_path / "out", max_shard_size="20KB", resume=True)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+    assert {name: (tmp_path / "out" / name).stat().st_ino for name in inodes} == inodes
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["out", "whole"]
+
+
+def test_resume_with_other_options_takes_nothing_over_that_is_wrong(
+    naive: Naive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed_run(naive("dg_nvfp4"), tmp_path / "out", monkeypatch)
+    tierewrite.rewrite(naive("dg_nvfp4_kvfp8"), tmp_path / "out", max_shard_size="20KB", resume=True)
+    assert digests(tmp_path / "out") == right_answer("dg_nvfp4_kvfp8")
+
+
+def test_resume_without_anything_to_resume_is_a_plain_run(naive: Naive, tmp_path: Path) -> None:
+    tierewrite.rewrite(naive("dg_nvfp4"), tmp_path / "out", resume=True)
+    assert digests(tmp_path / "out") == right_answer("dg_nvfp4")
+
+
+def test_resume_after_a_refusal_under_keep(naive: Naive, tmp_path: Path) -> None:
+    case = "qwen3_tied_but_diverged_bf16"
+    tierewrite.rewrite(naive(case), tmp_path / "out", on_mismatch="keep", resume=True)
+    assert digests(tmp_path / "out") == digests(naive(case))
+
+
+def test_second_run_into_the_same_dst_is_refused_and_disturbs_nothing(naive: Naive, tmp_path: Path) -> None:
+    staging = staging_of(tmp_path / "out")
+    staging.mkdir()
+    (staging / "model.safetensors.part").write_bytes(b"the other run's")
+    lock = os.open(staging, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(tierewrite.UsageError, match="another run"):
+            tierewrite.rewrite(naive("dg_nvfp4"), tmp_path / "out")
+        assert (staging / "model.safetensors.part").read_bytes() == b"the other run's"
+    finally:
+        os.close(lock)
+
+
+def test_in_place_swaps_and_keeps_the_original(copied: Naive, tmp_path: Path) -> None:
+    src = copied("dg_nvfp4")
+    before = snapshot(src)
+    tierewrite.rewrite(src, in_place=True)
+    assert digests(src) == right_answer("dg_nvfp4")
+    assert snapshot(src.with_name(src.name + ".bak")) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == [src.name, src.name + ".bak"]
+
+
+def test_in_place_without_backup_leaves_only_the_new_one(copied: Naive, tmp_path: Path) -> None:
+    src = copied("dg_nvfp4")
+    tierewrite.rewrite(src, in_place=True, backup=False)
+    assert digests(src) == right_answer("dg_nvfp4")
+    assert [p.name for p in tmp_path.iterdir()] == [src.name]
+
+
+def test_in_place_works_where_the_kernel_cannot_exchange(
+    copied: Naive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    src = copied("dg_nvfp4")
+    before = snapshot(src)
+    monkeypatch.setattr(writer.ctypes, "CDLL", lambda *a, **k: object())
+    tierewrite.rewrite(src, in_place=True)
+    assert digests(src) == right_answer("dg_nvfp4")
+    assert snapshot(src.with_name(src.name + ".bak")) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == [src.name, src.name + ".bak"]
+
+
+def test_in_place_refuses_when_a_backup_exists(copied: Naive) -> None:
+    src = copied("dg_nvfp4")
+    before = digests(src)
+    shutil.copytree(src, src.with_name(src.name + ".bak"))
+    with pytest.raises(tierewrite.UsageError, match=r"\.bak"):
+        tierewrite.rewrite(src, in_place=True)
+    assert digests(src) == before
+
+
+def test_in_place_refused_tie_leaves_src_alone(copied: Naive, tmp_path: Path) -> None:
+    src = copied("qwen3_tied_but_diverged_bf16")
+    before = snapshot(src)
+    with pytest.raises(tierewrite.Refused):
+        tierewrite.rewrite(src, in_place=True)
+    assert snapshot(src) == before
+    assert [p.name for p in tmp_path.iterdir()] == [src.name]
+
+
+def test_in_place_says_beforehand_what_it_needs(copied: Naive) -> None:
+    notes: list[str] = []
+
+    class Watch(tierewrite.Progress):
+        def note(self, text: str) -> None:
+            notes.append(text)
+            assert not src.with_name(src.name + ".bak").exists()
+
+    src = copied("dg_nvfp4")
+    tierewrite.rewrite(src, in_place=True, progress=Watch())
+    assert len(notes) == 1
+    assert "bytes" in notes[0]
+    assert ".bak" in notes[0]
+
+
+def test_dst_beside_in_place_is_wrong_usage(copied: Naive, tmp_path: Path) -> None:
+    with pytest.raises(tierewrite.UsageError):
+        tierewrite.rewrite(copied("dg_nvfp4"), tmp_path / "out", in_place=True)
+    with pytest.raises(tierewrite.UsageError):
+        tierewrite.rewrite(copied("bart_bf16"))
+
+
+def test_too_little_space_is_refused_before_the_first_byte(
+    naive: Naive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    with pytest.raises(tierewrite.SystemFailure, match=r"1,000 free"):
+        tierewrite.rewrite(naive("dg_nvfp4"), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stray_file_with_the_name_of_an_output_shard_is_refused(copied: Naive, tmp_path: Path) -> None:
+    from tests.checkpoints import write_shard
+
+    src = copied("dg_nvfp4_sharded")
+    write_shard(src / "model-00001-of-00002.safetensors", {"unrelated": ("U8", [1], b"x")})
+    with pytest.raises(tierewrite.SourceError, match="name of a shard of the output"):
+        tierewrite.rewrite(src, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
