@@ -5,7 +5,7 @@ A weight of shape [..., out, in] is stored as three tensors:
 * `weight`, uint8 [..., out, in/2]: two E2M1 codes a byte, the even element in the low nibble; a code is a
   magnitude index (0, .5, 1, 1.5, 2, 3, 4, 6) with the sign in bit 3;
 * `weight_scale`, E4M3 [..., out, in/16], here always as its raw bytes (uint8): one scale for 16 elements
-  along the last axis;
+  along the last axis (ModelOpt's W4A8_NVFP4_FP8: [..., out, in/32]; the shapes tell which);
 * `weight_scale_2`, float32, a single value.  element = magnitude * weight_scale * weight_scale_2.
 
 compressed-tensors (nvfp4-pack-quantized) stores the same codes and block scales as `weight_packed` and
@@ -17,7 +17,7 @@ torch/quantization/qtensor/nvfp4_tensor.py; run on a CPU), so `encode` gives its
 Arrays are NumPy's; CuPy arrays are taken as well, stay on their device and give the same bytes.  Work is done
 in chunks of blocks, so that no temporary grows with the tensor.
 
-Refused: a last axis that is no multiple of 16, shapes that do not belong together, and re-encoding from or to
+Refused: a last axis that is no multiple of the block, shapes that do not belong together, and re-encoding from or to
 a scale that is zero, negative, infinite or NaN (ModelOpt writes such scales for a tensor of zeros: what they
 were meant to say is not in the file, so nothing new is made of them).
 """
@@ -37,7 +37,8 @@ Array = Any
 """A numpy.ndarray or a cupy.ndarray."""
 
 BLOCK = 16
-"""Elements that share one block scale."""
+"""Elements that share one block scale; ModelOpt's W4A8_NVFP4_FP8 shares one among 32."""
+_BLOCKS = (16, 32)
 
 E2M1_MAX = np.float32(6.0)
 E4M3_MAX = np.float32(448.0)
@@ -146,29 +147,30 @@ def _scalar(value: Array, what: str) -> np.float32:
 
 
 def _blocks(weight: Array, weight_scale: Array) -> tuple[Array, Array]:
-    """Codes as [blocks, 8] and block scales as [blocks], uint8 views where the memory allows it.
+    """Codes as [blocks, 8] ([blocks, 16] for blocks of 32) and block scales as [blocks].
 
-    Raises ValueError where dtype or shape is not that of an NVFP4 pair.
+    Views where the memory allows it. Raises ValueError where dtype or shape is not that of an NVFP4 pair.
     """
     for name, array in (("weight", weight), ("weight_scale", weight_scale)):
         if array.dtype != np.uint8:
             raise ValueError(f"{name} has dtype {array.dtype}; the raw bytes (uint8) were expected")
         if array.ndim < 1:
             raise ValueError(f"{name} is a scalar; a block format needs a last axis")
-    if weight.shape[-1] * 2 % BLOCK:
+    elements = weight.shape[-1] * 2
+    if elements % BLOCK:
         raise ValueError(
-            f"weight of shape {list(weight.shape)} holds {weight.shape[-1] * 2} elements along its last "
-            f"axis, which is no multiple of {BLOCK}"
+            f"weight of shape {list(weight.shape)} holds {elements} elements along its last axis, which is no "
+            f"multiple of {BLOCK}"
         )
-    expected = (*weight.shape[:-1], weight.shape[-1] * 2 // BLOCK)
-    if tuple(weight_scale.shape) != expected:
-        raise ValueError(
-            f"weight_scale has shape {list(weight_scale.shape)}; {list(expected)} belongs to a weight of "
-            f"shape {list(weight.shape)}"
-        )
-    xp = _xp(weight)
-    codes = xp.ascontiguousarray(weight).reshape(-1, BLOCK // 2)
-    return codes, xp.ascontiguousarray(weight_scale).reshape(-1)
+    for block in _BLOCKS:
+        if elements % block == 0 and tuple(weight_scale.shape) == (*weight.shape[:-1], elements // block):
+            xp = _xp(weight)
+            codes = xp.ascontiguousarray(weight).reshape(-1, block // 2)
+            return codes, xp.ascontiguousarray(weight_scale).reshape(-1)
+    raise ValueError(
+        f"weight_scale has shape {list(weight_scale.shape)}; {[*weight.shape[:-1], elements // BLOCK]} belongs to "
+        f"a weight of shape {list(weight.shape)}"
+    )
 
 
 def _chunks(blocks: int) -> Iterator[slice]:
@@ -195,8 +197,9 @@ def float32_to_e4m3(values: Array) -> Array:
     rounded = magnitude + np.uint32(0x7FFFF) + ((magnitude >> np.uint32(20)) & np.uint32(1))
     normal = (rounded >> np.uint32(20)).astype(np.int32) - ((127 - 7) << 3)
     # Below 2^-6 the places are multiples of 2^-9, which float32 scales to integers without loss.
-    small = xp.rint(xp.minimum(magnitude.view(np.float32), np.float32(1.0)) * np.float32(512.0))
-    code = xp.where(magnitude < np.uint32(0x3C800000), small.astype(np.int32), xp.minimum(normal, 0x7E))
+    is_small = magnitude < np.uint32(0x3C800000)
+    small = xp.rint(xp.where(is_small, magnitude.view(np.float32), np.float32(0)) * np.float32(512))
+    code = xp.where(is_small, small.astype(np.int32), xp.minimum(normal, 0x7E))
     code = xp.where(magnitude > np.uint32(0x7F800000), 0x7F, code)
     sign = (bits >> np.uint32(24)).astype(np.uint8) & np.uint8(0x80)
     return code.astype(np.uint8) | sign
@@ -209,9 +212,9 @@ def _multiplier(scale_bytes: Array, scale: np.float32, reciprocal: bool) -> Arra
 
 
 def _decode_blocks(codes: Array, multiplier: Array) -> Array:
-    """float32 [blocks, 16]."""
+    """float32 [blocks, 16]: two elements from each byte of codes, times the block's multiplier."""
     xp = _xp(codes)
-    return xp.asarray(_PAIRS)[codes].reshape(-1, BLOCK) * multiplier[:, None]
+    return xp.asarray(_PAIRS)[codes].reshape(codes.shape[0], -1) * multiplier[:, None]
 
 
 def _magnitude_codes(magnitudes: Array) -> Array:
@@ -243,14 +246,14 @@ def decode(weight: Array, weight_scale: Array, weight_scale_2: Array, *, recipro
     xp = _xp(weight)
     scale = _scalar(weight_scale_2, "weight_global_scale" if reciprocal else "weight_scale_2")
     codes, scales = _blocks(weight, weight_scale)
-    out = xp.empty((codes.shape[0], BLOCK), dtype=np.float32)
+    out = xp.empty((codes.shape[0], codes.shape[1] * 2), dtype=np.float32)
     with _quiet(xp):
         for part in _chunks(codes.shape[0]):
             out[part] = _decode_blocks(codes[part], _multiplier(scales[part], scale, reciprocal))
     return out.reshape(*weight.shape[:-1], weight.shape[-1] * 2)
 
 
-def encode(weight: Array, weight_scale_2: Array | None = None) -> tuple[Array, Array, Array]:
+def encode(weight: Array, weight_scale_2: Array | None = None, *, block: int = BLOCK) -> tuple[Array, Array, Array]:
     """Encode a weight as ModelOpt's dynamic NVFP4 quantizer does, byte for byte.
 
     weight_scale_2 = amax / (6*448); weight_scale = block amax / (6 * weight_scale_2), 1.0 where that is 0,
@@ -262,6 +265,7 @@ def encode(weight: Array, weight_scale_2: Array | None = None) -> tuple[Array, A
     Args:
         weight: float32 or float16 [..., out, in].
         weight_scale_2: float32, one value, or None to take it from the weight's largest magnitude.
+        block: elements that share a block scale, 16 or 32.
 
     Returns:
         (weight uint8 [..., out, in/2], weight_scale E4M3 bytes uint8 [..., out, in/16], weight_scale_2
@@ -274,13 +278,13 @@ def encode(weight: Array, weight_scale_2: Array | None = None) -> tuple[Array, A
     xp = _xp(weight)
     if weight.dtype not in (np.float32, np.float16):
         raise ValueError(f"weight has dtype {weight.dtype}; float32 was expected")
-    if weight.ndim < 1 or weight.shape[-1] % BLOCK:
-        raise ValueError(
-            f"weight has shape {list(weight.shape)}; its last axis must be a multiple of {BLOCK}"
-        )
+    if block not in _BLOCKS:
+        raise ValueError(f"blocks of {block} elements; 16 or 32 was expected")
+    if weight.ndim < 1 or weight.shape[-1] % block:
+        raise ValueError(f"weight has shape {list(weight.shape)}; its last axis must be a multiple of {block}")
     if weight.size == 0:
         raise ValueError(f"weight has shape {list(weight.shape)}; an empty weight has no scale")
-    rows = xp.ascontiguousarray(weight).reshape(-1, BLOCK)
+    rows = xp.ascontiguousarray(weight).reshape(-1, block)
     blocks = rows.shape[0]
     with _quiet(xp):
         if weight_scale_2 is None:
@@ -291,7 +295,7 @@ def encode(weight: Array, weight_scale_2: Array | None = None) -> tuple[Array, A
             scale = np.float32(amax / np.float32(6.0 * 448.0))
         else:
             scale = _scalar(weight_scale_2, "weight_scale_2")
-        codes = xp.empty((blocks, BLOCK // 2), dtype=np.uint8)
+        codes = xp.empty((blocks, block // 2), dtype=np.uint8)
         scales = xp.empty(blocks, dtype=np.uint8)
         for part in _chunks(blocks):
             values = rows[part].astype(np.float32)
@@ -308,7 +312,7 @@ def encode(weight: Array, weight_scale_2: Array | None = None) -> tuple[Array, A
     lead = weight.shape[:-1]
     return (
         codes.reshape(*lead, weight.shape[-1] // 2),
-        scales.reshape(*lead, weight.shape[-1] // BLOCK),
+        scales.reshape(*lead, weight.shape[-1] // block),
         xp.asarray(scale).reshape(()),
     )
 
@@ -376,9 +380,7 @@ def repack(
         for part in _chunks(codes.shape[0]):
             old_bytes = scales[part]
             if bool((old_bytes >= np.uint8(0x7F)).any()):
-                raise ValueError(
-                    "weight_scale holds a NaN or a negative scale; such a weight is not re-encoded"
-                )
+                raise ValueError("weight_scale holds a NaN or a negative scale; such a weight is not re-encoded")
             block = e4m3_to_float32(old_bytes)
             wanted = block * new / old if reciprocal else block * old / new
             scale_bytes = float32_to_e4m3(xp.clip(wanted, E4M3_MIN, E4M3_MAX))
@@ -392,15 +394,12 @@ def repack(
 
 
 def _same_shapes(a: Packed, b: Packed) -> None:
-    if tuple(a.weight.shape) != tuple(b.weight.shape):
-        raise ValueError(
-            f"weights of shapes {list(a.weight.shape)} and {list(b.weight.shape)} cannot be compared"
-        )
+    for what, left, right in (("weights", a.weight, b.weight), ("block scales", a.weight_scale, b.weight_scale)):
+        if tuple(left.shape) != tuple(right.shape):
+            raise ValueError(f"{what} of shapes {list(left.shape)} and {list(right.shape)} cannot be compared")
 
 
-def change(
-    a: tuple[Array, Array, Array], b: tuple[Array, Array, Array], *, reciprocal: bool = False
-) -> Change:
+def change(a: tuple[Array, Array, Array], b: tuple[Array, Array, Array], *, reciprocal: bool = False) -> Change:
     """How far the decoded weights of two encodings are apart.
 
     Args:
@@ -427,13 +426,11 @@ def change(
             difference = xp.abs(left.astype(np.float64) - right)
             largest = float(np.maximum(largest, float(difference.max())))
             squares += float((difference * difference).sum())
-    elements = codes_a.shape[0] * BLOCK
+    elements = codes_a.size * 2
     return Change(largest, math.sqrt(squares / elements) if elements else 0.0)
 
 
-def _cells(
-    codes: Array, scale_bytes: Array, scale: np.float32, reciprocal: bool
-) -> tuple[Array, Array, Array, Array]:
+def _cells(codes: Array, scale_bytes: Array, scale: np.float32, reciprocal: bool) -> tuple[Array, Array, Array, Array]:
     """For each element the range of source weights that this encoding rounds to the stored code.
 
     Returns (low, high) float64 [blocks, 16], the signed codes with code 8 read as 0, uint8 [blocks, 16], and
@@ -444,7 +441,7 @@ def _cells(
     block = e4m3_to_float32(scale_bytes).astype(np.float64)
     unit = 1.0 / float(scale) if reciprocal else float(scale)
     multiplier = block * unit
-    nibbles = xp.empty((codes.shape[0], BLOCK), dtype=np.uint8)
+    nibbles = xp.empty((codes.shape[0], codes.shape[1] * 2), dtype=np.uint8)
     nibbles[:, 0::2] = codes & np.uint8(15)
     nibbles[:, 1::2] = codes >> np.uint8(4)
     index = nibbles & np.uint8(7)
@@ -494,7 +491,7 @@ def agree_up_to_scaling(
     scale_a, scale_b = _scalar(a.scale, "weight scale of a"), _scalar(b.scale, "weight scale of b")
     codes_a, scales_a = _blocks(a.weight, a.weight_scale)
     codes_b, scales_b = _blocks(b.weight, b.weight_scale)
-    elements = codes_a.shape[0] * BLOCK
+    elements = codes_a.size * 2
     sound = all(math.isfinite(scale) and scale > 0 for scale in (scale_a, scale_b))
     outside, first, worst = 0, -1, 0.0
     with _quiet(xp):
@@ -511,7 +508,7 @@ def agree_up_to_scaling(
             bad = ~(fine & (sound & (unit_a >= 0) & (unit_b >= 0))[:, None])  # a NaN is not >= 0
             count = int(bad.sum())
             if count and first < 0:
-                first = part.start * BLOCK + int(bad.reshape(-1).argmax())
+                first = part.start * codes_a.shape[1] * 2 + int(bad.reshape(-1).argmax())
             outside += count
             left, right = _decode_blocks(codes_a[part], unit_a), _decode_blocks(codes_b[part], unit_b)
             steps = xp.where(left == right, 0.0, xp.abs(left - right) / coarser[:, None])
