@@ -3,7 +3,7 @@
 A tie is `alias -> canonical`, both names of parameters in memory. Declarations come from three places, asked in this
 order; the first that speaks decides:
 
-1. a ties file: JSON `{alias: canonical}`, plain names, module names or regular expressions, as transformers writes them;
+1. a ties file: JSON `{alias: canonical}`: names, module names or regular expressions, as transformers writes them;
 2. `_tied_weights_keys` in config.json itself;
 3. the model class that config.json names, built by the installed transformers on the meta device (names and shapes, no
    weights). transformers itself expands and gates the declarations: a (sub)config whose `tie_word_embeddings` is false
@@ -26,6 +26,7 @@ import re
 import threading
 import time
 import warnings
+from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -218,7 +219,7 @@ def _rooted(
     return tuple(Tie(alias, roots[alias], origins[alias]) for alias in pairs if roots[alias] != alias)
 
 
-# --- expansion without a model ------------------------------------------------------------------------------------------
+# --- expansion without a model ----------------------------------------------------------------------------------------
 
 
 def _is_regex(pattern: str) -> bool:
@@ -287,6 +288,25 @@ def _matcher(pattern: str, file: Path | None, error: type[TieFileError] | type[C
         raise error(f"the tie pattern '{shown(pattern)}' is no regular expression: {exc}", file=file) from exc
 
 
+def _matches(
+    pattern: str, ordered: Sequence[str], file: Path | None, error: type[TieFileError] | type[ConfigError]
+) -> list[str]:
+    """The names that `pattern` speaks of, in order: itself and what is below it, or what a regex matches."""
+    if _is_regex(pattern):
+        matcher = _matcher(pattern, file, error)
+        return [n for n in ordered if matcher.match(n)]
+    found = []
+    at = bisect_left(ordered, pattern)
+    if at < len(ordered) and ordered[at] == pattern:
+        found.append(pattern)
+    below = pattern + "."
+    for at in range(bisect_left(ordered, below), len(ordered)):
+        if not ordered[at].startswith(below):
+            break
+        found.append(ordered[at])
+    return found
+
+
 def _expand(
     declared: Mapping[str, str],
     names: Collection[str],
@@ -310,51 +330,78 @@ def _expand(
             continue
         if ordered is None:
             ordered = sorted(known)
-        alias_re, canonical_re = _matcher(alias, file, error), _matcher(canonical, file, error)
-        targets = [n for n in ordered if alias_re.match(n)]
-        sources = [n for n in ordered if canonical_re.match(n)]
+        targets = _matches(alias, ordered, file, error)
+        sources = _matches(canonical, ordered, file, error)
         if not targets and not sources:
             idle.append(alias)
             continue
         made = _pair(alias, canonical, targets, sources)
         if made is None:
             raise error(
-                f"the tie '{shown(alias)}' -> '{shown(canonical)}' matches {len(targets)} and {len(sources)} parameters: "
-                "they cannot be paired; name each alias and its canonical parameter",
+                f"the tie '{shown(alias)}' -> '{shown(canonical)}' matches {len(targets)} and {len(sources)} "
+                "parameters: they cannot be paired; name each alias and its canonical parameter",
                 file=file,
                 details={"alias": targets[:20], "canonical": sources[:20]},
             )
         for target, source in made:
             if target != source:
                 pairs[target] = pairs.get(source, source) if source in pairs and pairs[source] != target else source
+    _prefer_fused(pairs)
     return pairs, idle
 
 
-def _literal_head(pattern: str) -> str:
-    """The leading part of a pattern that every match starts with (a dot in it counts as a literal dot)."""
-    head = re.match(r"(?:[A-Za-z0-9_.]|\\\.)*", pattern)
+def _prefer_fused(pairs: dict[str, str]) -> None:
+    """Where patterns tie a fused parameter and its unpacked parts alike, the fused one speaks: one group, not many."""
+    covered: list[str] = []
+    for alias, canonical in pairs.items():
+        module, _, leaf = alias.rpartition(".")
+        if leaf in ("weight", "bias"):
+            head, _, projection = module.rpartition(".")
+            container, _, index = head.rpartition(".")
+            if not container or not index.isdecimal():
+                continue
+            tail = f".{index}.{projection}.{leaf}"
+        else:
+            container, projection, tail = module, leaf, f".{leaf}"
+        for fused in (f"{container}.{projection}", f"{container}.gate_up_proj"):
+            if fused == alias or (fused.endswith("gate_up_proj") and projection not in ("gate_proj", "up_proj", fused)):
+                continue
+            other = pairs.get(fused)
+            if other is not None and canonical == other.rpartition(".")[0] + tail:
+                covered.append(alias)
+                break
+    for alias in covered:
+        del pairs[alias]
+
+
+_HEAD = re.compile(r"(?:[A-Za-z0-9_.]|\\\.)*")
+
+
+def _split_pattern(pattern: str) -> tuple[str, str]:
+    """The part of a pattern that every match starts with (a dot in it counts as a literal dot), and the rest."""
+    head = _HEAD.match(pattern)
     text = head.group(0) if head else ""
     rest = pattern[len(text) :]
     if rest[:1] in ("*", "?", "{", "+") and text:
-        text = text[:-2] if text.endswith("\\.") else text[:-1]
-    return text.replace("\\.", ".")
+        kept = text[:-2] if text.endswith("\\.") else text[:-1]
+        text, rest = kept, pattern[len(kept) :]
+    return text.replace("\\.", "."), rest
 
 
 def _pair(alias: str, canonical: str, targets: Sequence[str], sources: Sequence[str]) -> list[tuple[str, str]] | None:
-    alias_head, canonical_head = _literal_head(alias), _literal_head(canonical)
-    tails = (
-        alias[len(re.match(r"(?:[A-Za-z0-9_.]|\\\.)*", alias).group(0)) :],
-        canonical[  # type: ignore[union-attr]
-            len(re.match(r"(?:[A-Za-z0-9_.]|\\\.)*", canonical).group(0)) :  # type: ignore[union-attr]
-        ],
-    )
-    if tails[0] == tails[1] and alias_head != canonical_head:
+    """Pair the names that two patterns match; None where nothing says how."""
+    alias_head, alias_tail = _split_pattern(alias)
+    canonical_head, canonical_tail = _split_pattern(canonical)
+    if not _is_regex(alias) and not _is_regex(canonical):
+        # Names of modules: what is below one is what is below the other.
+        alias_head, canonical_head, alias_tail, canonical_tail = f"{alias}.", f"{canonical}.", "", ""
+    if alias_tail == canonical_tail and alias_head != canonical_head:
         # The patterns differ in their heads only: a name's counterpart is the name with the other head.
         by_head = {t: canonical_head + t[len(alias_head) :] for t in targets if t.startswith(alias_head)}
         for source in sources:
             if source.startswith(canonical_head):
                 by_head.setdefault(alias_head + source[len(canonical_head) :], source)
-        if len([t for t in targets if t in by_head]) == len(targets):
+        if all(t in by_head for t in targets):
             return sorted(by_head.items())
     if not targets or not sources or len(targets) % len(sources) != 0:
         return None
@@ -404,20 +451,20 @@ def _from_file(path: Path, keys: Collection[str]) -> TieMap:
     pairs, idle = _expand(declared, names, path, TieFileError)
     if not any(alias in names for alias in pairs):
         raise TieFileError(
-            "the ties file matches nothing of the checkpoint: none of its aliases is there; write the names as they are "
-            "in the checkpoint (without companions such as weight_scale), or patterns that match them",
+            "the ties file matches nothing of the checkpoint: none of its aliases is there; write the names as they "
+            "are in the checkpoint (without companions such as weight_scale), or patterns that match them",
             file=path,
             details={"declared": list(declared)[:50]},
         )
     warned = [f"{path.name}: the tie of '{shown(a)}' matches nothing of the checkpoint" for a in idle]
-    scopes = _scopes(keys)
+    scopes = scopes_of(keys)
     for alias, canonical in pairs.items():
         # Only names that the file spells out can be misspelt; what a pattern pairs may well be absent (exporters that
         # keep the first name of shared tensors write no canonical side).
         written_out = declared.get(alias) == canonical
         if written_out and alias in names and canonical not in names and canonical not in pairs:
             scope = canonical.rpartition(".")[0].rpartition(".")[0]
-            if scope and scope not in scopes:
+            if scope and scope not in scopes and scope.rpartition(".")[0] not in scopes:
                 raise TieFileError(
                     f"the ties file ties '{shown(alias)}' to '{shown(canonical)}', but the checkpoint has neither that "
                     f"parameter nor anything under '{shown(scope)}'",
@@ -431,7 +478,7 @@ def _from_file(path: Path, keys: Collection[str]) -> TieMap:
     return TieMap(ties, "ties-file", str(path), (), tuple(warned), None)
 
 
-def _scopes(keys: Iterable[str]) -> set[str]:
+def scopes_of(keys: Iterable[str]) -> set[str]:
     """Every proper prefix, cut at dots, of every key."""
     found: set[str] = set()
     for key in keys:
@@ -563,7 +610,7 @@ def _from_class(root: Path, config: dict[str, Any], trust_remote_code: bool) -> 
         config_class, model_class, remote = _classes(root, config, wanted, trust_remote_code)
         clean = _without_run_time(config)
         try:
-            built_config = config_class.from_dict(clean)
+            built_config = config_class.from_dict(_as_loaded(config_class, clean))
         except _FATAL:
             raise
         except BaseException as exc:
@@ -621,8 +668,23 @@ def _without_run_time(value: Any) -> Any:
     return value
 
 
+def _as_loaded(config_class: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """The dict that `config_class.from_pretrained` would take from this config.json.
+
+    transformers writes infinities as {"__float__": "Infinity"}, and a class may take its own part of a composite config
+    (`base_config_key`, e.g. CLIPTextModel from a CLIP checkpoint).
+    """
+    decode = getattr(config_class, "_decode_special_floats", None)
+    if decode is not None:
+        config = decode(config)
+    part = config.get(getattr(config_class, "base_config_key", "") or "")
+    if isinstance(part, dict) and config.get("model_type") != config_class.model_type:
+        return part
+    return config
+
+
 def _native(name: str, module_of: Any = None) -> Any:
-    """The class `name` of the installed transformers, or None; a class whose packages are missing raises ImportError."""
+    """The class `name` of the installed transformers, or None; importing it may fail for want of its packages."""
     import transformers
     from transformers import PreTrainedModel
 
@@ -679,7 +741,9 @@ def _classes(root: Path, config: dict[str, Any], wanted: str | None, trust_remot
             raise ConfigError(f"model_type '{shown(model_type)}' is unknown; {_versions(config)}", file=file)
     elif model_class is not None:
         own = getattr(model_class, "config_class", None)
-        if own is not None and not issubclass(config_class, own) and not issubclass(own, config_class):
+        if own is not None and config.get(getattr(own, "base_config_key", "") or "") is not None:
+            config_class = own
+        elif own is not None and not issubclass(config_class, own) and not issubclass(own, config_class):
             raise ConfigError(
                 f"architectures names {shown(wanted)}, which takes a {own.__name__}, but model_type is "
                 f"'{shown(model_type)}' ({config_class.__name__})",
@@ -802,7 +866,7 @@ def _bounded() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _legacy_lists(found: dict[int, list[str]]) -> Iterator[None]:
-    """Inside, a class whose `_tied_weights_keys` is a legacy list builds: its list is noted in `found` by id(module)."""
+    """Inside, a class whose `_tied_weights_keys` is a legacy list builds; `found` takes the list, by id(module)."""
     from transformers import PreTrainedModel
 
     original = PreTrainedModel.get_expanded_tied_weights_keys
@@ -813,7 +877,8 @@ def _legacy_lists(found: dict[int, list[str]]) -> Iterator[None]:
             if getattr(self.config, "tie_word_embeddings", False):
                 found[id(self)] = [d for d in declared if isinstance(d, str)]
             return {}
-        return original(self, all_submodels=all_submodels)  # type: ignore[no-any-return]
+        expanded_here: dict[str, str] = original(self, all_submodels=all_submodels)
+        return expanded_here
 
     PreTrainedModel.get_expanded_tied_weights_keys = expanded
     try:
@@ -944,7 +1009,7 @@ def _class_level(
     )
     if not plain:
         raise ConfigError(
-            f"{name} cannot be built ({why}), and its tie declarations cannot be read without that; {_versions(config)}",
+            f"{name} cannot be built ({why}), and its ties cannot be read without that; {_versions(config)}",
             file=file,
         ) from cause
     hub = get_checkpoint_conversion_mapping(name) or get_checkpoint_conversion_mapping(config.get("model_type")) or []

@@ -1,0 +1,193 @@
+"""Every class of the installed transformers that declares ties, and the checkpoint a naive exporter writes of each.
+
+The right answers come from transformers alone: which parameters share storage is read off a model that transformers
+built and tied (identity of parameters, no tie map), and the hub's names are what `revert_weight_conversion` makes of
+its state dict, as `save_pretrained` calls it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import pkgutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+DTYPES = {
+    "torch.float32": "F32",
+    "torch.float64": "F64",
+    "torch.float16": "F16",
+    "torch.bfloat16": "BF16",
+    "torch.int64": "I64",
+    "torch.int32": "I32",
+    "torch.int16": "I16",
+    "torch.int8": "I8",
+    "torch.uint8": "U8",
+    "torch.bool": "BOOL",
+    "torch.complex64": "C64",
+    "torch.float8_e4m3fn": "F8_E4M3",
+}
+SIZES = {"F64": 8, "I64": 8, "C64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}  # bytes; the rest have 1
+
+Entry = tuple[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Naive:
+    """One naive checkpoint, headers only.
+
+    Attributes:
+        style: "memory" or "hub": whose names it is written under.
+        entries: every key with dtype and shape.
+        drops: the keys that a rewrite must drop, each with the key that stands for it.
+    """
+
+    style: str
+    entries: Mapping[str, Entry]
+    drops: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One class with its config.json and naive checkpoints, or the reason why there are none."""
+
+    name: str
+    config: dict[str, Any] = field(default_factory=dict)
+    naive: tuple[Naive, ...] = ()
+    skipped: str | None = None
+    active: bool = False
+
+
+def declared_classes() -> dict[str, str]:
+    """Exported classes with a `_tied_weights_keys` declaration: name -> module."""
+    import transformers
+    import transformers.models
+
+    found: dict[str, str] = {}
+    with quiet():
+        for package in pkgutil.iter_modules(transformers.models.__path__):
+            base = f"transformers.models.{package.name}"
+            for module in pkgutil.iter_modules(importlib.import_module(base).__path__):
+                if not module.name.startswith("modeling_"):
+                    continue
+                try:
+                    loaded = importlib.import_module(f"{base}.{module.name}")
+                except ImportError:
+                    continue
+                for name, member in vars(loaded).items():
+                    if (
+                        isinstance(member, type)
+                        and issubclass(member, transformers.PreTrainedModel)
+                        and member.__module__ == loaded.__name__
+                        and member._tied_weights_keys
+                        and hasattr(transformers, name)
+                    ):
+                        found[name] = loaded.__name__
+    return found
+
+
+class quiet:
+    """transformers says nothing inside."""
+
+    def __enter__(self) -> None:
+        self._level = logging.root.manager.disable
+        logging.disable(logging.ERROR)
+        self._warnings = warnings.catch_warnings()
+        self._warnings.__enter__()
+        warnings.simplefilter("ignore")
+
+    def __exit__(self, *exc: object) -> None:
+        self._warnings.__exit__(None, None, None)
+        logging.disable(self._level)
+
+
+def make_case(name: str, module: str) -> Case:
+    """The case of one class, from its default config; never raises for a class that cannot be built."""
+    import torch
+
+    with quiet():
+        model_class = getattr(importlib.import_module(module), name)
+        try:
+            config = model_class.config_class()
+            with torch.device("meta"):
+                model = model_class(config)
+                model.tie_weights(recompute_mapping=False)
+        except Exception as exc:
+            return Case(name, skipped=f"{type(exc).__name__}: {' '.join(str(exc).split())[:150]}")
+        written = json.loads(config.to_json_string(use_diff=False))
+        written["architectures"] = [name]
+        state = {k: v for k, v in model.state_dict(keep_vars=True).items() if hasattr(v, "shape")}
+        drops = shared_parameters(model, state)
+        naive = [Naive("memory", {k: entry_of(v) for k, v in state.items()}, drops)]
+        try:
+            naive.append(hub_checkpoint(model, state, drops))
+        except Exception as exc:
+            return Case(name, written, tuple(naive), f"hub names: {type(exc).__name__}: {exc}"[:200], bool(drops))
+    return Case(name, written, tuple(naive), None, bool(drops))
+
+
+def shared_parameters(model: Any, state: Mapping[str, Any]) -> dict[str, str]:
+    """alias -> canonical of a tied model, by identity of its parameters.
+
+    Of the names of one parameter, the canonical one is the one that no active declaration names as an alias.
+    """
+    by_identity: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        by_identity.setdefault(id(tensor), []).append(name)
+    declared = set(model.all_tied_weights_keys)
+    drops: dict[str, str] = {}
+    for names in by_identity.values():
+        if len(names) < 2:
+            continue
+        roots = [n for n in names if n not in declared]
+        if len(roots) != 1:
+            # Modules shared by construction, without a declaration: not ours to touch.
+            roots, names = (roots[:1], [roots[0], *(n for n in names if n in declared)]) if roots else ([], [])
+        drops.update({n: roots[0] for n in names if roots and n != roots[0]})
+    return drops
+
+
+def hub_checkpoint(model: Any, state: Mapping[str, Any], drops: Mapping[str, str]) -> Naive:
+    """The same checkpoint under the names that save_pretrained writes, and what it keeps of them."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    detached = {k: v.detach() for k, v in state.items()}
+    every = revert_weight_conversion(model, dict(detached))
+    kept = revert_weight_conversion(model, {k: v for k, v in detached.items() if k not in drops})
+    gone: dict[str, str] = {}
+    for alias, canonical in drops.items():
+        names = list(revert_weight_conversion(model, {alias: detached[alias]}))
+        stands = list(revert_weight_conversion(model, {canonical: detached[canonical]}))
+        gone.update({a: c for a, c in zip(names, stands, strict=True) if a not in kept})
+    if set(gone) != set(every) - set(kept):
+        raise ValueError(
+            f"names that save_pretrained drops do not add up: {sorted(set(gone) ^ (set(every) - set(kept)))}"
+        )
+    return Naive("hub", {k: entry_of(v) for k, v in every.items()}, gone)
+
+
+def entry_of(tensor: Any) -> Entry:
+    return DTYPES[str(tensor.dtype)], tuple(tensor.shape)
+
+
+def write_headers(folder: Path, naive: Naive, config: dict[str, Any]) -> None:
+    """config.json and one sparse model.safetensors whose data is a hole of the right length."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    header: dict[str, Any] = {}
+    offset = 0
+    for key, (dtype, shape) in naive.entries.items():
+        size = SIZES.get(dtype, 1)
+        for extent in shape:
+            size *= extent
+        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(folder / "model.safetensors", "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        out.truncate(8 + len(text) + offset)
