@@ -15,6 +15,7 @@ import shutil
 import stat
 import struct
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -161,13 +162,9 @@ def assert_kept_whole(source: Path, result: Tensors, *modules: str) -> None:
 def assert_rest_rewritten(result: Tensors, *kept: str) -> None:
     """No other alias is left, except what is per side by nature."""
     left = {
-        name
-        for name in result
-        if name.startswith(ALIAS) and not name.endswith(("layer_scalar", "k_scale", "v_scale"))
+        name for name in result if name.startswith(ALIAS) and not name.endswith(("layer_scalar", "k_scale", "v_scale"))
     }
-    assert {
-        name for name in left if not name.startswith(tuple(f"{ALIAS}{module}" for module in kept))
-    } == set()
+    assert {name for name in left if not name.startswith(tuple(f"{ALIAS}{module}" for module in kept))} == set()
 
 
 def both(module: str) -> tuple[str, str]:
@@ -198,7 +195,7 @@ def test_fact_01_a_tie_pattern_is_expanded_over_parameters_and_never_over_keys(
     manifest = json.loads((source.parent / "dst" / "tierewrite.json").read_text())
     for names in manifest["ties"]["map"].items():
         for name in names:
-            assert not name.endswith(("_scale", "_scale_2"))
+            assert not name.endswith(("weight_scale", "weight_scale_2", "input_scale"))
     differing = [
         name
         for name in before
@@ -285,9 +282,7 @@ O_PROJ = "layers.0.self_attn.o_proj"
 
 
 @pytest.mark.parametrize("algorithm", ["NVFP4_AWQ", "W8A8_SQ_PER_CHANNEL", "NVFP4_SVD"])
-def test_fact_04_equal_pre_quant_scales_go_with_the_weight(
-    edited: Callable[..., Path], algorithm: str
-) -> None:
+def test_fact_04_equal_pre_quant_scales_go_with_the_weight(edited: Callable[..., Path], algorithm: str) -> None:
     source = edited("dg_nvfp4", lambda tensors: pre_quant_scale(tensors, O_PROJ), quant_algo=algorithm)
     result, _ = rewritten(source)
     assert f"{CANONICAL}{O_PROJ}.pre_quant_scale" in result
@@ -412,9 +407,7 @@ def test_fact_06_a_v_scale_without_a_v_proj_weight_is_kept_on_both_sides_or_merg
     source = edited("dg_nvfp4_kvfp8")
     before = load(source)
     lonely = [
-        name
-        for name in before
-        if name.endswith("v_proj.v_scale") and name.replace("v_scale", "weight") not in before
+        name for name in before if name.endswith("v_proj.v_scale") and name.replace("v_scale", "weight") not in before
     ]
     assert {name.startswith(ALIAS) for name in lonely} == {True, False}
     result, _ = rewritten(source)
@@ -425,10 +418,32 @@ def test_fact_06_a_v_scale_without_a_v_proj_weight_is_kept_on_both_sides_or_merg
     merged, _ = rewritten(source, kv_scales="merge")
     for name in lonely:
         tail = name.removeprefix(ALIAS).removeprefix(CANONICAL)
-        assert value(merged[CANONICAL + tail]) == max(
-            value(before[CANONICAL + tail]), value(before[ALIAS + tail])
-        )
+        assert value(merged[CANONICAL + tail]) == max(value(before[CANONICAL + tail]), value(before[ALIAS + tail]))
         assert ALIAS + tail not in merged
+
+
+@pytest.mark.parametrize("equal", [True, False], ids=["equal", "different"])
+@pytest.mark.parametrize(
+    ("shift", "tensor"), [("k_proj.k_bias", T("F32", (), f32(0.5))), ("k_zero_point", T("I8", (1,), b"\5"))]
+)
+def test_kv_scales_with_a_shift_are_merged_only_where_all_of_a_layers_are_equal(
+    edited: Callable[..., Path], shift: str, tensor: T, equal: bool
+) -> None:
+    rest = ("k_proj.k_scale", "v_proj.v_scale", shift)
+    attention = "layers.0.self_attn"
+
+    def edit(tensors: Tensors) -> None:
+        for name in rest[:2]:
+            tensors[f"{ALIAS}{attention}.{name}"] = tensors[f"{CANONICAL}{attention}.{name}"]
+        tensors[f"{CANONICAL}{attention}.{shift}"] = tensor
+        tensors[f"{ALIAS}{attention}.{shift}"] = tensor if equal else flip(tensor)
+
+    source = edited("dg_nvfp4_kvfp8", edit)
+    before = load(source)
+    result, _ = rewritten(source, kv_scales="merge")
+    for name in rest:
+        assert result[f"{CANONICAL}{attention}.{name}"] == before[f"{CANONICAL}{attention}.{name}"]
+        assert result.get(f"{ALIAS}{attention}.{name}") == (None if equal else before[f"{ALIAS}{attention}.{name}"])
 
 
 def test_fact_07_a_streaming_export_that_lost_canonical_names_gets_them_back(
@@ -439,19 +454,14 @@ def test_fact_07_a_streaming_export_that_lost_canonical_names_gets_them_back(
         for name in ("embed_tokens.weight", "norm.weight"):
             tensor = tensors.pop(CANONICAL + name, None)
             tensors.setdefault(ALIAS + name, tensor)  # type: ignore[arg-type]
-        assert (
-            not {"lm_head.weight", f"{CANONICAL}embed_tokens.weight", f"{CANONICAL}norm.weight"}
-            & tensors.keys()
-        )
+        assert not {"lm_head.weight", f"{CANONICAL}embed_tokens.weight", f"{CANONICAL}norm.weight"} & tensors.keys()
 
     result, _ = rewritten(edited("dg_nvfp4", edit))
     assert described(result) == answer("dg_nvfp4")
 
 
 @pytest.mark.parametrize("fixture", ["llava_tied_bf16", "mixtral_tied_bf16"])
-def test_fact_08_names_on_disk_that_differ_from_names_in_memory(
-    edited: Callable[..., Path], fixture: str
-) -> None:
+def test_fact_08_names_on_disk_that_differ_from_names_in_memory(edited: Callable[..., Path], fixture: str) -> None:
     result, _ = rewritten(edited(fixture))
     assert described(result) == answer(fixture)
 
@@ -503,8 +513,7 @@ def test_fact_08_t5_ties_its_embeddings_whatever_config_json_says(tmp_path: Path
     names = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
     source = save(
         tmp_path / "src",
-        dict.fromkeys(names, embedding)
-        | {"encoder.final_layer_norm.weight": T("F32", (16,), f32(*[1.0] * 16))},
+        dict.fromkeys(names, embedding) | {"encoder.final_layer_norm.weight": T("F32", (16,), f32(*[1.0] * 16))},
     )
     (source / "config.json").write_text(json.dumps(config))
     result, _ = rewritten(source)
@@ -573,9 +582,7 @@ STRANGE = {
 def test_fact_11_every_dtype_and_shape_is_copied_as_bytes(
     edited: Callable[..., Path], tmp_path: Path, tied: bool
 ) -> None:
-    source = edited(
-        "qwen3_tied_bf16", lambda tensors: tensors.update({f"x.{name}": t for name, t in STRANGE.items()})
-    )
+    source = edited("qwen3_tied_bf16", lambda tensors: tensors.update({f"x.{name}": t for name, t in STRANGE.items()}))
     if tied:
         strange = {f"{side}.{name}.weight": t for side in "ab" for name, t in STRANGE.items()}
         save(source, strange)
@@ -601,7 +608,7 @@ def test_fact_11_the_output_has_no_holes_overlaps_or_shared_bytes(edited: Callab
         header.pop("__metadata__", None)
         spans = sorted(tuple(info["data_offsets"]) for info in header.values())
         assert spans[0][0] == 0
-        assert all(end == start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+        assert all(end == start for (_, end), (start, _) in pairwise(spans))
         assert 8 + size + spans[-1][1] == len(raw)
 
 
@@ -806,13 +813,10 @@ def test_family_becomes_one_copy_that_covers_both_sides(tmp_path: Path, family: 
     large = {name: doubled(t) if rule else t for name, (t, rule) in FAMILIES[family].items()}
     dec, enc = (small, large) if larger == "alias" else (large, small)
     bias = T("BF16", (4,), b"\x80\x3f" * 4)  # equal by chance, and not tied
-    source, ties = tied_linears(
-        tmp_path, {"dec.proj": {**dec, "bias": bias}, "enc.proj": {**enc, "bias": bias}}
-    )
+    source, ties = tied_linears(tmp_path, {"dec.proj": {**dec, "bias": bias}, "enc.proj": {**enc, "bias": bias}})
     result, _ = rewritten(source, ties=ties)
     expected = {
-        f"dec.proj.{name}": (large if rule == "max" else small)[name]
-        for name, (_, rule) in FAMILIES[family].items()
+        f"dec.proj.{name}": (large if rule == "max" else small)[name] for name, (_, rule) in FAMILIES[family].items()
     }
     assert result == {**expected, "dec.proj.bias": bias, "enc.proj.bias": bias}
 

@@ -578,10 +578,11 @@ class _Planner:
         for canonical, owners in sorted(attention.items()):
             sides = next(iter(owners.values()))
             rests = sorted({rest for side in sides for rest in found.get(side, {})})
+            # Biases and zero points have no common value: they are equal, or the layer's scales stay apart.
+            exact = [r for r in rests if any(r in found.get(s, {}) and found[s][r][1].merge is None for s in sides)]
             biases = tuple(
                 keys
-                for rest in rests
-                if rest.endswith("_bias")
+                for rest in exact
                 for keys in [tuple(found[s][rest][0] for s in sides if rest in found.get(s, {}))]
                 if len(keys) > 1
             )
@@ -590,8 +591,7 @@ class _Planner:
             )
             lone_bias = any(
                 sum(rest in found.get(side, {}) for side in sides) != len([s for s in sides if s in found])
-                for rest in rests
-                if rest.endswith("_bias")
+                for rest in exact
             )
             if lone_bias:
                 self.warnings.append(f"KV scales of '{canonical}' are kept apart: a bias has no twin on another side")
@@ -603,9 +603,11 @@ class _Planner:
                 owner = self._kv_owner(rest, owners)
                 if keys == (target,) or target in self.separate_kv:
                     continue
-                if self._unmergeable(keys) is not None or any(
-                    key in self.claimed for key in keys
-                ):
+                if companion.merge is None:
+                    apart = len({(self.entries[key].dtype, self.entries[key].shape) for key in keys}) > 1
+                else:
+                    apart = self._unmergeable(keys) is not None
+                if apart or any(key in self.claimed for key in keys):
                     self.warnings.append(f"KV scale '{target}' is kept apart: its sides are stored differently")
                     continue
                 # With a bias the zero point moves too: only equal scales and biases stand for each other.
