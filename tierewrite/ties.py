@@ -246,7 +246,8 @@ def parameters_of(keys: Iterable[str]) -> dict[str, None]:
         elif _COMPANION.match(leaf):
             companions.append(key)
         else:
-            names[key] = None
+            # A fused MXFP4 parameter is on disk as its blocks (and scales) only, as in gpt-oss.
+            names[key.removesuffix("_blocks")] = None
     for key in companions:
         parent, _, leaf = key.rpartition(".")
         if _WEIGHT_FORM.match(leaf) and parent not in modules:
