@@ -125,17 +125,17 @@ def test_each_byte_is_read_once(rewritten: Callable[..., Path]) -> None:
 
 
 def test_memory_is_bounded_whatever_the_size_of_a_tensor(tmp_path: Path) -> None:
-    header = {
-        "a": {"dtype": "U8", "shape": [1 << 29], "data_offsets": [0, 1 << 29]},
-        "b": {"dtype": "F32", "shape": [], "data_offsets": [1 << 29, (1 << 29) + 4]},
-    }
-    text = json.dumps(header).encode()
-    for name in ("src", "dst"):
-        (tmp_path / name).mkdir()
-        with open(tmp_path / name / "model.safetensors", "wb") as file:
+    size = 1 << 29
+    for folder, names in (("src", ["a.weight", "b.weight"]), ("dst", ["a.weight"])):
+        header: dict[str, Any] = {"big": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
+        for i, name in enumerate(names):
+            header[name] = {"dtype": "F32", "shape": [], "data_offsets": [size + 4 * i, size + 4 * i + 4]}
+        text = json.dumps(header).encode()
+        (tmp_path / folder).mkdir()
+        with open(tmp_path / folder / "model.safetensors", "wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
-            file.truncate(8 + len(text) + (1 << 29) + 4)
-    (tmp_path / "ties.json").write_text('{"b2": "b"}')
+            file.truncate(8 + len(text) + size + 4 * len(names))
+    (tmp_path / "ties.json").write_text('{"b.weight": "a.weight"}')
     code = (
         "import resource, tierewrite, tierewrite.verification as v, sys\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"

@@ -853,7 +853,7 @@ class _Proof:
                     say(f"lists '{name}' twice")
                 told[name] = group["id"], entry
             rewritten = group["status"] == "rewritten"
-            if rewritten != bool(group["tensors"]) and (rewritten or group["status"] != "canonical"):
+            if rewritten != bool(group["tensors"]):
                 say(f"says that '{group['id']}' is {group['status']}, with {len(group['tensors'])} tensors")
         if aliases != len(self.manifest["ties"]["map"]) or len(self.manifest["groups"]) != len(
             {group["id"] for group in self.manifest["groups"]}
