@@ -502,6 +502,22 @@ class TestOnTheGpu:
         arrays = [there[1:1000], cupy.float32(2.5).reshape(()), cupy.empty((0, 3)), there[: 8 * MIB].view(np.float16)]
         assert gpu.digest_arrays(arrays) == [blake3(array.tobytes()).digest() for array in arrays]
 
+    def test_every_gpu_hashes_its_own_arrays_and_its_share_of_a_stream(
+        self, gpu: cuda_room.CudaDigester, noise: bytes
+    ) -> None:
+        cupy = pytest.importorskip("cupy")
+        arrays = []
+        for i, one in enumerate(gpu.gpus * 2):
+            with cupy.cuda.Device(one.number):
+                arrays.append(cupy.asarray(np.frombuffer(noise[i : i + 3 * MIB], np.uint8)))
+        expected = [blake3(noise[i : i + 3 * MIB]).digest() for i in range(len(arrays))]
+        assert gpu.digest_arrays(arrays) == expected
+        with gpu.stream(4 * MIB) as stream:
+            assert {slot.gpu.number for slot in stream._slots} == {one.number for one in gpu.gpus}
+        tensors = [noise[i : i + 3 * MIB + 7 * i] for i in range(24 * len(gpu.gpus))]
+        found = streamed(gpu, tensors, 4 * MIB)
+        assert found == {i: blake3(data).digest() for i, data in enumerate(tensors)}
+
     def test_torch_tensors_of_any_dtype_are_hashed_where_they_are(self, gpu: cuda_room.CudaDigester) -> None:
         torch = pytest.importorskip("torch")
         if not torch.cuda.is_available():

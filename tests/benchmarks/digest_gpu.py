@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from tierewrite.digest import Span, layout
+from tierewrite.digest import Span
 from tierewrite.digest.cuda import CudaDigester, schedule
 
 GB = 1e9
@@ -121,6 +121,31 @@ def resident(digester: CudaDigester, gib: float) -> list[dict[str, Any]]:
     return rows
 
 
+def sequences(lengths: list[int], buffer_size: int) -> list[list[tuple[int, int, list[Span]]]]:
+    """Work for threads: steps (file offset, bytes, spans), of which each fills a buffer at most.
+
+    A sequence is one step with many tensors, or the steps of one tensor larger than a buffer; these come first.
+    """
+    large: list[list[tuple[int, int, list[Span]]]] = []
+    small: list[list[tuple[int, int, list[Span]]]] = []
+    spans: list[Span] = []
+    at = begin = 0
+    for tensor, length in enumerate([*lengths, buffer_size + 1]):  # the last one stands for the end
+        if spans and at - begin + length > buffer_size:
+            small.append([(begin, at - begin, spans)])
+            spans = []
+        if not spans:
+            begin = at
+        if length <= buffer_size:
+            spans.append(Span(tensor, at - begin, length, length, 0))
+        elif tensor < len(lengths):
+            steps = range(0, length, buffer_size)
+            sizes = [min(buffer_size, length - step) for step in steps]
+            large.append([(at + s, n, [Span(tensor, 0, n, length, s)]) for s, n in zip(steps, sizes, strict=True)])
+        at += length
+    return large + small
+
+
 def from_file(digester: CudaDigester, path: Path, threads: int, buffer_size: int) -> list[dict[str, Any]]:
     """A file in the page cache through pinned buffers: reading, copying and all together."""
     cupy = digester._cupy
@@ -129,53 +154,41 @@ def from_file(digester: CudaDigester, path: Path, threads: int, buffer_size: int
     ends = np.cumsum(lengths)
     keep = int(np.searchsorted(ends, size, side="right"))
     lengths = [*lengths[:keep], size - int(ends[keep - 1])]  # the last one takes what is left of the file
-    tasks: list[tuple[int, int, list[Span]]] = []
-    at = 0
-    for spans in layout(lengths, buffer_size):
-        nbytes = spans[-1].start + spans[-1].length
-        tasks.append((at, nbytes, spans))
-        at += nbytes
-    assert at == size
+    work = sequences(lengths, buffer_size)
+    assert sum(nbytes for steps in work for _, nbytes, _ in steps) == size
     buffers = [[digester.host_buffer(buffer_size) for _ in range(2)] for _ in range(threads)]
     file = os.open(path, os.O_RDONLY)
 
-    def passes(hand_over: Callable[[int, Any, list[Span]], Any]) -> None:
-        """Threads read tasks in order, each into its two buffers in turn, and hand them over in order."""
+    def passes(hand_over: Callable[[Any, list[Span]], Any]) -> None:
+        """Threads take sequences, and read the steps of each into their two buffers in turn."""
         lock = threading.Lock()
-        turns = [threading.Event() for _ in range(len(tasks) + 1)]
-        turns[0].set()
-        upcoming = iter(range(len(tasks)))
+        upcoming = iter(work)
         failures: list[BaseException] = []
 
-        def work(mine: list[Any]) -> None:
+        def reader(mine: list[Any]) -> None:
             tickets: list[Any] = [None, None]
-            count = 0
+            turn = 0
             try:
                 while not failures:
                     with lock:
-                        number = next(upcoming, None)
-                    if number is None:
+                        steps = next(upcoming, None)
+                    if steps is None:
                         break
-                    offset, nbytes, spans = tasks[number]
-                    buffer, ticket = mine[count % 2], tickets[count % 2]
-                    if ticket is not None:
-                        ticket.wait()
-                    done = 0
-                    while done < nbytes:
-                        done += os.preadv(file, [buffer.data[done:nbytes]], offset + done)
-                    turns[number].wait()
-                    tickets[count % 2] = hand_over(number, buffer, spans)
-                    turns[number + 1].set()
-                    count += 1
+                    for offset, nbytes, spans in steps:
+                        if tickets[turn] is not None:
+                            tickets[turn].wait()
+                        done = 0
+                        while done < nbytes:
+                            done += os.preadv(file, [mine[turn].data[done:nbytes]], offset + done)
+                        tickets[turn] = hand_over(mine[turn], spans)
+                        turn = 1 - turn
             except BaseException as error:
                 failures.append(error)
-                for turn in turns:
-                    turn.set()
             for ticket in tickets:
                 if ticket is not None:
                     ticket.wait()
 
-        crew = [threading.Thread(target=work, args=(mine,)) for mine in buffers]
+        crew = [threading.Thread(target=reader, args=(mine,)) for mine in buffers]
         for thread in crew:
             thread.start()
         for thread in crew:
@@ -187,7 +200,7 @@ def from_file(digester: CudaDigester, path: Path, threads: int, buffer_size: int
 
     def everything() -> None:
         with digester.stream(buffer_size) as stream:
-            passes(lambda number, buffer, spans: stream.update(buffer, spans))
+            passes(stream.update)
             found.update(stream.finish())
 
     reading = wall(lambda: passes(lambda *_: None))

@@ -91,8 +91,9 @@ __device__ __forceinline__ u32 find(const u64* __restrict__ starts, u32 n, u64 x
 }
 
 // 0 <= length <= 64 bytes from any address into 16 little-endian words, zeros after the end. Reads aligned
-// 16-byte vectors only, and none that holds no byte of the message: it never leaves a mapped page.
-__device__ __forceinline__ void load(u32 m[16], u64 address, u32 length) {
+// 16-byte vectors, but the last one bytewise when `tail` says that less than 15 bytes of ours follow. What is read
+// before the address belongs to the same allocation, whose start is aligned.
+__device__ __forceinline__ void load(u32 m[16], u64 address, u32 length, bool tail) {
     const u32 shift = (u32)address & 15u;
     const uint4* from = (const uint4*)(address - shift);
     if (shift == 0 && length == 64) {
@@ -105,10 +106,20 @@ __device__ __forceinline__ void load(u32 m[16], u64 address, u32 length) {
     }
     u32 w[20];
     const u32 end = length ? shift + length : 0;
+    const u32 vectors = tail ? end >> 4 : (end + 15) >> 4;
 #pragma unroll
     for (int i = 0; i < 5; ++i) {
-        const uint4 q = 16 * i < end ? __ldg(from + i) : make_uint4(0, 0, 0, 0);
+        const uint4 q = i < vectors ? __ldg(from + i) : make_uint4(0, 0, 0, 0);
         w[4 * i] = q.x; w[4 * i + 1] = q.y; w[4 * i + 2] = q.z; w[4 * i + 3] = q.w;
+    }
+    if (tail && (end & 15u)) {
+        const unsigned char* bytes = (const unsigned char*)(from + vectors);
+        u32 t[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int k = 0; k < 15; ++k)
+            if (k < (end & 15u)) t[k >> 2] |= (u32)__ldg(bytes + k) << (8 * (k & 3));
+#pragma unroll
+        for (int i = 0; i < 20; ++i) w[i] = i >> 2 == vectors ? t[i & 3] : w[i];
     }
     const u32 bits = (shift & 3u) * 8;
     switch (shift >> 2) {  // a branch per word offset keeps w in registers
@@ -146,6 +157,7 @@ chunks(const u64* __restrict__ jobs, u32 n, u64 total, uint4* __restrict__ cvs, 
     u64 address = jobs[job] + index * 1024;
     const u64 rest = bytes - index * 1024;
     u32 left = rest < 1024 ? (u32)rest : 1024u;
+    u32 ahead = rest < 2048 ? (u32)rest : 2048u;  // bytes of the job from here on, or enough
     u32 h[8];
     start(h);
     u32 flags = CHUNK_START;
@@ -154,13 +166,14 @@ chunks(const u64* __restrict__ jobs, u32 n, u64 total, uint4* __restrict__ cvs, 
     do {
         u32 m[16];
         const u32 length = left < 64 ? left : 64u;
-        load(m, address, length);
         more = left > 64;
+        load(m, address, length, ahead < 64 + 15);
         if (!more) flags |= last;
         compress(h, m, counter, length, flags, one);
         flags = 0;
         address += 64;
         left -= length;
+        ahead -= length;
     } while (more);
     store(single ? out + 2 * (u64)job : cvs + 2 * me, h);
 }
