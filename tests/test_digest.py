@@ -223,11 +223,14 @@ def test_spans_may_be_an_array_and_in_any_order_within_a_buffer(digester: Digest
     assert found == {i: blake3(noise[start : start + 90]).digest() for i, start, *_ in spans.tolist()}
 
 
-def test_what_came_through_before_a_failure_can_be_salvaged(digester: Digester, noise: bytes) -> None:
+def test_what_came_through_before_a_failure_can_be_salvaged(
+    digester: Digester, noise: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_room, "_SLOT", 4 * MIB)
     buffer = digester.host_buffer(2 * MIB)
     buffer[:] = np.frombuffer(noise[: 2 * MIB], np.uint8)
     with digester.stream(2 * MIB) as stream:
-        for turn in range(80):  # more than the slots of a GPU, or of two, take at once
+        for turn in range(80):  # more than the slots of eight GPUs take at once
             stream.update(buffer, [Span(turn, turn, MIB, MIB, 0), Span(100 + turn, MIB + turn, 3, 3, 0)]).wait()
         stream.update(buffer, [Span(99, 0, 2 * MIB, 4 * MIB, 0)]).wait()
         known = stream.salvage()

@@ -80,7 +80,10 @@ class Stream(Protocol):
         """
 
     def salvage(self) -> dict[int, bytes]:
-        """The digests known so far, without asking the device for more. For use after DeviceFailed."""
+        """The digests known so far, without asking the device for more. For use after DeviceFailed.
+
+        On CUDA the last slots' worth of data (see `Digester.stream`) may be missing.
+        """
 
     def close(self) -> None:
         """Gives the memory back. Idempotent; never raises."""
