@@ -1,0 +1,626 @@
+"""The gate: what a checkpoint folder is, and everything about one that is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from blake3 import blake3
+
+from tests.checkpoints import FIXTURES, read_tensors, write_checkpoint, write_shard
+from tierewrite.checkpoint import Checkpoint, natural_key, read_header, read_index
+from tierewrite.errors import ConfigError, HeaderError, ShardIndexError, SourceError, SystemFailure, shown
+
+INDEX = "model.safetensors.index.json"
+SHARD = "model.safetensors"
+ONE = {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}
+EMPTY = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
+
+
+def raw(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def put(folder: Path, name: str, header: Any, data: bytes = b"") -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_bytes(raw(header, data))
+    return folder / name
+
+
+def index(folder: Path, weight_map: Any, **more: Any) -> None:
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map, **more}))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint of one shard with one tensor `a`, one byte."""
+    put(tmp_path / "src", SHARD, {"a": ONE}, b"x")
+    return tmp_path / "src"
+
+
+# ------------------------------------------------------------------------------------------------- what is accepted
+
+
+@pytest.mark.parametrize("case", [p.parent.name for p in sorted(FIXTURES.glob("*/naive"))])
+def test_a_real_checkpoint_opens_with_the_bytes_that_are_there(case: str) -> None:
+    root = FIXTURES / case / "naive"
+    opened = Checkpoint.open(root)
+    tensors = read_tensors(root)
+    found = {
+        e.name: (e.dtype, list(e.shape), opened.shards[e.shard].path.read_bytes()[e.start : e.end])
+        for e in opened.tensors.values()
+    }
+    assert found == tensors
+    assert opened.total_bytes == sum(len(data) for _, _, data in tensors.values())
+    assert opened.config == json.loads((root / "config.json").read_text())
+    here = {p.name for p in root.iterdir()}
+    assert {s.name for s in opened.side_files} == here - {s.name for s in opened.shards} - {INDEX}
+    order = [(e.shard, e.start, e.end) for e in opened.tensors.values()]
+    assert order == sorted(order)
+
+
+def test_several_files_without_an_index_are_all_read(tmp_path: Path) -> None:
+    for i in (10, 9, 1):
+        put(tmp_path, f"part-{i}.safetensors", {f"t{i}": ONE}, b"x")
+    opened = Checkpoint.open(tmp_path)
+    assert [s.name for s in opened.shards] == ["part-1.safetensors", "part-9.safetensors", "part-10.safetensors"]
+    assert list(opened.tensors) == ["t1", "t9", "t10"]
+    assert opened.index_metadata is None
+
+
+def test_dotfiles_are_no_shards_but_side_files(folder: Path) -> None:
+    (folder / "._model.safetensors").write_bytes(b"AppleDouble")
+    opened = Checkpoint.open(folder)
+    assert [s.name for s in opened.shards] == [SHARD]
+    assert [s.name for s in opened.side_files] == ["._model.safetensors"]
+
+
+def test_an_unknown_dtype_is_accepted_where_the_offsets_tile_the_file(tmp_path: Path) -> None:
+    header = {"b": ONE | {"data_offsets": [3, 4]}, "a": {"dtype": "I4", "shape": [5], "data_offsets": [0, 3]}}
+    put(tmp_path, SHARD, header, b"abcd")
+    a = Checkpoint.open(tmp_path).tensors["a"]
+    assert (a.dtype, a.shape, a.nbytes) == ("I4", (5,), 3)
+
+
+@pytest.mark.parametrize(("dtype", "shape", "size"), [("F4", [3, 2], 3), ("F6_E2M3", [4], 3), ("F6_E3M2", [8], 6)])
+def test_a_dtype_of_less_than_a_byte_is_counted_in_bits(
+    dtype: str, shape: list[int], size: int, tmp_path: Path
+) -> None:
+    put(tmp_path, SHARD, {"a": {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}, b"x" * size)
+    assert Checkpoint.open(tmp_path).tensors["a"].nbytes == size
+    put(tmp_path, SHARD, {"a": {"dtype": dtype, "shape": [*shape, 8], "data_offsets": [0, size]}}, b"x" * size)
+    with pytest.raises(HeaderError):
+        Checkpoint.open(tmp_path)
+
+
+def test_zero_dimensions_empty_tensors_and_odd_names_are_tensors(tmp_path: Path) -> None:
+    header = {
+        "": EMPTY,
+        "s": ONE | {"shape": []},
+        "\0": EMPTY,
+        "é\u202e": EMPTY | {"shape": [3, 0]},
+        "__metadata__": None,
+    }
+    put(tmp_path, SHARD, header, b"x")
+    assert Checkpoint.open(tmp_path).tensors.keys() == {"", "s", "\0", "é\u202e"}
+
+
+def test_metadata_of_shard_and_index_are_kept(tmp_path: Path) -> None:
+    put(tmp_path, "a.safetensors", {"a": ONE, "__metadata__": {"format": "pt", "x": ""}}, b"x")
+    index(tmp_path, {"a": "a.safetensors"}, metadata={"total_size": 1, "dtype": 1, "shape": 2, "data_offsets": 3})
+    opened = Checkpoint.open(tmp_path)
+    assert opened.shards[0].metadata == {"format": "pt", "x": ""}
+    assert opened.index_metadata == {"total_size": 1, "dtype": 1, "shape": 2, "data_offsets": 3}
+    assert opened.warnings == ()
+
+
+# --------------------------------------------------------------------------------------------------------- headers
+
+T = '"data_offsets":[0,1]'
+HEADERS: dict[str, tuple[bytes, str]] = {
+    # what: (the file, a word of the message)
+    "an empty file": (b"", "0 bytes"),
+    "seven bytes": (b"1234567", "7 bytes"),
+    "a length field beyond the file": (raw({"a": ONE}, b"x", 100), "truncated"),
+    "a header over 100 MB": (raw({}, b"", 100_000_001), "100000000"),
+    "the largest length": (raw({}, b"", 2**64 - 1), "allows"),
+    "a Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
+    "no JSON": (raw(b"{"), "JSON"),
+    "nothing": (raw(b""), "JSON"),
+    "two values": (raw(b"{}{}"), "JSON"),
+    "not UTF-8": (raw(b'{"\xff":1}'), "UTF-8"),
+    "an encoded surrogate": (raw(b'{"\xed\xa0\x80":1}'), "UTF-8"),
+    "half a surrogate pair": (raw(b'{"\\ud800":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'), "surrogate"),
+    "a byte order mark": (raw(b"\xef\xbb\xbf{}"), "JSON"),
+    "an array": (raw([]), "an array"),
+    "a number": (raw(3), "a number"),
+    "NaN": (raw(b'{"a":NaN}'), "NaN"),
+    "a name twice": (raw(b'{"a":{"dtype":"U8","shape":[1],%b},"a":{}}' % T.encode(), b"x"), "'a' comes twice"),
+    "a field twice": (
+        raw(b'{"a":{"dtype":"U8","dtype":"I8","shape":[1],%b}}' % T.encode(), b"x"),
+        "'dtype' comes twice",
+    ),
+    "a metadata key twice": (raw(b'{"__metadata__":{"k":"","k":""}}'), "'k' comes twice"),
+    "an ignored key twice": (raw(b'{"a":{"z":{"y":1,"y":1},"dtype":"U8","shape":[1],%b}}' % T.encode(), b"x"), "'y'"),
+    "a tensor as an array": (raw({"a": ["U8", [1], [0, 1]]}, b"x"), "an array"),
+    "a tensor as null": (raw({"a": None}), "null"),
+    "a dtype as an object": (raw({"a": ONE | {"dtype": {"U8": None}}}, b"x"), "dtype is an object"),
+    "a dtype as null": (raw({"a": ONE | {"dtype": None}}, b"x"), "dtype is null"),
+    "no dtype": (raw({"a": {"shape": [1], "data_offsets": [0, 1]}}, b"x"), "lacks dtype"),
+    "no shape": (raw({"a": {"dtype": "U8", "data_offsets": [0, 1]}}, b"x"), "lacks shape"),
+    "no offsets": (raw({"a": {"dtype": "U8", "shape": [1]}}, b"x"), "lacks data_offsets"),
+    "a shape as a number": (raw({"a": ONE | {"shape": 1}}, b"x"), "shape is a number"),
+    "a dimension as a fraction": (raw({"a": ONE | {"shape": [1.0]}}, b"x"), "a fraction"),
+    "a dimension as true": (raw({"a": ONE | {"shape": [True]}}, b"x"), "a boolean"),
+    "a negative dimension": (raw({"a": ONE | {"shape": [-1, -1]}}, b"x"), "-1"),
+    "a minus zero": (raw(b'{"a":{"dtype":"U8","shape":[-0],"data_offsets":[0,0]}}'), "a fraction"),
+    "a dimension of 2^64": (raw({"a": EMPTY | {"shape": [0, 2**64]}}), "18446744073709551616"),
+    "a dimension of 5,000 digits": (raw(b'{"a":{"shape":[%b]}}' % (b"9" * 5000)), "digits"),
+    "a product over 2^64": (raw({"a": EMPTY | {"shape": [2**32, 2**32]}}), "overflows"),
+    "an overflow before a zero": (raw({"a": EMPTY | {"shape": [2**63, 4, 0]}}), "overflows"),
+    "bits over 2^64": (raw({"a": EMPTY | {"shape": [2**62]}}), "overflows"),
+    "bits that fill no byte": (raw({"a": ONE | {"dtype": "F4"}}, b"x"), "whole number of bytes"),
+    "one offset": (raw({"a": ONE | {"data_offsets": [0]}}, b"x"), "two numbers"),
+    "three offsets": (raw({"a": ONE | {"data_offsets": [0, 1, 1]}}, b"x"), "two numbers"),
+    "a negative offset": (raw({"a": ONE | {"data_offsets": [-1, 0]}}, b"x"), "-1"),
+    "offsets backwards": (raw({"a": EMPTY | {"data_offsets": [1, 0]}}, b"x"), "backwards"),
+    "a size that disagrees": (raw({"a": ONE | {"shape": [2]}}, b"x"), "takes 2"),
+    "an overlap": (raw({"a": ONE, "b": ONE}, b"x"), "overlaps"),
+    "a hole": (raw({"a": ONE, "b": ONE | {"data_offsets": [2, 3]}}, b"xyz"), "hole"),
+    "a hole at the start": (raw({"a": ONE | {"data_offsets": [1, 2]}}, b"xy"), "hole"),
+    "trailing bytes": (raw({"a": ONE}, b"xy"), "1 trailing"),
+    "a cut file": (raw({"a": ONE}, b""), "truncated"),
+    "metadata that is no object": (raw({"__metadata__": "x"}), "__metadata__ is a string"),
+    "metadata of no strings": (raw({"__metadata__": {"k": 1}}), "'k' is a number"),
+    "a number out of range": (raw(b'{"a":{"dtype":"U8","shape":[1],%b,"z":1e999}}' % T.encode(), b"x"), "range"),
+}
+
+
+@pytest.mark.parametrize("what", HEADERS)
+def test_a_header_is_refused_for(what: str, folder: Path) -> None:
+    content, word = HEADERS[what]
+    (folder / SHARD).write_bytes(content)
+    with pytest.raises(HeaderError, match=None) as caught:
+        Checkpoint.open(folder)
+    assert word in str(caught.value)
+    assert caught.value.file == str(folder / SHARD)
+    assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize("nest", ["[" * 100_000, '{"a":' * 100_000, '{"a":{"z":' + "[" * 200 + "]" * 200 + "}}"])
+def test_a_nesting_bomb_is_refused(nest: str, folder: Path) -> None:
+    (folder / SHARD).write_bytes(raw(nest.encode()))
+    with pytest.raises(HeaderError):
+        Checkpoint.open(folder)
+
+
+def test_the_error_names_the_tensor_and_escapes_what_a_terminal_would_obey(folder: Path) -> None:
+    (folder / SHARD).write_bytes(raw({"\x1b[2J\u202e": ONE | {"shape": [2]}}, b"x"))
+    with pytest.raises(HeaderError) as caught:
+        Checkpoint.open(folder)
+    assert caught.value.tensor == "\x1b[2J\u202e"
+    assert "\x1b" not in str(caught.value)
+    assert "\u202e" not in str(caught.value)
+    assert "\\x1b[2J" in str(caught.value)
+
+
+def test_memory_is_bounded_by_the_header_whatever_it_says(folder: Path) -> None:
+    dims = b",".join([b"1"] * 100) + b",18446744073709551615"
+    (folder / SHARD).write_bytes(
+        raw(b'{"a":{"dtype":"U8","shape":[%b],"data_offsets":[0,18446744073709551615]}}' % dims)
+    )
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(HeaderError):
+        Checkpoint.open(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024 * (
+        1 if sys.platform == "linux" else 1024
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- index
+
+INDEXES: dict[str, Any] = {
+    "no JSON": "{",
+    "an array": [],
+    "no weight_map": {"metadata": {}},
+    "a weight_map that is none": {"weight_map": ["a"]},
+    "an empty weight_map": {"weight_map": {}},
+    "a file that is no name": {"weight_map": {"a": 3}},
+    "metadata that is none": {"metadata": 3, "weight_map": {"a": SHARD}},
+    "a key twice": '{"weight_map": {"a": "model.safetensors", "a": "model.safetensors"}}',
+    "an absolute name": {"weight_map": {"a": "/model.safetensors"}},
+    "the folder above": {"weight_map": {"a": ".."}},
+    "a way up": {"weight_map": {"a": "../src/model.safetensors"}},
+    "a separator": {"weight_map": {"a": "sub/model.safetensors"}},
+    "another separator": {"weight_map": {"a": "sub\\model.safetensors"}},
+    "a drive": {"weight_map": {"a": "C:model.safetensors"}},
+    "an empty name": {"weight_map": {"a": ""}},
+    "a NUL": {"weight_map": {"a": "model\0.safetensors"}},
+    "a file that is not there": {"weight_map": {"a": SHARD, "b": "other.safetensors"}},
+    "a key that is not there": {"weight_map": {"a": SHARD, "b": SHARD}},
+    "nested too deep": '{"metadata":' + '{"a":' * 5000 + "1" + "}" * 5000 + "}",
+    "NaN": '{"metadata":{"total_size":NaN},"weight_map":{"a":"model.safetensors"}}',
+}
+
+
+@pytest.mark.parametrize("what", INDEXES)
+def test_an_index_is_refused_for(what: str, folder: Path) -> None:
+    value = INDEXES[what]
+    (folder / INDEX).write_text(value if isinstance(value, str) else json.dumps(value))
+    (folder / "sub").mkdir()
+    shutil.copy(folder / SHARD, folder / "sub")
+    with pytest.raises(ShardIndexError) as caught:
+        Checkpoint.open(folder)
+    assert caught.value.exit_code == 4
+    assert caught.value.file == str(folder / INDEX)
+
+
+def test_an_index_that_is_not_utf8_or_huge_is_refused(folder: Path) -> None:
+    (folder / INDEX).write_bytes(b'{"\xff": 1}')
+    with pytest.raises(ShardIndexError, match="UTF-8"):
+        read_index(folder / INDEX)
+    os.truncate(folder / INDEX, 1 << 40)
+    with pytest.raises(ShardIndexError, match="at most"):
+        read_index(folder / INDEX)
+
+
+def test_a_key_in_another_shard_than_the_index_says_is_refused(folder: Path) -> None:
+    put(folder, "b.safetensors", {"b": ONE}, b"x")
+    index(folder, {"a": "b.safetensors", "b": SHARD})
+    with pytest.raises(ShardIndexError, match=r"it is in model\.safetensors"):
+        Checkpoint.open(folder)
+
+
+def test_tensors_that_the_index_lacks_are_refused_or_left_out_on_request(tmp_path: Path) -> None:
+    put(tmp_path, SHARD, {"a": ONE, "b": ONE | {"data_offsets": [1, 2]}}, b"xy")
+    index(tmp_path, {"b": SHARD})
+    with pytest.raises(ShardIndexError, match="ignore-unindexed") as caught:
+        Checkpoint.open(tmp_path)
+    assert caught.value.details == {"unindexed": ["a"]}
+    opened = Checkpoint.open(tmp_path, ignore_unindexed=True)
+    assert list(opened.tensors) == ["b"]
+    assert any("'a'" in warning for warning in opened.warnings)
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_one_key_in_two_shards_is_refused(indexed: bool, folder: Path) -> None:
+    put(folder, "second.safetensors", {"a": ONE, "b": EMPTY}, b"x")
+    if indexed:
+        index(folder, {"a": SHARD, "b": "second.safetensors"})
+    with pytest.raises(ShardIndexError, match=r"also stored in model\.safetensors") as caught:
+        Checkpoint.open(folder, ignore_unindexed=True)
+    assert caught.value.tensor == "a"
+
+
+def test_a_stray_file_beside_an_index_is_a_side_file_with_a_warning(folder: Path) -> None:
+    put(folder, "stray.safetensors", {"z": ONE}, b"x")
+    index(folder, {"a": SHARD})
+    opened = Checkpoint.open(folder)
+    assert list(opened.tensors) == ["a"]
+    assert [s.name for s in opened.side_files] == ["stray.safetensors"]
+    assert any("stray.safetensors" in warning for warning in opened.warnings)
+
+
+def test_a_stray_file_with_keys_of_the_index_is_refused_and_so_is_a_broken_one(folder: Path) -> None:
+    put(folder, "stray.safetensors", {"z": ONE, "a": ONE | {"data_offsets": [1, 2]}}, b"xy")
+    index(folder, {"a": SHARD})
+    with pytest.raises(ShardIndexError) as caught:
+        Checkpoint.open(folder)
+    assert caught.value.details == {"overlap": ["a"]}
+    (folder / "stray.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(HeaderError):
+        Checkpoint.open(folder)
+
+
+def test_a_wrong_total_size_is_only_a_warning(folder: Path) -> None:
+    index(folder, {"a": SHARD}, metadata={"total_size": 10**400})
+    assert any("total_size" in warning for warning in Checkpoint.open(folder).warnings)
+
+
+# ----------------------------------------------------------------------------------------------------------- links
+
+
+def test_a_hub_cache_snapshot_is_followed_to_its_blobs(tmp_path: Path) -> None:
+    cache = tmp_path / "models--x--y"
+    snapshot = cache / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    for name, content in ((SHARD, raw({"a": ONE}, b"x")), (INDEX, b""), ("config.json", b"{}"), ("card.md", b"hi")):
+        if name == INDEX:
+            content = json.dumps({"weight_map": {"a": SHARD}}).encode()
+        blob = cache / "blobs" / blake3(content).hexdigest()
+        blob.write_bytes(content)
+        (snapshot / name).symlink_to(Path("../..") / "blobs" / blob.name)
+    opened = Checkpoint.open(snapshot)
+    assert opened.shards[0].name == SHARD
+    assert opened.shards[0].path.parent == cache / "blobs"
+    assert [s.name for s in opened.side_files] == ["card.md", "config.json"]
+    assert opened.warnings == ()
+
+
+def test_without_an_index_a_link_is_followed_to_a_file_anywhere(folder: Path, tmp_path: Path) -> None:
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / SHARD).symlink_to(folder / SHARD)
+    assert Checkpoint.open(linked).shards[0].path == folder / SHARD
+
+
+def test_an_indexed_name_that_leaves_the_folder_through_a_link_is_refused(folder: Path, tmp_path: Path) -> None:
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / SHARD).symlink_to(folder / SHARD)
+    index(linked, {"a": SHARD})
+    with pytest.raises(ShardIndexError, match="leaves the folder"):
+        Checkpoint.open(linked)
+
+
+def test_an_indexed_name_may_be_a_link_within_the_folder(folder: Path) -> None:
+    (folder / "data").mkdir()
+    (folder / SHARD).rename(folder / "data" / "blob")
+    (folder / SHARD).symlink_to("data/blob")
+    index(folder, {"a": SHARD})
+    assert Checkpoint.open(folder).shards[0].path == folder / "data" / "blob"
+
+
+def test_the_folder_itself_may_be_a_link(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(folder)
+    assert Checkpoint.open(tmp_path / "link").root == folder
+
+
+def test_links_that_lead_nowhere_or_to_themselves_are_refused(folder: Path) -> None:
+    for target in ("nowhere", "x"):
+        for name in ("x", "x.safetensors", "config.json"):
+            (folder / name).symlink_to(target if target == "nowhere" else name)
+            with pytest.raises(SourceError):
+                Checkpoint.open(folder)
+            (folder / name).unlink()
+
+
+def test_folder_links_stay_inside_and_make_no_loops(folder: Path, tmp_path: Path) -> None:
+    (folder / "sub").mkdir()
+    (folder / "sub" / "f").write_text("f")
+    (folder / "again").symlink_to("sub")
+    assert [s.name for s in Checkpoint.open(folder).side_files] == ["again/f", "sub/f"]
+    (folder / "sub" / "up").symlink_to("..")
+    with pytest.raises(SourceError, match="loop"):
+        Checkpoint.open(folder)
+    (folder / "sub" / "up").unlink()
+    (folder / "out").symlink_to(tmp_path)
+    with pytest.raises(SourceError, match="outside"):
+        Checkpoint.open(folder)
+
+
+def test_folders_that_multiply_through_links_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tierewrite.checkpoint.MAX_SIDE_ENTRIES", 2_000)
+    for depth in range(20):  # 2^20 paths in 20 folders
+        (folder / f"d{depth}").mkdir()
+        for name in ("l", "r"):
+            (folder / f"d{depth}" / name).symlink_to(f"../d{depth + 1}")
+    (folder / "d20").mkdir()
+    with pytest.raises(SourceError, match="more than 2000"):
+        Checkpoint.open(folder)
+
+
+# ------------------------------------------------------------------------------------------------------ side files
+
+
+def test_everything_else_is_a_side_file_folders_and_dotfiles_included(folder: Path) -> None:
+    expected = [
+        ".cache/huggingface/download/config.json.metadata",
+        ".git/objects/ab/cdef",
+        ".gitattributes",
+        "README.md",
+        "deep/er/model.safetensors",
+        "tierewrite.json.old",
+        "tokenizer.json",
+    ]
+    for name in expected:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    (folder / "empty" / "inside").mkdir(parents=True)
+    (folder / "tierewrite.json").write_text("{}")
+    opened = Checkpoint.open(folder)
+    assert [s.name for s in opened.side_files] == expected
+    assert [s.size for s in opened.side_files] == [len(name) for name in expected]
+    assert opened.directories == (
+        *(".cache", ".cache/huggingface", ".cache/huggingface/download", ".git", ".git/objects", ".git/objects/ab"),
+        *("deep", "deep/er", "empty", "empty/inside"),
+    )
+
+
+def test_a_name_that_is_not_utf8_is_a_name(folder: Path) -> None:
+    path = os.fsencode(folder) + b"/caf\xe9 \x1b[2J"
+    try:
+        with open(path, "wb"):
+            pass
+    except OSError:
+        pytest.skip("this file system has UTF-8 names only")
+    (side,) = Checkpoint.open(folder).side_files
+    assert os.fsencode(side.name) == b"caf\xe9 \x1b[2J"
+    assert "\x1b" not in shown(side.name)
+
+
+def test_a_link_to_a_file_outside_is_copied_with_a_warning(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("s")
+    (folder / "link").symlink_to(tmp_path / "secret")
+    opened = Checkpoint.open(folder)
+    assert [(s.name, s.path) for s in opened.side_files] == [("link", tmp_path / "secret")]
+    assert any("secret" in warning for warning in opened.warnings)
+
+
+# ---------------------------------------------------------------------------------------- what is no regular file
+
+
+@pytest.mark.parametrize("name", [SHARD, INDEX, "config.json", "side"])
+@pytest.mark.parametrize("kind", ["FIFO", "socket", "folder", "device"])
+def test_what_is_no_regular_file_is_refused_at_once(name: str, kind: str, folder: Path) -> None:
+    path = folder / name
+    path.unlink(missing_ok=True)
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        here = os.getcwd()
+        os.chdir(folder)  # a socket's path has 107 bytes at most
+        try:
+            socket.socket(socket.AF_UNIX).bind(name)
+        finally:
+            os.chdir(here)
+    outcome: list[BaseException | None] = []
+
+    def attempt() -> None:
+        try:
+            Checkpoint.open(folder)
+            outcome.append(None)
+        except SourceError as e:
+            outcome.append(e)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert outcome, "hangs"
+    if (name, kind) == ("side", "folder"):
+        assert outcome == [None]
+    else:
+        assert isinstance(outcome[0], SourceError)
+
+
+@pytest.mark.parametrize("what", ["missing", "file", "empty", "bin"])
+def test_a_folder_without_safetensors_says_what_is_there_instead(what: str, tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    if what == "file":
+        path.write_text("")
+    elif what != "missing":
+        path.mkdir()
+    if what == "bin":
+        (path / "pytorch_model.bin").write_text("")
+    with pytest.raises(SourceError) as caught:
+        Checkpoint.open(path)
+    word = {"missing": "does not exist", "file": "not a folder", "empty": "empty", "bin": "pytorch_model.bin"}[what]
+    assert word in str(caught.value)
+
+
+def test_files_without_a_tensor_are_refused(tmp_path: Path) -> None:
+    put(tmp_path, SHARD, {"__metadata__": {"format": "pt"}})
+    with pytest.raises(SourceError, match="no tensors"):
+        Checkpoint.open(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_is_a_failure_of_the_system(folder: Path) -> None:
+    (folder / SHARD).chmod(0)
+    with pytest.raises(SystemFailure):
+        Checkpoint.open(folder)
+
+
+# ------------------------------------------------------------------------------------------------- configurations
+
+
+@pytest.mark.parametrize("name", ["config.json", "hf_quant_config.json"])
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"[]", b"3", b"null", b"\xff", b"\xef\xbb\xbf{}", b"[" * 100_000, b'{"a":' * 100_000]
+)
+def test_a_broken_configuration_is_refused(name: str, text: bytes, folder: Path) -> None:
+    (folder / name).write_bytes(text)
+    with pytest.raises(ConfigError) as caught:
+        Checkpoint.open(folder)
+    assert caught.value.file == str(folder / name)
+
+
+def test_a_huge_configuration_is_refused_without_reading_it(folder: Path) -> None:
+    with open(folder / "config.json", "wb") as file:
+        file.truncate(1 << 40)
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match="at most"):
+        Checkpoint.open(folder)
+    assert time.monotonic() - started < 5
+
+
+def test_a_configuration_is_read_as_python_reads_it(folder: Path) -> None:
+    (folder / "config.json").write_text('{"a": Infinity, "b": {"c": 1, "c": 2}}')
+    opened = Checkpoint.open(folder)
+    assert opened.config == {"a": float("inf"), "b": {"c": 2}}
+    assert opened.quant_config == {}
+    assert any("'c'" in warning for warning in opened.warnings)
+
+
+# ------------------------------------------------------------------------------------------------------------- rest
+
+
+def test_nothing_is_ever_opened_for_writing(monkeypatch: pytest.MonkeyPatch, copied: Callable[[str], Path]) -> None:
+    root = copied("dg_nvfp4_sharded")
+    flags: list[int] = []
+    real = os.open
+
+    def recorded(path: Any, flag: int, *rest: Any, **more: Any) -> int:
+        flags.append(flag)
+        return real(path, flag, *rest, **more)
+
+    monkeypatch.setattr(os, "open", recorded)
+    Checkpoint.open(root)
+    assert len(flags) >= 5
+    assert all(flag & os.O_ACCMODE == os.O_RDONLY and not flag & (os.O_CREAT | os.O_TRUNC) for flag in flags)
+
+
+def test_names_sort_as_people_count() -> None:
+    names = ["model-10", "model-9", "model-09", "model-1000000000000000000000000000", "model-2b", "model-2a", "model"]
+    assert sorted(names, key=natural_key)[:4] == ["model", "model-2a", "model-2b", "model-09"]
+    assert natural_key("²") != natural_key("2")
+
+
+def test_a_header_has_its_own_name_and_number(tmp_path: Path) -> None:
+    write_shard(tmp_path / "x.safetensors", {"a": ("U8", [1], b"x")})
+    shard, (entry,) = read_header(tmp_path / "x.safetensors", shard=3, name="y")
+    assert (shard.name, entry.shard, entry.nbytes) == ("y", 3, 1)
+    assert entry.start == shard.data_start == shard.size - 1
+
+
+def test_half_a_million_tensors_open_in_seconds_and_less_than_a_gigabyte(tmp_path: Path) -> None:
+    header, at = {}, 0
+    for i in range(500_000):
+        size = 32 * (1 + i % 7)
+        name = f"model.encoder.language_model.layers.{i // 16_000}.experts.{i // 125}.gate_proj.weight_scale.{i}"
+        header[name] = {"dtype": "U8", "shape": [size // 16, 16], "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    assert len(text) > 70_000_000
+    with open(tmp_path / SHARD, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + at)
+    code = (
+        "import resource, sys, time\n"
+        "from tierewrite.checkpoint import Checkpoint\n"
+        "t = time.process_time()\n"
+        f"n = len(Checkpoint.open({str(tmp_path)!r}).tensors)\n"
+        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (10 if sys.platform == 'linux' else 20)\n"
+        "print(n, time.process_time() - t, peak)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=300)
+    count, seconds, megabytes = done.stdout.split()
+    assert int(count) == 500_000
+    assert float(seconds) < 15  # 4.4 s of a 2-core machine in 2026; a slow one is no failure
+    assert int(megabytes) < 1_000
+
+
+def test_a_checkpoint_of_several_shards_is_ordered_by_shard_then_offset(tmp_path: Path) -> None:
+    tensors = {f"t{i}": ("U8", [1], bytes([i])) for i in range(7)}
+    root = write_checkpoint(tmp_path / "c", tensors, shards=3)  # type: ignore[arg-type]
+    opened = Checkpoint.open(root)
+    assert list(opened.tensors) == ["t0", "t3", "t6", "t1", "t4", "t2", "t5"]
+    assert opened.index_metadata == {"total_size": 7, "note": "kept"}
