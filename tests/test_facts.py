@@ -238,6 +238,23 @@ def test_fact_02_input_scale_that_one_side_lacks_is_taken_from_the_other(
     assert len(removed) > 30 if what == "whole side" else len(removed) == 1
 
 
+def test_fact_02_a_whole_side_that_calibration_never_reached_in_a_real_export(edited: Callable[..., Path]) -> None:
+    source = edited("dg_nvfp4_decoder_uncalibrated")
+    before = load(source)
+    missing = [
+        name.replace("weight_scale_2", "input_scale")
+        for name in before
+        if name.startswith(CANONICAL)
+        and name.endswith("weight_scale_2")
+        and name.replace("weight_scale_2", "input_scale") not in before
+    ]
+    assert len(missing) == 37
+    result, _ = rewritten(source)
+    for name in missing:
+        assert result[name] == before[ALIAS + name.removeprefix(CANONICAL)]
+    assert_rest_rewritten(result)
+
+
 @pytest.mark.parametrize("never", [1.6e-43, 0.0, math.inf, math.nan, 1.0, -5.0], ids=str)
 @pytest.mark.parametrize("side", [CANONICAL, ALIAS], ids=["canonical", "alias"])
 def test_fact_03_input_global_scale_that_was_never_calibrated_takes_no_part(
@@ -342,6 +359,51 @@ def test_fact_04_svdquant_factors_decide_though_weights_and_scales_are_equal(
     result, _ = rewritten(source, on_mismatch="keep")
     assert_kept_whole(source, result, *both(O_PROJ))
     assert_rest_rewritten(result, O_PROJ)
+
+
+@pytest.mark.parametrize(
+    "fixture", ["dg_nvfp4_awq", "dg_int4_awq", "dg_w4a8_awq", "dg_int8_smoothquant", "dg_nvfp4_svdquant"]
+)
+def test_fact_04_real_smoothed_exports_have_diverged_sides(edited: Callable[..., Path], fixture: str) -> None:
+    """As ModelOpt 0.45 wrote them, on a random model: other calibration inputs on each side, other smoothing."""
+    source = edited(fixture)
+    before = load(source)
+    error = assert_refused(source)
+    refused = refused_groups(error)
+    assert refused
+    result, report = rewritten(source, on_mismatch="keep")
+    kept = {group.group.id for group in report.groups if group.status == "kept"}
+    assert kept == refused
+    for group in report.groups:
+        if group.status == "kept" and group.group.id.endswith(".weight"):
+            modules = [name.removesuffix(".weight") for name in (group.group.id, *group.group.aliases)]
+            assert_kept_whole(source, result, *modules)
+    # Whatever was dropped had an equal twin, unless it is an activation scale.
+    for name in before.keys() - result.keys():
+        twin = before.get(CANONICAL + name.removeprefix(ALIAS))
+        assert name.endswith("input_scale") or twin is None or twin == before[name], name
+    for name in result:
+        if not name.endswith("input_scale"):
+            assert result[name] in (before.get(name), before.get(ALIAS + name.removeprefix(CANONICAL)))
+
+
+def test_fact_04_svdquant_sides_with_equal_weights_and_other_factors_are_in_a_real_export() -> None:
+    before = load(FIXTURES / "dg_nvfp4_svdquant" / "naive")
+    misleading = [
+        name
+        for name in before
+        if name.startswith(CANONICAL)
+        and name.endswith(".weight")
+        and before.get(twin := ALIAS + name.removeprefix(CANONICAL)) == before[name]
+        and f"{name}_scale" in before
+        and before[f"{name}_scale"] == before[f"{twin}_scale"]
+        and any(
+            before[key] != before[ALIAS + key.removeprefix(CANONICAL)]
+            for key in before
+            if key.startswith(name.removesuffix("weight")) and key.endswith(("pre_quant_scale", "lora_a", "lora_b"))
+        )
+    ]
+    assert misleading, "equality of the weight alone would have confirmed these"
 
 
 NORM = "layers.0.input_layernorm"
