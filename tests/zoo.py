@@ -107,15 +107,13 @@ class quiet:
 
 def make_case(name: str, module: str) -> Case:
     """The case of one class, from its default config; never raises for a class that cannot be built."""
-    import torch
-
     with quiet():
         model_class = getattr(importlib.import_module(module), name)
         try:
-            config = model_class.config_class()
-            with torch.device("meta"):
-                model = model_class(config)
-                model.tie_weights(recompute_mapping=False)
+            try:
+                config, model = build(model_class, small=True)
+            except Exception:
+                config, model = build(model_class, small=False)
         except Exception as exc:
             return Case(name, skipped=f"{type(exc).__name__}: {' '.join(str(exc).split())[:150]}")
         written = json.loads(config.to_json_string(use_diff=False))
@@ -128,6 +126,24 @@ def make_case(name: str, module: str) -> Case:
         except Exception as exc:
             return Case(name, written, tuple(naive), f"hub names: {type(exc).__name__}: {exc}"[:200], bool(drops))
     return Case(name, written, tuple(naive), None, bool(drops))
+
+
+def build(model_class: Any, *, small: bool) -> tuple[Any, Any]:
+    """(config, tied model on the meta device) from the default config; `small` cuts tall stacks to four layers."""
+    import torch
+
+    config = model_class.config_class()
+    if small:
+        changes: dict[str, Any] = {"num_hidden_layers": 4} if getattr(config, "num_hidden_layers", 0) > 6 else {}
+        for name in config.sub_configs:
+            part = getattr(config, name, None)
+            if part is not None and getattr(part, "num_hidden_layers", 0) > 6:
+                changes[name] = type(part)(num_hidden_layers=4)
+        config = model_class.config_class(**changes)
+    with torch.device("meta"):
+        model = model_class(config)
+        model.tie_weights(recompute_mapping=False)
+    return config, model
 
 
 def shared_parameters(model: Any, state: Mapping[str, Any]) -> dict[str, str]:
@@ -191,3 +207,74 @@ def write_headers(folder: Path, naive: Naive, config: dict[str, Any]) -> None:
     with open(folder / "model.safetensors", "wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         out.truncate(8 + len(text) + offset)
+
+
+def judge(name: str, module: str, folder: Path) -> dict[str, Any]:
+    """Plan every naive checkpoint of one class and compare with the right answer; a JSON-like record."""
+    case = make_case(name, module)
+    wrong: list[str] = []
+    plans = 0
+    try:
+        for naive in case.naive:
+            at = folder / f"{name}-{naive.style}"
+            write_headers(at, naive, case.config)
+            wrong += differences(naive, at)
+            plans += 1
+            if naive.drops:
+                only = without_canonicals(naive)
+                write_headers(folder / f"{name}-{naive.style}-only", only, case.config)
+                wrong += renaming_differences(only, folder / f"{name}-{naive.style}-only", at)
+                plans += 1
+    except Exception as exc:
+        wrong.append(f"{type(exc).__name__}: {exc}"[:500])
+    return {"name": name, "skipped": case.skipped, "active": case.active, "plans": plans, "wrong": wrong}
+
+
+def differences(naive: Naive, folder: Path) -> list[str]:
+    """Where `tierewrite.plan` is not: drop exactly the aliases, keep every other key."""
+    import tierewrite
+
+    plan = tierewrite.plan(folder)
+    wrong = [f"{naive.style}: {g.id} is unconfirmed: {g.reason}" for g in plan.groups if g.status == "unconfirmed"]
+    for key, planned in plan.tensors.items():
+        want = ("drop", naive.drops[key]) if key in naive.drops else ("keep", key)
+        if (planned.action.value, planned.target) != want:
+            wrong.append(f"{naive.style}: {key} is {planned.action.value} -> {planned.target}, right is {want}")
+    if plan.tensors.keys() != naive.entries.keys():
+        wrong.append(f"{naive.style}: the plan speaks of other keys")
+    return wrong
+
+
+def without_canonicals(naive: Naive) -> Naive:
+    """The checkpoint of an exporter that keeps the first name of shared tensors: aliases only."""
+    gone = set(naive.drops.values())
+    return Naive(naive.style, {k: v for k, v in naive.entries.items() if k not in gone}, naive.drops)
+
+
+def renaming_differences(naive: Naive, folder: Path, full: Path) -> list[str]:
+    """Where the plan is not: one alias of each tie takes the canonical name, its siblings go, the rest stays.
+
+    The ties are asked once per class: this reuses those of the folder with every name, whose config is the same.
+    """
+    from tierewrite.checkpoint import Checkpoint
+    from tierewrite.names import on_disk
+    from tierewrite.rewriting import Opened, policy_of
+
+    opened = Opened.open(full)
+    checkpoint = Checkpoint.open(folder)
+    plan = Opened(checkpoint, opened.ties, on_disk(opened.ties, checkpoint.tensors.keys())).plan(policy_of())
+    wrong = []
+    renamed: dict[str, int] = {}
+    for key, planned in plan.tensors.items():
+        if key not in naive.drops:
+            if (planned.action.value, planned.target) != ("keep", key):
+                wrong.append(f"{naive.style}, aliases only: {key} is {planned.action.value} -> {planned.target}")
+            continue
+        if planned.target != naive.drops[key] or planned.action.value not in ("rename", "drop"):
+            wrong.append(
+                f"{naive.style}, aliases only: {key} is {planned.action.value} -> {planned.target}, "
+                f"right is a rename to {naive.drops[key]}"
+            )
+        renamed[naive.drops[key]] = renamed.get(naive.drops[key], 0) + (planned.action.value == "rename")
+    wrong += [f"{naive.style}, aliases only: {n} aliases take the name {key}" for key, n in renamed.items() if n != 1]
+    return wrong

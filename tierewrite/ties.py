@@ -39,10 +39,10 @@ from .errors import ConfigError, TieFileError, shown
 # A count in a config (layers, experts, labels ...) above this is no real model's. The largest models today have a few
 # hundred layers and under a thousand experts.
 MAX_COUNT = 1_000_000
-MAX_LAYERS = 20_000
+MAX_LAYERS = 4_096
 # Both bounds are far above what the largest class of transformers needs.
 MAX_MODULES = 2_000_000
-MAX_BUILD_SECONDS = 120.0
+MAX_BUILD_SECONDS = 60.0
 MAX_CONFIG_DEPTH = 64
 
 _LAYER_KEY = re.compile(r"(layers?|blocks?|stages?|depths?|hidden_layers|modules)$", re.IGNORECASE)
