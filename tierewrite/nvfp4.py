@@ -49,10 +49,12 @@ CHUNK_BLOCKS = 1 << 17
 """Blocks handled at a time: 1 MiB of codes, 8 MiB for each float32 temporary."""
 
 _MAGNITUDES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=np.float32)
-# Halfway points between neighbouring magnitudes; from `lower` a value goes to `lower` itself when the lower
-# code is even ("<="), to the upper one when the upper code is even ("<").
-_EVEN_BELOW = (np.float32(0.25), np.float32(1.25), np.float32(2.5), np.float32(5.0))
-_EVEN_ABOVE = (np.float32(0.75), np.float32(1.75), np.float32(3.5))
+# Halfway points between neighbouring magnitudes, as the bits of their float32. A value that is one goes to the
+# code below where that is even, else to the code above.
+_EVEN_BELOW = [np.uint32(np.float32(x).view(np.uint32)) for x in (0.25, 1.25, 2.5, 5.0)]
+_EVEN_ABOVE = [np.uint32(np.float32(x).view(np.uint32)) for x in (0.75, 1.75, 3.5)]
+_NO_SIGN = np.uint32(0x7FFFFFFF)
+_INFINITY = np.uint32(0x7F800000)
 _CELL_LOW = np.array([0.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
 _CELL_HIGH = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0])
 
@@ -94,6 +96,39 @@ class Agreement:
 
     def __bool__(self) -> bool:
         return self.agrees
+
+
+# CuPy compiles its kernels with -ftz=true, which reads and writes denormal float32 as zero; ModelOpt does not. So
+# the two operations that can meet a denormal are PTX here, and comparisons are made on the bits, which order
+# non-negative floats as the floats themselves (a NaN above infinity).
+_PTX = {operation: f'asm("{operation}.rn.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y))' for operation in ("mul", "div")}
+_kernels: dict[str, Any] = {}
+
+
+def _arithmetic(operation: str, left: Array, right: Array | np.float32) -> Array:
+    xp = _xp(left)
+    if xp is np:
+        return np.multiply(left, right) if operation == "mul" else np.divide(left, right)
+    if operation not in _kernels:
+        _kernels[operation] = xp.ElementwiseKernel(
+            "float32 x, float32 y", "float32 z", _PTX[operation], f"tierewrite_{operation}"
+        )
+    return _kernels[operation](left, right)
+
+
+def _mul(left: Array, right: Array | np.float32) -> Array:
+    """float32 product with denormals, on either device."""
+    return _arithmetic("mul", left, right)
+
+
+def _div(left: Array, right: Array | np.float32) -> Array:
+    """float32 quotient, correctly rounded and with denormals, on either device."""
+    return _arithmetic("div", left, right)
+
+
+def _bits(values: Array) -> Array:
+    """The float32 bits of an array, uint32 of the same shape."""
+    return _xp(values).ascontiguousarray(values).view(np.uint32).reshape(values.shape)
 
 
 def _e4m3_values() -> np.ndarray:
@@ -191,8 +226,8 @@ def float32_to_e4m3(values: Array) -> Array:
     `tensor.to(torch.float8_e4m3fn)`; beyond it torch gives NaN (ModelOpt clamps to 448 first).
     """
     xp = _xp(values)
-    bits = xp.ascontiguousarray(values, dtype=np.float32).view(np.uint32).reshape(values.shape)
-    magnitude = bits & np.uint32(0x7FFFFFFF)
+    bits = _bits(values)
+    magnitude = bits & _NO_SIGN
     # Normal numbers: add half of the last kept place (less one where the kept mantissa is even), then cut.
     rounded = magnitude + np.uint32(0x7FFFF) + ((magnitude >> np.uint32(20)) & np.uint32(1))
     normal = (rounded >> np.uint32(20)).astype(np.int32) - ((127 - 7) << 3)
@@ -200,7 +235,7 @@ def float32_to_e4m3(values: Array) -> Array:
     is_small = magnitude < np.uint32(0x3C800000)
     small = xp.rint(xp.where(is_small, magnitude.view(np.float32), np.float32(0)) * np.float32(512))
     code = xp.where(is_small, small.astype(np.int32), xp.minimum(normal, 0x7E))
-    code = xp.where(magnitude > np.uint32(0x7F800000), 0x7F, code)
+    code = xp.where(magnitude > _INFINITY, 0x7F, code)
     sign = (bits >> np.uint32(24)).astype(np.uint8) & np.uint8(0x80)
     return code.astype(np.uint8) | sign
 
@@ -208,23 +243,29 @@ def float32_to_e4m3(values: Array) -> Array:
 def _multiplier(scale_bytes: Array, scale: np.float32, reciprocal: bool) -> Array:
     """float32 [blocks]: what the magnitudes of each block are multiplied with, in the exporter's order."""
     block = e4m3_to_float32(scale_bytes)
-    return block / scale if reciprocal else block * scale
+    return _div(block, scale) if reciprocal else _mul(block, scale)
+
+
+def _magnitudes(codes: Array) -> Array:
+    """float32 [blocks, 16]: the two signed E2M1 values of each byte of codes."""
+    return _xp(codes).asarray(_PAIRS)[codes].reshape(codes.shape[0], -1)
 
 
 def _decode_blocks(codes: Array, multiplier: Array) -> Array:
-    """float32 [blocks, 16]: two elements from each byte of codes, times the block's multiplier."""
-    xp = _xp(codes)
-    return xp.asarray(_PAIRS)[codes].reshape(codes.shape[0], -1) * multiplier[:, None]
+    """float32 [blocks, 16]."""
+    return _mul(_magnitudes(codes), multiplier[:, None])
 
 
-def _magnitude_codes(magnitudes: Array) -> Array:
-    """uint8 0..7 of float32 >= 0: nearest magnitude, ties to the even code.  NaN gives 7, as in ModelOpt."""
-    xp = _xp(magnitudes)
-    codes = xp.zeros(magnitudes.shape, dtype=np.uint8)
+def _magnitude_codes(bits: Array) -> Array:
+    """uint8 0..7 from the bits of float32 >= 0: nearest magnitude, ties to the even code.
+
+    NaN gives 7, as in ModelOpt.
+    """
+    codes = _xp(bits).zeros(bits.shape, dtype=np.uint8)
     for bound in _EVEN_BELOW:
-        codes += ~(magnitudes <= bound)
+        codes += bits > bound
     for bound in _EVEN_ABOVE:
-        codes += ~(magnitudes < bound)
+        codes += bits >= bound
     return codes
 
 
@@ -284,29 +325,29 @@ def encode(weight: Array, weight_scale_2: Array | None = None, *, block: int = B
         raise ValueError(f"weight has shape {list(weight.shape)}; its last axis must be a multiple of {block}")
     if weight.size == 0:
         raise ValueError(f"weight has shape {list(weight.shape)}; an empty weight has no scale")
-    rows = xp.ascontiguousarray(weight).reshape(-1, block)
+    rows = xp.ascontiguousarray(weight, dtype=np.float32).reshape(-1, block)
     blocks = rows.shape[0]
     with _quiet(xp):
         if weight_scale_2 is None:
-            amax = np.float32(0.0)
-            for part in _chunks(blocks):
-                largest = _scalar(xp.abs(rows[part]).max(), "amax")
-                amax = np.maximum(amax, largest)  # propagates NaN, as torch does
+            largest = max(int((_bits(rows[part]) & _NO_SIGN).max()) for part in _chunks(blocks))
+            amax = np.array(largest, np.uint32).view(np.float32)
             scale = np.float32(amax / np.float32(6.0 * 448.0))
         else:
             scale = _scalar(weight_scale_2, "weight_scale_2")
         codes = xp.empty((blocks, block // 2), dtype=np.uint8)
         scales = xp.empty(blocks, dtype=np.uint8)
         for part in _chunks(blocks):
-            values = rows[part].astype(np.float32)
-            block_scale = xp.abs(values).max(axis=1) / np.float32(E2M1_MAX * scale)
-            block_scale[block_scale == 0] = 1.0
+            values = rows[part]
+            block_amax = (_bits(values) & _NO_SIGN).max(axis=1).view(np.float32)
+            block_scale = _div(block_amax, np.float32(E2M1_MAX * scale))
+            block_scale[_bits(block_scale) == 0] = 1.0
             scale_bytes = float32_to_e4m3(xp.clip(block_scale, E4M3_MIN, E4M3_MAX))
-            # The sign of 0/0 differs between processors; one byte for all keeps the result the same
-            # everywhere.
+            # The sign of 0/0 differs between processors; one byte for all keeps the result the same.
             scale_bytes[xp.isnan(block_scale)] = _NAN_BYTE
-            scaled = values / (e4m3_to_float32(scale_bytes) * scale)[:, None]
-            nibbles = _magnitude_codes(xp.abs(scaled)) | ((scaled < 0).astype(np.uint8) << np.uint8(3))
+            scaled = _bits(_div(values, _mul(e4m3_to_float32(scale_bytes), scale)[:, None]))
+            magnitude = scaled & _NO_SIGN
+            negative = (scaled > _NO_SIGN) & (magnitude > 0) & (magnitude <= _INFINITY)
+            nibbles = _magnitude_codes(magnitude) | (negative.astype(np.uint8) << np.uint8(3))
             codes[part] = nibbles[:, 0::2] | (nibbles[:, 1::2] << np.uint8(4))
             scales[part] = scale_bytes
     lead = weight.shape[:-1]
@@ -382,11 +423,12 @@ def repack(
             if bool((old_bytes >= np.uint8(0x7F)).any()):
                 raise ValueError("weight_scale holds a NaN or a negative scale; such a weight is not re-encoded")
             block = e4m3_to_float32(old_bytes)
-            wanted = block * new / old if reciprocal else block * old / new
+            up, down = (new, old) if reciprocal else (old, new)
+            wanted = _div(_mul(block, up), down)
             scale_bytes = float32_to_e4m3(xp.clip(wanted, E4M3_MIN, E4M3_MAX))
-            values = xp.abs(_decode_blocks(codes[part], _multiplier(old_bytes, old, reciprocal)))
-            scaled = values / _multiplier(scale_bytes, new, reciprocal)[:, None]
-            nibbles = _magnitude_codes(scaled)
+            values = _decode_blocks(codes[part], _multiplier(old_bytes, old, reciprocal))
+            scaled = _div(values, _multiplier(scale_bytes, new, reciprocal)[:, None])
+            nibbles = _magnitude_codes(_bits(scaled) & _NO_SIGN)
             signs = codes[part] & np.uint8(0x88)
             new_codes[part] = nibbles[:, 0::2] | (nibbles[:, 1::2] << np.uint8(4)) | signs
             new_scales[part] = scale_bytes
@@ -510,7 +552,7 @@ def agree_up_to_scaling(
             if count and first < 0:
                 first = part.start * codes_a.shape[1] * 2 + int(bad.reshape(-1).argmax())
             outside += count
-            left, right = _decode_blocks(codes_a[part], unit_a), _decode_blocks(codes_b[part], unit_b)
+            left, right = _magnitudes(codes_a[part]) * unit_a[:, None], _magnitudes(codes_b[part]) * unit_b[:, None]
             steps = xp.where(left == right, 0.0, xp.abs(left - right) / coarser[:, None])
             worst = max(worst, float(xp.nan_to_num(steps, nan=math.inf, posinf=math.inf).max()))
     shape = (*a.weight.shape[:-1], a.weight.shape[-1] * 2)
