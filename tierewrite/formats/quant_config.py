@@ -33,6 +33,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from tierewrite.formats import Role, classify
+
 CONFIG = "config.json"
 QUANT_CONFIG = "hf_quant_config.json"
 
@@ -166,6 +168,29 @@ class _Entries:
                     self.covered.add(module)
 
 
+def sorted_modules(tensors: Mapping[str, tuple[int, ...]]) -> tuple[frozenset[str], frozenset[str]]:
+    """The modules of a checkpoint as `inconsistencies` wants them: (quantized, plain).
+
+    Args:
+        tensors: key -> shape, of what is (or will be) on disk.
+
+    Returns:
+        Modules that hold a companion of a quantized weight, and those that hold a matrix `weight` and none.
+    """
+    quantized: set[str] = set()
+    plain: set[str] = set()
+    for key, shape in tensors.items():
+        module, _, suffix = key.rpartition(".")
+        if suffix == "weight":
+            if len(shape) > 1:
+                plain.add(module)
+            continue
+        companion = classify("weight", suffix)
+        if companion is not None and companion.role in (Role.WEIGHT, Role.ADJACENT):
+            quantized.add(module)
+    return frozenset(quantized), frozenset(plain - quantized)
+
+
 def inconsistencies(
     config: Mapping[str, Any],
     quant_config: Mapping[str, Any],
@@ -205,7 +230,12 @@ def inconsistencies(
                             differing.append(pair)
                     elif canonical in quantized:
                         excluded.append(pair)
-                    elif canonical in plain and canonical not in entries.covered:
+                    elif (
+                        canonical in plain
+                        and canonical not in entries.covered
+                        # A head tied to an embedding is listed; the embedding, which no recipe targets, is not.
+                        and alias.rpartition(".")[2] == canonical.rpartition(".")[2]
+                    ):
                         missing.append(pair)
             if excluded:
                 # What else the entry covers stays named, one by one. An entry that also covers sides of
