@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -48,6 +49,9 @@ GOAL_PEAK = 192
 GOAL_GROWTH = 1.5
 """10 times the tensors at the same bytes, at most this many times the cost."""
 GOAL_PLAN_SECONDS, GOAL_PLAN_GB = 10.0, 1.5
+
+BUSY = 0.15
+"""Share of the CPUs in use by others above which times mean little."""
 
 
 def tierewrite(*arguments: str) -> list[str]:
@@ -78,6 +82,8 @@ class Sample:
     """Seconds of `wall` in the `sync -f` that followed, where one did."""
     written: int
     """Bytes of the output's files."""
+    busy: float = 0.0
+    """Share of the machine's CPUs that others used just before."""
     error: str = ""
 
 
@@ -149,9 +155,10 @@ def cases(devices: Sequence[str], writers: Sequence[str] = ("save_torch_state_di
 class Bench:
     """Runs cases in a working folder and keeps every sample."""
 
-    def __init__(self, work: Path, console: Console) -> None:
+    def __init__(self, work: Path, console: Console, patience: float = 0.0) -> None:
         self.work = work
         self.console = console
+        self.patience = patience
         self.samples: list[Sample] = []
 
     def run(
@@ -161,6 +168,7 @@ class Bench:
         out = self.work / "output"
         warm(source or subject.path)
         subprocess.run(["sync", "-f", str(self.work)], check=True)
+        busy = quiet(self.patience)
         given = subject if source is None else _moved(subject, source)
         log = self.work / "stderr.txt"
         environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "HF_HUB_OFFLINE": "1"}
@@ -183,6 +191,7 @@ class Bench:
             peak=max(step["peak"] for step in steps),
             flush=sum(step["wall"] for step in steps if step["argv"][0] == "sync"),
             written=size_of(out),
+            busy=busy,
             error=report["stderr"] if failed else "",
         )
         self.samples.append(sample)
@@ -240,6 +249,33 @@ def warm(folder: Path) -> None:
             with open(path, "rb", buffering=0) as file:
                 while file.readinto(buffer):
                     pass
+
+
+def busy_share(seconds: float = 0.25) -> float:
+    """Share of all CPU time that was not idle over the next `seconds`; 0 where /proc/stat is not there."""
+
+    def ticks() -> tuple[int, int]:
+        with open("/proc/stat") as file:
+            fields = [int(field) for field in file.readline().split()[1:9]]
+        return sum(fields), fields[3] + fields[4]  # everything; idle and waiting for the disk
+
+    try:
+        total, idle = ticks()
+        time.sleep(seconds)
+        later, idle_later = ticks()
+    except OSError:
+        return 0.0
+    return 1 - (idle_later - idle) / max(1, later - total)
+
+
+def quiet(patience: float) -> float:
+    """Wait at most `patience` seconds until others leave the machine alone; returns how busy it is then."""
+    deadline = time.monotonic() + patience
+    busy = busy_share()
+    while busy > BUSY and time.monotonic() < deadline:
+        time.sleep(0.5)
+        busy = busy_share()
+    return busy
 
 
 def size_of(folder: Path) -> int:
@@ -482,6 +518,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cases", help="only cases whose name contains one of these, comma-separated")
     parser.add_argument("--devices", default="auto", help="our --device values, comma-separated (default: auto)")
     parser.add_argument("--work", type=Path, help="folder on the disk to measure (default: a temporary folder)")
+    parser.add_argument(
+        "--patience", type=float, default=0, help="before each run, wait at most this long for an idle machine (s)"
+    )
     parser.add_argument("--json", type=Path, help="write every sample and figure here")
     options = parser.parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -489,7 +528,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.work is not None:
         options.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="tierewrite-bench-", dir=options.work) as folder:
-        bench = Bench(Path(folder), console)
+        bench = Bench(Path(folder), console, options.patience)
         where = environment(bench.work)
         console.print(
             f"{where['cpus']} CPUs, load {where['load'][0]:.1f}, {where['system']}, Python {where['python']}",
@@ -508,6 +547,12 @@ def main(argv: list[str] | None = None) -> int:
                 done.append(plan(bench, "plan-500k", options))
         else:
             done.append(compare(bench, options.preset, options))
+    disturbed = sum(sample.busy > BUSY for sample in bench.samples)
+    if disturbed:
+        console.print(
+            f"[yellow]{disturbed} of {len(bench.samples)} runs began while others used more than {100 * BUSY:.0f}% of "
+            "the CPUs: their times mean little[/yellow]"
+        )
     if options.json is not None:
         answer = {
             "schema": SCHEMA,
