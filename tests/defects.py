@@ -510,6 +510,19 @@ def qkv_input_scales_differ(d: Draft) -> None:
     d[name] = doubled(d[name])
 
 
+@defect("fused-weight-scale-differs", base="llmcompressor_nvfp4_dg")
+def compressed_gate_and_up_global_scales_differ(d: Draft) -> None:
+    name = f"{DECODER}layers.1.mlp.up_proj.weight_global_scale"
+    d[name] = doubled(d[name])
+
+
+@control("dg_fp8")
+def fp8_qkv_weight_scales_differ(d: Draft) -> None:
+    """vLLM requantizes the shards to the largest."""
+    name = f"{DECODER}layers.0.self_attn.k_proj.weight_scale"
+    d[name] = doubled(d[name])
+
+
 # --- dtypes and shapes -------------------------------------------------------------------------------------
 
 
@@ -543,7 +556,7 @@ def weight_scale_stored_as_equal_floats(d: Draft) -> None:
 @defect("wrong-dtype")
 def weight_scale_stored_as_finer_floats(d: Draft) -> None:
     name = f"{DECODER}layers.0.mlp.down_proj.weight_scale"
-    data = b"".join(struct.pack("<f", e4m3_as_float(b) * 1.03) for b in d[name].data)
+    data = b"".join(struct.pack("<f", e4m3_as_float(b) * 1.05) for b in d[name].data)
     retype(d, name, "F32", data)
 
 
@@ -651,7 +664,7 @@ def layer_beyond_the_last(d: Draft) -> None:
     d[f"{DECODER}layers.2.input_layernorm.weight"] = bf16(1.0, (64,))
 
 
-@defect("unexpected-tensor")
+@defect("ignored-tensor", "warning")
 def expert_beyond_the_last(d: Draft) -> None:
     for name in [n for n in d.names() if n.startswith(f"{DECODER}layers.0.experts.3.")]:
         d[name.replace("experts.3.", "experts.4.")] = d[name]
@@ -688,7 +701,7 @@ def tied_lm_head_stored_and_equal(d: Draft) -> None:
     d["lm_head.weight"] = d[f"{DECODER}embed_tokens.weight"]
 
 
-@defect("lm-head-stored")
+@defect("lm-head-stored", "warning")
 def tied_lm_head_stored_and_different(d: Draft) -> None:
     d["lm_head.weight"] = bf16(0.5, d[f"{DECODER}embed_tokens.weight"].shape)
 
@@ -738,6 +751,13 @@ def entry_for_the_whole_encoder(d: Draft) -> None:
 @defect("ignore-partly-fused", mended=True)
 def entry_for_q_alone(d: Draft) -> None:
     d.ignore(f"{DECODER}layers.0.self_attn.q_proj")
+
+
+@defect("ignore-partly-fused", mended=True)
+def exact_entries_for_a_layer_without_v_proj(d: Draft) -> None:
+    """Layer 1 attends in full: its values are its keys, and no exporter can list a v_proj that is not there."""
+    d.unquantize(f"{DECODER}layers.1.self_attn.")
+    d.ignore(*(f"{DECODER}layers.1.self_attn.{x}_proj" for x in "qko"))
 
 
 @defect("ignore-partly-fused")
@@ -814,6 +834,11 @@ def hf_quant_config_alone_and_without_group_size(d: Draft) -> None:
     del d.config["quantization_config"]
     assert d.hf_quant is not None
     del d.hf_quant["quantization"]["group_size"]
+
+
+@defect("quant-config-invalid", base="dg_w4a16_nvfp4")
+def hf_quant_config_alone_for_weight_only(d: Draft) -> None:
+    del d.config["quantization_config"]
 
 
 @defect("quant-algo-mismatch")
@@ -994,8 +1019,6 @@ def vision_not_in_the_ignore_list(d: Draft) -> None:
 @control()
 def hf_quant_config_alone(d: Draft) -> None:
     del d.config["quantization_config"]
-    assert d.hf_quant is not None
-    d.hf_quant["quant_method"] = "modelopt"
 
 
 @control()

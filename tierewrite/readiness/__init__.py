@@ -1,0 +1,74 @@
+"""Is a checkpoint ready for a consumer? Found from headers and the bytes of scales, before anything is served.
+
+    report = tierewrite.readiness.check("DST", "vllm")
+    for finding in report.findings:
+        print(finding)
+
+One file a consumer: `vllm` and `transformers`; each is a list of small rules over a `Subject`. This room reads and
+never writes. It refuses a folder whose headers or configs cannot be read at all (SourceError, exit 4); everything
+that a loader would trip over later is a `Finding`.
+"""
+
+from __future__ import annotations
+
+import os
+
+from tierewrite.errors import UsageError
+from tierewrite.readiness.findings import SCHEMA, Finding, ReadinessReport, in_order
+
+__all__ = ["CONSUMERS", "SCHEMA", "Finding", "ReadinessReport", "check"]
+
+CONSUMERS = ("vllm", "transformers")
+
+
+def check(
+    path: str | os.PathLike[str],
+    consumer: str = "vllm",
+    *,
+    backbone: str | os.PathLike[str] | None = None,
+    ties: str | os.PathLike[str] | None = None,
+    trust_remote_code: bool = False,
+    compare_limit: int = 4 << 30,
+) -> ReadinessReport:
+    """What `consumer` will do with the checkpoint folder `path`.
+
+    Reads headers, configs, the bytes of scales, and tensors whose names meet in one parameter of the consumer, those
+    up to `compare_limit` bytes in all; writes nothing.
+
+    Args:
+        path: the folder.
+        consumer: "vllm" or "transformers".
+        backbone: a JSON file that describes how the consumer maps names (the form of backbones.json here), asked
+            before the built-in one.
+        ties, trust_remote_code: as for `rewrite`.
+        compare_limit: bytes of equal names to compare at most; beyond it they are reported as not compared.
+
+    Raises:
+        UsageError: an unknown consumer, or a broken backbone file.
+        SourceError: the folder's headers, index or configs cannot be read.
+        SystemFailure: the system does not let us read it.
+    """
+    if consumer == "vllm":
+        from tierewrite.readiness import vllm as rules
+        from tierewrite.readiness.subject import Folder
+
+        subject = rules.VllmSubject(
+            Folder.open(path, "vllm"),
+            backbone=backbone,
+            ties_file=ties,
+            trust_remote_code=trust_remote_code,
+            compare_limit=compare_limit,
+        )
+        found = in_order(rules.findings(subject))
+        version = rules.VERSION
+    else:
+        raise UsageError(f"no rules for the consumer '{consumer}'; known: {', '.join(CONSUMERS)}")
+    return ReadinessReport(
+        consumer=consumer,
+        consumer_version=version,
+        checkpoint=os.fspath(path),
+        tensors=len(subject.entries),
+        bytes_read=subject.bytes_read,
+        findings=found,
+        notes=tuple(dict.fromkeys(subject.notes)),
+    )

@@ -1,0 +1,135 @@
+"""What a check found, as data: findings, and the report that holds them. JSON both ways; decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tierewrite.errors import EXIT_FINDINGS, EXIT_OK, shown
+
+SCHEMA = "tierewrite/readiness/1"
+Severity = Literal["error", "warning"]
+Mend = Literal["rewrite", "rewrite --fill-missing-scales"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that a consumer will stumble over.
+
+    Attributes:
+        id: stable, for scripts: `scale-missing`, `per-side-conflict`, ...
+        severity: "error": refused at load, or other numbers than the checkpoint means, on every backend;
+            "warning": only on some backends, or overridable, or a waste.
+        where: the tensors (by name) or config entries (`config.json: quantization_config.ignore[3]`) concerned.
+        found: what is there, one sentence.
+        consequence: what the consumer does with it.
+        mend: what to do about it, one sentence; "" where nothing is known.
+        mended_by: the rewrite that mends it, or None.
+        source: file and function of the consumer that this was read in.
+    """
+
+    id: str
+    severity: Severity
+    where: tuple[str, ...]
+    found: str
+    consequence: str
+    mend: str
+    mended_by: Mend | None
+    source: str
+
+    def to_json(self) -> dict[str, Any]:
+        """All attributes, by name."""
+        return {name: getattr(self, name) for name in self.__slots__} | {"where": list(self.where)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Finding:
+        """What `to_json` wrote."""
+        return cls(**{name: data[name] for name in cls.__slots__ if name != "where"}, where=tuple(data["where"]))
+
+    def __str__(self) -> str:
+        listed = ", ".join(shown(name) for name in self.where[:3])
+        more = f" and {len(self.where) - 3} more" if len(self.where) > 3 else ""
+        return f"{self.severity}: {self.id}: {self.found} [{listed}{more}]; {self.consequence}"
+
+
+@dataclass(frozen=True, slots=True)
+class ReadinessReport:
+    """What `check` found in one checkpoint for one consumer.
+
+    Attributes:
+        consumer, consumer_version: "vllm" and the version whose sources the rules were read in.
+        checkpoint: the folder, as given.
+        tensors: how many tensors the consumer will read.
+        bytes_read: bytes of tensor data (scales, and names that meet) that were looked at.
+        findings: errors first, then by id.
+        notes: what could not be checked, and why; never a reason to fail.
+    """
+
+    consumer: str
+    consumer_version: str
+    checkpoint: str
+    tensors: int
+    bytes_read: int
+    findings: tuple[Finding, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        return tuple(f for f in self.findings if f.severity == "error")
+
+    @property
+    def warnings(self) -> tuple[Finding, ...]:
+        return tuple(f for f in self.findings if f.severity == "warning")
+
+    def ids(self) -> set[str]:
+        """The ids of all findings."""
+        return {f.id for f in self.findings}
+
+    def exit_code(self, *, strict: bool = False) -> int:
+        """0 when no finding is an error, 6 otherwise; with `strict` warnings count too."""
+        return EXIT_FINDINGS if self.errors or (strict and self.findings) else EXIT_OK
+
+    def only_per_side_conflicts(self) -> bool:
+        """Whether there are errors and all of them are conflicts that no rewrite can merge."""
+        return bool(self.errors) and all(f.id == "per-side-conflict" for f in self.errors)
+
+    def to_json(self) -> dict[str, Any]:
+        """An object with `schema`, `ready` (no errors), the counts, and every finding in full."""
+        return {
+            "schema": SCHEMA,
+            "consumer": self.consumer,
+            "consumer_version": self.consumer_version,
+            "checkpoint": self.checkpoint,
+            "ready": not self.errors,
+            "errors": len(self.errors),
+            "warnings": len(self.warnings),
+            "tensors": self.tensors,
+            "bytes_read": self.bytes_read,
+            "findings": [f.to_json() for f in self.findings],
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ReadinessReport:
+        """What `to_json` wrote.
+
+        Raises:
+            ValueError: the object's schema is another one.
+        """
+        if data.get("schema") != SCHEMA:
+            raise ValueError(f"schema {data.get('schema')!r}; expected {SCHEMA!r}")
+        return cls(
+            consumer=data["consumer"],
+            consumer_version=data["consumer_version"],
+            checkpoint=data["checkpoint"],
+            tensors=data["tensors"],
+            bytes_read=data["bytes_read"],
+            findings=tuple(Finding.from_json(f) for f in data["findings"]),
+            notes=tuple(data.get("notes", ())),
+        )
+
+
+def in_order(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """Errors before warnings, then by id and place."""
+    return tuple(sorted(findings, key=lambda f: (f.severity, f.id, f.where)))
