@@ -62,7 +62,7 @@ DTYPE_BITS: Mapping[str, int] = {
 
 
 @contextlib.contextmanager
-def _gc_paused() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """No cyclic garbage collection: it would scan a million young containers over and over, at twice the
     time.
     """
@@ -166,7 +166,7 @@ class Checkpoint:
         return sum(entry.nbytes for entry in self.tensors.values())
 
     @classmethod
-    @_gc_paused()
+    @gc_paused()
     def open(cls, path: str | os.PathLike[str], *, ignore_unindexed: bool = False) -> Checkpoint:
         """Read the headers, index and configurations of the checkpoint folder `path`.
 
@@ -282,7 +282,7 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
 # ---------------------------------------------------------------------------------------------------- headers
 
 
-@_gc_paused()
+@gc_paused()
 def read_header(
     path: str | os.PathLike[str], *, shard: int = 0, name: str | None = None
 ) -> tuple[Shard, list[TensorEntry]]:

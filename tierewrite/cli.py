@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -242,7 +241,9 @@ def _console(stderr: bool = False) -> Console:
 
 
 def _print_json(data: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(data, indent=1, ensure_ascii=True) + "\n")
+    from tierewrite.jsontext import dumps
+
+    sys.stdout.write(dumps(data, ascii_only=True))
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tierewrite import formats
-from tierewrite.checkpoint import Checkpoint
+from tierewrite.checkpoint import Checkpoint, gc_paused
 from tierewrite.names import DiskTies, on_disk
 from tierewrite.ties import TieMap
 
@@ -98,6 +98,7 @@ def _ties_json(ties: TieMap, disk: DiskTies) -> dict[str, Any]:
     }
 
 
+@gc_paused()
 def inspect(
     src: str | os.PathLike[str],
     *,

@@ -5,13 +5,13 @@ It holds nothing that two runs on the same input and options could differ in: no
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from blake3 import blake3
 
+from tierewrite.jsontext import dumps
 from tierewrite.names import DiskTies
 from tierewrite.planning import Action, RewritePlan
 from tierewrite.report import MergedScale, Report
@@ -112,4 +112,4 @@ def build_manifest(
             for entry in report.groups
         ],
     }
-    return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
+    return dumps(data).encode()

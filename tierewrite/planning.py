@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import bisect
 import enum
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from tierewrite import formats, scales
-from tierewrite.checkpoint import Checkpoint, TensorEntry
+from tierewrite.checkpoint import Checkpoint, TensorEntry, gc_paused
 from tierewrite.formats import Companion, Role
 from tierewrite.names import DiskTies, TieGroup
 
@@ -59,9 +61,8 @@ class Policy:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class TensorPlan:
-    """The fate of one source tensor.
+class TensorPlan(NamedTuple):
+    """The fate of one source tensor (a tuple, since there are as many as tensors).
 
     Attributes:
         name: its key in the source.
@@ -123,8 +124,7 @@ class GroupPlan:
     dropped_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class OutTensor:
+class OutTensor(NamedTuple):
     """A tensor of the output: the bytes of `source`, unless a merged value takes their place.
 
     `start` and `end` are byte offsets in the data section of its shard, end exclusive.
@@ -245,7 +245,8 @@ def plan(
         A plan in which each tensor of the source occurs once.
     """
     policy = policy or Policy()
-    drafted = _Planner(checkpoint, ties, policy, refuted or {}, frozenset(separate_kv)).run()
+    with gc_paused():
+        drafted = _Planner(checkpoint, ties, policy, refuted or {}, frozenset(separate_kv)).run()
     return replace(drafted, ties_source=ties_source, ties_detail=ties_detail, unpaired=unpaired)
 
 
@@ -330,14 +331,16 @@ class _Planner:
         by_id = {group.id: group for group in groups}
         if self.policy.kv_scales == "merge":
             self._kv_scales({a: o for a, o in attention.items() if a not in blocked}, by_id)
+        count: Counter[str] = Counter()
+        size: Counter[str] = Counter()
         for plan_ in self.plans.values():
             if plan_.action is Action.DROP and plan_.group is not None:
-                group = by_id[plan_.group]
-                by_id[plan_.group] = replace(
-                    group,
-                    dropped=group.dropped + 1,
-                    dropped_bytes=group.dropped_bytes + self.entries[plan_.name].nbytes,
-                )
+                count[plan_.group] += 1
+                size[plan_.group] += self.entries[plan_.name].nbytes
+        by_id = {
+            name: replace(group, dropped=count[name], dropped_bytes=size[name]) if count[name] else group
+            for name, group in by_id.items()
+        }
         return RewritePlan(
             tensors=self.plans,
             groups=tuple(by_id.values()),
@@ -645,21 +648,23 @@ class _Planner:
             return (OutShard("model.safetensors", ()),)
         split = split_state_dict_into_shards_factory(
             survivors,
-            get_storage_size=lambda entry: entry.nbytes,
+            get_storage_size=lambda entry: entry.end - entry.start,
             filename_pattern="model{suffix}.safetensors",
             max_shard_size=limit,
         )
+        widths = _element_sizes(survivors.values())
         shards = []
         for filename, names in split.filename_to_tensors.items():
             # Wide dtypes first keeps every tensor aligned to its element, as safetensors' own serializer does; within a
             # width the source's order makes neighbours of neighbours, so that runs are copied in one piece.
-            order = sorted(names, key=lambda name: -_element_size(survivors[name]))
+            order = sorted(names, key=lambda name: -widths[survivors[name].dtype])
             position = 0
             tensors = []
             for name in order:
                 entry = survivors[name]
-                tensors.append(OutTensor(name, entry.name, position, position + entry.nbytes))
-                position += entry.nbytes
+                end = position + entry.end - entry.start
+                tensors.append(OutTensor(name, entry.name, position, end))
+                position = end
             shards.append(OutShard(filename, tuple(tensors)))
         return tuple(shards)
 
@@ -673,12 +678,14 @@ def _header_text(entry: TensorEntry) -> str:
     return f"{entry.dtype} {list(entry.shape)}"
 
 
-def _element_size(entry: TensorEntry) -> int:
-    """Bytes an element (0 for less than one or none): derived, so that a new dtype needs no table."""
-    count = 1
-    for extent in entry.shape:
-        count *= extent
-    return entry.nbytes // count if count else 0
+def _element_sizes(entries: Iterable[TensorEntry]) -> dict[str, int]:
+    """Bytes an element of each dtype (0 for less than one): derived, so that a new dtype needs no table."""
+    sizes: dict[str, int] = {}
+    for entry in entries:
+        if not sizes.get(entry.dtype):
+            count = math.prod(entry.shape)
+            sizes[entry.dtype] = (entry.end - entry.start) // count if count else 0
+    return sizes
 
 
 def needed_for_confirmation(groups: Sequence[GroupPlan]) -> set[str]:

@@ -15,7 +15,7 @@ from typing import Union
 
 import tierewrite
 from tierewrite import digest
-from tierewrite.checkpoint import Checkpoint
+from tierewrite.checkpoint import Checkpoint, gc_paused
 from tierewrite.confirm import ScaleValues, merge_scales, refusal, refuted
 from tierewrite.errors import UsageError, VerificationFailed, shown
 from tierewrite.manifest import build_manifest, written_tensors
@@ -53,6 +53,7 @@ class Opened:
     disk: DiskTies
 
     @classmethod
+    @gc_paused()
     def open(
         cls,
         src: PathLike,

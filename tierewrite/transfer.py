@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from tierewrite.checkpoint import Checkpoint, Shard, TensorEntry
 from tierewrite.digest import PIECE, DeviceFailed, Digester, Stream, select
@@ -31,8 +32,7 @@ assert BUFFER_BYTES % PIECE == 0
 _RUNS_PER_TASK = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """One source tensor within a task.
 
     Attributes:
