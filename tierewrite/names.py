@@ -116,12 +116,8 @@ def on_disk(ties: TieMap, keys: Collection[str]) -> DiskTies:
         problem = _layout_problem(names, found) or translator.sharing_problem(names, found, tied, covered)
         slots = []
         for part in sorted(parts, key=_part_order):
-            slots.append(
-                tuple(
-                    found[name][part] if part in found.get(name, ()) else translator.spell(name, part, scopes)
-                    for name in names
-                )
-            )
+            there = {name: found[name][part] for name in names if part in found.get(name, ())}
+            slots.append(tuple(there.get(n) or translator.spell(n, part, scopes, there) for n in names))
         groups.append(TieGroup(root, root, tuple(names[1:]), tuple(origins[root]), tuple(slots), problem))
     idle = [root for root in idle if root not in covered]
     return DiskTies(tuple(groups), owned if ties.model is not None and ties.model.shapes else (), tuple(idle))
@@ -198,13 +194,15 @@ class _Scopes:
         """Is any key below `prefix`?"""
         return prefix in self._all()
 
-    def depth(self, name: str) -> int:
-        """Number of leading path segments of `name` that some key shares."""
+    def strange(self, name: str) -> int:
+        """Number of trailing path segments of `name` (its own not counted) that no key shares."""
         scopes = self._all()
         scope = name.rpartition(".")[0]
+        missing = 0
         while scope and scope not in scopes:
             scope = scope.rpartition(".")[0]
-        return scope.count(".") + 1 if scope else 0
+            missing += 1
+        return missing
 
 
 class _Translator:
@@ -222,6 +220,7 @@ class _Translator:
         self._model = model
         self._fused: dict[str, list[str]] | None = None
         self._stateful = False
+        self._prefix_differs: bool | None = None
         self._rename: Any = None
         if model is not None:
             from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -352,36 +351,43 @@ class _Translator:
 
     # -- memory -> disk
 
-    def spell(self, parameter: str, part: Part, scopes: _Scopes) -> str:
+    def spell(self, parameter: str, part: Part, scopes: _Scopes, beside: Mapping[str, str]) -> str:
         """The name on disk that `part` of `parameter` would have in this checkpoint.
 
         Of the names that load into it (under hub names, memory names, with and without the base model's prefix), the
-        one whose path is most at home among the keys; the hub's first where several are.
+        one whose path is most at home among the keys; among equals the one that is spelled as the sides that are there
+        (`beside`: parameter -> name on disk), then the hub's.
         """
-        best, depth = None, -1
-        for name in self._spellings(parameter, part, scopes):
-            if self.locate(name) == (parameter, part):
-                at = scopes.depth(name)
-                if at > depth:
-                    best, depth = name, at
-        if best is not None:
-            return best
+        spelled = self._spellings(parameter, part, scopes)
+        right = {n: name for n, name in enumerate(spelled) if self.locate(name) == (parameter, part)}
+        if right:
+            strange = {n: scopes.strange(name) for n, name in right.items()}
+            least = min(strange.values())
+            best = [n for n in right if strange[n] == least]
+            if len({right[n] for n in best}) > 1:
+                votes = dict.fromkeys(best, 0)
+                for other, name in beside.items():
+                    for n, candidate in enumerate(self._spellings(other, part, scopes)):
+                        if n in votes and candidate == name:
+                            votes[n] += 1
+                best.sort(key=lambda n: -votes[n])
+            return right[best[0]]
         if part == WHOLE:
             return parameter
         container = parameter.rpartition(".")[0]
         return f"{container}.{part[3]}.{part[1]}.{part[2]}" if part[0] == "expert" else parameter
 
-    def _spellings(self, parameter: str, part: Part, scopes: _Scopes) -> Iterator[str]:
-        seen: set[str] = set()
+    def _spellings(self, parameter: str, part: Part, scopes: _Scopes) -> list[str]:
+        """Every way to spell it, in one order for all parameters, the hub's first; names may repeat."""
         stem = f"{self.prefix}." if self.prefix else ""
-        # The base model's prefix is missing or added in a checkpoint as a whole.
-        change = scopes.under(self.prefix) != any(name.startswith(stem) for name in self.known) if stem else False
-        for name in self._plain_spellings(parameter, part):
-            other = name.removeprefix(stem) if name.startswith(stem) else stem + name
-            for spelled in (name, other) if change else (name,):
-                if spelled not in seen:
-                    seen.add(spelled)
-                    yield spelled
+        if self._prefix_differs is None:
+            # The base model's prefix is missing or added in a checkpoint as a whole.
+            expected = any(name.startswith(stem) for name in self.known)
+            self._prefix_differs = bool(stem) and scopes.under(self.prefix) != expected
+        names = list(self._plain_spellings(parameter, part))
+        if self._prefix_differs:
+            names += [n.removeprefix(stem) if n.startswith(stem) else stem + n for n in names]
+        return names
 
     def _plain_spellings(self, parameter: str, part: Part) -> Iterator[str]:
         from_hub = self._hub_names(parameter, part)
