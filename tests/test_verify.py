@@ -13,10 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import tierewrite
 from tests.checkpoints import FIXTURES, Tensor, read_shard, read_tensors, write_checkpoint, write_shard
+from tierewrite import nvfp4
 from tierewrite.errors import SourceChanged, SourceError, TierewriteError
 from tierewrite.verification import Verification, verify
 
@@ -263,6 +265,80 @@ def test_a_reciprocal_is_merged_to_the_smallest(sides: tuple[float, float], tmp_
     for value in (2.0, 3.0, 1.9999999):
         dst = write_checkpoint(tmp_path / "dst", {"a.weight_packed": weight, "a.input_global_scale": f32(value)})
         assert ids(verify(src, dst, ties_file=ties)) == (set() if value == 2.0 else {"merge"})
+
+
+# ------------------------------------------------------------------------------------------------------------- NVFP4
+
+
+def blob(codes: Any, scales: Any, scale: float) -> dict[str, Tensor]:
+    return {
+        "weight": ("U8", list(codes.shape), codes.tobytes()),
+        "weight_scale": ("F8_E4M3", list(scales.shape), scales.tobytes()),
+        "weight_scale_2": ("F32", [], struct.pack("<f", scale)),
+    }
+
+
+def encoded(seed: int, factor: float = 1.0) -> tuple[Any, Any, float]:
+    weight = np.random.default_rng(seed).standard_normal((4, 64)).astype(np.float32)
+    codes, scales, scale = nvfp4.encode(weight)
+    if factor == 1.0:
+        return codes, scales, float(scale)
+    new = np.float32(scale * np.float32(factor))
+    return (*nvfp4.repack(codes, scales, scale, new), float(new))
+
+
+def named(module: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{module}.{name}": tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("wider", ["a", "b"])
+def test_one_blob_for_sides_of_different_scales_is_right_at_the_larger_scale(wider: str, tmp_path: Path) -> None:
+    small, large = blob(*encoded(0)), blob(*encoded(0, 2.5))
+    sides = {"a": large, "b": small} if wider == "a" else {"a": small, "b": large}
+    src = write_checkpoint(tmp_path / "src", named("a", sides["a"]) | named("b", sides["b"]))
+    ties = tmp_path / "ties.json"
+    ties.write_text('{"b.weight": "a.weight"}')
+
+    def outcome(tensors: dict[str, Tensor]) -> Verification:
+        return verify(src, write_checkpoint(tmp_path / "dst", named("a", tensors)), ties_file=ties)
+
+    right = outcome(large)
+    assert right.problems == ()
+    assert (right.repacked, right.dropped) == (3, 3)
+    assert not outcome(small).ok
+    assert not outcome(large | {"weight_scale_2": small["weight_scale_2"]}).ok
+    for name in ("weight", "weight_scale"):
+        dtype, shape, data = large[name]
+        assert not outcome(large | {name: (dtype, shape, bytes([data[0] ^ 1]) + data[1:])}).ok
+    assert ids(verify(src, src, ties_file=ties)) == set()  # as --on-mismatch keep leaves it
+
+
+def test_one_blob_for_sides_that_differ_by_more_than_scaling_is_wrong(tmp_path: Path) -> None:
+    one, other = blob(*encoded(0)), blob(*encoded(1, 2.5))
+    src = write_checkpoint(tmp_path / "src", named("a", one) | named("b", other))
+    ties = tmp_path / "ties.json"
+    ties.write_text('{"b.weight": "a.weight"}')
+    for tensors in (one, other):
+        assert not verify(src, write_checkpoint(tmp_path / "dst", named("a", tensors)), ties_file=ties).ok
+
+
+def test_a_linear_encoded_anew_to_the_scale_of_the_one_it_is_fused_with_is_right(tmp_path: Path) -> None:
+    gate, up = blob(*encoded(0)), blob(*encoded(1, 2.5))
+    codes, scales, scale = encoded(0)
+    new = np.float32(encoded(1, 2.5)[2])
+    anew = blob(*nvfp4.repack(codes, scales, np.float32(scale), new), float(new))
+    more: dict[str, Tensor] = {"x.weight": ("U8", [1], b"1")}
+    tied = more | {"y.weight": more["x.weight"]}
+    src = write_checkpoint(tmp_path / "src", named("m.gate_proj", gate) | named("m.up_proj", up) | tied)
+    ties = tmp_path / "ties.json"
+    ties.write_text('{"y.weight": "x.weight"}')
+    dst = write_checkpoint(tmp_path / "dst", named("m.gate_proj", anew) | named("m.up_proj", up) | more)
+    result = verify(src, dst, ties_file=ties)
+    assert result.problems == ()
+    assert result.repacked == 3
+    alone = write_checkpoint(tmp_path / "src2", named("m.other_proj", gate) | named("m.up_proj", up) | tied)
+    dst = write_checkpoint(tmp_path / "dst", named("m.other_proj", anew) | named("m.up_proj", up) | more)
+    assert ids(verify(alone, dst, ties_file=ties)) == {"bytes"}
 
 
 # ------------------------------------------------------------------------------------------------------ the manifest

@@ -413,6 +413,7 @@ class _Judge:
     """Judges every declared tie by the bytes of SRC."""
 
     def __init__(self, source: Checkpoint, disk: DiskTies, digests: Mapping[str, bytes]) -> None:
+        self.repack = False
         self.entries, self.digests, self.disk = source.tensors, digests, disk
         self.families = formats.detect(source.config, source.quant_config, self.entries.keys())
         self.adjacency = Adjacency(self.entries.keys(), source.config, source.quant_config)
@@ -429,18 +430,35 @@ class _Judge:
                     break
                 parent = parent.rpartition(".")[0]
 
-    def groups(self) -> list[_Group]:
+    def groups(self, repacked: Callable[[_Group], bool]) -> list[_Group]:
+        """Every tie with what it must have become.
+
+        Args:
+            repacked: asked of a group that its bytes refute: may DST hold one NVFP4 blob for its sides all the same?
+        """
         found = []
         for tie in self.disk.groups:
-            group = _Group(tie)
-            try:
-                self._judge(group)
-            except _NotOne as e:
-                group.reason = str(e)
-                group.stands = {}
-                group.members = [key for slot in tie.slots for name in slot for key in self._keys(name)]
+            group = self._attempt(tie)
+            if group.reason is not None and repacked(group):
+                self.repack = True
+                again = self._attempt(tie)
+                self.repack = False
+                if again.reason is None:
+                    group = again
+            if group.reason is None:
+                for stand in group.stands.values():
+                    self.claimed.update(dict.fromkeys((*stand.sources, stand.target), tie.id))
             found.append(group)
         return found
+
+    def _attempt(self, tie: TieGroup) -> _Group:
+        group = _Group(tie)
+        try:
+            self._judge(group)
+        except _NotOne as e:
+            group = _Group(tie, reason=str(e))
+            group.members = [key for slot in tie.slots for name in slot for key in self._keys(name)]
+        return group
 
     def _keys(self, name: str) -> list[str]:
         """Keys that the tied parameter `name` may have become."""
@@ -479,8 +497,6 @@ class _Judge:
                 stand.target in self.claimed or (stand.target in self.entries and stand.target not in group.members)
             ):
                 raise _NotOne(f"the name '{stand.target}' belongs to another tensor")
-        for stand in group.stands.values():
-            self.claimed.update(dict.fromkeys((*stand.sources, stand.target), group.tie.id))
 
     def _judge_slot(self, group: _Group, slot: tuple[str, ...]) -> None:
         canonical = slot[0]
@@ -498,8 +514,9 @@ class _Judge:
             lone = exact.keys() ^ other.keys()
             if lone:
                 raise _NotOne(f"'{first}' and '{name}' are stored differently: {', '.join(sorted(lone))}")
+            blob = _blob_parts(exact) if self.repack else ()
             for part, (key, _) in other.items():
-                self._same(exact[part][0], key)
+                self._same(exact[part][0], key, header_only=part in blob)
             self._same_neighbours(first, name)
         for part in exact:
             self._stand(group, canonical, part, tuple(other[part][0] for _, other, _ in sides), None)
@@ -511,11 +528,11 @@ class _Judge:
             if reason is not None and len(keys) > 1:
                 raise _NotOne(f"{', '.join(keys)}: {reason}")
 
-    def _same(self, one: str, other: str) -> None:
+    def _same(self, one: str, other: str, header_only: bool = False) -> None:
         a, b = self.entries[one], self.entries[other]
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             raise _NotOne(f"'{one}' is {a.dtype} {list(a.shape)}, '{other}' is {b.dtype} {list(b.shape)}")
-        if self.digests[one] != self.digests[other]:
+        if not header_only and self.digests[one] != self.digests[other]:
             raise _NotOne(f"'{one}' and '{other}' hold different bytes")
 
     def _same_neighbours(self, one: str, other: str) -> None:
@@ -538,10 +555,15 @@ class _Judge:
 
     @staticmethod
     def _stand(group: _Group, canonical: str, part: str, keys: tuple[str, ...], merge: Companion | None) -> None:
-        parent, _, leaf = canonical.rpartition(".")
-        suffix = leaf + part[1:] if part.startswith("*") else part
-        target = f"{parent}.{suffix}" if parent else suffix
+        target = _target(canonical, part)
         group.stands[target] = _Stand(target, keys, None if keys == (target,) else merge, group.tie.id)
+
+
+def _target(canonical: str, part: str) -> str:
+    """The canonical key of a part."""
+    parent, _, leaf = canonical.rpartition(".")
+    suffix = leaf + part[1:] if part.startswith("*") else part
+    return f"{parent}.{suffix}" if parent else suffix
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -663,6 +685,42 @@ def _check_merge(companion: Companion, sides: Sequence[tuple[TensorEntry, bytes]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# NVFP4 blobs of different scales
+# ---------------------------------------------------------------------------------------------------------------------
+
+# The three tensors of an encoded weight: ModelOpt's, and compressed-tensors', whose last one is the reciprocal.
+_FUSED = (("gate_proj", "up_proj"), ("w1", "w3"), ("q_proj", "k_proj", "v_proj"))
+_BLOBS = (("weight", "weight_scale", "weight_scale_2"), ("weight_packed", "weight_scale", "weight_global_scale"))
+
+
+def _blob_parts(parts: _Parts) -> tuple[str, ...]:
+    """The parts of an NVFP4 blob among a side's parts, or ()."""
+    for blob in _BLOBS:
+        names = tuple("*" + name.removeprefix("weight") for name in blob)
+        if all(name in parts for name in names):
+            return names
+    return ()
+
+
+def _is_blob(entries: Sequence[TensorEntry]) -> bool:
+    codes, scales, scale = entries
+    one = all(dim == 1 for dim in scale.shape)
+    return (codes.dtype, scales.dtype, scale.dtype) == ("U8", "F8_E4M3", "F32") and one and bool(codes.shape)
+
+
+def _read(checkpoint: Checkpoint, key: str) -> npt.NDArray[Any]:
+    """The bytes of one tensor in its shape; E4M3 as bytes."""
+    entry = checkpoint.tensors[key]
+    shard = checkpoint.shards[entry.shard]
+    data = bytearray()
+    with _Reader(shard.path, shard.size, shard.mtime_ns) as reader:
+        reader.seek(entry.start, entry.end)
+        for piece in reader.take(entry.nbytes):
+            data += piece
+    return np.frombuffer(data, "<f4" if entry.dtype == "F32" else np.uint8).reshape(entry.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The comparison
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -684,11 +742,13 @@ class _Proof:
         self.counts: dict[str, int] = {}
         self.ties = TieMap((), "none")
         self.scales: dict[str, _Scale] = {}
+        self.stands: dict[str, _Stand] = {}
+        self.repacked: dict[str, str | None] = {}  # by module: why its blob is wrong, or None
 
     def run(self, disk: DiskTies, ties: TieMap) -> None:
         self.ties = ties
-        groups = _Judge(self.source, disk, self.before.digests).groups()
-        stands: dict[str, _Stand] = {}
+        groups = _Judge(self.source, disk, self.before.digests).groups(self._may_be_repacked)
+        stands = self.stands
         for group in groups:
             if group.reason is None and self._untouched(group):
                 if group.dropped or any(stand.changes for stand in group.stands.values()):
@@ -766,8 +826,10 @@ class _Proof:
                 f"is {found.dtype} {list(found.shape)}; expected {first.dtype} {list(first.shape)} as '{first.name}'",
             )
         elif stand.merge is None or stand.merge.merge is None or _why_no_value([first]) is not None:
-            if self.before.digests[first.name] != self.after.digests[stand.target]:
-                self._say("bytes", stand.target, f"does not hold the bytes of '{first.name}'")
+            if any(self.before.digests[key] != self.after.digests[stand.target] for key in stand.sources):
+                why = self._why_not_repacked(stand.target)
+                if why is not None:
+                    self._say("bytes", stand.target, f"does not hold the bytes of '{first.name}'{why}")
         else:
             sides = [(self.source.tensors[key], self.before.values[key]) for key in stand.sources]
             scale = _check_merge(stand.merge, sides, found.dtype, self.after.values[stand.target])
@@ -779,19 +841,107 @@ class _Proof:
         self.counts = dict.fromkeys(("kept", "renamed", "dropped", "merged", "repacked"), 0)
         for stand in stands.values():
             fate = "merged" if stand.merge is not None else "renamed" if stand.action == "rename" else "kept"
+            if self._is_repacked(stand.target):
+                fate = "repacked"
             self.counts[fate] += 1
             self.counts["dropped"] += len(stand.sources) - 1
+
+    # -- NVFP4 blobs of different scales ------------------------------------------------------------------------------
+
+    def _option(self, name: str) -> Any:
+        """An option of the rewrite; True where there is no manifest to tell, so that the bytes decide."""
+        return True if self.manifest is None else self.manifest["options"].get(name)
+
+    def _may_be_repacked(self, group: _Group) -> bool:
+        """Whether DST holds one blob for sides of different scales: it was asked for, and not all sides are there."""
+        if self._option("on_mismatch") not in (True, "repack"):
+            return False
+        return any(key not in self.target.tensors for key in group.members)
+
+    def _is_repacked(self, name: str) -> bool:
+        module, _, suffix = name.rpartition(".")
+        return suffix.startswith("weight") and self.repacked.get(module, "") is None
+
+    def _why_not_repacked(self, name: str) -> str | None:
+        """None if `name` is part of an NVFP4 blob that is legitimately encoded anew; else a remark for the problem."""
+        module, _, suffix = name.rpartition(".")
+        for blob in _BLOBS:
+            names = [f"{module}.{part}" for part in blob]
+            if suffix in blob and all(n in self.stands and n in self.target.tensors for n in names):
+                if not _is_blob([self.target.tensors[n] for n in names]):
+                    continue
+                if module not in self.repacked:
+                    self.repacked[module] = self._judge_blob(module, names, reciprocal=blob[0] != "weight")
+                return self.repacked[module]
+        return ""
+
+    def _judge_blob(self, module: str, names: list[str], reciprocal: bool) -> str | None:
+        """Whether DST's blob is one of the sides' encoded anew to a scale that covers all of them.
+
+        The sides must agree with each other within the rounding of their encodings, element by element.
+        """
+        from tierewrite import nvfp4
+
+        mismatch = self._option("on_mismatch") in (True, "repack")
+        unify = bool(self._option("unify_fused_scales"))
+        if not (mismatch or unify):
+            return ""
+        rows = [self.stands[name].sources for name in names]
+        if len({len(row) for row in rows}) > 1 or not all(
+            _is_blob([self.source.tensors[key] for key in side]) for side in zip(*rows, strict=True)
+        ):
+            return ""
+        sides = [
+            (_read(self.source, codes), _read(self.source, scales), _read(self.source, scale))
+            for codes, scales, scale in zip(*rows, strict=True)
+        ]
+        try:
+            new_codes, new_scales, new_scale = (_read(self.target, name) for name in names)
+        except (SystemFailure, SourceChanged) as e:
+            return f": {e}"
+        try:
+            for i, one in enumerate(sides):
+                for other in sides[:i]:
+                    if not nvfp4.agree_up_to_scaling(one, other, reciprocal=reciprocal):
+                        return ": its sides differ by more than their scaling"
+            covering = nvfp4.widest([side[2] for side in sides], reciprocal=reciprocal)
+            wanted = {covering.tobytes()}
+            if unify:
+                wanted |= self._fused_scales(module, names[2].rpartition(".")[2])
+            if (
+                new_scale.tobytes() not in wanted
+                or nvfp4.widest([new_scale, covering], reciprocal=reciprocal) != new_scale
+            ):
+                return f": its scale {new_scale.item():.9g} is not the one that covers {covering.item():.9g}"
+            for side in sides:
+                again = nvfp4.repack(*side, new_scale, reciprocal=reciprocal)
+                if [part.tobytes() for part in again] == [new_codes.tobytes(), new_scales.tobytes()]:
+                    return None
+        except ValueError as e:
+            return f": {e}"
+        return ": it is none of its sides encoded anew to its scale"
+
+    def _fused_scales(self, module: str, suffix: str) -> set[bytes]:
+        """The scales of the linears beside `module` that a consumer fuses with it, in DST."""
+        parent, _, name = module.rpartition(".")
+        return {
+            _read(self.target, f"{parent}.{sibling}.{suffix}").tobytes()
+            for fused in _FUSED
+            if name in fused
+            for sibling in fused
+            if f"{parent}.{sibling}.{suffix}" in self.target.tensors and sibling != name
+        }
 
     # -- KV-cache scales ------------------------------------------------------------------------------------------
 
     def _kv_scales(self, groups: Iterable[_Group], taken: Collection[str]) -> dict[str, _Stand]:
         """KV-cache scales that DST holds merged, where that is legitimate: on request, under confirmed ties."""
-        allowed = None if self.manifest is None else self.manifest["options"].get("kv_scales")
-        if allowed == "keep":
+        if self._option("kv_scales") == "keep":
             return {}
         modules: dict[str, dict[str, tuple[str, Companion]]] = {}
+        families = formats.detect(self.source.config, self.source.quant_config, self.source.tensors.keys())
         for key in self.source.tensors:
-            hit = formats.kv_scale(key)
+            hit = formats.kv_scale(key, families) or formats.kv_scale(key)
             if hit is not None and key not in taken:
                 modules.setdefault(hit[0], {})[hit[1]] = key, hit[2]
         pairs: dict[str, dict[tuple[str, ...], str]] = {}
@@ -814,6 +964,9 @@ class _Proof:
                 keys = tuple(key for key, _ in there)
                 target = f"{canonical}.{rest}"
                 gone = all(key not in self.target.tensors for key in keys if key != target)
+                entries = [self.source.tensors[key] for key in keys]
+                if there[0][1].merge is not None and _why_no_value(entries) is not None:
+                    continue
                 if keys != (target,) and gone and target in self.target.tensors:
                     stands[target] = _Stand(target, keys, there[0][1], owner)
         return stands
@@ -879,7 +1032,7 @@ class _Proof:
             wrong.append(f"from {', '.join(map(str, entry['from']))}; expected {', '.join(stand.sources)}")
         if entry["blake3"] != self.after.digests[name].hex():
             wrong.append("blake3 is not the digest of its bytes in DST")
-        if entry["action"] != stand.action:
+        if entry["action"] != stand.action and not (entry["action"] == "repack" and self._is_repacked(name)):
             wrong.append(f"action {entry['action']}; expected {stand.action}")
         scale = self.scales.get(name)
         if entry["merged"] is not (scale is not None):
