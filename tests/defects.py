@@ -1076,3 +1076,25 @@ def expert_input_scales_differ_between_experts(d: Draft) -> None:
     for projection in ("gate_proj", "up_proj"):
         name = f"{DECODER}layers.0.experts.2.{projection}.input_scale"
         d[name] = doubled(d[name])
+
+
+# --- making them -------------------------------------------------------------------------------------------
+
+
+def make_good(base: str, folder: Path) -> Path:
+    """The good checkpoint of a fixture, in a new folder below `folder`: rewritten, then `good`."""
+    import tierewrite
+
+    rewritten = folder / f"{base}-rewritten"
+    tierewrite.rewrite(Path(__file__).parent.parent / "fixtures" / base / "naive", rewritten)
+    good(rewritten, folder / f"{base}-good")
+    shutil.rmtree(rewritten)
+    return folder / f"{base}-good"
+
+
+def make_all(folder: Path, variants: list[Defect]) -> tuple[dict[str, Path], dict[str, Path]]:
+    """The good checkpoints and the variants made of them, by base and by name."""
+    goods = {base: make_good(base, folder) for base in dict.fromkeys(v.base for v in variants)}
+    for variant in variants:
+        variant.make(goods[variant.base], folder / variant.name)
+    return goods, {v.name: folder / v.name for v in variants}

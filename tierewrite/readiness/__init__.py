@@ -12,6 +12,7 @@ that a loader would trip over later is a `Finding`.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from tierewrite.errors import UsageError
 from tierewrite.readiness.findings import SCHEMA, Finding, ReadinessReport, in_order
@@ -38,8 +39,8 @@ def check(
     Args:
         path: the folder.
         consumer: "vllm" or "transformers".
-        backbone: a JSON file that describes how the consumer maps names (the form of backbones.json here), asked
-            before the built-in one.
+        backbone: a JSON file that describes how vLLM maps names (the form of backbones.json here), asked before
+            the built-in one.
         ties, trust_remote_code: as for `rewrite`.
         compare_limit: bytes of equal names to compare at most; beyond it they are reported as not compared.
 
@@ -48,19 +49,24 @@ def check(
         SourceError: the folder's headers, index or configs cannot be read.
         SystemFailure: the system does not let us read it.
     """
-    if consumer == "vllm":
-        from tierewrite.readiness import vllm as rules
-        from tierewrite.readiness.subject import Folder
+    from tierewrite.readiness.subject import Folder, Subject
 
-        subject = rules.VllmSubject(
-            Folder.open(path, "vllm"),
-            backbone=backbone,
-            ties_file=ties,
-            trust_remote_code=trust_remote_code,
-            compare_limit=compare_limit,
-        )
-        found = in_order(rules.findings(subject))
-        version = rules.VERSION
+    options: dict[str, Any] = {
+        "ties_file": ties,
+        "trust_remote_code": trust_remote_code,
+        "compare_limit": compare_limit,
+    }
+    subject: Subject
+    if consumer == "vllm":
+        from tierewrite.readiness import vllm
+
+        subject = vllm.VllmSubject(Folder.open(path, "vllm"), backbone=backbone, **options)
+        version, found = vllm.VERSION, in_order(vllm.findings(subject))
+    elif consumer == "transformers":
+        from tierewrite.readiness import transformers
+
+        subject = Subject(Folder.open(path, "transformers"), backbone=transformers.PLAIN, **options)
+        version, found = transformers.VERSION, in_order(transformers.findings(subject))
     else:
         raise UsageError(f"no rules for the consumer '{consumer}'; known: {', '.join(CONSUMERS)}")
     return ReadinessReport(

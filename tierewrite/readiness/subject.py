@@ -80,8 +80,9 @@ class Folder:
         """Read headers, index and configs of `path` by the rules of `reader`.
 
         vLLM reads the files that the index names, whole, or every *.safetensors without one; files called
-        consolidated* alone where there are any (default_loader.py `_prepare_weights`). transformers reads the
-        names that the index lists, or model.safetensors alone (modeling_utils.py `_get_resolved_checkpoint_files`).
+        consolidated* alone where there are any (default_loader.py `_prepare_weights`). transformers reads
+        model.safetensors alone where it is there, else the files that the index names, whole
+        (modeling_utils.py `_get_resolved_checkpoint_files`, `_load_pretrained_model`).
 
         Raises:
             SourceError and its kin: no folder, no safetensors file, a malformed header, index or config.
@@ -95,12 +96,12 @@ class Folder:
         weight_map = read_index(root / INDEX_NAME)[1] if (root / INDEX_NAME).exists() else None
         if consolidated:
             names, absent = list(consolidated), []
+        elif reader == "transformers" and "model.safetensors" in there:
+            names, absent = ["model.safetensors"], []
         elif weight_map is not None:
             listed = sorted(set(weight_map.values()), key=natural_key)
             names = [n for n in listed if n in there]
             absent = [n for n in listed if n not in there]
-        elif reader == "transformers" and "model.safetensors" in there:
-            names, absent = ["model.safetensors"], []
         else:
             names, absent = there, []
         if not there:
@@ -112,8 +113,6 @@ class Folder:
             shard, found = read_header(root / name, shard=number, name=name)
             shards.append(shard)
             for entry in found:
-                if reader == "transformers" and weight_map is not None and weight_map.get(entry.name) != name:
-                    continue
                 earlier = entries.get(entry.name)
                 if earlier is not None:
                     repeated.setdefault(entry.name, [earlier]).append(entry)
@@ -281,7 +280,7 @@ class Subject:
         self,
         folder: Folder,
         *,
-        backbone: str | os.PathLike[str] | None = None,
+        backbone: Backbone | str | os.PathLike[str] | None = None,
         ties_file: str | os.PathLike[str] | None = None,
         trust_remote_code: bool = False,
         compare_limit: int = 4 << 30,
@@ -295,7 +294,9 @@ class Subject:
         named = self.config.get("architectures")
         self.architectures = [a for a in named if isinstance(a, str)] if isinstance(named, list) else []
         self.architecture = self.architectures[0] if self.architectures else ""
-        self.backbone = Backbone.of(self.architecture, backbone)
+        self.backbone: Backbone = (
+            backbone if isinstance(backbone, Backbone) else Backbone.of(self.architecture, backbone)
+        )
         self.class_problem: str | None = None
         try:
             self.ties: TieMap | None = TieMap.resolve(
@@ -419,6 +420,63 @@ class Subject:
         """The modules that exporters unpack a fused parameter into: gate_up_proj -> gate_proj, up_proj."""
         words = fused.split("_")
         return tuple(f"{word}_{words[-1]}" for word in words[:-1]) if len(words) > 2 else (fused,)
+
+    # -- completeness
+
+    def missing(self) -> tuple[list[str], list[str], list[str]]:
+        """What the model class has and no key fills: (parameters, shards of fused projections of which others are
+        there, experts without any weight). Parameters that are one to the consumer are filled together.
+        """
+        assert self.model is not None
+        shapes = self.model.shapes
+        filled: dict[str, dict[Part, str]] = {}
+        for key, (parameter, part) in self.places.items():
+            filled.setdefault(self._group(parameter), {})[part] = key
+        wanted: dict[str, str] = {}
+        for parameter in shapes:
+            wanted.setdefault(self._group(parameter), self.canonical.get(parameter, parameter))
+        plain: list[str] = []
+        lacking: dict[str, dict[int, list[str]]] = {}  # container -> expert -> missing weights
+        present: dict[str, set[int]] = {}  # container -> experts that have some weight
+        for group, parameter in wanted.items():
+            parts = filled.get(group, {})
+            if not parts and not self.backbone.passes_over(self.backbone.map(parameter)):
+                plain.append(parameter)
+            unpacked = {p for p in parts if p and p[0] == "expert"}
+            if WHOLE in parts or not unpacked:
+                continue
+            container, _, stem = parameter.rpartition(".")
+            _, projection, leaf, _ = next(iter(unpacked))
+            for number in range(shapes[parameter][0]):
+                for name in (stem,) if projection == stem else self.projections(stem):
+                    if ("expert", name, leaf, number) in unpacked:
+                        present.setdefault(container, set()).add(number)
+                    else:
+                        full = f"{container}.{number}.{name}.{leaf}"
+                        lacking.setdefault(container, {}).setdefault(number, []).append(full)
+        gone: list[str] = []
+        for container, experts in lacking.items():
+            for number, names in experts.items():
+                if number in present.get(container, ()):
+                    plain.extend(names)
+                else:
+                    gone.append(f"{container}.{number}")
+        shards = [name for name in plain if name.endswith(".weight") and self._partner_there(name)]
+        apart = set(shards)
+        return [name for name in plain if name not in apart], shards, gone
+
+    def _group(self, parameter: str) -> str:
+        """What the consumer has one parameter for."""
+        return self.backbone.map(self.canonical.get(parameter, parameter))
+
+    def _partner_there(self, name: str) -> bool:
+        """Another shard of the fused parameter that `name` is a part of is on disk."""
+        parent, _, projection = self.backbone.map(name.rpartition(".")[0]).rpartition(".")
+        for shards in self.backbone.fused.values():
+            if projection in shards:
+                modules = (self.modules.get(f"{parent}.{x}") for x in shards if x != projection)
+                return any(m is not None and m.weight is not None for m in modules)
+        return False
 
     # -- bytes
 

@@ -240,7 +240,7 @@ def file_not_indexed(s: VllmSubject) -> Iterator[Finding]:
 @rule
 def index_against_files(s: VllmSubject) -> Iterator[Finding]:
     """model_executor/model_loader/weight_utils.py `safetensors_weights_iterator`: files are read whole, so the
-    index's keys do not matter to vLLM; to transformers they do.
+    index's keys do not matter to vLLM.
     """
     weight_map = s.folder.weight_map
     if weight_map is None or s.folder.consolidated:
@@ -251,7 +251,7 @@ def index_against_files(s: VllmSubject) -> Iterator[Finding]:
     if missing:
         yield Finding(
             "index-incomplete", "warning", missing, f"{INDEX_NAME} lacks {len(missing)} tensors of the files it names",
-            "vLLM reads them all the same; transformers does not", "add them to the index", None, source,
+            "vLLM reads them all the same; tools that go by the index do not", "add them to the index", None, source,
         )  # fmt: skip
     absent = set(s.folder.absent)
     wrong = tuple(
@@ -263,7 +263,7 @@ def index_against_files(s: VllmSubject) -> Iterator[Finding]:
         yield Finding(
             "index-names-missing-tensor", "warning", wrong,
             f"{INDEX_NAME} lists {len(wrong)} tensors that the file named for them does not hold",
-            "vLLM goes by the files; transformers fails", "remove them from the index", None, source,
+            "vLLM goes by the files; tools that go by the index fail", "remove them from the index", None, source,
         )  # fmt: skip
 
 
@@ -683,49 +683,7 @@ def missing_parameters(s: VllmSubject) -> Iterator[Finding]:
         if s.model is None:
             s.notes.append("completeness was not checked: no model class says which parameters there are")
         return
-    filled: dict[str, dict[Any, str]] = {}
-    for key, (parameter, part) in s.places.items():
-        filled.setdefault(_group(s, parameter), {})[part] = key
-    wanted: dict[str, str] = {}
-    for parameter in s.model.shapes:
-        wanted.setdefault(_group(s, parameter), s.canonical.get(parameter, parameter))
-    plain: list[str] = []
-    shards: list[str] = []
-    experts: dict[str, dict[int, list[str]]] = {}  # container -> expert -> missing weights
-    seen: dict[str, dict[int, int]] = {}  # container -> expert -> weights that are there
-    for group, parameter in wanted.items():
-        parts = filled.get(group, {})
-        if WHOLE in parts or s.backbone.passes_over(s.backbone.map(parameter)):
-            continue
-        shape = s.model.shapes[parameter]
-        unpacked = {p for p in parts if p and p[0] == "expert"}
-        if not parts or not unpacked:
-            if not parts:
-                plain.append(parameter)
-            continue
-        container, _, stem = parameter.rpartition(".")
-        first = next(iter(unpacked))
-        names = (stem,) if first[1] == stem else s.projections(stem)
-        there = seen.setdefault(container, {})
-        for number in range(shape[0]):
-            for projection in names:
-                if ("expert", projection, first[2], number) in unpacked:
-                    there[number] = there.get(number, 0) + 1
-                else:
-                    name = f"{container}.{number}.{projection}.{first[2]}"
-                    experts.setdefault(container, {}).setdefault(number, []).append(name)
-    gone: list[str] = []
-    for container, missing in experts.items():
-        for number, names_ in missing.items():
-            if not seen[container].get(number):
-                gone.append(f"{container}.{number}")
-                continue
-            for name in names_:
-                (shards if _partner_there(s, name) else plain).append(name)
-    for parameter in plain[:]:
-        if parameter.endswith(".weight") and _partner_there(s, parameter):
-            plain.remove(parameter)
-            shards.append(parameter)
+    plain, shards, gone = s.missing()
     strict = s.quantization is None
     happens = (
         "vLLM refuses an unquantized checkpoint that is incomplete"
@@ -744,21 +702,6 @@ def missing_parameters(s: VllmSubject) -> Iterator[Finding]:
                 "export anew, or copy them from a complete checkpoint", None,
                 "model_executor/model_loader/default_loader.py DefaultModelLoader.load_weights",
             )  # fmt: skip
-
-
-def _group(s: VllmSubject, parameter: str) -> str:
-    """What the consumer has one parameter for."""
-    return s.backbone.map(s.canonical.get(parameter, parameter))
-
-
-def _partner_there(s: VllmSubject, name: str) -> bool:
-    """Another shard of the fused parameter that `name` is a part of is on disk."""
-    module = name.rpartition(".")[0]
-    parent, _, projection = s.backbone.map(module).rpartition(".")
-    for shards in s.backbone.fused.values():
-        if projection in shards:
-            return any(x != projection and (m := s.modules.get(f"{parent}.{x}")) and m.weight for x in shards)
-    return False
 
 
 @rule
