@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -527,6 +528,8 @@ def main(argv: list[str] | None = None) -> int:
     done: list[dict[str, Any]] = []
     if options.work is not None:
         options.work.mkdir(parents=True, exist_ok=True)
+    # gigabytes are not left behind when somebody loses patience
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="tierewrite-bench-", dir=options.work) as folder:
         bench = Bench(Path(folder), console, options.patience)
         where = environment(bench.work)
@@ -547,6 +550,7 @@ def main(argv: list[str] | None = None) -> int:
                 done.append(plan(bench, "plan-500k", options))
         else:
             done.append(compare(bench, options.preset, options))
+    signal.signal(signal.SIGTERM, previous)
     disturbed = sum(sample.busy > BUSY for sample in bench.samples)
     if disturbed:
         console.print(
