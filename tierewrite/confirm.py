@@ -6,7 +6,7 @@ never by addresses.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +39,15 @@ class ScaleValues:
     warnings: tuple[str, ...]
 
 
-def merge_scales(checkpoint: Checkpoint, plan: RewritePlan) -> ScaleValues:
+def merge_scales(
+    checkpoint: Checkpoint,
+    plan: RewritePlan,
+    read: Callable[[Checkpoint, Iterable[str]], dict[str, bytes]] = read_tensors,
+) -> ScaleValues:
     """Reads every scale that the plan merges, and merges it.
+
+    Args:
+        read: gives the bytes of the tensors of these keys; by default it reads the shards.
 
     Raises:
         SourceChanged, SystemFailure: reading failed.
@@ -49,7 +56,7 @@ def merge_scales(checkpoint: Checkpoint, plan: RewritePlan) -> ScaleValues:
     work = [(group.id, merge) for group in plan.planned() for merge in group.merges]
     wanted = {key for _, merge in work for key in merge.keys}
     wanted.update(key for _, merge in work for row in merge.only_if_equal for key in row)
-    data = read_tensors(checkpoint, wanted)
+    data = read(checkpoint, wanted)
     apart = frozenset(
         merge.target
         for _, merge in work
@@ -87,11 +94,15 @@ def merge_scales(checkpoint: Checkpoint, plan: RewritePlan) -> ScaleValues:
             MergedScale(merge.target, merge.keys, result.ratio, result.calibrated, result.invalid, merge.kv),
         )
         warnings.extend(_scale_warnings(merge, result))
-    warnings.extend(
-        f"KV scales stay on both sides of '{shown(target)}': the layer has biases and its sides differ"
-        for target in sorted(apart)
-    )
     return ScaleValues(patches, originals, merged, apart, tuple(warnings))
+
+
+def apart_warnings(targets: Iterable[str]) -> list[str]:
+    """For the KV scales that were to be merged and could not be."""
+    return [
+        f"KV scales stay on both sides of '{shown(target)}': the layer has biases and its sides differ"
+        for target in sorted(targets)
+    ]
 
 
 def _scale_warnings(merge: Merge, result: scales.Merged) -> list[str]:
@@ -127,8 +138,14 @@ def refuted(checkpoint: Checkpoint, plan: RewritePlan, digests: Mapping[str, byt
     return result
 
 
-def refusal(groups: Sequence[GroupPlan], reasons: Mapping[str, str]) -> Refused:
-    """The error that lists every unconfirmed group."""
+ADVICE = (
+    "The model declares these tensors to be one, but the files do not hold them as one. Keep both sides of these "
+    "groups with --on-mismatch keep, or export the checkpoint anew."
+)
+
+
+def refusal(groups: Sequence[GroupPlan], reasons: Mapping[str, str], advice: str = ADVICE) -> Refused:
+    """The error that lists every unconfirmed group; `advice` says what it means and what to do."""
     listed: list[dict[str, Any]] = []
     for group in groups:
         reason = reasons.get(group.id) or group.reason
@@ -149,8 +166,6 @@ def refusal(groups: Sequence[GroupPlan], reasons: Mapping[str, str]) -> Refused:
         lines.append(f"  ... and {len(listed) - _LISTED} more (all of them with --json)")
     count = f"{len(listed)} declared tie{'s' if len(listed) > 1 else ''}"
     return Refused(
-        f"{count} not confirmed, nothing was written:\n" + "\n".join(lines) + "\n"
-        "The model declares these tensors to be one, but the files do not hold them as one. Keep both sides of these "
-        "groups with --on-mismatch keep, or export the checkpoint anew.",
+        f"{count} not confirmed, nothing was written:\n" + "\n".join(lines) + f"\n{advice}",
         details={"groups": listed},
     )

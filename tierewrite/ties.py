@@ -28,7 +28,7 @@ import time
 import warnings
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from itertools import cycle
 from pathlib import Path
@@ -112,7 +112,7 @@ class TieMap:
 
     Attributes:
         ties: the ties, each alias once, canonical names resolved to the root of their chain.
-        source: which source spoke: "ties-file", "config", "class" or "none".
+        source: which source spoke: "ties-file", "mapping", "config", "class" or "none".
         detail: the class or file that spoke.
         unpaired: aliases of legacy list declarations whose counterpart nothing names.
         warnings: what a reader of the report should know.
@@ -165,6 +165,21 @@ class TieMap:
         pairs, origins, unpaired, warned = _declared_by(model, {})
         ties = _rooted(pairs, origins, ConfigError, None)
         return cls(ties, "class", type(model).__name__, unpaired, warned, _names_of(model))
+
+    @classmethod
+    def from_mapping(cls, declared: Mapping[str, str], keys: Collection[str]) -> TieMap:
+        """Ties as a mapping {alias: canonical}: names, module names or regular expressions, as in a ties file.
+
+        Args:
+            declared: the mapping.
+            keys: what the names are expanded over.
+
+        Raises:
+            TieFileError: as for a ties file: not of names, cyclic, or it matches nothing of `keys`.
+        """
+        what = "the mapping of ties"
+        checked = _checked_mapping(dict(declared), None, TieFileError, what)
+        return replace(_declared(checked, None, keys, what), source="mapping", detail="")
 
     def to_json(self) -> dict[str, Any]:
         """The ties as a JSON object, `{"source", "detail", "ties": [{alias, canonical, origin}], ...}`."""
@@ -430,7 +445,9 @@ def _read_ties(path: Path) -> dict[str, str]:
     return _checked_mapping(data, path, TieFileError, "the ties file")
 
 
-def _checked_mapping(data: Any, file: Path, error: type[TieFileError] | type[ConfigError], what: str) -> dict[str, str]:
+def _checked_mapping(
+    data: Any, file: Path | None, error: type[TieFileError] | type[ConfigError], what: str
+) -> dict[str, str]:
     if not isinstance(data, dict):
         raise error(f"{what} holds a {type(data).__name__}; expected an object {{alias: canonical}}", file=file)
     for alias, canonical in data.items():
@@ -445,19 +462,24 @@ def _checked_mapping(data: Any, file: Path, error: type[TieFileError] | type[Con
 
 
 def _from_file(path: Path, keys: Collection[str]) -> TieMap:
-    declared = _read_ties(path)
+    return _declared(_read_ties(path), path, keys, "the ties file")
+
+
+def _declared(declared: Mapping[str, str], path: Path | None, keys: Collection[str], what: str) -> TieMap:
+    """The ties of a checked mapping, which messages call `what`; `path` is the file it came from, if any."""
+    label = what if path is None else path.name
     # A cycle among the declarations is an error whatever is on disk.
-    _rooted(declared, dict.fromkeys(declared, path.name), TieFileError, path)
+    _rooted(declared, dict.fromkeys(declared, label), TieFileError, path)
     names = parameters_of(keys)
     pairs, idle = _expand(declared, names, path, TieFileError)
     if not any(alias in names for alias in pairs):
         raise TieFileError(
-            "the ties file matches nothing of the checkpoint: none of its aliases is there; write the names as they "
+            f"{what} matches nothing of the checkpoint: none of its aliases is there; write the names as they "
             "are in the checkpoint (without companions such as weight_scale), or patterns that match them",
             file=path,
             details={"declared": list(declared)[:50]},
         )
-    warned = [f"{path.name}: the tie of '{shown(a)}' matches nothing of the checkpoint" for a in idle]
+    warned = [f"{label}: the tie of '{shown(a)}' matches nothing of the checkpoint" for a in idle]
     scopes = scopes_of(keys)
     for alias, canonical in pairs.items():
         # Only names that the file spells out can be misspelt; what a pattern pairs may well be absent (exporters that
@@ -467,16 +489,16 @@ def _from_file(path: Path, keys: Collection[str]) -> TieMap:
             scope = canonical.rpartition(".")[0].rpartition(".")[0]
             if scope and scope not in scopes and scope.rpartition(".")[0] not in scopes:
                 raise TieFileError(
-                    f"the ties file ties '{shown(alias)}' to '{shown(canonical)}', but the checkpoint has neither that "
+                    f"{what} ties '{shown(alias)}' to '{shown(canonical)}', but the checkpoint has neither that "
                     f"parameter nor anything under '{shown(scope)}'",
                     file=path,
                     tensor=canonical,
                 )
             warned.append(
-                f"{path.name}: '{shown(canonical)}' is not in the checkpoint; '{shown(alias)}' takes its name"
+                f"{label}: '{shown(canonical)}' is not in the checkpoint; '{shown(alias)}' takes its name"
             )
-    ties = _rooted(pairs, dict.fromkeys(pairs, path.name), TieFileError, path)
-    return TieMap(ties, "ties-file", str(path), (), tuple(warned), None)
+    ties = _rooted(pairs, dict.fromkeys(pairs, label), TieFileError, path)
+    return TieMap(ties, "ties-file", str(path or ""), (), tuple(warned), None)
 
 
 def scopes_of(keys: Iterable[str]) -> set[str]:
