@@ -94,16 +94,17 @@ class Folder:
         there = sorted((p.name for p in root.glob("*.safetensors")), key=natural_key)
         consolidated = tuple(n for n in there if n.startswith("consolidated")) if reader == "vllm" else ()
         weight_map = read_index(root / INDEX_NAME)[1] if (root / INDEX_NAME).exists() else None
+        absent: list[str] = []
         if consolidated:
-            names, absent = list(consolidated), []
+            names = list(consolidated)
         elif reader == "transformers" and "model.safetensors" in there:
-            names, absent = ["model.safetensors"], []
+            names = ["model.safetensors"]
         elif weight_map is not None:
             listed = sorted(set(weight_map.values()), key=natural_key)
             names = [n for n in listed if n in there]
             absent = [n for n in listed if n not in there]
         else:
-            names, absent = there, []
+            names = there
         if not there:
             raise SourceError("no *.safetensors file here", file=root)
         shards: list[Shard] = []

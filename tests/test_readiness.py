@@ -1,0 +1,384 @@
+"""Is it ready? Every defect found by its id, nothing of severity error on what loads right."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tierewrite
+from tests.checkpoints import FIXTURES
+from tests.defects import CONTROLS, DECODER, DEFECTS, ENCODER, Defect, Draft, make_good
+from tierewrite import readiness
+from tierewrite.errors import ConfigError, SourceError, UsageError
+from tierewrite.readiness import Finding, ReadinessReport, check
+from tierewrite.readiness.subject import Backbone, Folder
+from tierewrite.readiness.vllm import VllmSubject, consistent_ignore
+from tierewrite.readiness.vllm_quant import Ignore
+
+RECORDED: dict[str, Any] = json.loads((Path(__file__).parent / "vllm_behaviour.json").read_text(encoding="utf-8"))
+Good = Callable[[str], Path]
+# The tiny models' hidden size is no multiple of 128.
+TINY = {"alignment"}
+
+
+@pytest.fixture(scope="session")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Good:
+    """The good checkpoint of a fixture: rewritten, its sides agreeing."""
+    folder = tmp_path_factory.mktemp("good")
+    made: dict[str, Path] = {}
+
+    def make(base: str) -> Path:
+        if base not in made:
+            made[base] = make_good(base, folder)
+        return made[base]
+
+    return make
+
+
+def edited(good: Path, target: Path, edit: Callable[[Draft], None]) -> Path:
+    Defect("edited", "", None, None, edit).make(good, target)
+    return target
+
+
+def only(report: ReadinessReport, which: str) -> Finding:
+    (found,) = [f for f in report.findings if f.id == which]
+    return found
+
+
+# --- every defect ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("defect", DEFECTS, ids=lambda d: d.name)
+def test_defect_is_found_by_its_id(defect: Defect, good: Good, tmp_path: Path) -> None:
+    defect.make(good(defect.base), tmp_path / "variant")
+    report = check(tmp_path / "variant", "vllm")
+    found = {(f.id, f.severity) for f in report.findings}
+    assert (defect.finding, defect.severity) in found
+    assert report.exit_code() == (6 if any(s == "error" for _, s in found) else 0)
+
+
+@pytest.mark.parametrize("control", CONTROLS, ids=lambda d: d.name)
+def test_what_vllm_loads_right_has_no_error(control: Defect, good: Good, tmp_path: Path) -> None:
+    control.make(good(control.base), tmp_path / "variant")
+    assert check(tmp_path / "variant", "vllm").errors == ()
+
+
+@pytest.mark.parametrize("control", [c for c in CONTROLS if c.name.endswith("unchanged")], ids=lambda d: d.name)
+def test_a_good_checkpoint_has_no_finding(control: Defect, good: Good) -> None:
+    assert check(good(control.base), "vllm").ids() <= TINY
+
+
+@pytest.mark.parametrize("defect", DEFECTS, ids=lambda d: d.name)
+def test_severity_is_what_the_real_loader_justifies(defect: Defect) -> None:
+    """An error is never said of a variant that the real loader loaded like the good checkpoint."""
+    assert defect.severity == "warning" or RECORDED["variants"][defect.name]["outcome"] != "same"
+
+
+def test_every_variant_has_a_recorded_behaviour() -> None:
+    assert RECORDED["variants"].keys() == {v.name for v in (*DEFECTS, *CONTROLS)}
+
+
+def test_there_are_at_least_forty_defects_of_one_finding_each() -> None:
+    assert len({d.name for d in DEFECTS}) == len(DEFECTS) >= 40
+
+
+def test_every_finding_id_of_the_rules_has_a_defect() -> None:
+    source = (Path(readiness.__file__).parent / "vllm.py").read_text(encoding="utf-8")
+    said = set(re.findall(r'^\s+"([a-z]+(?:-[a-z]+)+)",(?: "(?:error|warning)"|$)', source, re.MULTILINE))
+    said |= set(re.findall(r'= "(ignore[a-z]*-[a-z-]+)"', source)) | set(re.findall(r'"(scale-[a-z-]+)":', source))
+    assert len(said) > 30
+    assert said - {d.finding for d in DEFECTS} == TINY
+
+
+def test_every_rule_names_its_source() -> None:
+    from tierewrite.readiness import transformers, vllm
+
+    for rules in (vllm.RULES, transformers.RULES):
+        for rule in rules:
+            assert re.search(r"\.py\b", rule.__doc__ or ""), rule.__name__
+
+
+# --- the fixtures ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["dg_nvfp4", "dg_nvfp4_experts_only", "dg_nvfp4_sharded", "dg_fp8"])
+def test_naive_export_conflicts_and_rewriting_mends_all_but_the_sides(case: str, tmp_path: Path) -> None:
+    before = check(FIXTURES / case / "naive", "vllm")
+    conflict = only(before, "name-conflict")
+    assert all(name.endswith(".input_scale") for name in conflict.where)
+    assert conflict.mended_by == "rewrite"
+    tierewrite.rewrite(FIXTURES / case / "naive", tmp_path / "out")
+    after = check(tmp_path / "out", "vllm")
+    assert {f.id for f in after.errors} == {"per-side-conflict"}
+    assert after.only_per_side_conflicts()
+    assert all(name.endswith(".layer_scalar") for name in only(after, "per-side-conflict").where)
+    assert after.exit_code() == 6
+
+
+def test_naive_conflicts_are_exactly_the_scales_whose_bytes_differ() -> None:
+    draft = Draft.read(FIXTURES / "dg_nvfp4" / "naive")
+    differing = {
+        name
+        for twin in draft.names()
+        if twin.startswith(ENCODER) and twin.endswith(".input_scale")
+        for name in (twin, DECODER + twin.removeprefix(ENCODER))
+        if draft[DECODER + twin.removeprefix(ENCODER)] != draft[twin]
+    }
+    report = check(FIXTURES / "dg_nvfp4" / "naive", "vllm")
+    assert differing
+    assert set(only(report, "name-conflict").where) == differing
+
+
+def test_kv_scales_of_the_sides_are_a_per_side_conflict_that_a_rewrite_merges(tmp_path: Path) -> None:
+    tierewrite.rewrite(FIXTURES / "dg_nvfp4_kvfp8" / "naive", tmp_path / "kept")
+    found = [f for f in check(tmp_path / "kept", "vllm").errors if f.mended_by == "rewrite"]
+    assert [f.id for f in found] == ["per-side-conflict"]
+    assert all(name.endswith("_scale") for name in found[0].where)
+    tierewrite.rewrite(FIXTURES / "dg_nvfp4_kvfp8" / "naive", tmp_path / "merged", kv_scales="merge")
+    assert all(f.mended_by is None for f in check(tmp_path / "merged", "vllm").errors)
+
+
+@pytest.mark.parametrize(
+    "case", ["bart_bf16", "qwen3_tied_bf16", "qwen3_untied_equal_bf16", "mixtral_tied_bf16", "llava_tied_bf16"]
+)
+@pytest.mark.parametrize("consumer", ["vllm", "transformers"])
+def test_other_models_have_no_error(case: str, consumer: str, tmp_path: Path) -> None:
+    assert check(FIXTURES / case / "naive", consumer).errors == ()
+    tierewrite.rewrite(FIXTURES / case / "naive", tmp_path / "out")
+    assert check(tmp_path / "out", consumer).findings == ()
+
+
+# --- where a finding points --------------------------------------------------------------------------------
+
+
+def test_missing_expert_and_missing_shard_are_named(good: Good, tmp_path: Path) -> None:
+    def edit(d: Draft) -> None:
+        d.drop(f"{DECODER}layers.0.experts.2.", f"{DECODER}layers.1.experts.0.up_proj.")
+
+    report = check(edited(good("dg_nvfp4"), tmp_path / "v", edit), "vllm")
+    assert only(report, "expert-missing").where == (f"{DECODER}layers.0.experts.2",)
+    assert only(report, "fused-shard-missing").where == (f"{DECODER}layers.1.experts.0.up_proj.weight",)
+
+
+def test_only_input_scales_of_experts_can_be_filled(good: Good, tmp_path: Path) -> None:
+    def edit(d: Draft) -> None:
+        d.drop(f"{DECODER}layers.0.experts.2.up_proj.input_scale", f"{DECODER}layers.0.mlp.down_proj.input_scale")
+
+    report = check(edited(good("dg_nvfp4"), tmp_path / "v", edit), "vllm")
+    by = {f.mended_by: f.where for f in report.findings if f.id == "scale-missing"}
+    assert by == {
+        "rewrite --fill-missing-scales": (f"{DECODER}layers.0.experts.2.up_proj.input_scale",),
+        None: (f"{DECODER}layers.0.mlp.down_proj.input_scale",),
+    }
+
+
+def test_alias_named_tensors_count_for_the_backbone(good: Good, tmp_path: Path) -> None:
+    """What only the encoder's name holds is complete for vLLM, and for transformers too."""
+
+    def edit(d: Draft) -> None:
+        d[f"{ENCODER}norm.weight"] = d[f"{DECODER}norm.weight"]
+        d.drop(f"{DECODER}norm.weight")
+
+    folder = edited(good("dg_bf16"), tmp_path / "v", edit)
+    assert check(folder, "vllm").errors == ()
+    assert check(folder, "transformers").errors == ()
+
+
+# --- ignore patterns ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entry", "module", "kinds"),
+    [
+        ("model.decoder.layers.1*", "model.layers.10.mlp.down_proj", {"substring"}),
+        ("model.decoder.layers.1*", "model.layers.1.mlp.down_proj", {"prefix"}),
+        ("model.decoder.layers.1*", "model.layers.2.mlp.down_proj", set()),
+        ("model.encoder.language_model*", "model.layers.0.mlp.down_proj", {"wildcard"}),
+        ("model.decoder.layers.0.experts.3.up_proj", "model.layers.0.experts", {"expert"}),
+        ("lm_head", "lm_head", {"exact"}),
+        ("mlp", "model.layers.0.mlp.gate_up_proj", {"substring"}),
+    ],
+)
+def test_ignore_patterns_match_as_vllm_matches_them(entry: str, module: str, kinds: set[str]) -> None:
+    ignore = Ignore((entry,), Backbone.of("DiffusionGemmaForBlockDiffusion"))
+    assert set(ignore.reasons(module).values()) == kinds
+
+
+def test_fused_module_is_excluded_only_when_every_shard_is_listed() -> None:
+    backbone = Backbone.of("DiffusionGemmaForBlockDiffusion")
+    stem = "model.decoder.layers.0.self_attn."
+    partly = Ignore((f"{stem}q_proj", f"{stem}k_proj"), backbone)
+    assert partly.partly("model.layers.0.self_attn.qkv_proj") == ("q_proj", "k_proj")
+    whole = Ignore((f"{stem}q_proj", f"{stem}k_proj", f"{stem}v_proj"), backbone)
+    assert whole.partly("model.layers.0.self_attn.qkv_proj") == ()
+    assert set(whole.reasons("model.layers.0.self_attn.qkv_proj").values()) == {"exact"}
+
+
+IGNORE_DEFECTS = [d for d in DEFECTS if d.mended and (d.finding or "").startswith(("ignore", "unlisted"))]
+
+
+@pytest.mark.parametrize("defect", IGNORE_DEFECTS, ids=lambda d: d.name)
+def test_consistent_ignore_list_mends_the_pattern(defect: Defect, good: Good, tmp_path: Path) -> None:
+    defect.make(good(defect.base), tmp_path / "variant")
+    patterns = consistent_ignore(VllmSubject(Folder.open(tmp_path / "variant")))
+    assert patterns is not None
+
+    def mend(d: Draft) -> None:
+        d.quantization["ignore"] = patterns
+        assert d.hf_quant is not None
+        d.hf_quant["quantization"]["exclude_modules"] = patterns
+
+    assert check(edited(tmp_path / "variant", tmp_path / "mended", mend), "vllm").ids() <= TINY
+
+
+@pytest.mark.parametrize("base", ["dg_nvfp4", "dg_nvfp4_experts_only", "dg_nvfp4_sharded", "dg_fp8"])
+def test_a_right_ignore_list_stays(base: str, good: Good) -> None:
+    assert consistent_ignore(VllmSubject(Folder.open(good(base)))) is None
+
+
+# --- the report --------------------------------------------------------------------------------------------
+
+
+def test_report_survives_json() -> None:
+    report = check(FIXTURES / "dg_nvfp4" / "naive", "vllm")
+    text = json.dumps(report.to_json())
+    assert ReadinessReport.from_json(json.loads(text)) == report
+    assert json.loads(text)["schema"] == "tierewrite/readiness/1"
+
+
+def test_report_of_another_schema_is_refused() -> None:
+    with pytest.raises(ValueError, match="tierewrite/readiness/1"):
+        ReadinessReport.from_json({"schema": "tierewrite/readiness/2"})
+
+
+def test_warnings_count_only_when_strict(good: Good, tmp_path: Path) -> None:
+    def edit(d: Draft) -> None:
+        d.generation = None
+
+    report = check(edited(good("dg_nvfp4"), tmp_path / "v", edit), "vllm")
+    assert report.errors == ()
+    assert (report.exit_code(), report.exit_code(strict=True)) == (0, 6)
+
+
+def test_check_writes_nothing_and_reads_no_weights(good: Good) -> None:
+    folder = good("dg_nvfp4")
+    before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.iterdir()}
+    report = check(folder, "vllm")
+    assert {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.iterdir()} == before
+    tensors = Draft.read(folder)
+    scales = sum(len(tensors[n].data) for n in tensors.names() if "_scale" in n)
+    sides = sum(len(tensors[n].data) for n in tensors.names() if n.endswith("layer_scalar"))
+    assert 0 < report.bytes_read <= scales + sides
+
+
+# --- names, backbones, refusals ----------------------------------------------------------------------------
+
+
+def test_a_backbone_of_the_users_is_asked_first(good: Good, tmp_path: Path) -> None:
+    """With a mapping that keeps the sides apart, nothing meets."""
+    apart = {"architectures": [], "prefixes": [], "sides": [], "linear": [{"modules": "*.layers.*_proj"}]}
+    (tmp_path / "apart.json").write_text(json.dumps(apart), encoding="utf-8")
+
+    def edit(d: Draft) -> None:
+        d[f"{ENCODER}layers.1.layer_scalar"] = d[f"{DECODER}layers.0.layer_scalar"]
+
+    folder = edited(good("dg_nvfp4"), tmp_path / "v", edit)
+    assert "per-side-conflict" in check(folder, "vllm").ids()
+    assert "per-side-conflict" not in check(folder, "vllm", backbone=tmp_path / "apart.json").ids()
+
+
+def test_a_broken_backbone_is_wrong_usage(good: Good, tmp_path: Path) -> None:
+    (tmp_path / "broken.json").write_text('{"prefixes": 3}', encoding="utf-8")
+    with pytest.raises(UsageError, match="backbone"):
+        check(good("dg_nvfp4"), "vllm", backbone=tmp_path / "broken.json")
+
+
+def test_an_unknown_consumer_is_wrong_usage(good: Good) -> None:
+    with pytest.raises(UsageError, match="vllm, transformers"):
+        check(good("dg_nvfp4"), "sglang")
+
+
+def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"safetensors"):
+        check(tmp_path, "vllm")
+
+
+def test_a_config_that_is_no_json_is_refused(good: Good, tmp_path: Path) -> None:
+    shutil.copytree(good("dg_nvfp4"), tmp_path / "v")
+    (tmp_path / "v" / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"no valid JSON"):
+        check(tmp_path / "v", "vllm")
+
+
+def test_names_beyond_the_limit_are_reported_as_not_compared() -> None:
+    report = check(FIXTURES / "dg_nvfp4" / "naive", "vllm", compare_limit=0)
+    assert any("too large to be compared" in f.found for f in report.findings)
+    assert "name-conflict" not in report.ids()
+
+
+# --- transformers ------------------------------------------------------------------------------------------
+
+def copy(target: str, source: str) -> Callable[[Draft], None]:
+    """An edit that stores one tensor under (or over) another name."""
+    return lambda d: d.__setitem__(target, d[source])
+
+
+NORM = f"{DECODER}norm.weight"
+OTHER = f"{DECODER}layers.0.input_layernorm.weight"
+TRANSFORMERS: list[tuple[str, str, str, Callable[[Draft], None]]] = [
+    ("parameter-missing", "error", "dg_bf16", lambda d: d.drop(NORM)),
+    ("unexpected-tensor", "warning", "dg_bf16", copy("mystery", NORM)),
+    ("wrong-shape", "error", "dg_bf16", copy(NORM, f"{DECODER}layers.0.layer_scalar")),
+    ("tie-not-confirmed", "warning", "dg_bf16", copy(f"{ENCODER}norm.weight", OTHER)),
+    ("duplicate-names", "warning", "dg_bf16", copy(f"{ENCODER}norm.weight", NORM)),
+    ("quant-method-unknown", "error", "dg_nvfp4", lambda d: None),
+    ("experts-unpacked", "error", "dg_nvfp4", lambda d: None),
+    ("index-missing", "error", "dg_nvfp4_sharded", lambda d: setattr(d, "index", None)),
+    ("architectures", "error", "dg_bf16", lambda d: d.config.__setitem__("architectures", ["NoSuchModel"])),
+]
+
+
+@pytest.mark.parametrize(("which", "severity", "base", "edit"), TRANSFORMERS, ids=[row[0] for row in TRANSFORMERS])
+def test_transformers_defect_is_found(
+    which: str, severity: str, base: str, edit: Callable[[Draft], None], good: Good, tmp_path: Path
+) -> None:
+    def whole(d: Draft) -> None:
+        # All norms of the tiny models are ones; this one is not, so that copying another is a difference.
+        t = d[NORM]
+        d[NORM] = type(t)(t.dtype, t.shape, b"\x00\x40" + t.data[2:])
+        edit(d)
+
+    report = check(edited(good(base), tmp_path / "v", whole), "transformers")
+    assert (which, severity) in {(f.id, f.severity) for f in report.findings}
+
+
+def test_a_deduplicated_plain_checkpoint_is_ready_for_transformers(good: Good) -> None:
+    assert check(good("dg_bf16"), "transformers").findings == ()
+
+
+# --- scale -------------------------------------------------------------------------------------------------
+
+
+def test_forty_six_thousand_tensors_take_seconds(tmp_path: Path) -> None:
+    """The names of a whole DiffusionGemma 26B-A4B side, no data: time grows with the names, not with their square."""
+    import dataclasses
+
+    from tests.benchmarks.generate import PRESETS, generate
+
+    small = dataclasses.replace(PRESETS["tiny-plan"], headers_only=True)
+    seconds = []
+    for number, experts in enumerate((small.experts, 8 * small.experts)):
+        generate(tmp_path / str(number), dataclasses.replace(small, experts=experts))
+        start = time.perf_counter()
+        report = check(tmp_path / str(number), "vllm", compare_limit=0)
+        seconds.append((time.perf_counter() - start, report.tensors))
+    (first, few), (second, many) = seconds
+    assert many > 7 * few
+    assert second < 30 + 8 * 2 * first
