@@ -87,9 +87,18 @@ class Target:
             if not real.name:
                 raise UsageError("SRC is the root of the file system and cannot be swapped", file=src)
             kept = real.with_name(real.name + ".bak")
+            for moved in (kept, aside_of(real)):
+                if not real.exists() and moved.exists():
+                    raise UsageError(
+                        f"SRC is absent and '{shown(moved)}' exists: a run was killed while it swapped them; that is "
+                        "the original, whole: move it back",
+                        file=src,
+                    )
             if backup and (kept.exists() or kept.is_symlink()):
                 raise UsageError(
-                    f"'{shown(kept)}' exists already; move it away, or do without a backup (--no-backup)", file=src
+                    f"'{shown(kept)}' exists already; move it away, or do without a backup (--no-backup). (It is an "
+                    "earlier original; or, if a run was killed during its swap, the new checkpoint)",
+                    file=src,
                 )
         return cls(real, True, kept if backup else None)
 
@@ -143,36 +152,40 @@ class Staging:
         self._lock = -1
         self._made_parents: list[Path] = []
         self._committed = False
+        self._in_doubt = False  # a swap failed and could not be taken back: then nothing is removed
 
     def __enter__(self) -> Staging:
-        with system_errors("making the staging folder", self.path):
-            missing = []
-            parent = self.path.parent
-            while not parent.exists():
-                missing.append(parent)
-                parent = parent.parent
-            for folder in reversed(missing):
-                folder.mkdir()
-                self._made_parents.append(folder)
-            try:
+        try:
+            with _signals_deferred(), system_errors("making the staging folder", self.path):
+                missing = []
+                parent = self.path.parent
+                while not parent.exists():
+                    missing.append(parent)
+                    parent = parent.parent
+                for folder in reversed(missing):
+                    folder.mkdir()
+                    self._made_parents.append(folder)
                 self._acquire()
-            except UsageError:
-                raise  # the folder is another run's
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    self.path.rmdir()
-                self._remove_parents()
-                raise
+        except BaseException:
+            self._end()
+            raise
         return self
 
     def _acquire(self) -> None:
         while True:
-            with contextlib.suppress(FileExistsError):
+            made = True
+            try:
                 self.path.mkdir()
+            except FileExistsError:
+                made = False
             try:
                 lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             except FileNotFoundError:
                 continue  # the other run ended between the two calls
+            except OSError:
+                if made:
+                    self.path.rmdir()
+                raise
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -184,6 +197,8 @@ class Staging:
             except OSError as error:
                 if error.errno not in (errno.ENOTSUP, errno.EBADF, errno.ENOLCK, errno.EINVAL):
                     os.close(lock)
+                    if made:
+                        self.path.rmdir()
                     raise
                 log.warning("this file system has no locks: do not start a second run into %s", self.target.path)
             try:
@@ -192,9 +207,31 @@ class Staging:
                 same = False
             if same:
                 self._lock = lock
+                self._recover()
                 self._clear()
                 return
             os.close(lock)  # the other run renamed its folder into place before we got the lock
+
+    def _recover(self) -> None:
+        """Ends a swap in two renames that a killed run began: what it had moved aside goes back, or is removed.
+
+        Raises:
+            UsageError: DST is back, and may not be overwritten.
+        """
+        target, aside = self.target.path, aside_of(self.target.path)
+        if not aside.exists():
+            return
+        if target.exists():
+            shutil.rmtree(aside)  # the swap was complete
+            return
+        os.rename(aside, target)
+        log.warning("a run was killed while it swapped out %s; the old one is back in its place", target)
+        if not self.target.overwrite:
+            raise UsageError(
+                "a run was killed while it swapped out this folder; it is back in its place, and not empty: choose "
+                "another folder, or use --overwrite",
+                file=target,
+            )
 
     def _clear(self) -> None:
         leftovers = list(self.path.iterdir())
@@ -215,48 +252,88 @@ class Staging:
             SystemFailure: the rename or a flush failed; the target is what it was.
             UsageError: something appeared in the target meanwhile.
         """
-        target, backup = self.target.path, self.target.backup
+        target = self.target.path
         with system_errors("flushing the new checkpoint", self.path):
             for folder, _, _ in os.walk(self.path, topdown=False):
                 sync_folder(Path(folder))
-        replaced: Path | None = None
         with _signals_deferred(), system_errors("moving the new checkpoint into place", target):
-            if target.exists() and any(target.iterdir()):
-                if not self.target.overwrite:
-                    raise UsageError("something was put into DST while this run was working", file=target)
-                if backup is not None:
-                    if backup.exists():
-                        raise UsageError(f"'{shown(backup)}' appeared while this run was working", file=target)
-                    # Under the backup's name before the swap: whatever instant a crash picks, the original is either
-                    # in its place or is the backup, never in a folder that the next run would clear.
-                    os.rename(self.path, backup)
-                    self.path = backup
-                replaced = self._exchange(target)
-            else:
-                os.rename(self.path, target)
+            staged = self.path
+            undo = self._move_in(target, self.target.backup)
+            try:
+                for parent in (target.parent, *(made.parent for made in reversed(self._made_parents))):
+                    sync_folder(parent)
+            except OSError:
+                self._in_doubt = True
+                undo()
+                self._in_doubt = False
+                raise
             self._committed = True
-            sync_folder(target.parent)
-        if replaced is not None and backup is None:
-            shutil.rmtree(replaced, ignore_errors=True)
+            aside = aside_of(target)
+            if self.target.backup is None and aside.exists():
+                os.rename(aside, staged)  # now it is rubbish, and a next run may know that
 
-    def _exchange(self, target: Path) -> Path:
-        """Swaps staging and target in one step where the kernel can, so that the target is never absent."""
-        libc = ctypes.CDLL(None, use_errno=True)
-        if hasattr(libc, "renameat2"):
-            result = libc.renameat2(-100, os.fsencode(self.path), -100, os.fsencode(target), _RENAME_EXCHANGE)
-            if result == 0:
-                return self.path
-        old = self.path.with_name(self.path.name + "-old")
-        if old.exists():
-            shutil.rmtree(old)
-        os.rename(target, old)
+    def _move_in(self, target: Path, backup: Path | None) -> Callable[[], None]:
+        """Puts what is staged in the target's place; returns what takes it back.
+
+        Whatever instant a crash picks, what was in the target is in its place, or is the backup, or (without a backup,
+        where the kernel cannot exchange) is aside, from where the next run puts it back; it is never in a folder that
+        the next run would clear before the new one is in place.
+        """
+        staged = self.path
+        if not (target.exists() and any(target.iterdir())):
+            was_there = target.exists()
+            os.rename(staged, target)
+
+            def out_again() -> None:
+                os.rename(target, staged)
+                if was_there:
+                    target.mkdir()
+
+            return out_again
+        if not self.target.overwrite:
+            raise UsageError("something was put into DST while this run was working", file=target)
+        if backup is not None:
+            if os.path.lexists(backup):
+                raise UsageError(f"'{shown(backup)}' appeared while this run was working", file=target)
+            # Under the backup's name before the swap: a staging folder would be cleared by the next run.
+            os.rename(staged, backup)
+            self.path = backup
+        new = self.path
+        if _exchange(new, target):
+
+            def swap_back() -> None:
+                _exchange(new, target)
+
+            return swap_back
+        if backup is not None:
+            os.rename(backup, staged)
+            self.path = staged
+        aside = backup or aside_of(target)
+        os.rename(target, aside)
         try:
-            os.rename(self.path, target)
+            os.rename(staged, target)
         except OSError:
-            os.rename(old, target)
+            os.rename(aside, target)
             raise
-        os.rename(old, self.path)
-        return self.path
+
+        def back_again() -> None:
+            os.rename(target, staged)
+            os.rename(aside, target)
+
+        return back_again
+
+    def _end(self) -> None:
+        """Removes what must not stay, undisturbed by signals; the lock goes last."""
+        if self._lock < 0:
+            self._remove_parents()
+            return
+        with _signals_deferred():
+            if not self._in_doubt and not (self._committed and self.path == self.target.backup):
+                shutil.rmtree(self.path, ignore_errors=True)
+            if not self._committed:
+                self._remove_parents()
+            os.close(self._lock)
+            self._lock = -1
 
     def _remove_parents(self) -> None:
         for folder in reversed(self._made_parents):
@@ -269,10 +346,29 @@ class Staging:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if not self._committed:
-            shutil.rmtree(self.path, ignore_errors=True)
-            self._remove_parents()
-        os.close(self._lock)
+        self._end()
+
+
+def aside_of(target: Path) -> Path:
+    """Where a target is for the moment between two renames, on a kernel that cannot exchange two folders in one."""
+    return target.with_name(f".{target.name}.tierewrite-old")
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two folders in one step, so that neither is ever absent; False where the system cannot do that.
+
+    `renameat2` with RENAME_EXCHANGE: Linux 3.15, glibc 2.28; EINVAL on file systems without it (rename(2)).
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    at_cwd = -100
+    if libc.renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), os.fspath(other))
 
 
 @contextlib.contextmanager
@@ -424,7 +520,7 @@ def copy_side_files(
     """Copies every other file of the source, byte for byte; links arrive as files.
 
     Raises:
-        SourceChanged: a file is not as long as it was when the source was opened.
+        SourceChanged: a file's size or modification time is not what it was when the source was opened.
         SystemFailure: reading or writing failed.
     """
     for name in directories:
@@ -448,12 +544,13 @@ def copy_side_files(
                     flush(out)
                 finally:
                     os.close(out)
+                changed = os.fstat(source).st_mtime_ns != side.mtime_ns
             finally:
                 os.close(source)
-        if size != side.size:
+        if size != side.size or changed:
             raise SourceChanged(
-                f"was {side.size:,} bytes when the run began and {size:,} when it was copied; run again when "
-                "nothing writes to SRC",
+                f"changed while the run was working (it had {side.size:,} bytes then, {size:,} were copied); run again "
+                "when nothing writes to SRC",
                 file=side.path,
             )
 
