@@ -70,12 +70,17 @@ class Problem:
     Attributes:
         id: what kind of problem, as the module's docstring lists them.
         where: the file, tensor or tie group concerned.
-        message: what was found and what was expected.
+        message: what was found and what was expected; control characters are escaped, as they are not in `where`.
     """
 
     id: str
     where: str
     message: str
+
+    def __post_init__(self) -> None:
+        # Messages quote names that strangers chose, of which a terminal would obey some.
+        pieces = (self.message[at : at + 25] for at in range(0, len(self.message), 25))
+        object.__setattr__(self, "message", "".join(map(shown, pieces)))
 
     def to_json(self) -> dict[str, str]:
         return {"id": self.id, "where": self.where, "message": self.message}
@@ -130,6 +135,7 @@ def verify(
     ties_file: PathLike | None = None,
     trust_remote_code: bool = False,
     ignore_unindexed: bool = False,
+    fix_ignore: bool = False,
     advance: Callable[[int], None] | None = None,
 ) -> Verification:
     """Compare the checkpoint in `dst` with what the one in `src` has to become.
@@ -141,6 +147,7 @@ def verify(
         ties_file: JSON {alias: canonical}, instead of the manifest or the model class.
         trust_remote_code: run the model code that `src` brings, if its class has to be asked.
         ignore_unindexed: leave out tensors that the index of `src` lacks, as the rewrite was told to.
+        fix_ignore: the lists of unquantized modules in configs may have been mended (a manifest says so itself).
         advance: called with numbers of bytes as they are read, from any thread.
 
     Returns:
@@ -177,7 +184,8 @@ def verify(
     proof = proofs[-1]
     problems += proof.problems
     problems += _check_layout(source, target, manifest)
-    problems += _check_side_files(source, target, advance)
+    fix_ignore = fix_ignore or (manifest is not None and manifest["options"].get("fix_ignore") is True)
+    problems += _check_side_files(source, target, advance, fix_ignore)
     return Verification(
         ok=not problems,
         problems=tuple(problems),
@@ -227,7 +235,7 @@ class _Contents:
 
 def _may_be_merged(key: str) -> bool:
     """Whether any family merges tensors of that name; only their bytes are kept in memory."""
-    return formats.kv_scale(key) is not None or bool(_MERGED_ENDINGS.search(key))
+    return _MERGED_ENDINGS.search(key) is not None
 
 
 def _merged_endings() -> re.Pattern[str]:
@@ -279,6 +287,12 @@ def _hash_run(
     with _Reader(shard.path, shard.size, shard.mtime_ns, advance) as reader:
         reader.seek(entries[0].start, entries[-1].end)
         for entry in entries:
+            if entry.nbytes <= len(reader.piece):  # nearly all of half a million small ones
+                data = reader.at_hand(entry.nbytes)
+                digests[entry.name] = blake3(data).digest()
+                if entry.name in values:
+                    kept[entry.name] = bytes(data)
+                continue
             hasher = blake3(max_threads=blake3.AUTO) if entry.nbytes > _RUN else blake3()
             pieces: list[bytes] | None = [] if entry.name in values else None
             for piece in reader.take(entry.nbytes):
@@ -325,6 +339,11 @@ class _Reader:
     def seek(self, start: int, end: int) -> None:
         self.position, self.end = start, end
         self.piece = memoryview(b"")
+
+    def at_hand(self, count: int) -> memoryview:
+        """The next `count` bytes, of which `piece` has that many."""
+        data, self.piece = self.piece[:count], self.piece[count:]
+        return data
 
     def take(self, count: int) -> Iterator[memoryview]:
         """The next `count` bytes."""
@@ -1005,8 +1024,11 @@ class _Proof:
                 if name in told:
                     say(f"lists '{name}' twice")
                 told[name] = group["id"], entry
-            rewritten = group["status"] == "rewritten"
-            if rewritten != bool(group["tensors"]):
+            # A group that was canonical already is listed only where fused scales were unified.
+            changed = any(entry["action"] != "repack" for entry in group["tensors"].values())
+            if (group["status"] == "rewritten") != bool(group["tensors"]) and (
+                changed or group["status"] != "canonical" or not self._option("unify_fused_scales")
+            ):
                 say(f"says that '{group['id']}' is {group['status']}, with {len(group['tensors'])} tensors")
         if aliases != len(self.manifest["ties"]["map"]) or len(self.manifest["groups"]) != len(
             {group["id"] for group in self.manifest["groups"]}
@@ -1111,7 +1133,26 @@ def _frozen(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def _check_side_files(source: Checkpoint, target: Checkpoint, advance: Callable[[int], None] | None) -> list[Problem]:
+# Lists of modules that are not quantized, in config.json's quantization_config and in hf_quant_config.json
+_IGNORE_LISTS = {
+    *("ignore", "exclude_modules", "exclude", "modules_to_not_convert", "ignored_layers", "llm_int8_skip_modules"),
+}
+
+
+def _without_ignore_lists(value: Any, depth: int = 0) -> Any:
+    """A config without its lists of unquantized modules."""
+    if isinstance(value, dict) and depth < 4:
+        return {
+            key: _without_ignore_lists(child, depth + 1)
+            for key, child in value.items()
+            if not (key in _IGNORE_LISTS and isinstance(child, list))
+        }
+    return value
+
+
+def _check_side_files(
+    source: Checkpoint, target: Checkpoint, advance: Callable[[int], None] | None, fix_ignore: bool
+) -> list[Problem]:
     """Every other file and folder of SRC arrives unchanged, and nothing beside them."""
     problems: list[Problem] = []
     expected = {side.name: side for side in source.side_files}
@@ -1129,6 +1170,10 @@ def _check_side_files(source: Checkpoint, target: Checkpoint, advance: Callable[
         mine, other = pair
         if other.path != target.root / other.name:
             return Problem("side-file", other.name, "is a link in DST; expected a file")
+        if fix_ignore and mine.name in ("config.json", "hf_quant_config.json"):
+            name = "config" if mine.name == "config.json" else "quant_config"
+            one, two = (_frozen(_without_ignore_lists(getattr(side, name))) for side in (source, target))
+            return None if one == two else Problem("side-file", other.name, "differs in more than its ignore lists")
         if mine.size != other.size:
             return Problem("side-file", other.name, f"has {other.size} bytes; expected {mine.size}")
         digest = _hash_file(mine, advance)
