@@ -15,25 +15,39 @@ from tests.checkpoints import FIXTURES
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def snapshot(folder: Path) -> dict[str, tuple[int, int, str]]:
-    """Modification time, mode and digest of everything in a folder; of folders the time and mode."""
-    return {
-        str(path.relative_to(folder)): (
-            path.stat().st_mtime_ns,
-            path.stat().st_mode,
-            blake3(path.read_bytes()).hexdigest() if path.is_file() else "",
-        )
-        for path in [folder, *sorted(folder.rglob("*"))]
-    }
+Snapshot = dict[str, tuple[int, int, int, str]]
+
+
+def snapshot(folder: Path, content: bool = True) -> Snapshot:
+    """Modification time, mode, size and digest of everything in a folder; of folders the time and mode."""
+    found: Snapshot = {}
+    for path in [folder, *sorted(folder.rglob("*"))]:
+        status = path.stat()
+        is_file = path.is_file()
+        digest = blake3(path.read_bytes()).hexdigest() if is_file and content else ""
+        size = status.st_size if is_file else 0
+        found[str(path.relative_to(folder))] = (status.st_mtime_ns, status.st_mode, size, digest)
+    return found
+
+
+def _sources() -> list[Path]:
+    return sorted(FIXTURES.glob("*/naive"))
 
 
 @pytest.fixture(autouse=True)
-def _sources_stay_as_they_are() -> Iterator[None]:
-    """The naive fixtures' bytes, modes and times are the same after every test."""
-    folders = sorted(FIXTURES.glob("*/naive"))
-    before = [snapshot(folder) for folder in folders]
+def _sources_keep_their_times() -> Iterator[None]:
+    """The naive fixtures' files, sizes, modes and times are the same after every test."""
+    before = [snapshot(folder, content=False) for folder in _sources()]
     yield
-    assert [snapshot(folder) for folder in folders] == before
+    assert [snapshot(folder, content=False) for folder in _sources()] == before
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _sources_keep_their_bytes() -> Iterator[None]:
+    """And their bytes are the same after all of them."""
+    before = [snapshot(folder) for folder in _sources()]
+    yield
+    assert [snapshot(folder) for folder in _sources()] == before
 
 
 @pytest.fixture

@@ -68,10 +68,11 @@ _source_options = _options(
 _policy_options = _options(
     click.option(
         "--on-mismatch",
-        type=click.Choice(["error", "keep"]),
+        type=click.Choice(["error", "keep", "repack"]),
         default="error",
         show_default=True,
-        help="A declared tie that the bytes do not confirm: refuse (exit 3), or keep that group whole.",
+        help="A declared tie that the bytes do not confirm: refuse (exit 3), keep that group whole, or, where NVFP4 "
+        "sides differ only by how they are scaled, write one blob re-encoded to the larger scale.",
     ),
     click.option(
         "--kv-scales",
@@ -84,6 +85,16 @@ _policy_options = _options(
         "--max-shard-size",
         metavar="SIZE",
         help='Most tensor bytes in a shard, e.g. "5GB" (10^9). Default: as the fullest shard of SRC.',
+    ),
+    click.option(
+        "--unify-fused-scales",
+        is_flag=True,
+        help="Give NVFP4 projections that consumers fuse (q/k/v, gate/up) one weight_scale_2, re-encoding the others.",
+    ),
+    click.option(
+        "--fix-ignore",
+        is_flag=True,
+        help="Rewrite entries of ignore lists in the configs that disagree with what is on disk.",
     ),
 )
 _run_options = _options(

@@ -51,6 +51,7 @@ class Written:
 def written_tensors(
     plan: RewritePlan,
     patches: Mapping[str, bytes],
+    reencoded: Mapping[str, bytes],
     merged: Mapping[str, tuple[str, MergedScale]],
     known: Mapping[str, bytes],
 ) -> dict[str, dict[str, Written]]:
@@ -58,6 +59,7 @@ def written_tensors(
 
     Args:
         patches: source key -> the bytes that were written in its place.
+        reencoded: source key -> digest of what was written in its place, for NVFP4 blobs that were encoded anew.
         merged: target -> (group id, how the value came about).
         known: source key -> digest.
     """
@@ -68,12 +70,18 @@ def written_tensors(
     result: dict[str, dict[str, Written]] = {}
     for tensor in plan.tensors.values():
         others = sources.get(tensor.target, [])
-        if tensor.group is None or tensor.action is Action.DROP or (tensor.action is Action.KEEP and not others):
+        action = tensor.action
+        if action is Action.REPACK and tensor.name not in reencoded:
+            action = Action.KEEP if tensor.name == tensor.target else Action.RENAME  # it had the right scale already
+        if tensor.group is None or action is Action.DROP or (action is Action.KEEP and not others):
             continue
         _, scale = merged.get(tensor.target, (None, None))
         data = patches.get(tensor.name)
-        digest = known[tensor.name] if data is None else blake3(data).digest()
-        written = Written((tensor.name, *others), tensor.action.value, digest, scale)
+        if tensor.name in reencoded:
+            digest = reencoded[tensor.name]
+        else:
+            digest = known[tensor.name] if data is None else blake3(data).digest()
+        written = Written((tensor.name, *others), action.value, digest, scale)
         result.setdefault(tensor.group, {})[tensor.target] = written
     return result
 

@@ -13,8 +13,10 @@ from tierewrite.confirm import ScaleValues
 from tierewrite.digest import Digester
 from tierewrite.errors import TierewriteError
 from tierewrite.planning import Action, OutShard, RewritePlan, needed_for_confirmation
+from tierewrite.reencode import Reencoding, Reencodings
+from tierewrite.reencode import write as write_reencoded
 from tierewrite.report import ShardSize
-from tierewrite.transfer import Task, Transfer, tasks
+from tierewrite.transfer import Task, Transfer, read_tensors, tasks
 from tierewrite.writer import create, part, shard_header, system_errors, write_all
 
 
@@ -50,7 +52,8 @@ class Mover:
         work: Sequence[Task],
         phase: str,
         outputs: Sequence[Path | None] = (),
-        values: ScaleValues | None = None,
+        patches: Mapping[str, bytes] | None = None,
+        originals: Mapping[str, bytes] | None = None,
         source: Checkpoint | None = None,
     ) -> dict[str, bytes]:
         """Carries out `work`; returns the digests. Raises what `Transfer.run` raises."""
@@ -59,8 +62,8 @@ class Mover:
             source or self.source,
             self.digester,
             outputs,
-            values.patches if values else None,
-            values.originals if values else None,
+            patches,
+            originals,
             threads=self.threads,
             advance=self.progress.advance,
         )
@@ -77,8 +80,14 @@ class Output:
         checkpoint: the source.
         plan: what to write.
         values: the merged scales.
+        anew: the NVFP4 blobs that are encoded anew.
         folder: the staging folder.
         metadata: `__metadata__` of every shard.
+
+    Attributes:
+        patches: source key -> bytes to write in its place: merged scales, and scales of re-encoded blobs.
+        digests: source key -> digest of what was written in its place, for re-encoded blobs.
+        reencoded: what was encoded anew, with how far it moved the weights.
     """
 
     def __init__(
@@ -86,12 +95,18 @@ class Output:
         checkpoint: Checkpoint,
         plan: RewritePlan,
         values: ScaleValues,
+        anew: Reencodings,
         folder: Path,
         metadata: Mapping[str, str],
     ) -> None:
         self.checkpoint = checkpoint
         self.plan = plan
-        self.values = values
+        self.anew = anew
+        scales = read_tensors(checkpoint, [job.blob.scale for job in anew.work])
+        self.patches = {**values.patches, **{job.blob.scale: job.scale for job in anew.work}}
+        self.originals = {**values.originals, **scales}
+        self.digests: dict[str, bytes] = {}
+        self.reencoded: list[Reencoding] = []
         self.headers = [shard_header(shard, checkpoint.tensors, metadata) for shard in plan.shards]
         self.paths = [folder / shard.name for shard in plan.shards]
         self.finished: set[int] = set()
@@ -117,8 +132,27 @@ class Output:
             outputs.append(path)
         wanted = {key for key in digests_wanted(self.plan) if key not in known}
         starts = [len(header) for header in self.headers]
-        work = tasks(self.checkpoint, wanted, self.plan.shards, starts, self.finished)
-        known.update(mover.run(work, "rewriting", outputs, self.values))
+        self._reencode(starts)
+        elsewhere = self.anew.copied_elsewhere
+        work = tasks(self.checkpoint, wanted, self.plan.shards, starts, self.finished, elsewhere)
+        known.update(mover.run(work, "rewriting", outputs, self.patches, self.originals))
+
+    def _reencode(self, starts: Sequence[int]) -> None:
+        """Writes the blobs that are encoded anew, one after the other, before the rest is copied around them."""
+        elsewhere = self.anew.copied_elsewhere
+        places = {
+            tensor.source: (part(self.paths[index]), starts[index] + tensor.start)
+            for index, shard in enumerate(self.plan.shards)
+            for tensor in shard.tensors
+            if tensor.source in elsewhere
+        }
+        self.reencoded, self.digests = [], {}
+        for job in self.anew.work:
+            done, digests = write_reencoded(
+                self.checkpoint, job, places[job.blob.weight], places[job.blob.weight_scale]
+            )
+            self.reencoded.append(done)
+            self.digests.update(digests)
 
     def keep_finished(self, mover: Mover, known: dict[str, bytes]) -> None:
         """Takes over the shards that a killed run finished, if they are what this plan would write.
@@ -133,7 +167,10 @@ class Output:
         for index, (shard, path) in enumerate(zip(self.plan.shards, self.paths, strict=True)):
             if not path.exists():
                 continue
-            if self._is_right(index, shard, path, mover, known):
+            # What is encoded anew is written anew: its digests are known only then.
+            if any(tensor.source in self.anew.copied_elsewhere for tensor in shard.tensors):
+                path.unlink()
+            elif self._is_right(index, shard, path, mover, known):
                 self.finished.add(index)
             else:
                 path.unlink()
@@ -156,14 +193,14 @@ class Output:
         wanted = [
             tensor.source
             for tensor in shard.tensors
-            if tensor.source not in known and tensor.source not in self.values.patches
+            if tensor.source not in known and tensor.source not in self.patches
         ]
         known.update(mover.run(tasks(self.checkpoint, wanted), "hashing"))
         return all(
             found[tensor.name]
             == (
-                blake3(self.values.patches[tensor.source]).digest()
-                if tensor.source in self.values.patches
+                blake3(self.patches[tensor.source]).digest()
+                if tensor.source in self.patches
                 else known[tensor.source]
             )
             for tensor in shard.tensors
@@ -189,6 +226,6 @@ def digests_wanted(plan: RewritePlan) -> set[str]:
     wanted.update(
         t.name
         for t in plan.tensors.values()
-        if t.action is Action.RENAME or (t.action is Action.KEEP and t.target in stands_for)
+        if t.action is Action.RENAME or (t.action in (Action.KEEP, Action.REPACK) and t.target in stands_for)
     )
     return wanted

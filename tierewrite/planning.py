@@ -16,7 +16,7 @@ import bisect
 import enum
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -26,6 +26,10 @@ from tierewrite.formats import Companion, Role
 from tierewrite.names import DiskTies, TieGroup
 
 PLAN_SCHEMA = "tierewrite/plan/1"
+
+
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+"""Projections that consumers fuse into one (vLLM: QKVParallelLinear, MergedColumnParallelLinear, FusedMoE)."""
 
 
 class Action(str, enum.Enum):
@@ -44,20 +48,26 @@ class Policy:
 
     Attributes:
         on_mismatch: "error" refuses the checkpoint when a declared tie is not confirmed; "keep" leaves that group
-            as it is.
+            as it is; "repack" writes one NVFP4 blob where the sides differ only by scaling, and else refuses.
         kv_scales: "keep" leaves KV-cache scales on every side; "merge" leaves one merged canonical value.
         max_shard_size: most tensor bytes in one output shard; None takes the fullest input shard's.
+        unify_fused_scales: one `weight_scale_2` for the NVFP4 projections that a consumer fuses (q/k/v, gate/up).
+        fix_ignore: rewrite entries of ignore lists that disagree with what is on disk after the ties are rewritten.
     """
 
     on_mismatch: str = "error"
     kv_scales: str = "keep"
     max_shard_size: int | None = None
+    unify_fused_scales: bool = False
+    fix_ignore: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {
             "on_mismatch": self.on_mismatch,
             "kv_scales": self.kv_scales,
             "max_shard_size": self.max_shard_size,
+            "unify_fused_scales": self.unify_fused_scales,
+            "fix_ignore": self.fix_ignore,
         }
 
 
@@ -108,6 +118,8 @@ class GroupPlan:
         reason: why it is unconfirmed, else None.
         checks: keys that must be equal byte for byte, canonical (or surviving) side first.
         merges: scales that become one.
+        repacked: modules of NVFP4 blobs whose sides differ by scaling alone: one is written, re-encoded.
+        differing: the checks that those replace.
         kind: what sort of parameter it is, e.g. "experts.down_proj", for summaries.
     """
 
@@ -119,6 +131,8 @@ class GroupPlan:
     reason: str | None = None
     checks: tuple[tuple[str, ...], ...] = ()
     merges: tuple[Merge, ...] = ()
+    repacked: frozenset[str] = frozenset()
+    differing: tuple[tuple[str, ...], ...] = ()
     kind: str = ""
     dropped: int = 0
     dropped_bytes: int = 0
@@ -230,6 +244,7 @@ def plan(
     unpaired: tuple[str, ...] = (),
     refuted: Mapping[str, str] | None = None,
     separate_kv: Iterable[str] = (),
+    repacked: Mapping[str, frozenset[str]] | None = None,
 ) -> RewritePlan:
     """What will be done with `checkpoint` if every tie that the headers allow is confirmed.
 
@@ -240,13 +255,14 @@ def plan(
         ties_source, ties_detail, unpaired: who declared the ties, for the record.
         refuted: group id -> reason, for groups that their bytes have already refuted: they are kept whole.
         separate_kv: targets of KV-scale merges that are not to be carried out (their biases differ).
+        repacked: group id -> modules whose NVFP4 blobs are known to differ by scaling alone.
 
     Returns:
         A plan in which each tensor of the source occurs once.
     """
     policy = policy or Policy()
     with gc_paused():
-        drafted = _Planner(checkpoint, ties, policy, refuted or {}, frozenset(separate_kv)).run()
+        drafted = _Planner(checkpoint, ties, policy, refuted or {}, frozenset(separate_kv), repacked or {}).run()
     return replace(drafted, ties_source=ties_source, ties_detail=ties_detail, unpaired=unpaired)
 
 
@@ -279,6 +295,7 @@ class _Planner:
         policy: Policy,
         refuted: Mapping[str, str],
         separate_kv: frozenset[str],
+        repacked: Mapping[str, frozenset[str]],
     ) -> None:
         self.entries = checkpoint.tensors
         self.checkpoint = checkpoint
@@ -286,6 +303,7 @@ class _Planner:
         self.policy = policy
         self.refuted = refuted
         self.separate_kv = separate_kv
+        self.repacked = repacked
         self.families = formats.detect(checkpoint.config, checkpoint.quant_config, self.entries.keys())
         self.adjacency = formats.Adjacency(self.entries.keys(), checkpoint.config, checkpoint.quant_config)
         self.canonical_of = {name: slot[0] for group in ties.groups for slot in group.slots for name in slot}
@@ -320,17 +338,25 @@ class _Planner:
             self.plans.update(draft.tensors)
             for alias, canonical in draft.attention.items():
                 attention.setdefault(alias, {}).setdefault(tie.id, canonical)
+            modules = self.repacked.get(tie.id, frozenset())
+            differing = tuple(row for row in draft.checks if blob_of(row[0], self.entries)[0] in modules)
+            for row in differing:
+                self.plans[row[0]] = self.plans[row[0]]._replace(action=Action.REPACK)
             groups.append(
                 self._group(
                     tie,
                     "planned" if draft.touched else "canonical",
-                    checks=tuple(draft.checks),
+                    checks=tuple(row for row in draft.checks if row not in differing),
                     merges=tuple(draft.merges),
+                    repacked=modules,
+                    differing=differing,
                 )
             )
         by_id = {group.id: group for group in groups}
         if self.policy.kv_scales == "merge":
             self._kv_scales({a: o for a, o in attention.items() if a not in blocked}, by_id)
+        if self.policy.unify_fused_scales:
+            self._mark_fused()
         count: Counter[str] = Counter()
         size: Counter[str] = Counter()
         for plan_ in self.plans.values():
@@ -628,6 +654,15 @@ class _Planner:
                 return group
         return min(owners)
 
+    def _mark_fused(self) -> None:
+        """Which weights may be re-encoded: headers do not tell whether the fused scales differ already."""
+        survivors = {p.target: self.entries[p.name] for p in self.plans.values() if p.action is not Action.DROP}
+        for modules in fused_sets(survivors):
+            for module, parts in modules.items():
+                for part in parts:
+                    name = survivors[f"{module}.{part}"].name
+                    self.plans[name] = self.plans[name]._replace(action=Action.REPACK)
+
     # -- where the survivors stand -------------------------------------------------------------------------------
 
     def _layout(self) -> tuple[OutShard, ...]:
@@ -686,6 +721,59 @@ def _element_sizes(entries: Iterable[TensorEntry]) -> dict[str, int]:
             count = math.prod(entry.shape)
             sizes[entry.dtype] = (entry.end - entry.start) // count if count else 0
     return sizes
+
+
+_BLOBS = (
+    ("weight", "weight_scale", "weight_scale_2"),  # ModelOpt: nvidia-modelopt, export/quant_utils.py
+    ("weight_packed", "weight_scale", "weight_global_scale"),  # compressed-tensors: nvfp4-pack-quantized
+)
+
+
+def blob_of(key: str, entries: Mapping[str, TensorEntry]) -> tuple[str, tuple[str, str, str] | None]:
+    """The module of `key`, and the names of the three tensors if they are an NVFP4 weight that `key` is part of."""
+    module, _, part = key.rpartition(".")
+    for parts in _BLOBS:
+        if part in parts:
+            found = [entries.get(f"{module}.{name}") for name in parts]
+            codes, scales, scale = found
+            if (
+                codes is not None
+                and scales is not None
+                and scale is not None
+                and (codes.dtype, scales.dtype, scale.dtype) == ("U8", "F8_E4M3", "F32")
+                and math.prod(scale.shape) == 1
+                and codes.shape[:-1] == scales.shape[:-1]
+                and scales.nbytes
+                and codes.nbytes in (8 * scales.nbytes, 16 * scales.nbytes)
+            ):
+                return module, parts
+    return module, None
+
+
+def fused_sets(tensors: Mapping[str, TensorEntry]) -> Iterator[dict[str, tuple[str, str, str]]]:
+    """NVFP4 projections that a consumer loads into one parameter: module -> names of its three tensors, per set.
+
+    Args:
+        tensors: key -> header, of one side or of the output.
+    """
+    for key in sorted(tensors):
+        module, _, part = key.rpartition(".")
+        parent, _, word = module.rpartition(".")
+        if part != "weight_scale":
+            continue
+        for words in FUSED:
+            if word not in words or any(
+                f"{parent}.{earlier}.weight_scale" in tensors for earlier in words[: words.index(word)]
+            ):
+                continue  # the set is found at its first member
+            found: dict[str, tuple[str, str, str]] = {}
+            for sibling in words:
+                name = f"{parent}.{sibling}" if parent else sibling
+                _, parts = blob_of(f"{name}.weight_scale", tensors)
+                if parts is not None:
+                    found[name] = parts
+            if len(found) > 1 and len(set(found.values())) == 1:
+                yield found
 
 
 def needed_for_confirmation(groups: Sequence[GroupPlan]) -> set[str]:

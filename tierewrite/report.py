@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from tierewrite.checkpoint import Checkpoint
 from tierewrite.planning import GroupPlan, Policy, RewritePlan, group_json
 from tierewrite.ties import TieMap
+
+if TYPE_CHECKING:
+    from tierewrite.reencode import Reencoding
 
 REPORT_SCHEMA = "tierewrite/report/1"
 
@@ -94,6 +97,7 @@ class Report:
         ties_source, ties_detail: who declared the ties: "ties-file", "config" or "class", and which.
         unpaired: declared aliases whose partner is not known.
         device: what did the hashing.
+        reencoded: the NVFP4 blobs that were encoded anew, with how far that moved their weights.
         warnings: what a person should look at; none of them changes the exit code.
     """
 
@@ -112,6 +116,7 @@ class Report:
     unpaired: tuple[str, ...] = ()
     formats: tuple[str, ...] = ()
     device: str = ""
+    reencoded: tuple[Reencoding, ...] = ()
     warnings: tuple[str, ...] = ()
 
     def count(self, status: str) -> int:
@@ -126,10 +131,6 @@ class Report:
     def scales(self) -> list[MergedScale]:
         """All merged scales, in the order of the groups."""
         return [scale for group in self.groups for scale in group.scales]
-
-    def with_warnings(self, warnings: tuple[str, ...]) -> Report:
-        """The same report with more warnings, each once."""
-        return replace(self, warnings=tuple(dict.fromkeys(self.warnings + warnings)))
 
     def to_json(self) -> dict[str, Any]:
         """The object that `tierewrite rewrite --json` prints (schema tierewrite/report/1)."""
@@ -158,6 +159,7 @@ class Report:
                 "max": max(ratios, default=None),
             },
             "groups": [group.to_json() for group in self.groups],
+            "reencoded": [job.to_json() for job in self.reencoded],
             "warnings": list(self.warnings),
         }
 
@@ -175,15 +177,18 @@ def build_report(
     ties: TieMap,
     plan: RewritePlan,
     merged: Mapping[str, tuple[str, MergedScale]],
+    reencoded: Sequence[Reencoding],
     shards: Sequence[ShardSize],
     src: object,
     dst: object,
     device: str,
+    warnings: Iterable[str] = (),
 ) -> Report:
     """The report of an executed plan.
 
     Args:
         merged: target -> (group id, how the value came about).
+        reencoded: the NVFP4 blobs that were encoded anew.
         shards: the output's files.
     """
     by_group: dict[str, list[MergedScale]] = {}
@@ -208,5 +213,6 @@ def build_report(
         unpaired=ties.unpaired,
         formats=plan.families,
         device=device,
-        warnings=(*checkpoint.warnings, *ties.warnings, *plan.warnings),
+        reencoded=tuple(reencoded),
+        warnings=tuple(dict.fromkeys((*checkpoint.warnings, *ties.warnings, *plan.warnings, *warnings))),
     )

@@ -9,20 +9,22 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Union
 
 import tierewrite
 from tierewrite import digest
 from tierewrite.checkpoint import Checkpoint, gc_paused
-from tierewrite.confirm import ScaleValues, merge_scales, refusal, refuted
+from tierewrite.configs import ignore_lists
+from tierewrite.confirm import apart_warnings, merge_scales, refusal, refuted
 from tierewrite.errors import UsageError, VerificationFailed, shown
 from tierewrite.manifest import build_manifest, written_tensors
 from tierewrite.names import DiskTies, on_disk
 from tierewrite.output import Mover, Output, Progress
 from tierewrite.planning import Policy, RewritePlan, needed_for_confirmation
 from tierewrite.planning import plan as make_plan
+from tierewrite.reencode import reconcile, reencodings
 from tierewrite.report import Report, build_report
 from tierewrite.ties import TieMap
 from tierewrite.transfer import tasks
@@ -42,6 +44,44 @@ from tierewrite.writer import (
 log = logging.getLogger(__name__)
 
 PathLike = Union[str, "os.PathLike[str]"]
+
+
+@dataclass
+class Facts:
+    """What the bytes have told about a plan that the headers did not.
+
+    Attributes:
+        reasons: group id -> why its bytes refute it.
+        apart: targets of KV-scale merges that must not be carried out.
+        repacked: group id -> modules whose NVFP4 blobs differ by scaling alone.
+    """
+
+    reasons: dict[str, str] = field(default_factory=dict)
+    apart: frozenset[str] = frozenset()
+    repacked: dict[str, frozenset[str]] = field(default_factory=dict)
+
+    def learn(
+        self, checkpoint: Checkpoint, plan: RewritePlan, digests: Mapping[str, bytes], found: Mapping[str, str]
+    ) -> None:
+        """Takes in which groups the bytes refute (`found`: id -> reason), as the policy wants it.
+
+        Raises:
+            Refused: the policy is "error", or "repack" and a group differs by more than scaling.
+        """
+        if plan.policy.on_mismatch == "keep":
+            self.reasons.update(found)
+            return
+        refused = dict(found)
+        if plan.policy.on_mismatch == "repack":
+            for group_id, reason in found.items():
+                modules, why = reconcile(checkpoint, plan.by_id[group_id], digests)
+                if why is None:
+                    del refused[group_id]
+                    self.repacked[group_id] = modules
+                else:
+                    refused[group_id] = f"{reason}; {why}"
+        if refused:
+            raise refusal(plan.groups, refused)
 
 
 @dataclass(frozen=True)
@@ -75,9 +115,12 @@ class Opened:
         return cls(checkpoint, tie_map, on_disk(tie_map, keys))
 
     def plan(
-        self, policy: Policy, refuted: Mapping[str, str] | None = None, separate_kv: frozenset[str] = frozenset()
+        self,
+        policy: Policy,
+        facts: Facts | None = None,
     ) -> RewritePlan:
-        """The plan for this source, with the ties' provenance filled in."""
+        """The plan for this source, with the ties' provenance and what the bytes have told so far."""
+        facts = facts or Facts()
         return make_plan(
             self.checkpoint,
             self.disk,
@@ -85,13 +128,18 @@ class Opened:
             ties_source=self.ties.source,
             ties_detail=self.ties.detail,
             unpaired=self.ties.unpaired,
-            refuted=refuted,
-            separate_kv=separate_kv,
+            refuted=facts.reasons,
+            separate_kv=facts.apart,
+            repacked=facts.repacked,
         )
 
 
 def policy_of(
-    on_mismatch: str = "error", kv_scales: str = "keep", max_shard_size: int | str | None = None
+    on_mismatch: str = "error",
+    kv_scales: str = "keep",
+    max_shard_size: int | str | None = None,
+    unify_fused_scales: bool = False,
+    fix_ignore: bool = False,
 ) -> Policy:
     """The options that decide content, checked.
 
@@ -99,7 +147,7 @@ def policy_of(
         UsageError: an unknown choice, or a size that is none ("5GB", "500MB": powers of 1000, or plain bytes).
     """
     for name, value, allowed in (
-        ("on_mismatch", on_mismatch, ("error", "keep")),
+        ("on_mismatch", on_mismatch, ("error", "keep", "repack")),
         ("kv_scales", kv_scales, ("keep", "merge")),
     ):
         if value not in allowed:
@@ -108,7 +156,7 @@ def policy_of(
         max_shard_size = _size(max_shard_size)
     if max_shard_size is not None and max_shard_size <= 0:
         raise UsageError(f"max_shard_size is {max_shard_size}; expected at least 1 byte")
-    return Policy(on_mismatch, kv_scales, max_shard_size)
+    return Policy(on_mismatch, kv_scales, max_shard_size, unify_fused_scales, fix_ignore)
 
 
 def _size(text: str) -> int:
@@ -128,6 +176,8 @@ def plan(
     on_mismatch: str = "error",
     kv_scales: str = "keep",
     max_shard_size: int | str | None = None,
+    unify_fused_scales: bool = False,
+    fix_ignore: bool = False,
     ties: PathLike | None = None,
     trust_remote_code: bool = False,
     ignore_unindexed: bool = False,
@@ -136,7 +186,7 @@ def plan(
 
     Args and Raises: as `rewrite`; never `Refused`: groups that the headers refute are listed as unconfirmed.
     """
-    policy = policy_of(on_mismatch, kv_scales, max_shard_size)
+    policy = policy_of(on_mismatch, kv_scales, max_shard_size, unify_fused_scales, fix_ignore)
     opened = Opened.open(src, ties=ties, trust_remote_code=trust_remote_code, ignore_unindexed=ignore_unindexed)
     return opened.plan(policy)
 
@@ -148,6 +198,8 @@ def rewrite(
     on_mismatch: str = "error",
     kv_scales: str = "keep",
     max_shard_size: int | str | None = None,
+    unify_fused_scales: bool = False,
+    fix_ignore: bool = False,
     ties: PathLike | None = None,
     trust_remote_code: bool = False,
     ignore_unindexed: bool = False,
@@ -167,9 +219,12 @@ def rewrite(
         src: folder with `model.safetensors` or shards with `model.safetensors.index.json`. Never written to.
         dst: folder to make; absent or empty, unless `overwrite`. It appears whole, by one rename, or not at all.
             None with `in_place`.
-        on_mismatch: "error" refuses when a declared tie is not confirmed by the bytes; "keep" leaves such groups whole.
+        on_mismatch: "error" refuses when a declared tie is not confirmed by the bytes; "keep" leaves such groups whole;
+            "repack" writes one NVFP4 blob where the sides differ only by how they are scaled, and else refuses.
         kv_scales: "keep" leaves KV-cache scales on every side; "merge" leaves one merged canonical value.
         max_shard_size: most tensor bytes a shard, as bytes or as "5GB"; None: as the fullest shard of `src`.
+        unify_fused_scales: one `weight_scale_2` for NVFP4 projections that a consumer fuses (q/k/v, gate/up).
+        fix_ignore: rewrite the entries of ignore lists in the configs that disagree with what is on disk.
         ties: JSON file {alias: canonical}, instead of asking the model class.
         trust_remote_code: run the model code that `src` brings, to ask it for its ties.
         ignore_unindexed: leave out tensors that the index does not list, instead of refusing.
@@ -195,7 +250,7 @@ def rewrite(
     """
     src = Path(src)
     progress = progress or Progress()
-    policy = policy_of(on_mismatch, kv_scales, max_shard_size)
+    policy = policy_of(on_mismatch, kv_scales, max_shard_size, unify_fused_scales, fix_ignore)
     if in_place:
         if dst is not None:
             raise UsageError("in place there is no DST; give SRC alone, or leave out --in-place")
@@ -211,7 +266,7 @@ def rewrite(
     checkpoint = opened.checkpoint
     planned = opened.plan(policy)
     mover = Mover(checkpoint, digester, threads, progress)
-    if policy.on_mismatch == "error" and planned.unconfirmed():
+    if policy.on_mismatch != "keep" and planned.unconfirmed():
         # Nothing will be written, but the list of what is not confirmed has to be complete.
         digests = mover.run(tasks(checkpoint, needed_for_confirmation(planned.groups)), "hashing")
         raise refusal(planned.groups, refuted(checkpoint, planned, digests))
@@ -223,33 +278,44 @@ def rewrite(
         kept = f", and the original stays as '{target.backup}'" if target.backup else ""
         progress.note(f"in place: {needed:,} bytes are needed beside SRC until the swap{kept}")
     known: dict[str, bytes] = {}
-    reasons: dict[str, str] = {}
+    facts = Facts()
     with Staging(target, resume) as staging:
         while True:
             side_file_clashes(checkpoint, planned.shards)
             values = merge_scales(checkpoint, planned)
             if values.apart:
-                planned = opened.plan(policy, reasons, values.apart)
-                values = _with_warnings(merge_scales(checkpoint, planned), values.warnings)
-            output = Output(checkpoint, planned, values, staging.path, metadata)
+                facts.apart |= values.apart
+                planned = opened.plan(policy, facts)
+                continue
+            anew = reencodings(checkpoint, planned)
+            output = Output(checkpoint, planned, values, anew, staging.path, metadata)
             if resume:
                 output.keep_finished(mover, known)
             output.write(mover, known)
             found = refuted(checkpoint, planned, known)
             if not found:
                 break
-            if policy.on_mismatch == "error":
-                raise refusal(planned.groups, found)
+            facts.learn(checkpoint, planned, known, found)
             output.remove()
-            reasons.update(found)
-            planned = opened.plan(policy, reasons)
+            planned = opened.plan(policy, facts)
         write_file(staging.path / INDEX_NAME, index_bytes(planned.shards, checkpoint.index_metadata))
+        configs, config_warnings = ignore_lists(checkpoint, planned, opened.disk)
         progress.start("copying other files", side_bytes)
-        copy_side_files(checkpoint.side_files, checkpoint.directories, staging.path, progress.advance)
-        report = build_report(checkpoint, opened.ties, planned, values.merged, output.sizes(), src, dst, mover.device)
-        report = report.with_warnings((*warnings, *values.warnings))
+        copy_side_files(checkpoint.side_files, checkpoint.directories, staging.path, progress.advance, configs)
+        report = build_report(
+            checkpoint,
+            opened.ties,
+            planned,
+            values.merged,
+            output.reencoded,
+            output.sizes(),
+            src,
+            dst,
+            mover.device,
+            (*warnings, *values.warnings, *apart_warnings(facts.apart), *anew.warnings, *config_warnings),
+        )
         if manifest:
-            written = written_tensors(planned, values.patches, values.merged, known)
+            written = written_tensors(planned, output.patches, output.digests, values.merged, known)
             text = build_manifest(report, opened.disk, written, tierewrite.__version__)
             write_file(staging.path / MANIFEST_NAME, text)
         if verify:
@@ -274,7 +340,3 @@ def _verify(src: Path, staged: Path, ties: PathLike | None, trust_remote_code: b
             f"{first.message}); nothing was left behind. This is a bug or a failing disk: please report it",
             details={"verification": result.to_json()},
         )
-
-
-def _with_warnings(values: ScaleValues, more: tuple[str, ...]) -> ScaleValues:
-    return replace(values, warnings=tuple(dict.fromkeys(values.warnings + more)))

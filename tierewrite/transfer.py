@@ -69,6 +69,7 @@ def tasks(
     shards: Sequence[OutShard] = (),
     data_starts: Sequence[int] = (),
     finished: Collection[int] = (),
+    elsewhere: Collection[str] = (),
 ) -> list[Task]:
     """Batches of byte ranges that cover `hashed` and everything that `shards` hold.
 
@@ -78,6 +79,7 @@ def tasks(
         shards: output shards to write; empty to hash only.
         data_starts: for each output shard, the absolute offset of its data section.
         finished: indices of output shards that need no writing.
+        elsewhere: source keys whose place in the output is filled by somebody else.
 
     Returns:
         Large tensors first, since each is one worker's work, then the source in file order.
@@ -88,7 +90,8 @@ def tasks(
         if index in finished:
             continue
         for tensor in shard.tensors:
-            wanted[tensor.source] = (index, data_starts[index] + tensor.start)
+            if tensor.source not in elsewhere:
+                wanted[tensor.source] = (index, data_starts[index] + tensor.start)
     by_shard: list[list[TensorEntry]] = [[] for _ in checkpoint.shards]
     for key in wanted:
         entry = checkpoint.tensors[key]

@@ -516,8 +516,12 @@ def copy_side_files(
     directories: Sequence[str],
     folder: Path,
     advance: Callable[[int], None] = lambda n: None,
+    contents: Mapping[str, bytes] | None = None,
 ) -> None:
     """Copies every other file of the source, byte for byte; links arrive as files.
+
+    Args:
+        contents: name -> bytes to write instead of the file's own.
 
     Raises:
         SourceChanged: a file's size or modification time is not what it was when the source was opened.
@@ -528,6 +532,9 @@ def copy_side_files(
             (folder / name).mkdir(parents=True, exist_ok=True)
     for side in side_files:
         path = folder / side.name
+        if contents is not None and side.name in contents:
+            write_file(path, contents[side.name])
+            continue
         with system_errors("copying", side.path):
             path.parent.mkdir(parents=True, exist_ok=True)
             source = os.open(side.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

@@ -1,0 +1,55 @@
+"""The configs of the output: entries of ignore lists that disagree with what is on disk, reported or mended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tierewrite.checkpoint import Checkpoint
+from tierewrite.errors import SourceChanged
+from tierewrite.formats import quant_config
+from tierewrite.names import DiskTies
+from tierewrite.planning import Action, RewritePlan
+from tierewrite.writer import system_errors
+
+
+def ignore_lists(
+    checkpoint: Checkpoint, plan: RewritePlan, ties: DiskTies
+) -> tuple[Mapping[str, bytes], tuple[str, ...]]:
+    """Holds the ignore lists against what will be on disk.
+
+    Returns:
+        New contents of config.json and hf_quant_config.json, by name (only with `fix_ignore`, and only where something
+        changes), and warnings: one an entry.
+
+    Raises:
+        SourceChanged: a config is not what was read when the source was opened.
+        SystemFailure: reading failed.
+    """
+    shapes = {
+        tensor.target: checkpoint.tensors[tensor.name].shape
+        for tensor in plan.tensors.values()
+        if tensor.action is not Action.DROP
+    }
+    quantized, plain = quant_config.sorted_modules(shapes)
+    pairs = [
+        (alias.removesuffix(".weight"), canonical.removesuffix(".weight"))
+        for group in ties.groups
+        for canonical, *aliases in group.slots
+        for alias in aliases
+        if canonical.endswith(".weight")
+    ]
+    findings = quant_config.inconsistencies(checkpoint.config, checkpoint.quant_config, pairs, quantized, plain)
+    if not plan.policy.fix_ignore:
+        return {}, tuple(finding.message for finding in findings)
+    contents: dict[str, bytes] = {}
+    for side in checkpoint.side_files:
+        mine = [f for f in findings if f.file == side.name and f.replacement is not None]
+        if not mine:
+            continue
+        with system_errors("reading", side.path):
+            data = side.path.read_bytes()
+        if len(data) != side.size:
+            raise SourceChanged("changed while it was being read; run again", file=side.path)
+        contents[side.name] = quant_config.fixed_text(data.decode(), side.name, mine).encode()
+    rewritten = "{0.file}: the entry '{0.entry}' was rewritten"
+    return contents, tuple(f.message if f.replacement is None else rewritten.format(f) for f in findings)
