@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
+import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +16,13 @@ import pytest
 
 import tierewrite
 from tests.checkpoints import FIXTURES
-from tests.defects import CONTROLS, DECODER, DEFECTS, ENCODER, Defect, Draft, make_good
+from tests.defects import CONTROLS, DECODER, DEFECTS, ENCODER, Defect, Draft, f32, make_good
 from tierewrite import readiness
 from tierewrite.errors import ConfigError, SourceError, UsageError
 from tierewrite.readiness import Finding, ReadinessReport, check
+from tierewrite.readiness.mends import consistent_ignore, fill_missing_scales
 from tierewrite.readiness.subject import Backbone, Folder
-from tierewrite.readiness.vllm import VllmSubject, consistent_ignore
+from tierewrite.readiness.vllm import VllmSubject
 from tierewrite.readiness.vllm_quant import Ignore
 
 RECORDED: dict[str, Any] = json.loads((Path(__file__).parent / "vllm_behaviour.json").read_text(encoding="utf-8"))
@@ -94,7 +97,15 @@ def test_every_finding_id_of_the_rules_has_a_defect() -> None:
     said = set(re.findall(r'^\s+"([a-z]+(?:-[a-z]+)+)",(?: "(?:error|warning)"|$)', source, re.MULTILINE))
     said |= set(re.findall(r'= "(ignore[a-z]*-[a-z-]+)"', source)) | set(re.findall(r'"(scale-[a-z-]+)":', source))
     assert len(said) > 30
-    assert said - {d.finding for d in DEFECTS} == TINY
+    assert said - {d.finding for d in DEFECTS} == set()
+
+
+def test_alignment_is_a_warning_only_where_the_hidden_size_is_no_multiple_of_128(good: Good, tmp_path: Path) -> None:
+    from tests.benchmarks.generate import generate
+
+    generate(tmp_path / "aligned", "tiny")  # hidden size 256
+    assert "alignment" not in check(tmp_path / "aligned", "vllm").ids()
+    assert only(check(good("dg_nvfp4"), "vllm"), "alignment").severity == "warning"
 
 
 def test_every_rule_names_its_source() -> None:
@@ -241,6 +252,66 @@ def test_consistent_ignore_list_mends_the_pattern(defect: Defect, good: Good, tm
 @pytest.mark.parametrize("base", ["dg_nvfp4", "dg_nvfp4_experts_only", "dg_nvfp4_sharded", "dg_fp8"])
 def test_a_right_ignore_list_stays(base: str, good: Good) -> None:
     assert consistent_ignore(VllmSubject(Folder.open(good(base)))) is None
+
+
+# --- scales that are filled --------------------------------------------------------------------------------
+
+EXPERT = f"{DECODER}layers.0.experts."
+
+
+@pytest.mark.parametrize("value", [None, 0.0, -1.0, math.inf, math.nan, 1.6e-43])
+def test_an_experts_scale_is_filled_with_the_largest_of_its_neighbours(
+    value: float | None, good: Good, tmp_path: Path
+) -> None:
+    def edit(d: Draft) -> None:
+        d[f"{EXPERT}3.down_proj.input_scale"] = f32(0.75)
+        if value is None:
+            d.drop(f"{EXPERT}1.down_proj.input_scale")
+        else:
+            d[f"{EXPERT}1.down_proj.input_scale"] = f32(value)
+
+    folder = edited(good("dg_nvfp4"), tmp_path / "v", edit)
+    (filled,) = fill_missing_scales(VllmSubject(Folder.open(folder)))
+    assert filled.key == f"{EXPERT}1.down_proj.input_scale"
+    assert (filled.there, filled.dtype, filled.shape) == (value is not None, "F32", ())
+    assert (struct.unpack("<f", filled.data)[0], filled.taken_from) == (0.75, f"{EXPERT}3.down_proj.input_scale")
+
+
+def test_a_valid_tied_side_needs_no_filling(good: Good, tmp_path: Path) -> None:
+    def edit(d: Draft) -> None:
+        d[f"{ENCODER}layers.0.experts.1.down_proj.input_scale"] = d[f"{EXPERT}1.down_proj.input_scale"]
+        d[f"{EXPERT}1.down_proj.input_scale"] = f32(0.0)
+
+    folder = edited(good("dg_nvfp4"), tmp_path / "v", edit)
+    assert fill_missing_scales(VllmSubject(Folder.open(folder))) == ()
+
+
+def test_reciprocal_scales_are_filled_with_the_smallest(good: Good, tmp_path: Path) -> None:
+    stem = f"{DECODER}layers.0.experts."
+
+    def edit(d: Draft) -> None:
+        d[f"{stem}2.up_proj.input_global_scale"] = f32(0.5, (1,))
+        d.drop(f"{stem}0.up_proj.input_global_scale")
+
+    folder = edited(good("llmcompressor_nvfp4_dg"), tmp_path / "v", edit)
+    (filled,) = fill_missing_scales(VllmSubject(Folder.open(folder)))
+    assert (filled.key, filled.shape) == (f"{stem}0.up_proj.input_global_scale", (1,))
+    assert struct.unpack("<f", filled.data)[0] == 0.5
+
+
+def test_a_projection_that_calibration_never_reached_is_not_filled(good: Good, tmp_path: Path) -> None:
+    def edit(d: Draft) -> None:
+        for expert in range(4):
+            d[f"{EXPERT}{expert}.down_proj.input_scale"] = f32(0.0)
+
+    folder = edited(good("dg_nvfp4"), tmp_path / "v", edit)
+    assert fill_missing_scales(VllmSubject(Folder.open(folder))) == ()
+    assert "scale-not-positive" in check(folder, "vllm").ids()
+
+
+@pytest.mark.parametrize("base", ["dg_nvfp4", "dg_nvfp4_sharded", "dg_w4a16_nvfp4", "dg_fp8"])
+def test_nothing_is_filled_in_a_good_checkpoint(base: str, good: Good) -> None:
+    assert fill_missing_scales(VllmSubject(Folder.open(good(base)))) == ()
 
 
 # --- the report --------------------------------------------------------------------------------------------
