@@ -21,6 +21,7 @@ _WHERE = {
     "plan": "rewriting",
     "inspect": "inspection",
     "verify": "verification",
+    "dedupe_state_dict": "state_dict",
     "Progress": "output",
     "Report": "report",
     "RewritePlan": "planning",
@@ -61,6 +62,7 @@ __all__ = [
     "Verification",
     "VerificationFailed",
     "__version__",
+    "dedupe_state_dict",
     "inspect",
     "plan",
     "rewrite",
@@ -87,6 +89,7 @@ if TYPE_CHECKING:
     from tierewrite.planning import RewritePlan
     from tierewrite.report import Report
     from tierewrite.rewriting import plan, rewrite
+    from tierewrite.state_dict import dedupe_state_dict
     from tierewrite.ties import TieMap
     from tierewrite.verification import Verification, verify
 
