@@ -1,0 +1,138 @@
+"""A page about one rewrite, for people: sizes, how far apart the tied sides' activation scales were, what was kept.
+
+    page = tierewrite.report_page("DST")           # or the manifest alone
+    page.write_html("report.html")                 # one file that needs no network
+    page.write_png("report.png")
+    page.facts.overall.median, page.facts.worst(5)
+
+Everything shown was recorded by the rewrite or stands in headers; nothing is decided here. Pictures need matplotlib
+(the extra `report`); facts and JSON do not. Refused: see `facts`; and to write into the checkpoint itself, whose files
+`verify` accounts for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tierewrite.errors import SystemFailure, UsageError
+from tierewrite.pages.facts import WORST_SHOWN, Facts, read_facts
+
+__all__ = ["Facts", "Page", "report_page"]
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A page about one rewrite.
+
+    Attributes:
+        source: the folder or manifest that it is about.
+        facts: what it says, as data.
+        worst: how many of the scales that were furthest apart it lists.
+    """
+
+    source: Path
+    facts: Facts
+    worst: int = WORST_SHOWN
+
+    def html(self) -> str:
+        """The page as one self-contained HTML document; the same facts make the same text.
+
+        Raises:
+            UsageError: matplotlib is not installed.
+        """
+        from tierewrite.pages.html import page
+
+        return page(self.facts, self.worst)
+
+    def png(self) -> bytes:
+        """Its figures and pictures as one PNG.
+
+        Raises:
+            UsageError: matplotlib is not installed.
+        """
+        from tierewrite.pages.charts import png
+
+        return png(self.facts)
+
+    def to_json(self) -> dict[str, Any]:
+        """The facts (schema tierewrite/page/1)."""
+        return self.facts.to_json(self.worst)
+
+    def write_html(self, path: PathLike) -> None:
+        """Writes the page to the file `path`, which appears whole or not at all.
+
+        Raises:
+            UsageError: matplotlib is not installed, or `path` lies inside the checkpoint or is a folder.
+            SystemFailure: it cannot be written.
+        """
+        self._check(path)
+        _write(Path(path), self.html().encode())
+
+    def write_png(self, path: PathLike) -> None:
+        """Writes the picture to the file `path`; otherwise as `write_html`."""
+        self._check(path)
+        _write(Path(path), self.png())
+
+    def _check(self, path: PathLike) -> None:
+        target = Path(path)
+        if target.is_dir():
+            raise UsageError("is a folder; expected the name of a file to write", file=target)
+        resolved = Path(os.path.realpath(target))
+        source = Path(os.path.realpath(self.source))
+        if resolved == source or (source.is_dir() and resolved.is_relative_to(source)):
+            raise UsageError(
+                f"lies inside of {self.source}, whose every file counts for verify; write it elsewhere", file=target
+            )
+
+
+def report_page(
+    path: PathLike,
+    consumer: str | None = None,
+    *,
+    backbone: PathLike | None = None,
+    worst: int = WORST_SHOWN,
+) -> Page:
+    """The page about a rewrite.
+
+    Args:
+        path: the folder that it wrote; or its manifest alone, for everything but the sizes.
+        consumer: "vllm" or "transformers": what a readiness check of the folder finds is on the page.
+        backbone: a JSON file for the check, as for `readiness.check`.
+        worst: how many of the scales that were furthest apart to list.
+
+    Raises:
+        UsageError: nothing there, a folder without a manifest, or a consumer asked for without a folder (exit 2).
+        SourceError: a malformed manifest or checkpoint, or a manifest of another checkpoint (exit 4).
+        SystemFailure: the system does not let us read it (exit 5).
+    """
+    return Page(Path(path), read_facts(path, consumer, backbone=backbone), worst)
+
+
+def _write(path: Path, data: bytes) -> None:
+    staged: str | None = None
+    try:
+        fd, staged = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent)
+        with os.fdopen(fd, "wb") as out:
+            out.write(data)
+        os.chmod(staged, 0o666 & ~_umask())
+        os.replace(staged, path)
+        staged = None
+    except OSError as e:
+        raise SystemFailure(f"cannot be written: {e.strerror or e}", file=path) from None
+    finally:
+        if staged is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(staged)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,564 @@
+"""The pictures of a page, drawn by matplotlib: as SVG that takes the page's colours, or all on one PNG.
+
+matplotlib is the optional extra `report`; without it everything here raises a UsageError that says so. Drawing is
+deterministic: no dates, no random ids, nobody's matplotlibrc. Names come from strangers: they are drawn as plain text,
+never as TeX-like formulas, cut to what fits.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from tierewrite.errors import UsageError, shown
+from tierewrite.pages.facts import Divergence, Facts, Scale, SizeRow
+from tierewrite.views import percent, size
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
+
+INK, MUTED, LINE = "#17202e", "#5d6878", "#dde2e9"
+BEFORE, AFTER = "#a9b4c4", "#0f8b8d"
+NEVER, ONE_SIDE = "#d1345b", "#9aa3ad"
+PAPER = "#ffffff"
+VARIABLES = {
+    INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)", BEFORE: "var(--before)", AFTER: "var(--after)",
+    NEVER: "var(--never)", ONE_SIDE: "var(--one-side)", PAPER: "var(--panel)",
+}  # fmt: skip
+"""Colour of the light theme -> the page's variable for it."""
+
+COLOURS = "viridis"
+WIDTH = 10.4  # inches of every picture
+MAX_BARS = 12
+MAX_ROWS = 14
+MAX_HEATMAPS = 6
+MAX_CELLS = 1024  # layers or experts that a heatmap shows
+
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same everywhere
+    "font.size": 9,
+    "text.parse_math": False,
+    "text.color": INK,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.7,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": INK,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "image.interpolation": "none",
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "legend.frameon": False,
+}
+
+
+@contextmanager
+def _drawing(salt: str) -> Iterator[None]:
+    """matplotlib with our settings alone; raises the UsageError where it is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UsageError(
+            "pictures are drawn by matplotlib, which is not installed: pip install 'tierewrite[report]' "
+            "(--json needs none)"
+        ) from None
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # glyphs that the font lacks: the browser has them
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE | {"svg.hashsalt": salt})
+        yield
+
+
+def label(name: str, width: int = 34) -> str:
+    """`name` as it is drawn: printable characters only, cut in the middle to `width` characters."""
+    text = "".join(c if c.isprintable() else "?" for c in shown(name))
+    return text if len(text) <= width else f"{text[: width // 2 - 1]}…{text[-(width - width // 2) :]}"
+
+
+def change(before: int, after: int) -> str:
+    """The change from `before` to `after`, with a minus as it is printed: "−42.1%"."""
+    return percent(before, after).replace("-", "−")
+
+
+def times(ratio: float | None) -> str:
+    """A ratio for people: "2.26x", "18.4x", "1,250x"; a dash for none."""
+    if ratio is None:
+        return "–"
+    if ratio >= 1e6 or math.isinf(ratio):
+        return f"{ratio:.1e}×" if math.isfinite(ratio) else "∞×"
+    return f"{ratio:.2f}×" if ratio < 10 else f"{ratio:.1f}×" if ratio < 100 else f"{ratio:,.0f}×"
+
+
+# ------------------------------------------------------------------------------------------------------- SVG
+
+
+def svgs(facts: Facts) -> dict[str, list[str]]:
+    """Inline SVG elements by section: "sizes", "ratios", "heatmaps"; a list is empty where there is nothing to draw.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+    """
+    found: dict[str, list[str]] = {"sizes": [], "ratios": [], "heatmaps": []}
+    with _drawing("tierewrite"):
+        if facts.sizes is not None:
+            rows = bars(facts.sizes.by_part)
+            found["sizes"].append(
+                _svg(lambda fig: _draw_sizes(fig, rows), _sizes_height(rows), "Size before and after, by part")
+            )
+        shown_ = [d for d in facts.divergence if d.ratios][:MAX_ROWS]
+        if shown_:
+            found["ratios"].append(
+                _svg(lambda fig: _draw_ratios(fig, shown_), _ratios_height(shown_), "Histogram of ratios by projection")
+            )
+            for heat in heatmaps(facts):
+                found["heatmaps"].append(_svg(heat.draw, heat.height, f"Heatmap of ratios: {label(heat.title)}"))
+    return found
+
+
+def _svg(draw: Callable[[Figure], None], height: float, title: str) -> str:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), dpi=72)
+    draw(figure)
+    out = io.BytesIO()
+    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return _inline(out.getvalue(), title)
+
+
+_SVG_NS = "{http://www.w3.org/2000/svg}"
+_XLINK = "{http://www.w3.org/1999/xlink}href"
+_DROPPED = {f"{_SVG_NS}metadata"}
+
+
+def _inline(svg: bytes, title: str) -> str:
+    """matplotlib's SVG as an element of an HTML page: no namespaces, no metadata, no ids but those that are used, and
+    the page's colours."""
+    root = ElementTree.fromstring(svg)
+    text = svg.decode()
+    used = set(re.findall(r'url\(#([^)"]+)\)', text)) | set(re.findall(r'xlink:href="#([^"]+)"', text))
+    # Ids are unique in a page: those of two pictures must not meet.
+    prefix = f"{re.sub('[^a-z]+', '-', title.lower())[:40]}-{len(svg)}-"
+    for parent in root.iter():
+        for child in [c for c in parent if c.tag in _DROPPED]:
+            parent.remove(child)
+    for element in root.iter():
+        element.tag = element.tag.replace(_SVG_NS, "")
+        name = element.attrib.pop("id", None)
+        if name in used:
+            element.set("id", f"{prefix}{name}")
+        href = element.attrib.pop(_XLINK, None)
+        if href is not None:
+            element.set("href", f"#{prefix}{href[1:]}" if href.startswith("#") else href)
+        for attribute in ("clip-path", "style", "fill", "stroke"):
+            value = element.get(attribute)
+            if value:
+                value = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}\1)", value)
+                element.set(attribute, re.sub("#[0-9a-f]{6}", lambda m: VARIABLES.get(m[0], m[0]), value))
+        style = element.get("style", "")
+        if "'DejaVu Sans'" in style:
+            element.set("style", style.replace("'DejaVu Sans'", "var(--sans)"))
+    style_sheet = root.find("defs/style")
+    if style_sheet is not None:  # a rule for all elements of the page: ours is in the page's own sheet
+        for parent in root.iter("defs"):
+            if style_sheet in list(parent):
+                parent.remove(style_sheet)
+    for name in ("width", "height", "version"):
+        root.attrib.pop(name, None)
+    root.set("role", "img")
+    root.set("aria-label", title)
+    root.set("class", "chart")
+    return ElementTree.tostring(root, encoding="unicode", short_empty_elements=True)
+
+
+# ----------------------------------------------------------------------------------------------------- sizes
+
+
+def bars(rows: Sequence[SizeRow], most: int = MAX_BARS) -> list[SizeRow]:
+    """The largest rows, the rest of them as one."""
+    if len(rows) <= most:
+        return list(rows)
+    return [*rows[: most - 1], rest_of(rows[most - 1 :])]
+
+
+def rest_of(rows: Sequence[SizeRow]) -> SizeRow:
+    """Many rows as one."""
+    return SizeRow(
+        f"{len(rows)} others",
+        sum(r.before_tensors for r in rows),
+        sum(r.before_bytes for r in rows),
+        sum(r.after_tensors for r in rows),
+        sum(r.after_bytes for r in rows),
+    )
+
+
+def _sizes_height(rows: Sequence[SizeRow]) -> float:
+    return 0.62 + 0.34 * len(rows)
+
+
+def _bar_text(row: SizeRow) -> str:
+    if row.before_bytes == row.after_bytes:
+        return f"{size(row.after_bytes)} (unchanged)"
+    return f"{size(row.before_bytes)} → {size(row.after_bytes)} ({change(row.before_bytes, row.after_bytes)})"
+
+
+def _draw_sizes(figure: Figure | SubFigure, rows: Sequence[SizeRow]) -> None:
+    height = _sizes_height(rows)
+    axes = figure.add_axes((0.245, 0.02, 0.735, 1 - 0.34 / height))
+    largest = max((r.before_bytes for r in rows), default=0) or 1
+    at = range(len(rows))
+    axes.barh([i - 0.19 for i in at], [r.before_bytes for r in rows], height=0.32, color=BEFORE, label="before")
+    axes.barh([i + 0.19 for i in at], [r.after_bytes for r in rows], height=0.32, color=AFTER, label="after")
+    for i, row in enumerate(rows):
+        axes.text(max(row.before_bytes, row.after_bytes) + largest * 0.012, i, _bar_text(row), va="center", color=MUTED)
+    axes.set_yticks(list(at), [label(r.name) for r in rows])
+    axes.set_xlim(0, largest * 1.36)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xticks([])
+    axes.spines["bottom"].set_visible(False)
+    axes.tick_params(length=0)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1 - 0.02), ncols=2, fontsize=8.5, labelcolor=MUTED)
+
+
+# ---------------------------------------------------------------------------------------------------- ratios
+
+
+def _ratios_height(rows: Sequence[Divergence]) -> float:
+    return 0.75 + 0.46 * len(rows)
+
+
+def _top(ratio: float) -> float:
+    """The end of a logarithmic axis that starts at 1."""
+    return min(max(ratio, 1.05), 1e6)
+
+
+def ticks(top: float) -> list[float]:
+    """Few round values from 1 to `top`, for a logarithmic axis."""
+    if top < 1.3:
+        steps = [1, 1.02, 1.05, 1.1, 1.2]
+    elif top < 6:
+        steps = [1, 1.25, 1.5, 2, 3, 4, 5]
+    elif top < 200:
+        steps = [1, 1.5, 2, 3, 5, 10, 20, 50, 100]
+    else:
+        steps = [10.0**i for i in range(7)]
+    return [s for s in steps if s <= top * 1.0001]
+
+
+def _tick_text(value: float) -> str:
+    return f"{value:g}×" if value < 1e4 else f"{value:.0e}×"
+
+
+def _draw_ratios(figure: Figure | SubFigure, rows: Sequence[Divergence]) -> None:
+    import numpy as np
+
+    height = _ratios_height(rows)
+    axes = figure.add_axes((0.245, 0.44 / height, 0.56, 1 - 0.72 / height))
+    top = _top(max(d.max or 1 for d in rows))
+    edges = np.linspace(0, math.log(top) or 1, 61)
+    for i, row in enumerate(rows):
+        values = np.log(np.clip(np.array(row.ratios), 1, top))
+        counts, _ = np.histogram(values, edges)
+        heights = 0.78 * counts / counts.max()
+        axes.stairs(i + 0.39 - heights, edges, baseline=i + 0.39, fill=True, color=AFTER, alpha=0.85, linewidth=0)
+        axes.plot([0, edges[-1]], [i + 0.4, i + 0.4], color=LINE, linewidth=0.8, zorder=0)
+        median, p90 = row.median or 1, row.p90 or 1
+        axes.plot([math.log(min(median, top))] * 2, [i - 0.4, i + 0.4], color=INK, linewidth=1.4)
+        axes.plot([math.log(min(p90, top))] * 2, [i - 0.1, i + 0.4], color=INK, linewidth=0.9, linestyle=(0, (2, 1.5)))
+        axes.plot([math.log(_top(row.max or 1))], [i + 0.4], marker="v", color=NEVER, markersize=5, clip_on=False)
+        for x, text, colour in zip(
+            (1.12, 1.22, 1.32), (times(median), times(p90), times(row.max)), (INK, MUTED, NEVER), strict=True
+        ):
+            axes.text(x, i + 0.1, text, transform=axes.get_yaxis_transform(), ha="right", va="center", color=colour)
+    for x, text in zip((1.12, 1.22, 1.32), ("median |", "p90 ¦", "max ▾"), strict=True):
+        axes.text(x, -0.72, text, transform=axes.get_yaxis_transform(), ha="right", va="center", color=MUTED)
+    axes.set_yticks([i + 0.1 for i in range(len(rows))], [f"{label(d.projection)}" for d in rows])
+    axes.set_ylim(len(rows) - 0.45, -0.55)
+    axes.set_xlim(0, edges[-1])
+    marks = ticks(top)
+    axes.set_xticks([math.log(t) for t in marks], [_tick_text(t) for t in marks])
+    axes.grid(axis="x")
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(length=0)
+    axes.set_xlabel("largest side / smallest side of a scale (logarithmic); the height of a bar is a share of its row")
+
+
+# -------------------------------------------------------------------------------------------------- heatmaps
+
+
+class Heatmap:
+    """One grid of ratios: rows of layers (or projections) by columns of experts (or layers).
+
+    A cell that several scales fall into shows the largest of them. Cells without a scale are empty.
+    """
+
+    def __init__(
+        self, title: str, rows: Sequence[str], columns: Sequence[str], axes: tuple[str, str], top: float, note: str
+    ) -> None:
+        self.title, self.rows, self.columns, self.axes, self.top, self.note = title, rows, columns, axes, top, note
+        self.cells: dict[tuple[int, int], Scale] = {}
+
+    def put(self, row: int, column: int, scale: Scale) -> None:
+        """Enters a scale; a ratio outdoes a missing one, and "one side only" outdoes "never calibrated"."""
+        other = self.cells.get((row, column))
+        if other is None or _weight(scale) > _weight(other):
+            self.cells[row, column] = scale
+
+    @property
+    def height(self) -> float:
+        """Inches."""
+        return 0.98 + self._cell * len(self.rows)
+
+    @property
+    def _cell(self) -> float:
+        named = self.axes[0] == "projection"
+        return 0.24 if named else min(0.24, max(0.085, 3.2 / len(self.rows)))
+
+    def draw(self, figure: Figure | SubFigure) -> None:
+        import numpy as np
+        from matplotlib import colormaps
+
+        colours = colormaps[COLOURS]
+        grid = np.zeros((len(self.rows), len(self.columns), 4), np.uint8)
+        scale_by = math.log(self.top)
+        for (row, column), scale in self.cells.items():
+            if scale.ratio is not None:
+                share = min(math.log(scale.ratio) / scale_by, 1.0) if math.isfinite(scale.ratio) else 1.0
+                grid[row, column] = colours(share, bytes=True)
+            else:
+                grid[row, column] = _rgba(ONE_SIDE if scale.calibrated else NEVER)
+        height = self.height
+        left = 0.245 if self.axes[0] == "projection" else 0.062
+        room = 0.975 - left
+        # Few columns make no wider cells than three times their height.
+        width = min(room, 3 * self._cell * len(self.columns) / WIDTH)
+        axes = figure.add_axes((left, 0.45 / height, width, 1 - 0.93 / height))
+        axes.imshow(grid, aspect="auto", interpolation="none")
+        self._ticks(axes)
+        top = 1 - 0.2 / height
+        figure.text(0.004, top, label(self.title, 60), ha="left", va="center", fontsize=10.5, weight="bold")
+        figure.text(0.975, top, self.note, ha="right", va="center", color=MUTED, fontsize=8.5)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        axes.tick_params(length=0)
+        axes.set_xlabel(self.axes[1], loc="left")
+        if self.axes[0] != "projection":
+            axes.set_ylabel(self.axes[0])
+
+    def _ticks(self, axes: Axes) -> None:
+        every = max(1, -(-len(self.columns) // 33))
+        step = next(s for s in (1, 2, 4, 8, 16, 32, 64, 128) if s >= every)
+        axes.set_xticks(range(0, len(self.columns), step), self.columns[::step])
+        tall = max(1, math.ceil(0.15 / self._cell))
+        axes.set_yticks(range(0, len(self.rows), tall), self.rows[::tall])
+
+
+def _weight(scale: Scale) -> float:
+    return scale.ratio if scale.ratio is not None else float(scale.calibrated) - 1
+
+
+def _rgba(colour: str) -> tuple[int, int, int, int]:
+    return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16), 255
+
+
+def scale_top(facts: Facts) -> float:
+    """Where the colours of all heatmaps end, so that they can be compared."""
+    return _top(facts.overall.max or 1)
+
+
+def heatmaps(facts: Facts) -> list[Heatmap]:
+    """Layer by expert for each projection that has experts, furthest apart first; the others together, by layer."""
+    top = scale_top(facts)
+    found: list[Heatmap] = []
+    dense: list[Divergence] = []
+    for row in facts.divergence:
+        if not any(s.expert is not None and s.layer is not None for s in row.scales):
+            if any(s.layer is not None for s in row.scales):
+                dense.append(row)
+            continue
+        placed = [s for s in row.scales if s.layer is not None and s.expert is not None]
+        layers = sorted({s.layer for s in placed if s.layer is not None})[:MAX_CELLS]
+        experts = sorted({s.expert for s in placed if s.expert is not None})[:MAX_CELLS]
+        heat = Heatmap(row.projection, _texts(layers), _texts(experts), ("layer", "expert"), top, _note(row))
+        _fill(heat, placed, layers, experts)
+        found.append(heat)
+    found = found[:MAX_HEATMAPS]
+    if dense:
+        dense = dense[: 2 * MAX_ROWS]
+        layers = sorted({s.layer for d in dense for s in d.scales if s.layer is not None})[:MAX_CELLS]
+        title = "Projections without experts" if found else "All projections"
+        names = [label(d.projection) for d in dense]
+        heat = Heatmap(title, names, _texts(layers), ("projection", "layer"), top, "")
+        column = {layer: i for i, layer in enumerate(layers)}
+        for i, row in enumerate(dense):
+            for scale in row.scales:
+                if scale.layer in column:
+                    heat.put(i, column[scale.layer], scale)
+        found.append(heat)
+    return found
+
+
+def _fill(heat: Heatmap, scales: Sequence[Scale], layers: Sequence[int], experts: Sequence[int]) -> None:
+    row = {layer: i for i, layer in enumerate(layers)}
+    column = {expert: i for i, expert in enumerate(experts)}
+    for scale in scales:
+        if scale.layer in row and scale.expert in column:
+            heat.put(row[scale.layer], column[scale.expert], scale)
+
+
+def _texts(numbers: Sequence[int]) -> list[str]:
+    return [str(n) for n in numbers]
+
+
+def _note(row: Divergence) -> str:
+    parts = [f"{len(row.scales):,} scales", f"median {times(row.median)}", f"max {times(row.max)}"]
+    if row.one_sided:
+        parts.append(f"{row.one_sided:,} one-sided")
+    if row.never:
+        parts.append(f"{row.never:,} never calibrated")
+    return "  ·  ".join(parts)
+
+
+def gradient(stops: int = 9) -> list[str]:
+    """The heatmaps' colours from 1x to the largest ratio, for a legend."""
+    with _drawing("tierewrite"):
+        from matplotlib import colormaps
+        from matplotlib.colors import to_hex
+
+        return [to_hex(colormaps[COLOURS](i / (stops - 1))) for i in range(stops)]
+
+
+# ------------------------------------------------------------------------------------------------------- PNG
+
+
+def png(facts: Facts, dpi: int = 144) -> bytes:
+    """Everything on one picture, light theme: headline, key figures, and the pictures of the page.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+    """
+    with _drawing("tierewrite"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        parts: list[tuple[str, float, Callable[[Any], None]]] = []
+        if facts.sizes is not None:
+            rows = bars(facts.sizes.by_part)
+            parts.append(("Size by part of the model", _sizes_height(rows), lambda f: _draw_sizes(f, rows)))
+        shown_ = [d for d in facts.divergence if d.ratios][:MAX_ROWS]
+        if shown_:
+            parts.append(
+                ("How far apart the sides' activation scales were", _ratios_height(shown_),
+                 lambda f: _draw_ratios(f, shown_))
+            )  # fmt: skip
+            for number, heat in enumerate(heatmaps(facts)):
+                parts.append(("" if number else "Where they were apart", heat.height, heat.draw))
+            parts.append(("", 0.6, lambda f: _draw_legend(f, scale_top(facts))))
+        head, gap, heading = 2.3, 0.28, 0.42
+        total = head + sum(h + gap + (heading if title else 0) for title, h, _ in parts) + 0.1
+        figure = Figure(figsize=(WIDTH + 0.9, total), dpi=dpi, facecolor=PAPER)
+        FigureCanvasAgg(figure)
+        _draw_head(figure, facts, total)
+        y = total - head
+        for title, height, draw in parts:
+            if title:
+                figure.text(0.45 / (WIDTH + 0.9), (y - 0.2) / total, title, fontsize=13, weight="bold", va="center")
+                y -= heading
+            left, right = 0.45 / (WIDTH + 0.9), 1 - 0.45 / (WIDTH + 0.9)
+            draw(_Panel(figure, left, (y - height) / total, right - left, height / total))
+            y -= height + gap
+        out = io.BytesIO()
+        figure.savefig(out, format="png", facecolor=PAPER, metadata={"Software": None})
+        return out.getvalue()
+
+
+class _Panel:
+    """A rectangle of a figure that is drawn on as if it were one."""
+
+    def __init__(self, figure: Figure, left: float, bottom: float, width: float, height: float) -> None:
+        self.figure, self.box = figure, (left, bottom, width, height)
+
+    def add_axes(self, rect: tuple[float, float, float, float]) -> Axes:
+        left, bottom, width, height = self.box
+        x, y, w, h = rect
+        return self.figure.add_axes((left + x * width, bottom + y * height, w * width, h * height))
+
+    def text(self, x: float, y: float, text: str, **style: Any) -> None:
+        left, bottom, width, height = self.box
+        self.figure.text(left + x * width, bottom + y * height, text, **style)
+
+
+def key_figures(facts: Facts) -> list[tuple[str, str, str]]:
+    """What stands at the top: (name, figure, remark)."""
+    overall = facts.overall
+    found = []
+    if facts.sizes is not None:
+        total = facts.sizes.total
+        less = change(total.before_bytes, total.after_bytes)
+        found.append(("Size", size(total.after_bytes), f"{less}, from {size(total.before_bytes)}"))
+        found.append(("Tensors", f"{total.after_tensors:,}", f"from {total.before_tensors:,}"))
+        found.append(("Shards", str(facts.sizes.shards), f"from {facts.source_shards}"))
+    groups = sum(facts.count(s) for s in ("rewritten", "canonical", "kept"))
+    kept = facts.count("kept")
+    left = f"{kept:,} kept on every side" if kept else "all confirmed"
+    found.append(("Tied parameters", f"{groups:,}", left))
+    if facts.scales:
+        one = f"{overall.one_sided:,} had one side only" if overall.one_sided else "of the activations"
+        found.append(("Scales merged", f"{len(facts.scales):,}", one))
+        found.append(("Sides apart by", times(overall.median), f"in the median, {times(overall.max)} at most"))
+        never = "on any side" if overall.never else "every scale has a value"
+        found.append(("Never calibrated", f"{overall.never:,}", never))
+    return found
+
+
+def _draw_head(figure: Figure, facts: Facts, total: float) -> None:
+    wide = WIDTH + 0.9
+    x = 0.45 / wide
+    figure.text(x, 1 - 0.42 / total, "tierewrite report", color=AFTER, fontsize=10, weight="bold", va="center")
+    figure.text(x, 1 - 0.78 / total, label(facts.name, 60), fontsize=20, weight="bold", va="center")
+    figures = key_figures(facts)
+    step = (1 - 2 * x) / max(len(figures), 1)
+    for i, (name, value, remark) in enumerate(figures):
+        at = x + i * step
+        figure.text(at, 1 - 1.28 / total, name, color=MUTED, fontsize=8.5)
+        figure.text(at, 1 - 1.58 / total, value, fontsize=15, weight="bold")
+        figure.text(at, 1 - 1.82 / total, remark, color=MUTED, fontsize=7)
+
+
+def _draw_legend(panel: _Panel, top: float) -> None:
+    import numpy as np
+
+    axes = panel.add_axes((0.062, 0.45, 0.3, 0.28))
+    axes.imshow(np.linspace(0, 1, 256)[None, :], aspect="auto", cmap=COLOURS, extent=(0, math.log(top), 0, 1))
+    marks = ticks(top)
+    axes.set_xticks([math.log(t) for t in marks], [_tick_text(t) for t in marks])
+    axes.set_yticks([])
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    for x, colour, text in ((0.42, ONE_SIDE, "one side only"), (0.57, NEVER, "never calibrated on any side")):
+        swatch = panel.add_axes((x, 0.45, 0.016, 0.28))
+        swatch.set_facecolor(colour)
+        swatch.set_xticks([])
+        swatch.set_yticks([])
+        for spine in swatch.spines.values():
+            spine.set_visible(False)
+        panel.text(x + 0.024, 0.59, text, color=MUTED, fontsize=8.5, va="center")
