@@ -1,0 +1,200 @@
+"""Everything around the tensors: index, metadata, shard names and sizes, other files, and the manifest's form."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tierewrite.checkpoint import INDEX_NAME, MANIFEST_NAME, Checkpoint, SideFile
+from tierewrite.errors import SystemFailure, TierewriteError, shown
+from tierewrite.proof import Problem
+from tierewrite.proof.reading import hash_file, threads
+
+_MANIFEST_SCHEMA = "tierewrite/manifest/1"
+_MAX_MANIFEST_BYTES = 512 * 1024**2
+
+
+_SHARD_NAME = re.compile(r"model-([0-9]{5,})-of-([0-9]{5,})\.safetensors\Z")
+
+
+def check_layout(source: Checkpoint, target: Checkpoint, manifest: Mapping[str, Any] | None) -> list[Problem]:
+    """Index, metadata, names and sizes of DST's shards. (To open it, index and shards had to agree.)"""
+    problems: list[Problem] = []
+    metadata = target.index_metadata
+    if metadata is None:
+        # A lone file says all that an index would; a rewrite writes one all the same.
+        if manifest is not None or len(target.shards) > 1:
+            problems.append(Problem("index", INDEX_NAME, "missing"))
+    else:
+        total = target.total_bytes
+        if type(metadata.get("total_size")) is not int or metadata["total_size"] != total:
+            said = shown(metadata.get("total_size"))
+            problems.append(Problem("total-size", INDEX_NAME, f"says {said}; the tensors have {total} bytes"))
+        carried = {key: value for key, value in (source.index_metadata or {}).items() if key != "total_size"}
+        if _frozen({key: value for key, value in metadata.items() if key != "total_size"}) != _frozen(carried):
+            problems.append(Problem("metadata", INDEX_NAME, "metadata is not that of SRC's index"))
+    union: dict[str, str] = {}
+    for shard in source.shards:
+        for key, value in shard.metadata.items():
+            union.setdefault(key, value)
+    fullest = [0] * len(source.shards)
+    for entry in source.tensors.values():
+        fullest[entry.shard] += entry.nbytes
+    sizes = [0] * len(target.shards)
+    counts = [0] * len(target.shards)
+    for entry in target.tensors.values():
+        sizes[entry.shard] += entry.nbytes
+        counts[entry.shard] += 1
+    limit = None if manifest is None else manifest["options"].get("max_shard_size") or max(fullest)
+    for number, shard in enumerate(target.shards, 1):
+        if dict(shard.metadata) != union:
+            problems.append(Problem("metadata", shard.name, f"__metadata__ is {shown(dict(shard.metadata))}"))
+        match = _SHARD_NAME.match(shard.name)
+        if len(target.shards) == 1:
+            right = shard.name == "model.safetensors"
+        else:
+            right = match is not None and [int(text) for text in match.groups()] == [number, len(target.shards)]
+        if not right:
+            problems.append(Problem("shard-name", shard.name, f"is shard {number} of {len(target.shards)}"))
+        if limit is not None and sizes[number - 1] > limit and counts[number - 1] > 1:
+            problems.append(Problem("shard-size", shard.name, f"holds {sizes[number - 1]} bytes; at most {limit} fit"))
+        if shard.path != target.root / shard.name:
+            problems.append(Problem("shard-name", shard.name, "is a link; expected the file itself"))
+    return problems
+
+
+def _frozen(value: Any) -> str:
+    """JSON in one spelling: 1, 1.0 and true differ."""
+    return json.dumps(value, sort_keys=True)
+
+
+# Lists of modules that are not quantized, in config.json's quantization_config and in hf_quant_config.json
+_IGNORE_LISTS = {
+    *("ignore", "exclude_modules", "exclude", "modules_to_not_convert", "ignored_layers", "llm_int8_skip_modules"),
+}
+
+
+def _without_ignore_lists(value: Any, depth: int = 0) -> Any:
+    """A config without its lists of unquantized modules."""
+    if isinstance(value, dict) and depth < 4:
+        return {
+            key: _without_ignore_lists(child, depth + 1)
+            for key, child in value.items()
+            if not (key in _IGNORE_LISTS and isinstance(child, list))
+        }
+    return value
+
+
+def check_side_files(
+    source: Checkpoint, target: Checkpoint, advance: Callable[[int], None] | None, fix_ignore: bool
+) -> list[Problem]:
+    """Every other file and folder of SRC arrives unchanged, and nothing beside them."""
+    problems: list[Problem] = []
+    expected = {side.name: side for side in source.side_files}
+    found = {side.name: side for side in target.side_files}
+    for name in sorted(expected.keys() - found.keys()):
+        problems.append(Problem("side-file", name, "missing in DST"))
+    for name in sorted(found.keys() - expected.keys()):
+        problems.append(Problem("side-file", name, "is not in SRC"))
+    for name in sorted(set(source.directories) ^ set(target.directories)):
+        where = "DST" if name in source.directories else "SRC"
+        problems.append(Problem("side-file", name, f"this folder is missing in {where}"))
+    pairs = [(expected[name], found[name]) for name in sorted(expected.keys() & found.keys())]
+
+    def compare(pair: tuple[SideFile, SideFile]) -> Problem | None:
+        mine, other = pair
+        if other.path != target.root / other.name:
+            return Problem("side-file", other.name, "is a link in DST; expected a file")
+        if fix_ignore and mine.name in ("config.json", "hf_quant_config.json"):
+            name = "config" if mine.name == "config.json" else "quant_config"
+            one, two = (_frozen(_without_ignore_lists(getattr(side, name))) for side in (source, target))
+            return None if one == two else Problem("side-file", other.name, "differs in more than its ignore lists")
+        if mine.size != other.size:
+            return Problem("side-file", other.name, f"has {other.size} bytes; expected {mine.size}")
+        digest = hash_file(mine, advance)
+        try:
+            same = digest == hash_file(other, advance)
+        except SystemFailure as e:
+            return Problem("unreadable", other.name, str(e))
+        return None if same else Problem("side-file", other.name, "does not hold the bytes of SRC's")
+
+    with ThreadPoolExecutor(max_workers=threads()) as pool:
+        problems += [problem for problem in pool.map(compare, pairs) if problem is not None]
+    return problems
+
+
+def read_manifest(path: Path, problems: list[Problem]) -> dict[str, Any] | None:
+    """DST's manifest, if it has one of the right form; else None, with a problem where there is a broken one."""
+    if not os.path.lexists(path):
+        return None
+    try:
+        info = os.lstat(path)
+        if not stat.S_ISREG(info.st_mode) or info.st_size > _MAX_MANIFEST_BYTES:
+            raise ValueError("is no regular file, or huge")
+        manifest = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_unique)
+        why = _form_problem(manifest)
+    except (OSError, ValueError, RecursionError, TierewriteError) as e:
+        why = f"cannot be read: {e}"
+    if why is None:
+        assert isinstance(manifest, dict)
+        return manifest
+    problems.append(Problem("manifest", MANIFEST_NAME, why))
+    return None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key comes twice")
+    return found
+
+
+def _form_problem(manifest: Any) -> str | None:
+    """Why a manifest is not of the schema; None if it is."""
+
+    def has(value: Any, **types: Any) -> bool:
+        return isinstance(value, dict) and all(
+            name in value and isinstance(value[name], kind) for name, kind in types.items()
+        )
+
+    if not has(manifest, schema=str, tool=dict, source=dict, options=dict, ties=dict, groups=list):
+        return "lacks schema, tool, source, options, ties or groups"
+    if manifest["schema"] != _MANIFEST_SCHEMA:
+        return f"schema is {shown(manifest['schema'])}; expected {_MANIFEST_SCHEMA}"
+    if not has(manifest["tool"], name=str, version=str) or manifest["tool"]["name"] != "tierewrite":
+        return "tool is not tierewrite with its version"
+    if not has(manifest["source"], shards=list):
+        return "source lists no shards"
+    ties = manifest["ties"]
+    if not has(ties, source=str, detail=str, map=dict) or {type(name) for name in ties["map"].values()} - {str}:
+        return "ties is not source, detail and a map of names"
+    if ties["source"] not in ("ties-file", "config", "class", "none"):
+        return f"ties come from {shown(ties['source'])}, which is no source"
+    options = manifest["options"]
+    if options.get("on_mismatch") not in ("error", "keep", "repack") or options.get("kv_scales") not in (
+        "keep",
+        "merge",
+    ):
+        return "options lack on_mismatch or kv_scales, or hold unknown values"
+    limit = options.get("max_shard_size", False)
+    if limit is not None and (type(limit) is not int or limit <= 0):
+        return "options lack max_shard_size, or it is no size"
+    for group in manifest["groups"]:
+        if not has(group, id=str, canonical=str, aliases=list, status=str, reason=(str, type(None)), tensors=dict):
+            return "a group lacks id, canonical, aliases, status, reason or tensors"
+        if group["status"] not in ("rewritten", "kept", "unconfirmed", "canonical"):
+            return f"'{shown(group['id'])}' has the unknown status {shown(group['status'])}"
+        if (group["reason"] is not None) != (group["status"] in ("kept", "unconfirmed")):
+            return f"'{shown(group['id'])}' is {group['status']}, with the reason {shown(group['reason'])}"
+        for name, entry in group["tensors"].items():
+            if not has(entry, action=str, merged=bool, blake3=str) or not isinstance(entry.get("from"), list):
+                return f"'{shown(name)}' lacks from, action, merged or blake3"
+            if not entry["from"] or not all(isinstance(key, str) for key in entry["from"]):
+                return f"'{shown(name)}' is from nothing"
+    return None

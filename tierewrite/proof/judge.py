@@ -1,0 +1,229 @@
+"""Which declared ties the bytes of SRC confirm, and what their tensors must then have become.
+
+A tie is one parameter with everything that it became on disk; it is confirmed whole or not at all. Not confirmed are
+sides that are stored differently or hold other bytes, companions that no format knows, and names that are taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from tierewrite import formats
+from tierewrite.checkpoint import Checkpoint
+from tierewrite.formats import Adjacency, Companion, Role
+from tierewrite.names import DiskTies, TieGroup
+from tierewrite.proof.values import BLOBS, why_no_value
+
+
+@dataclass(frozen=True, slots=True)
+class Stand:
+    """A tensor of DST and the tensors of SRC that it stands for, the one whose place it has first.
+
+    `merge` is the companion whose rule made one value of several; None where the bytes are those of the first.
+    """
+
+    target: str
+    sources: tuple[str, ...]
+    merge: Companion | None = None
+    group: str | None = None
+
+    @property
+    def action(self) -> str:
+        """As manifests call it."""
+        if self.target != self.sources[0]:
+            return "rename"
+        return "keep" if self.merge is None else "merge"
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is different from leaving the tensor alone."""
+        return self.sources != (self.target,)
+
+
+@dataclass
+class Group:
+    """A declared tie, judged by the bytes of SRC."""
+
+    tie: TieGroup
+    stands: dict[str, Stand] = field(default_factory=dict)
+    members: list[str] = field(default_factory=list)
+    reason: str | None = None  # why it is not confirmed
+
+    @property
+    def dropped(self) -> set[str]:
+        """Names that must be gone from DST."""
+        return {key for stand in self.stands.values() for key in stand.sources if key not in self.stands}
+
+
+class _NotOne(Exception):
+    """Why the sides of a declared tie are not one tensor."""
+
+
+_Parts = dict[str, tuple[str, Companion]]  # suffix with the parameter's own word as "*" -> key, companion
+
+
+class Judge:
+    """Judges every declared tie by the bytes of SRC."""
+
+    def __init__(self, source: Checkpoint, disk: DiskTies, digests: Mapping[str, bytes]) -> None:
+        self.repack = False
+        self.entries, self.digests, self.disk = source.tensors, digests, disk
+        self.families = formats.detect(source.config, source.quant_config, self.entries.keys())
+        self.adjacency = Adjacency(self.entries.keys(), source.config, source.quant_config)
+        self.tied = {name: slot[0] for group in disk.groups for slot in group.slots for name in slot}
+        self.claimed: dict[str, str] = {}
+        # Keys by tied module: each key is listed under every ancestor that holds a tied parameter.
+        self.below: dict[str, list[str]] = {name.rpartition(".")[0]: [] for name in self.tied}
+        for key in self.entries:
+            parent = key.rpartition(".")[0]
+            while True:
+                if parent in self.below:
+                    self.below[parent].append(key)
+                if not parent:
+                    break
+                parent = parent.rpartition(".")[0]
+
+    def groups(self, repacked: Callable[[Group], bool]) -> list[Group]:
+        """Every tie with what it must have become.
+
+        Args:
+            repacked: asked of a group that its bytes refute: may DST hold one NVFP4 blob for its sides all the same?
+        """
+        found = []
+        for tie in self.disk.groups:
+            group = self._attempt(tie)
+            if group.reason is not None and repacked(group):
+                self.repack = True
+                again = self._attempt(tie)
+                self.repack = False
+                if again.reason is None:
+                    group = again
+            if group.reason is None:
+                for stand in group.stands.values():
+                    self.claimed.update(dict.fromkeys((*stand.sources, stand.target), tie.id))
+            found.append(group)
+        return found
+
+    def _attempt(self, tie: TieGroup) -> Group:
+        group = Group(tie)
+        try:
+            self._judge(group)
+        except _NotOne as e:
+            group = Group(tie, reason=str(e))
+            group.members = [key for slot in tie.slots for name in slot for key in self._keys(name)]
+        return group
+
+    def _keys(self, name: str) -> list[str]:
+        """Keys that the tied parameter `name` may have become."""
+        parent, _, leaf = name.rpartition(".")
+        skip = len(parent) + 1 if parent else 0
+        if not parent and leaf == "weight":
+            return [key for key in self.below[""] if key.startswith("weight") and self._free(key, name)]
+        return [key for key in self.below[parent] if formats.concerns(leaf, key[skip:]) and self._free(key, name)]
+
+    def _free(self, key: str, name: str) -> bool:
+        return key == name or (key not in self.tied and key not in self.disk.owned)
+
+    def _parts(self, name: str) -> _Parts:
+        parent, _, leaf = name.rpartition(".")
+        skip = len(parent) + 1 if parent else 0
+        parts: _Parts = {}
+        for key in self._keys(name):
+            suffix = key[skip:]
+            companion = formats.classify(leaf, suffix, self.families) or formats.classify(leaf, suffix)
+            if companion is None:
+                raise _NotOne(f"no known format has '{key}' beside the tied '{name}'")
+            if companion.role not in (Role.PER_SIDE, Role.KV):
+                parts["*" + suffix[len(leaf) :] if suffix.startswith(leaf) else suffix] = key, companion
+        return parts
+
+    def _judge(self, group: Group) -> None:
+        if group.tie.problem is not None:
+            raise _NotOne(group.tie.problem)
+        for slot in group.tie.slots:
+            self._judge_slot(group, slot)
+        for stand in group.stands.values():
+            for key in stand.sources:
+                if key in self.claimed:
+                    raise _NotOne(f"'{key}' already belongs to the tie of '{self.claimed[key]}'")
+            if stand.target not in stand.sources and (
+                stand.target in self.claimed or (stand.target in self.entries and stand.target not in group.members)
+            ):
+                raise _NotOne(f"the name '{stand.target}' belongs to another tensor")
+
+    def _judge_slot(self, group: Group, slot: tuple[str, ...]) -> None:
+        canonical = slot[0]
+        sides: list[tuple[str, _Parts, _Parts]] = []  # name, what is of the weight, what is of activations
+        for name in slot:
+            parts = self._parts(name)
+            exact = {part: found for part, found in parts.items() if found[1].role is not Role.ACTIVATION}
+            if exact:
+                sides.append((name, exact, {part: f for part, f in parts.items() if part not in exact}))
+                group.members += [key for key, _ in parts.values()]
+        if not sides:
+            return
+        first, exact, _ = sides[0]
+        for name, other, _ in sides[1:]:
+            lone = exact.keys() ^ other.keys()
+            if lone:
+                raise _NotOne(f"'{first}' and '{name}' are stored differently: {', '.join(sorted(lone))}")
+            blob = _blob_parts(exact) if self.repack else ()
+            for part, (key, _) in other.items():
+                self._same(exact[part][0], key, header_only=part in blob)
+            self._same_neighbours(first, name)
+        for part in exact:
+            self._stand(group, canonical, part, tuple(other[part][0] for _, other, _ in sides), None)
+        for part in dict.fromkeys(part for _, _, more in sides for part in more):
+            found = [more[part] for _, _, more in sides if part in more]
+            keys = tuple(key for key, _ in found)
+            self._stand(group, canonical, part, keys, found[0][1])
+            reason = why_no_value([self.entries[key] for key in keys])
+            if reason is not None and len(keys) > 1:
+                raise _NotOne(f"{', '.join(keys)}: {reason}")
+
+    def _same(self, one: str, other: str, header_only: bool = False) -> None:
+        a, b = self.entries[one], self.entries[other]
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            raise _NotOne(f"'{one}' is {a.dtype} {list(a.shape)}, '{other}' is {b.dtype} {list(b.shape)}")
+        if not header_only and self.digests[one] != self.digests[other]:
+            raise _NotOne(f"'{one}' and '{other}' hold different bytes")
+
+    def _same_neighbours(self, one: str, other: str) -> None:
+        """In a smoothed checkpoint, what the scale was folded into must be one as well."""
+        if not self.adjacency.smoothed:
+            return
+        mine = {self._untied(key): key for key in self.adjacency.of(one.rpartition(".")[0])}
+        for key in self.adjacency.of(other.rpartition(".")[0]):
+            twin = mine.get(self._untied(key))
+            if twin is not None and twin != key:
+                self._same(twin, key)
+
+    def _untied(self, key: str) -> str:
+        """The canonical name of a parameter or of its companion, as the ties pair them; other names as they are."""
+        if key in self.tied:
+            return self.tied[key]
+        parent, _, suffix = key.rpartition(".")
+        canonical = self.tied.get(f"{parent}.weight")
+        return key if canonical is None else f"{canonical.rpartition('.')[0]}.{suffix}"
+
+    @staticmethod
+    def _stand(group: Group, canonical: str, part: str, keys: tuple[str, ...], merge: Companion | None) -> None:
+        target = _target(canonical, part)
+        group.stands[target] = Stand(target, keys, None if keys == (target,) else merge, group.tie.id)
+
+
+def _target(canonical: str, part: str) -> str:
+    """The canonical key of a part."""
+    parent, _, leaf = canonical.rpartition(".")
+    suffix = leaf + part[1:] if part.startswith("*") else part
+    return f"{parent}.{suffix}" if parent else suffix
+
+
+def _blob_parts(parts: _Parts) -> tuple[str, ...]:
+    """The parts of an NVFP4 blob among a side's parts, or ()."""
+    for blob in BLOBS:
+        names = tuple("*" + name.removeprefix("weight") for name in blob)
+        if all(name in parts for name in names):
+            return names
+    return ()
