@@ -21,6 +21,8 @@ _WHERE = {
     "plan": "rewriting",
     "inspect": "inspection",
     "verify": "verification",
+    "report_page": "pages",
+    "Page": "pages",
     "dedupe_state_dict": "state_dict",
     "Progress": "output",
     "Report": "report",
@@ -47,6 +49,7 @@ __all__ = [
     "HeaderError",
     "Inspection",
     "Interrupted",
+    "Page",
     "Progress",
     "Refused",
     "Report",
@@ -65,6 +68,7 @@ __all__ = [
     "dedupe_state_dict",
     "inspect",
     "plan",
+    "report_page",
     "rewrite",
     "verify",
 ]
@@ -86,6 +90,7 @@ if TYPE_CHECKING:
     )
     from tierewrite.inspection import Inspection, inspect
     from tierewrite.output import Progress
+    from tierewrite.pages import Page, report_page
     from tierewrite.planning import RewritePlan
     from tierewrite.report import Report
     from tierewrite.rewriting import plan, rewrite

@@ -243,6 +243,58 @@ def inspect(src: Path, as_json: bool, no_ties: bool, **options: Any) -> None:
         show_inspection(_console(), result)
 
 
+@cli.command("report")
+@click.argument("target", type=_FOLDER, metavar="DST|MANIFEST")
+@click.option("--html", type=_FOLDER, metavar="FILE", help="Write one self-contained HTML page.")
+@click.option("--png", type=_FOLDER, metavar="FILE", help="Write its figures and pictures as one PNG.")
+@click.option(
+    "--for",
+    "consumer",
+    type=click.Choice(["vllm", "transformers"]),
+    help="Add what `check` finds in DST for this consumer.",
+)
+@click.option("--backbone", type=_FOLDER, metavar="FILE", help="For that check; see check --help.")
+@click.option(
+    "--worst",
+    type=click.IntRange(0, 100_000),
+    default=20,
+    show_default=True,
+    help="How many of the scales that were furthest apart to list.",
+)
+@_json_option
+def report_command(
+    target: Path,
+    html: Path | None,
+    png: Path | None,
+    consumer: str | None,
+    backbone: Path | None,
+    worst: int,
+    as_json: bool,
+) -> None:
+    """Show what a rewrite did: sizes, how far apart the activation scales of tied sides were, what was kept and why.
+
+    Reads DST's manifest (tierewrite.json) and headers; a manifest alone will do for everything but the sizes. The page
+    needs no network. Pictures need matplotlib: pip install 'tierewrite[report]'.
+
+    \b
+    Examples:
+      tierewrite report canonical/ --html report.html --for vllm
+      tierewrite report canonical/ --png report.png
+      tierewrite report canonical/ --json | jq '.divergence[] | [.projection, .median, .max]'
+    """
+    page = tierewrite.report_page(target, consumer, backbone=backbone, worst=worst)
+    if html is not None:
+        page.write_html(html)
+    if png is not None:
+        page.write_png(png)
+    if as_json:
+        _print_json(page.to_json())
+    elif html is None and png is None:
+        from tierewrite.pages.terminal import show
+
+        show(_console(), page.facts, worst)
+
+
 def _console(stderr: bool = False) -> Console:
     from rich.console import Console
 
