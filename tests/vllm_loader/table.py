@@ -1,4 +1,4 @@
-"""The README's table: defect, what vLLM does, what check says, what rewrite mends. `python -m tests.vllm_loader.table`"""
+"""The README's table of defects, in Markdown: `python -m tests.vllm_loader.table`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def does(facts: dict[str, Any]) -> str:
         return "fails after loading"
     if outcome == "unfilled":
         after = ", then fails" if facts.get("fails") else ", without a word"
-        return f"uses uninitialised memory{after}"
+        return f"leaves parameters unfilled{after}"
     if facts.get("sampler"):
         return "loads, fails when served"
     if facts.get("ignored"):
