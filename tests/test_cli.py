@@ -271,14 +271,19 @@ def script(*arguments: object, **options: object) -> subprocess.CompletedProcess
     )
 
 
+def python_exits_with_0(code: str) -> None:
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=FIXTURES.parent, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; from tierewrite import cli; cli.run(['--help']); "
         "heavy = {'torch', 'transformers', 'numpy', 'rich', 'huggingface_hub', 'blake3', 'cupy'} & sys.modules.keys(); "
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=FIXTURES.parent, check=False)
-    assert done.returncode == 0, done.stderr
+    python_exits_with_0(code)
 
 
 @pytest.mark.parametrize("command", ["plan", "inspect", "rewrite"])
@@ -293,8 +298,7 @@ def test_known_ties_need_neither_torch_nor_transformers(command: str, naive: Nai
         "heavy = {'torch', 'transformers'} & sys.modules.keys(); "
         "sys.exit(f'imported {heavy}' if heavy else code)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=FIXTURES.parent, check=False)
-    assert done.returncode == 0, done.stderr
+    python_exits_with_0(code)
 
 
 def test_no_ties_never_asks_the_class(naive: Naive) -> None:
@@ -302,8 +306,7 @@ def test_no_ties_never_asks_the_class(naive: Naive) -> None:
         f"import sys; from tierewrite import cli; code = cli.run(['inspect', '--no-ties', {str(naive('dg_nvfp4'))!r}]); "
         "heavy = {'torch', 'transformers'} & sys.modules.keys(); sys.exit(f'imported {heavy}' if heavy else code)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=FIXTURES.parent, check=False)
-    assert done.returncode == 0, done.stderr
+    python_exits_with_0(code)
 
 
 def test_module_and_version() -> None:

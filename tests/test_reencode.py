@@ -182,7 +182,9 @@ def test_repack_and_unify_together_choose_the_largest_of_all(copied: Naive, tmp_
     rescaled(src, f"{ENCODER}.layers.0.mlp.up_proj", 9.0)
     tensors = read_tensors(src)
     largest = max(
-        blob(tensors, f"{side}.layers.0.mlp.{word}")[2] for side in (ENCODER, DECODER) for word in ("up_proj", "gate_proj")
+        blob(tensors, f"{side}.layers.0.mlp.{word}")[2]
+        for side in (ENCODER, DECODER)
+        for word in ("up_proj", "gate_proj")
     )
     tierewrite.rewrite(src, tmp_path / "out", on_mismatch="repack", unify_fused_scales=True, verify=True)
     after = read_tensors(tmp_path / "out")

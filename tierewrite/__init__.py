@@ -24,6 +24,10 @@ _WHERE = {
     "report_page": "pages",
     "Page": "pages",
     "dedupe_state_dict": "state_dict",
+    "prepare_for_vllm": "rewriting",
+    "check": "readiness",
+    "ReadinessReport": "readiness",
+    "NotReady": "errors",
     "Progress": "output",
     "Report": "report",
     "RewritePlan": "planning",
@@ -49,8 +53,10 @@ __all__ = [
     "HeaderError",
     "Inspection",
     "Interrupted",
+    "NotReady",
     "Page",
     "Progress",
+    "ReadinessReport",
     "Refused",
     "Report",
     "RewritePlan",
@@ -65,9 +71,11 @@ __all__ = [
     "Verification",
     "VerificationFailed",
     "__version__",
+    "check",
     "dedupe_state_dict",
     "inspect",
     "plan",
+    "prepare_for_vllm",
     "report_page",
     "rewrite",
     "verify",
@@ -78,6 +86,7 @@ if TYPE_CHECKING:
         ConfigError,
         HeaderError,
         Interrupted,
+        NotReady,
         Refused,
         ShardIndexError,
         SourceChanged,
@@ -92,8 +101,9 @@ if TYPE_CHECKING:
     from tierewrite.output import Progress
     from tierewrite.pages import Page, report_page
     from tierewrite.planning import RewritePlan
+    from tierewrite.readiness import ReadinessReport, check
     from tierewrite.report import Report
-    from tierewrite.rewriting import plan, rewrite
+    from tierewrite.rewriting import plan, prepare_for_vllm, rewrite
     from tierewrite.state_dict import dedupe_state_dict
     from tierewrite.ties import TieMap
     from tierewrite.verification import Verification, verify

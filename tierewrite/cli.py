@@ -77,9 +77,7 @@ _policy_options = _options(
     click.option(
         "--kv-scales",
         type=click.Choice(["keep", "merge"]),
-        default="keep",
-        show_default=True,
-        help="KV-cache scales: keep every side's, or leave one merged canonical value.",
+        help="KV-cache scales: keep every side's (the default), or leave one merged canonical value (with --for vllm).",
     ),
     click.option(
         "--max-shard-size",
@@ -135,6 +133,15 @@ def cli(verbose: int) -> None:
 @click.option("--no-backup", is_flag=True, help="With --in-place: keep no SRC.bak.")
 @click.option("--resume", is_flag=True, help="Go on from the shards that a killed run into DST finished.")
 @click.option("--verify", is_flag=True, help="Prove the output from SRC before it appears (reads both once more).")
+@click.option(
+    "--for",
+    "consumer",
+    type=click.Choice(["vllm", "transformers"]),
+    help="Make the choices that this consumer needs (vllm: --kv-scales merge, --unify-fused-scales, --fix-ignore) and "
+    "check the result before it appears. Exit code 6 if errors are left; DST is written all the same if they are only "
+    "per-side conflicts, which no rewrite can merge.",
+)
+@click.option("--force", is_flag=True, help="With --for: let DST appear whatever errors are left.")
 @click.option("--overwrite", is_flag=True, help="Swap out what DST holds, once the new checkpoint is complete.")
 @click.option("--no-manifest", is_flag=True, help="Do not write tierewrite.json.")
 @_quiet_option
@@ -146,6 +153,7 @@ def rewrite(
     quiet: bool,
     no_manifest: bool,
     no_backup: bool,
+    consumer: str | None,
     **options: Any,
 ) -> None:
     """Write the canonical form of the checkpoint in SRC to DST.
@@ -155,7 +163,14 @@ def rewrite(
       tierewrite rewrite exported/ canonical/
       tierewrite rewrite exported/ canonical/ --on-mismatch keep --json > report.json
       tierewrite rewrite exported/ canonical/ --ties ties.json --max-shard-size 5GB
+      tierewrite rewrite exported/ served/ --for vllm
+      tierewrite rewrite exported/ --in-place --verify
     """
+    options = _given(options)
+    if consumer is not None:
+        from tierewrite.rewriting import FOR_CONSUMER
+
+        options = {**FOR_CONSUMER[consumer], **options, "consumer": consumer}
     from tierewrite.views import Bar
 
     with Bar(_console(stderr=True), shown=not (quiet or as_json)) as bar:
@@ -168,6 +183,8 @@ def rewrite(
         from tierewrite.views import show_report
 
         show_report(_console(), report)
+    if report.readiness is not None and report.readiness.errors:
+        raise click.exceptions.Exit(EXIT_FINDINGS)
 
 
 @cli.command()
@@ -186,7 +203,7 @@ def plan(src: Path, as_json: bool, **options: Any) -> None:
       tierewrite plan exported/
       tierewrite plan exported/ --json | jq '.tensors[] | select(.action == "drop") | .name'
     """
-    result = tierewrite.plan(src, **options)
+    result = tierewrite.plan(src, **_given(options))
     if as_json:
         _print_json(result.to_json())
     else:
@@ -243,6 +260,50 @@ def inspect(src: Path, as_json: bool, no_ties: bool, **options: Any) -> None:
         show_inspection(_console(), result)
 
 
+@cli.command()
+@click.argument("checkpoint", type=_FOLDER)
+@click.option(
+    "--for",
+    "consumer",
+    type=click.Choice(["vllm", "transformers"]),
+    default="vllm",
+    show_default=True,
+    help="Who will load it.",
+)
+@click.option("--strict", is_flag=True, help="Warnings count as errors.")
+@click.option(
+    "--backbone",
+    type=_FOLDER,
+    metavar="FILE",
+    help="JSON that says how vLLM maps checkpoint names to a single backbone, instead of the built-in one.",
+)
+@click.option("--ties", type=_FOLDER, metavar="FILE", help="JSON {alias: canonical}; see rewrite --help.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the model code that CHECKPOINT brings (auto_map).")
+@_json_option
+def check(checkpoint: Path, consumer: str, strict: bool, as_json: bool, **options: Any) -> None:
+    """Find what a consumer would load wrong, before it does. Reads headers, configs and scales only.
+
+    vLLM loads incomplete and contradictory checkpoints without a word. Each finding has an id, a severity, the tensors
+    or config entries concerned, what the consumer will do, and the mend if there is one. Exit code 6 if any is an
+    error (with --strict, or a warning).
+
+    
+    Examples:
+      tierewrite check canonical/ --for vllm
+      tierewrite check canonical/ --for transformers --strict --json
+    """
+    result = tierewrite.check(checkpoint, consumer, **options)
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        from tierewrite.views import show_readiness
+
+        show_readiness(_console(), result)
+    code = result.exit_code(strict=strict)
+    if code:
+        raise click.exceptions.Exit(code)
+
+
 @cli.command("report")
 @click.argument("target", type=_FOLDER, metavar="DST|MANIFEST")
 @click.option("--html", type=_FOLDER, metavar="FILE", help="Write one self-contained HTML page.")
@@ -293,6 +354,11 @@ def report_command(
         from tierewrite.pages.terminal import show
 
         show(_console(), page.facts, worst)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given on the command line: the library has the defaults."""
+    return {name: value for name, value in options.items() if value is not None and value is not False}
 
 
 def _console(stderr: bool = False) -> Console:

@@ -143,6 +143,15 @@ class VerificationFailed(TierewriteError):
     exit_code = EXIT_FINDINGS
 
 
+class NotReady(TierewriteError):
+    """The output would not be served right by the consumer that it was prepared for (exit 6).
+
+    `details["readiness"]` is the whole report.
+    """
+
+    exit_code = EXIT_FINDINGS
+
+
 class Interrupted(TierewriteError):
     """SIGINT or SIGTERM arrived; everything staged has been removed (exit 130 or 143)."""
 

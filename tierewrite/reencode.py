@@ -120,8 +120,9 @@ def reconcile(
 def _sides(checkpoint: Checkpoint, module: str, rows: Mapping[str, tuple[str, ...]]) -> list[Blob]:
     _, parts = blob_of(f"{module}.weight_scale", checkpoint.tensors)
     assert parts is not None
-    columns = zip(*(rows[f"{module}.{part}"] for part in parts), strict=True)
-    return [Blob(*keys, parts[0] != "weight") for keys in columns]
+    codes, scales, scale = (rows[f"{module}.{part}"] for part in parts)
+    reciprocal = parts[0] != "weight"
+    return [Blob(c, s, t, reciprocal) for c, s, t in zip(codes, scales, scale, strict=True)]
 
 
 def _why_apart(checkpoint: Checkpoint, first: Blob, other: Blob) -> str | None:

@@ -12,6 +12,7 @@ from tierewrite.planning import GroupPlan, Policy, RewritePlan, group_json
 from tierewrite.ties import TieMap
 
 if TYPE_CHECKING:
+    from tierewrite.readiness import ReadinessReport
     from tierewrite.reencode import Reencoding
 
 REPORT_SCHEMA = "tierewrite/report/1"
@@ -98,6 +99,7 @@ class Report:
         unpaired: declared aliases whose partner is not known.
         device: what did the hashing.
         reencoded: the NVFP4 blobs that were encoded anew, with how far that moved their weights.
+        readiness: what the consumer will do with the output, if it was prepared for one.
         warnings: what a person should look at; none of them changes the exit code.
     """
 
@@ -117,6 +119,7 @@ class Report:
     formats: tuple[str, ...] = ()
     device: str = ""
     reencoded: tuple[Reencoding, ...] = ()
+    readiness: ReadinessReport | None = None
     warnings: tuple[str, ...] = ()
 
     def count(self, status: str) -> int:
@@ -160,6 +163,7 @@ class Report:
             },
             "groups": [group.to_json() for group in self.groups],
             "reencoded": [job.to_json() for job in self.reencoded],
+            "readiness": None if self.readiness is None else self.readiness.to_json(),
             "warnings": list(self.warnings),
         }
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Union
+from typing import TYPE_CHECKING, Any, Union
 
 import tierewrite
 from tierewrite import digest
 from tierewrite.checkpoint import Checkpoint, gc_paused
 from tierewrite.configs import ignore_lists
 from tierewrite.confirm import apart_warnings, merge_scales, refusal, refuted
-from tierewrite.errors import UsageError, VerificationFailed, shown
+from tierewrite.errors import NotReady, UsageError, VerificationFailed, shown
 from tierewrite.manifest import build_manifest, written_tensors
 from tierewrite.names import DiskTies, on_disk
 from tierewrite.output import Mover, Output, Progress
@@ -40,6 +40,15 @@ from tierewrite.writer import (
     side_file_clashes,
     write_file,
 )
+
+if TYPE_CHECKING:
+    from tierewrite.readiness import ReadinessReport
+
+FOR_CONSUMER: dict[str, dict[str, Any]] = {
+    "vllm": {"kv_scales": "merge", "unify_fused_scales": True, "fix_ignore": True},
+    "transformers": {},
+}
+"""What a rewrite for a consumer chooses, where the caller does not."""
 
 log = logging.getLogger(__name__)
 
@@ -210,6 +219,8 @@ def rewrite(
     backup: bool = True,
     resume: bool = False,
     verify: bool = False,
+    consumer: str | None = None,
+    force: bool = False,
     manifest: bool = True,
     progress: Progress | None = None,
 ) -> Report:
@@ -235,6 +246,9 @@ def rewrite(
         backup: with `in_place`, keep the original as `SRC.bak`.
         resume: use the shards that a killed run into `dst` finished, after checking their digests.
         verify: prove the output from the source before it appears.
+        consumer: check the output for "vllm" or "transformers" before it appears; errors other than per-side conflicts,
+            which no rewrite can merge, leave no `dst`. See `prepare_for_vllm` for the choices that vLLM needs.
+        force: with `consumer`, let the output appear all the same.
         manifest: write `tierewrite.json` with what was done and the digests.
         progress: told how many bytes have moved.
 
@@ -246,6 +260,7 @@ def rewrite(
         Refused: a tie is not confirmed, or a companion is of no known format; nothing was written (exit 3).
         SourceError: something is wrong in `src` (exit 4).
         SystemFailure: disk, permission, I/O, or `src` changed meanwhile; nothing was left behind (exit 5).
+        NotReady: with `consumer`, the output would not be served right; nothing was left behind (exit 6).
         VerificationFailed: with `verify`, the output is not what `src` makes; nothing was left behind (exit 6).
     """
     src = Path(src)
@@ -320,8 +335,50 @@ def rewrite(
             write_file(staging.path / MANIFEST_NAME, text)
         if verify:
             _verify(src, staging.path, ties, trust_remote_code)
+        if consumer is not None:
+            found_ready = replace(_check(staging.path, consumer, trust_remote_code, force), checkpoint=str(dst))
+            report = replace(report, readiness=found_ready)
         staging.commit()
     return report
+
+
+def prepare_for_vllm(src: PathLike, dst: PathLike | None = None, **options: Any) -> Report:
+    """Rewrites `src` to `dst` with the choices that vLLM needs, and checks the result before it appears.
+
+    KV scales are merged, the scales of fused projections unified, ignore lists made consistent, and a tied `lm_head`
+    is dropped with every other alias. Where per-side tensors differ that no rewrite can merge (`layer_scalar`), the
+    output is written all the same and the report's `readiness` lists them.
+
+    Args:
+        src, dst, options: as for `rewrite`; `kv_scales`, `unify_fused_scales` and `fix_ignore` are chosen here unless
+            given.
+
+    Returns:
+        The report; `report.readiness.errors` is empty when vLLM will load the output and compute what was meant.
+
+    Raises:
+        NotReady: other errors would be left; nothing was written (unless `force`). Else as `rewrite`.
+    """
+    return rewrite(src, dst, **{**FOR_CONSUMER["vllm"], **options, "consumer": "vllm"})
+
+
+def _check(staged: Path, consumer: str, trust_remote_code: bool, force: bool) -> ReadinessReport:
+    """What the consumer will do with the staged output.
+
+    Raises:
+        NotReady: errors that a rewrite could have mended, or that make the output useless.
+    """
+    from tierewrite.readiness import check
+
+    found = check(staged, consumer, trust_remote_code=trust_remote_code)
+    if found.errors and not (found.only_per_side_conflicts() or force):
+        lines = "\n".join(f"  {finding}" for finding in found.errors[:12])
+        raise NotReady(
+            f"{len(found.errors)} errors would be left for {consumer}, nothing was written:\n{lines}\n"
+            "Mend the export, or write it all the same with --force.",
+            details={"readiness": found.to_json()},
+        )
+    return found
 
 
 def _verify(src: Path, staged: Path, ties: PathLike | None, trust_remote_code: bool) -> None:

@@ -18,6 +18,7 @@ from tierewrite.output import Progress
 if TYPE_CHECKING:
     from tierewrite.inspection import Inspection
     from tierewrite.planning import GroupPlan, RewritePlan
+    from tierewrite.readiness import ReadinessReport
     from tierewrite.report import Report
     from tierewrite.verification import Verification
 
@@ -96,7 +97,12 @@ def show_report(console: Console, report: Report) -> None:
     never = sum(not scale.calibrated for scale in report.scales)
     if never:
         console.print(f"{never} scale{'s were' if never > 1 else ' was'} never calibrated on any side.", style="yellow")
+    if report.reencoded:
+        largest = max(job.largest or 0.0 for job in report.reencoded)
+        console.print(f"{len(report.reencoded)} NVFP4 weights encoded anew; an element moved by {largest:.3g} at most.")
     _say_warnings(console, report.warnings)
+    if report.readiness is not None:
+        show_readiness(console, report.readiness)
     console.print(Text(f"{shown(report.dst)} is written; hashed on {report.device}.", style="green"))
 
 
@@ -146,6 +152,24 @@ def show_verification(console: Console, verification: Verification) -> None:
         console.print("DST is what SRC makes.", style="green")
     else:
         console.print(f"{len(verification.problems)} problems found.", style="red")
+
+
+def show_readiness(console: Console, report: ReadinessReport) -> None:
+    """What a consumer will do with a checkpoint."""
+    for finding in report.findings:
+        style = "red" if finding.severity == "error" else "yellow"
+        where = ", ".join(shown(name) for name in finding.where[:3])
+        more = f" and {len(finding.where) - 3} more" if len(finding.where) > 3 else ""
+        console.print(Text(f"{finding.severity}: {finding.id}: {finding.found}", style=style))
+        console.print(Text(f"    where: {where}{more}"))
+        console.print(Text(f"    {report.consumer}: {finding.consequence}"))
+        if finding.mend:
+            console.print(Text(f"    mend: {finding.mend}"))
+    for note in report.notes:
+        console.print(Text(f"note: {note}"))
+    counts = f"{len(report.errors)} errors, {len(report.warnings)} warnings"
+    verdict = f"{report.consumer} {report.consumer_version}: {counts}"
+    console.print(Text(f"{verdict} in {report.tensors:,} tensors", style="red" if report.errors else "green"))
 
 
 def _sizes(
