@@ -17,7 +17,8 @@ import pytest
 
 from tests.checkpoints import FIXTURES
 from tierewrite import ties as ties_room
-from tierewrite.errors import EXIT_SOURCE, EXIT_USAGE, ConfigError, TieFileError
+from tierewrite.errors import EXIT_SOURCE, EXIT_USAGE, ConfigError, Interrupted, TieFileError
+from tierewrite.names import on_disk
 from tierewrite.ties import Tie, TieMap, parameters_of
 
 QWEN = json.loads((FIXTURES / "qwen3_tied_bf16" / "naive" / "config.json").read_text())
@@ -336,6 +337,34 @@ def test_one_entry_of_a_ties_file_that_names_absent_keys_is_a_warning(tmp_path: 
     path = ties_file(tmp_path, {**HEAD, "gone.weight": "also_gone.weight"})
     ties = resolve({}, keys=KEYS, ties_file=path)
     assert any("gone.weight" in warning for warning in ties.warnings)
+
+
+def test_a_ties_file_may_speak_of_names_in_memory_where_the_hub_has_others(tmp_path: Path) -> None:
+    declared = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    keys = ["language_model.lm_head.weight", "language_model.model.embed_tokens.weight"]
+    ties = resolve(LLAVA, keys=keys, ties_file=ties_file(tmp_path, declared))
+    assert (pairs(ties), ties.source) == (declared, "ties-file")
+    assert on_disk(ties, keys).groups[0].slots == ((keys[1], keys[0]),)
+
+
+def test_a_ties_file_for_a_checkpoint_that_is_canonical_already_has_nothing_to_do(tmp_path: Path) -> None:
+    keys = [key for key in KEYS if key != "lm_head.weight"]
+    ties = resolve(QWEN, keys=keys, ties_file=ties_file(tmp_path, HEAD))
+    assert pairs(ties) == HEAD
+    with pytest.raises(TieFileError, match="matches nothing"):
+        resolve({}, keys=keys, ties_file=ties_file(tmp_path, HEAD))
+
+
+def test_a_signal_while_the_class_is_asked_is_no_answer_of_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any) -> Any:
+        try:
+            raise Interrupted(15)
+        except Interrupted as exc:
+            raise ValueError("a validator failed") from exc
+
+    monkeypatch.setattr(ties_room, "_build", stopped)
+    with pytest.raises(Interrupted):
+        resolve(QWEN)
 
 
 # --- config.json

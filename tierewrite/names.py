@@ -356,7 +356,7 @@ class _Translator:
 
         Of the names that load into it (under hub names, memory names, with and without the base model's prefix), the
         one whose path is most at home among the keys; among equals the one that is spelled as the sides that are there
-        (`beside`: parameter -> name on disk), then the hub's.
+        (`beside`: parameter -> name on disk), then the longest path, then the hub's.
         """
         spelled = self._spellings(parameter, part, scopes)
         right = {n: name for n, name in enumerate(spelled) if self.locate(name) == (parameter, part)}
@@ -370,7 +370,7 @@ class _Translator:
                     for n, candidate in enumerate(self._spellings(other, part, scopes)):
                         if n in votes and candidate == name:
                             votes[n] += 1
-                best.sort(key=lambda n: -votes[n])
+                best.sort(key=lambda n: (-votes[n], -right[n].count(".")))
             return right[best[0]]
         if part == WHOLE:
             return parameter

@@ -34,7 +34,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, TieFileError, shown
+from .errors import ConfigError, Interrupted, TieFileError, shown
 
 # A count in a config (layers, experts, labels ...) above this is no real model's. The largest models today have a few
 # hundred layers and under a thousand experts.
@@ -150,7 +150,7 @@ class TieMap:
             ConfigError: config.json is malformed, or its class is unknown, cannot be built, or is remote code.
         """
         if ties_file is not None:
-            return _from_file(Path(ties_file), keys)
+            return _from_file(Path(ties_file), root, config, keys, trust_remote_code)
         _check_config(root, config)
         declared = config.get("_tied_weights_keys")
         if declared is not None:
@@ -461,8 +461,29 @@ def _checked_mapping(
     return data
 
 
-def _from_file(path: Path, keys: Collection[str]) -> TieMap:
-    return _declared(_read_ties(path), path, keys, "the ties file")
+def _from_file(
+    path: Path, root: Path, config: dict[str, Any], keys: Collection[str], trust_remote_code: bool
+) -> TieMap:
+    declared = _read_ties(path)
+    try:
+        return _declared(declared, path, keys, "the ties file")
+    except TieFileError as idle:
+        if "idle" not in idle.details:
+            raise
+        # The names may be those in memory, of a checkpoint that is written under the hub's or is canonical already: the
+        # class knows them.
+        try:
+            _check_config(root, config)
+            names = _from_class(root, config, trust_remote_code).model
+        except ConfigError:
+            raise idle from None
+        shapes = names.shapes if names is not None else {}
+        pairs, _ = _expand(declared, shapes, path, TieFileError)
+        known = {a: c for a, c in pairs.items() if a in shapes and c in shapes}
+        if not known:
+            raise
+        ties = _rooted(known, dict.fromkeys(known, path.name), TieFileError, path)
+        return TieMap(ties, "ties-file", str(path), model=names)
 
 
 def _declared(declared: Mapping[str, str], path: Path | None, keys: Collection[str], what: str) -> TieMap:
@@ -477,7 +498,7 @@ def _declared(declared: Mapping[str, str], path: Path | None, keys: Collection[s
             f"{what} matches nothing of the checkpoint: none of its aliases is there; write the names as they "
             "are in the checkpoint (without companions such as weight_scale), or patterns that match them",
             file=path,
-            details={"declared": list(declared)[:50]},
+            details={"idle": list(declared)[:50]},
         )
     warned = [f"{label}: the tie of '{shown(a)}' matches nothing of the checkpoint" for a in idle]
     scopes = scopes_of(keys)
@@ -494,9 +515,7 @@ def _declared(declared: Mapping[str, str], path: Path | None, keys: Collection[s
                     file=path,
                     tensor=canonical,
                 )
-            warned.append(
-                f"{label}: '{shown(canonical)}' is not in the checkpoint; '{shown(alias)}' takes its name"
-            )
+            warned.append(f"{label}: '{shown(canonical)}' is not in the checkpoint; '{shown(alias)}' takes its name")
     ties = _rooted(pairs, dict.fromkeys(pairs, label), TieFileError, path)
     return TieMap(ties, "ties-file", str(path or ""), (), tuple(warned), None)
 
@@ -634,9 +653,8 @@ def _from_class(root: Path, config: dict[str, Any], trust_remote_code: bool) -> 
         clean = _without_run_time(config)
         try:
             built_config = config_class.from_dict(_as_loaded(config_class, clean))
-        except _FATAL:
-            raise
         except BaseException as exc:
+            _stop_if_fatal(exc)
             raise ConfigError(
                 f"{config_class.__name__} does not accept this config: {_first_line(exc)}; {_versions(config)}",
                 file=file,
@@ -646,11 +664,10 @@ def _from_class(root: Path, config: dict[str, Any], trust_remote_code: bool) -> 
         name = model_class.__name__
         try:
             model, legacy = _build(model_class, built_config)
-        except _FATAL:
-            raise
         except _TooLarge as exc:
             raise ConfigError(f"{name}: {exc}; no model is built from this (use --ties FILE)", file=file) from exc
         except BaseException as exc:
+            _stop_if_fatal(exc)
             return _class_level(model_class, built_config, config, exc, file)
         try:
             pairs, origins, unpaired, warned = _declared_by(model, legacy)
@@ -658,6 +675,7 @@ def _from_class(root: Path, config: dict[str, Any], trust_remote_code: bool) -> 
         except ConfigError:
             raise
         except Exception as exc:
+            _stop_if_fatal(exc)
             raise ConfigError(
                 f"{name} does not say what is tied: {_first_line(exc)}; {_versions(config)}", file=file
             ) from exc
@@ -666,7 +684,18 @@ def _from_class(root: Path, config: dict[str, Any], trust_remote_code: bool) -> 
     return TieMap(_rooted(pairs, origins, ConfigError, file), "class", name, unpaired, warned, names)
 
 
-_FATAL = (KeyboardInterrupt, GeneratorExit)
+# What is no answer of the class: the user, a signal or the interpreter stops the program.
+_FATAL = (KeyboardInterrupt, GeneratorExit, Interrupted)
+
+
+def _stop_if_fatal(exc: BaseException | None) -> None:
+    """Raise the user's or a signal's exception again, even if transformers' validators wrapped it in one of theirs."""
+    seen: set[int] = set()
+    while exc is not None and id(exc) not in seen:
+        if isinstance(exc, _FATAL):
+            raise exc
+        seen.add(id(exc))
+        exc = exc.__cause__ or exc.__context__
 
 
 class _TooLarge(Exception):
@@ -737,6 +766,7 @@ def _classes(root: Path, config: dict[str, Any], wanted: str | None, trust_remot
         try:
             config_class = CONFIG_MAPPING[model_type]
         except Exception as exc:
+            _stop_if_fatal(exc)
             raise ConfigError(
                 f"model_type '{shown(model_type)}': {_first_line(exc)}; {_versions(config)}", file=file
             ) from exc
@@ -745,6 +775,7 @@ def _classes(root: Path, config: dict[str, Any], wanted: str | None, trust_remot
         try:
             model_class = _native(wanted, config_class)
         except Exception as exc:
+            _stop_if_fatal(exc)
             raise ConfigError(
                 f"{shown(wanted)} cannot be imported: {_first_line(exc)}; {_versions(config)}", file=file
             ) from exc
@@ -797,9 +828,8 @@ def _remote_classes(
         if isinstance(config_reference, str):
             config_class = get_class_from_dynamic_module(config_reference, str(root), local_files_only=True)
         model_class = get_class_from_dynamic_module(chosen, str(root), local_files_only=True)
-    except _FATAL:
-        raise
     except BaseException as exc:
+        _stop_if_fatal(exc)
         raise ConfigError(
             f"remote code {shown(chosen)} cannot be imported: {_first_line(exc)}; {_versions(config)}",
             file=file,
@@ -817,6 +847,7 @@ def _auto_class(built_config: Any, config: Mapping[str, Any], file: Path) -> Any
     try:
         found = MODEL_MAPPING[type(built_config)]
     except Exception as exc:
+        _stop_if_fatal(exc)
         raise ConfigError(
             f"AutoModel has no class for model_type '{shown(config.get('model_type'))}'; {_versions(config)}",
             file=file,
@@ -983,7 +1014,8 @@ def _pair_legacy(
     lead = f"{prefix}." if prefix else ""
     try:
         embedding = module.get_input_embeddings()
-    except Exception:
+    except Exception as exc:
+        _stop_if_fatal(exc)
         embedding = None
     weight = getattr(embedding, "weight", None)
     canonical = next(
