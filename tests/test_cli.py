@@ -303,7 +303,8 @@ def test_known_ties_need_neither_torch_nor_transformers(command: str, naive: Nai
 
 def test_no_ties_never_asks_the_class(naive: Naive) -> None:
     code = (
-        f"import sys; from tierewrite import cli; code = cli.run(['inspect', '--no-ties', {str(naive('dg_nvfp4'))!r}]); "
+        f"import sys; from tierewrite import cli; src = {str(naive('dg_nvfp4'))!r}; "
+        "code = cli.run(['inspect', '--no-ties', src]); "
         "heavy = {'torch', 'transformers'} & sys.modules.keys(); sys.exit(f'imported {heavy}' if heavy else code)"
     )
     python_exits_with_0(code)
