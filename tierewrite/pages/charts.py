@@ -521,7 +521,7 @@ def key_figures(facts: Facts) -> list[tuple[str, str, str]]:
     left = f"{kept:,} kept on every side" if kept else "all confirmed"
     found.append(("Tied parameters", f"{groups:,}", left))
     if facts.scales:
-        one = f"{overall.one_sided:,} had one side only" if overall.one_sided else "of the activations"
+        one = f"{overall.one_sided:,} had one side only" if overall.one_sided else "activation scales"
         found.append(("Scales merged", f"{len(facts.scales):,}", one))
         found.append(("Sides apart by", times(overall.median), f"in the median, {times(overall.max)} at most"))
         never = "on any side" if overall.never else "every scale has a value"

@@ -303,7 +303,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def position(module: str) -> tuple[int | None, int | None]:
-    """The layer and expert numbers in a module's name: the first number, and the one after a word with "expert" in it."""
+    """Layer and expert from a module's name: the first number, and the one after a word with "expert" in it."""
     layer: int | None = None
     expert: int | None = None
     words = module.split(".")

@@ -14,11 +14,19 @@ _ROWS_SHOWN = 40
 _KEPT_SHOWN = 10
 
 
+_ASCII = str.maketrans({"×": "x", "−": "-", "–": "-", "∞": "inf"})
+
+
+def _plain(text: str) -> str:
+    """In characters that every terminal's encoding has."""
+    return text.translate(_ASCII)
+
+
 def show(console: Console, facts: Facts, worst: int) -> None:
     """Prints the facts."""
     figures = Table(box=None, pad_edge=False, show_header=False)
     for name, value, remark in key_figures(facts):
-        figures.add_row(name, Text(value, style="bold", justify="right"), Text(remark, style="dim"))
+        figures.add_row(name, Text(_plain(value), style="bold", justify="right"), Text(_plain(remark), style="dim"))
     console.print(figures)
     if facts.scales:
         table = Table("projection", box=None, pad_edge=False, header_style="bold")
@@ -28,9 +36,9 @@ def show(console: Console, facts: Facts, worst: int) -> None:
             table.add_row(
                 Text(shown(d.projection)),
                 f"{len(d.scales):,}",
-                times(d.median),
-                times(d.p90),
-                times(d.max),
+                _plain(times(d.median)),
+                _plain(times(d.p90)),
+                _plain(times(d.max)),
                 f"{d.one_sided:,}",
                 f"{d.never:,}",
             )
@@ -41,7 +49,7 @@ def show(console: Console, facts: Facts, worst: int) -> None:
     if found:
         console.print(Text("Furthest apart:", style="bold"))
         for scale in found:
-            console.print(Text(f"  {times(scale.ratio):>8}  {shown(scale.name)}"))
+            console.print(Text(f"  {_plain(times(scale.ratio)):>8}  {shown(scale.name)}"))
     for group in facts.kept[:_KEPT_SHOWN]:
         console.print(Text(f"kept: {shown(group.canonical)}: {shown(group.reason)}", style="yellow"))
     if len(facts.kept) > _KEPT_SHOWN:
