@@ -25,7 +25,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -185,10 +185,42 @@ class Checkpoint:
         root = _resolve(Path(path))
         if not root.is_dir():
             raise SourceError("not a folder; expected a checkpoint folder holding *.safetensors files", file=path)
+        return cls.assembled(
+            root,
+            _list_dir(root),
+            lambda name: _check_shard_link(root, name, root / INDEX_NAME),
+            lambda name, number: read_header(root / name, shard=number, name=name),
+            lambda listed, warnings: _walk(root, listed, warnings),
+            ignore_unindexed=ignore_unindexed,
+        )
+
+    @classmethod
+    def assembled(
+        cls,
+        root: Path,
+        top: list[str],
+        indexed: Callable[[str], None],
+        header: Callable[[str, int], tuple[Shard, list[TensorEntry]]],
+        others: Callable[[set[str], list[str]], tuple[tuple[SideFile, ...], tuple[str, ...]]],
+        *,
+        ignore_unindexed: bool = False,
+    ) -> Checkpoint:
+        """A checkpoint from its parts: the one place where index, headers and configurations are held together.
+
+        Args:
+            root: the folder that holds the index and the configurations, if there are any.
+            top: sorted names of the files and folders at the checkpoint's top.
+            indexed: told each file that the index names, before any header is asked for; raises if it is not there.
+            header: gives the header of the file of that name and number, validated.
+            others: gives side files and folders; told the names that are none of them, and where to put warnings.
+            ignore_unindexed: as in `open`.
+
+        Raises:
+            As `open`.
+        """
         warnings: list[str] = []
         config = _read_config(root / "config.json", warnings)
         quant_config = _read_config(root / "hf_quant_config.json", warnings)
-        top = _list_dir(root)
 
         index_path = root / INDEX_NAME
         metadata: dict[str, Any] | None = None
@@ -199,7 +231,7 @@ class Checkpoint:
             listed_files = set(weight_map.values())
             names = sorted(listed_files, key=natural_key)
             for name in names:
-                _check_shard_link(root, name, index_path)
+                indexed(name)
             strays = [name for name in local if name not in listed_files]
         else:
             names, strays = sorted(local, key=natural_key), []
@@ -210,7 +242,7 @@ class Checkpoint:
         tensors: dict[str, TensorEntry] = {}
         unindexed: list[TensorEntry] = []
         for number, name in enumerate(names):
-            shard, entries = read_header(root / name, shard=number, name=name)
+            shard, entries = header(name, number)
             shards.append(shard)
             for entry in entries:
                 earlier = tensors.setdefault(entry.name, entry)
@@ -241,7 +273,7 @@ class Checkpoint:
                 warnings.append(f"left out {len(unindexed)} tensors that the index lacks: {listed}{more}")
             _check_total(metadata or {}, tensors, warnings)
         for name in strays:
-            _, entries = read_header(root / name, name=name)
+            _, entries = header(name, 0)
             twice = [entry.name for entry in entries if entry.name in tensors]
             if twice:
                 raise ShardIndexError(
@@ -254,7 +286,7 @@ class Checkpoint:
             warnings.append(f"{shown(name)} is not in {INDEX_NAME}: copied as it is, its tensors are not looked at")
         if not tensors:
             raise SourceError("the safetensors files hold no tensors; nothing to rewrite", file=root)
-        side_files, directories = _walk(root, {*names, INDEX_NAME, MANIFEST_NAME}, warnings)
+        side_files, directories = others({*names, INDEX_NAME, MANIFEST_NAME}, warnings)
         return cls(
             root=root,
             shards=tuple(shards),
@@ -688,14 +720,20 @@ def _belongs(root: Path, resolved: Path) -> bool:
     """Whether a link's end is the folder's own: below it, or a blob of the hub cache whose snapshot the
     folder is.
 
-    The cache keeps `snapshots/<revision>/<file>` as links to `blobs/<hash>` beside `snapshots`
-    (https://huggingface.co/docs/huggingface_hub/guides/manage-cache).
+    The cache keeps `models--<org>--<name>/snapshots/<revision>/<file>` as links to `blobs/<hash>` beside `snapshots`
+    (https://huggingface.co/docs/huggingface_hub/guides/manage-cache). Since huggingface_hub 2 those may be links
+    themselves, to `blobs/<2 digits>/<hash>` beside all `models--*` (its `utils/_shared_blobs.py`).
     """
     if resolved.is_relative_to(root):
         return True
-    return any(
-        folder.name == "snapshots" and resolved.is_relative_to(folder.parent / "blobs") for folder in root.parents
-    )
+    for folder in root.parents:
+        if folder.name == "snapshots":
+            if resolved.is_relative_to(folder.parent / "blobs"):
+                return True
+            shared = folder.parent.parent / "blobs"
+            if folder.parent.name.startswith("models--") and resolved.is_relative_to(shared):
+                return True
+    return False
 
 
 def _check_against_index(
