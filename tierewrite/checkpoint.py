@@ -107,8 +107,8 @@ class Shard:
     Attributes:
         name: file name in the checkpoint folder.
         path: the regular file it leads to, links resolved.
-        size, mtime_ns, inode: of that file when its header was read (bytes, ns); to notice a change
-            underfoot.
+        size, mtime_ns, inode, ctime_ns: of that file when its header was read (bytes, ns); to notice a
+            change underfoot.
         data_start: offset of the first data byte.
         metadata: its `__metadata__`.
     """
@@ -120,6 +120,7 @@ class Shard:
     inode: int
     data_start: int
     metadata: Mapping[str, str]
+    ctime_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,6 +355,7 @@ def read_header(
         info.st_ino,
         base,
         metadata,
+        info.st_ctime_ns,
     )
     return found, entries
 

@@ -163,17 +163,18 @@ class Output:
         planned = set(self.paths)
         for path in self.paths[0].parent.iterdir() if self.paths else ():
             if path not in planned:
-                path.unlink()
+                with system_errors("removing what a killed run left", path):
+                    path.unlink()
         for index, (shard, path) in enumerate(zip(self.plan.shards, self.paths, strict=True)):
             if not path.exists():
                 continue
             # What is encoded anew is written anew: its digests are known only then.
-            if any(tensor.source in self.anew.copied_elsewhere for tensor in shard.tensors):
-                path.unlink()
-            elif self._is_right(index, shard, path, mover, known):
-                self.finished.add(index)
-            else:
-                path.unlink()
+            anew = any(tensor.source in self.anew.copied_elsewhere for tensor in shard.tensors)
+            with system_errors("checking what a killed run finished", path):
+                if not anew and self._is_right(index, shard, path, mover, known):
+                    self.finished.add(index)
+                else:
+                    path.unlink()
 
     def _is_right(self, index: int, shard: OutShard, path: Path, mover: Mover, known: dict[str, bytes]) -> bool:
         header = self.headers[index]

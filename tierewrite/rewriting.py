@@ -36,8 +36,10 @@ from tierewrite.writer import (
     check_space,
     copy_side_files,
     index_bytes,
+    listing,
     merged_metadata,
     side_file_clashes,
+    still_as_listed,
     write_file,
 )
 
@@ -275,6 +277,7 @@ def rewrite(
     else:
         dst = Path(dst)
         target = Target.check(src, dst, overwrite)
+    listed = listing(src) if in_place else {}
     digester = digest.select(device, threads=1)
     log.info("hashing on %s", digester.description)
     opened = Opened.open(src, ties=ties, trust_remote_code=trust_remote_code, ignore_unindexed=ignore_unindexed)
@@ -338,6 +341,8 @@ def rewrite(
         if consumer is not None:
             found_ready = replace(_check(staging.path, consumer, trust_remote_code, force), checkpoint=str(dst))
             report = replace(report, readiness=found_ready)
+        if in_place:
+            still_as_listed(src, listed)
         staging.commit()
     return report
 

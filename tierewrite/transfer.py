@@ -21,7 +21,7 @@ from tierewrite.checkpoint import Checkpoint, Shard, TensorEntry
 from tierewrite.digest import PIECE, DeviceFailed, Digester, Stream, select
 from tierewrite.digest import Span as DigestSpan
 from tierewrite.digest.spans import Bytes
-from tierewrite.errors import SourceChanged
+from tierewrite.errors import SourceChanged, shown
 from tierewrite.planning import OutShard
 from tierewrite.writer import flush, part, system_errors, write_all
 
@@ -194,7 +194,16 @@ class Transfer:
             for index in list(self._outs):  # those without any tensor
                 self._finish(index)
             for number, shard in enumerate(self.checkpoint.shards):
-                unchanged(shard, os.fstat(self._sources[number]))
+                status = os.fstat(self._sources[number])
+                unchanged(shard, status)
+                if status.st_ctime_ns != shard.ctime_ns:
+                    # Bytes may have been written and the modification time set back; but chmod, a hard link or a
+                    # rename do this too, and some network file systems make the time up: too little to refuse.
+                    log.warning(
+                        "%s was touched while it was read (its modification time is as before); if more than its "
+                        "permissions, links or name changed, run again, or with --verify",
+                        shown(shard.path),
+                    )
         finally:
             for fd in (*self._sources, *self._outs.values()):
                 os.close(fd)

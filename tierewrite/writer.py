@@ -562,6 +562,45 @@ def copy_side_files(
             )
 
 
+def listing(folder: Path) -> dict[str, tuple[int, int, int, int]]:
+    """Every file below `folder`: inode, size (bytes), modification and change time (ns); of links, what they lead to.
+
+    Raises:
+        SystemFailure: the folder cannot be read.
+    """
+    found: dict[str, tuple[int, int, int, int]] = {}
+    with system_errors("listing", folder):
+        for place, folders, files in os.walk(folder):
+            for name in (*folders, *files):
+                path = os.path.join(place, name)
+                try:
+                    status = os.stat(path)
+                except FileNotFoundError:  # a link to nothing; or gone meanwhile
+                    status = os.lstat(path)
+                times = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+                if stat.S_ISDIR(status.st_mode):
+                    times = (0, 0, 0)
+                found[os.path.relpath(path, folder)] = (status.st_ino, *times)
+    return found
+
+
+def still_as_listed(folder: Path, before: Mapping[str, tuple[int, int, int, int]]) -> None:
+    """What is about to be swapped out holds nothing that the new checkpoint was not made from.
+
+    Raises:
+        SourceChanged: something was added, removed or changed since `before`.
+    """
+    now = listing(folder)
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            what = "was added" if name not in before else "was removed" if name not in now else "changed"
+            raise SourceChanged(
+                f"{what} while the checkpoint was rewritten in place; SRC is as it is, and nothing was swapped: run "
+                "again when nothing writes to it",
+                file=folder / name,
+            )
+
+
 def check_space(folder: Path, needed: int) -> None:
     """Refuses before the first byte when the disk of `folder` cannot hold `needed` bytes.
 
