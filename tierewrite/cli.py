@@ -46,6 +46,7 @@ def _options(*decorators: Callable[[_F], _F]) -> Callable[[_F], _F]:
 
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object (see the README).")
+_SOURCE = click.Path()  # text: as a path, ./org/name would become org/name, which is a hub id
 _source_options = _options(
     click.option(
         "--ties",
@@ -64,6 +65,7 @@ _source_options = _options(
         is_flag=True,
         help="Leave out tensors that are in a shard but not in the index, instead of refusing (exit 4).",
     ),
+    click.option("--revision", metavar="NAME", help="Branch, tag or commit, where SRC is a hub id (org/name)."),
 )
 _policy_options = _options(
     click.option(
@@ -124,7 +126,7 @@ def cli(verbose: int) -> None:
 
 
 @cli.command()
-@click.argument("src", type=_FOLDER)
+@click.argument("src", type=_SOURCE)
 @click.argument("dst", type=_FOLDER, required=False)
 @_policy_options
 @_source_options
@@ -147,7 +149,7 @@ def cli(verbose: int) -> None:
 @_quiet_option
 @_json_option
 def rewrite(
-    src: Path,
+    src: str,
     dst: Path | None,
     as_json: bool,
     quiet: bool,
@@ -163,6 +165,7 @@ def rewrite(
       tierewrite rewrite exported/ canonical/
       tierewrite rewrite exported/ canonical/ --on-mismatch keep --json > report.json
       tierewrite rewrite exported/ canonical/ --ties ties.json --max-shard-size 5GB
+      tierewrite rewrite org/name canonical/ --revision main
       tierewrite rewrite exported/ served/ --for vllm
       tierewrite rewrite exported/ --in-place --verify
     """
@@ -188,11 +191,11 @@ def rewrite(
 
 
 @cli.command()
-@click.argument("src", type=_FOLDER)
+@click.argument("src", type=_SOURCE)
 @_policy_options
 @_source_options
 @_json_option
-def plan(src: Path, as_json: bool, **options: Any) -> None:
+def plan(src: str, as_json: bool, **options: Any) -> None:
     """Show what `rewrite` would do with SRC. Reads headers only and writes nothing.
 
     A plan is what happens if every tie is confirmed. Groups that the headers already refute are listed as
@@ -240,11 +243,11 @@ def verify(src: Path, dst: Path, as_json: bool, ties: Path | None, trust_remote_
 
 
 @cli.command()
-@click.argument("src", type=_FOLDER)
+@click.argument("src", type=_SOURCE)
 @_source_options
 @click.option("--no-ties", is_flag=True, help="Do not ask for declared ties (never imports transformers).")
 @_json_option
-def inspect(src: Path, as_json: bool, no_ties: bool, **options: Any) -> None:
+def inspect(src: str, as_json: bool, no_ties: bool, **options: Any) -> None:
     """Show shards, tensors, dtypes, formats and declared ties of SRC. Reads headers only.
 
     \b

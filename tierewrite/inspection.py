@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tierewrite import formats
+from tierewrite import formats, hub
 from tierewrite.checkpoint import Checkpoint, gc_paused
 from tierewrite.names import DiskTies, on_disk
 from tierewrite.ties import TieMap
@@ -106,22 +106,26 @@ def inspect(
     trust_remote_code: bool = False,
     ignore_unindexed: bool = False,
     declared: bool = True,
+    revision: str | None = None,
 ) -> Inspection:
     """Looks at the checkpoint in `src`. Reads headers only.
 
     Args:
-        src: the folder.
+        src: the folder, or a hub id `org/name`, of which only headers and configurations are fetched.
         ties: JSON file {alias: canonical}, instead of asking the model class.
         trust_remote_code: run the model code that `src` brings, to ask it for its ties.
         ignore_unindexed: leave out tensors that the index does not list, instead of refusing.
         declared: also ask for the declared ties (imports transformers unless `ties` is given).
+        revision: branch, tag or commit of a hub id; None: its main branch.
 
     Raises:
         SourceError: something is wrong in `src`.
         UsageError: the ties file is unusable.
         SystemFailure: reading failed.
     """
-    checkpoint = Checkpoint.open(Path(src), ignore_unindexed=ignore_unindexed)
+    checkpoint = hub.open_checkpoint(
+        src, revision=revision, ignore_unindexed=ignore_unindexed, trust_remote_code=trust_remote_code
+    )
     keys = checkpoint.tensors.keys()
     tie_map = disk = None
     if declared:

@@ -21,7 +21,13 @@ from tierewrite.writer import create, part, shard_header, system_errors, write_a
 
 
 class Progress:
-    """What a caller may watch. Subclass it; the methods may be called from any thread."""
+    """What a caller may watch. Subclass it; the methods may be called from any thread.
+
+    Attributes:
+        shown: whether a person is watching (a download then shows its own bars).
+    """
+
+    shown: bool = False
 
     def start(self, phase: str, total: int) -> None:
         """A phase begins that will move `total` bytes."""

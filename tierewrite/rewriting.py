@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 import tierewrite
-from tierewrite import digest
+from tierewrite import digest, hub
 from tierewrite.checkpoint import Checkpoint, gc_paused
 from tierewrite.configs import ignore_lists
 from tierewrite.confirm import apart_warnings, merge_scales, refusal, refuted
@@ -112,9 +112,12 @@ class Opened:
         ties: PathLike | None = None,
         trust_remote_code: bool = False,
         ignore_unindexed: bool = False,
+        revision: str | None = None,
     ) -> Opened:
         """Reads the headers and asks who declares ties. Raises what `Checkpoint.open` and `TieMap.resolve` raise."""
-        checkpoint = Checkpoint.open(Path(src), ignore_unindexed=ignore_unindexed)
+        checkpoint = hub.open_checkpoint(
+            src, revision=revision, ignore_unindexed=ignore_unindexed, trust_remote_code=trust_remote_code
+        )
         keys = checkpoint.tensors.keys()
         tie_map = TieMap.resolve(
             checkpoint.root,
@@ -192,13 +195,16 @@ def plan(
     ties: PathLike | None = None,
     trust_remote_code: bool = False,
     ignore_unindexed: bool = False,
+    revision: str | None = None,
 ) -> RewritePlan:
     """What `rewrite` would do with `src`, if the bytes confirm every tie that the headers allow. Reads headers only.
 
     Args and Raises: as `rewrite`; never `Refused`: groups that the headers refute are listed as unconfirmed.
     """
     policy = policy_of(on_mismatch, kv_scales, max_shard_size, unify_fused_scales, fix_ignore)
-    opened = Opened.open(src, ties=ties, trust_remote_code=trust_remote_code, ignore_unindexed=ignore_unindexed)
+    opened = Opened.open(
+        src, ties=ties, trust_remote_code=trust_remote_code, ignore_unindexed=ignore_unindexed, revision=revision
+    )
     return opened.plan(policy)
 
 
@@ -214,6 +220,7 @@ def rewrite(
     ties: PathLike | None = None,
     trust_remote_code: bool = False,
     ignore_unindexed: bool = False,
+    revision: str | None = None,
     device: str = "auto",
     threads: int | None = None,
     overwrite: bool = False,
@@ -229,7 +236,8 @@ def rewrite(
     """Rewrites the checkpoint in `src` to `dst`: every tied tensor once, under its canonical name.
 
     Args:
-        src: folder with `model.safetensors` or shards with `model.safetensors.index.json`. Never written to.
+        src: folder with `model.safetensors` or shards with `model.safetensors.index.json`, or a hub id `org/name`, of
+            which a snapshot is taken. Never written to.
         dst: folder to make; absent or empty, unless `overwrite`. It appears whole, by one rename, or not at all.
             None with `in_place`.
         on_mismatch: "error" refuses when a declared tie is not confirmed by the bytes; "keep" leaves such groups whole;
@@ -241,6 +249,7 @@ def rewrite(
         ties: JSON file {alias: canonical}, instead of asking the model class.
         trust_remote_code: run the model code that `src` brings, to ask it for its ties.
         ignore_unindexed: leave out tensors that the index does not list, instead of refusing.
+        revision: branch, tag or commit of a hub id; None: its main branch.
         device: "auto", "cpu" or "cuda": where the hashing happens. The output is the same.
         threads: workers that read, hash and write; None: as many as there are cores, at most 8.
         overwrite: swap out what `dst` holds once the new checkpoint is complete.
@@ -265,17 +274,20 @@ def rewrite(
         NotReady: with `consumer`, the output would not be served right; nothing was left behind (exit 6).
         VerificationFailed: with `verify`, the output is not what `src` makes; nothing was left behind (exit 6).
     """
-    src = Path(src)
+    given, src = src, Path(src)
     progress = progress or Progress()
     policy = policy_of(on_mismatch, kv_scales, max_shard_size, unify_fused_scales, fix_ignore)
     if in_place:
         if dst is not None:
             raise UsageError("in place there is no DST; give SRC alone, or leave out --in-place")
+        hub.local_only(given, "a rewrite in place")
         dst, target = src, Target.in_place(src, backup)
     elif dst is None:
         raise UsageError("DST is missing; name a folder, or use --in-place")
     else:
         dst = Path(dst)
+        Target.check(src, dst, overwrite)  # before a download that may take an hour
+        src = hub.fetched(given, revision=revision, bars=progress.shown)
         target = Target.check(src, dst, overwrite)
     listed = listing(src) if in_place else {}
     digester = digest.select(device, threads=1)
@@ -327,7 +339,7 @@ def rewrite(
             values.merged,
             output.reencoded,
             output.sizes(),
-            src,
+            given,
             dst,
             mover.device,
             (*warnings, *values.warnings, *apart_warnings(facts.apart), *anew.warnings, *config_warnings),

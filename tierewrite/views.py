@@ -245,7 +245,7 @@ class Bar(Progress):
         )
         self._console = console
         self._notes = shown
-        self._bars = shown and console.is_terminal
+        self._bars = self.shown = shown and console.is_terminal
         self._task: Any = None
         self._visible_from = 0.0
         self._started = False
