@@ -92,6 +92,12 @@ _policy_options = _options(
         help="Give NVFP4 projections that consumers fuse (q/k/v, gate/up) one weight_scale_2, re-encoding the others.",
     ),
     click.option(
+        "--fill-missing-scales",
+        is_flag=True,
+        help="Take an expert's missing or never calibrated input scale from the tied side, else from the largest of "
+        "the same projection's other experts in its layer.",
+    ),
+    click.option(
         "--fix-ignore",
         is_flag=True,
         help="Rewrite entries of ignore lists in the configs that disagree with what is on disk.",

@@ -12,6 +12,7 @@ from tierewrite.checkpoint import Checkpoint, read_header
 from tierewrite.confirm import ScaleValues
 from tierewrite.digest import Digester
 from tierewrite.errors import TierewriteError
+from tierewrite.fill import Fills
 from tierewrite.planning import Action, OutShard, RewritePlan, needed_for_confirmation
 from tierewrite.reencode import Reencoding, Reencodings
 from tierewrite.reencode import write as write_reencoded
@@ -87,6 +88,7 @@ class Output:
         plan: what to write.
         values: the merged scales.
         anew: the NVFP4 blobs that are encoded anew.
+        fills: scales that are filled in.
         folder: the staging folder.
         metadata: `__metadata__` of every shard.
 
@@ -102,6 +104,7 @@ class Output:
         plan: RewritePlan,
         values: ScaleValues,
         anew: Reencodings,
+        fills: Fills,
         folder: Path,
         metadata: Mapping[str, str],
     ) -> None:
@@ -109,8 +112,9 @@ class Output:
         self.plan = plan
         self.anew = anew
         scales = read_tensors(checkpoint, [job.blob.scale for job in anew.work])
-        self.patches = {**values.patches, **{job.blob.scale: job.scale for job in anew.work}}
-        self.originals = {**values.originals, **scales}
+        self.fills = fills
+        self.patches = {**values.patches, **fills.patches, **{job.blob.scale: job.scale for job in anew.work}}
+        self.originals = {**fills.originals, **values.originals, **scales}
         self.digests: dict[str, bytes] = {}
         self.reencoded: list[Reencoding] = []
         self.headers = [shard_header(shard, checkpoint.tensors, metadata) for shard in plan.shards]
@@ -139,9 +143,23 @@ class Output:
         wanted = {key for key in digests_wanted(self.plan) if key not in known}
         starts = [len(header) for header in self.headers]
         self._reencode(starts)
+        self._add(starts)
         elsewhere = self.anew.copied_elsewhere
         work = tasks(self.checkpoint, wanted, self.plan.shards, starts, self.finished, elsewhere)
         known.update(mover.run(work, "rewriting", outputs, self.patches, self.originals))
+
+    def _add(self, starts: Sequence[int]) -> None:
+        """Writes the few scales that the source does not have. One that cannot be filled is written as zeros."""
+        for index, shard in enumerate(self.plan.shards):
+            for tensor in shard.tensors:
+                if tensor.added:
+                    path = part(self.paths[index])
+                    with system_errors("writing", path):
+                        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                        try:
+                            write_all(fd, self.fills.added[tensor.name], starts[index] + tensor.start)
+                        finally:
+                            os.close(fd)
 
     def _reencode(self, starts: Sequence[int]) -> None:
         """Writes the blobs that are encoded anew, one after the other, before the rest is copied around them."""
@@ -175,7 +193,7 @@ class Output:
             if not path.exists():
                 continue
             # What is encoded anew is written anew: its digests are known only then.
-            anew = any(tensor.source in self.anew.copied_elsewhere for tensor in shard.tensors)
+            anew = any(t.added or t.source in self.anew.copied_elsewhere for t in shard.tensors)
             with system_errors("checking what a killed run finished", path):
                 if not anew and self._is_right(index, shard, path, mover, known):
                     self.finished.add(index)

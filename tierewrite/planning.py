@@ -15,6 +15,7 @@ from __future__ import annotations
 import bisect
 import enum
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ from tierewrite.names import DiskTies, TieGroup
 PLAN_SCHEMA = "tierewrite/plan/1"
 
 
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.([^.]+)\.([^.]+)")
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 """Projections that consumers fuse into one (vLLM: QKVParallelLinear, MergedColumnParallelLinear, FusedMoE)."""
 
@@ -52,6 +54,7 @@ class Policy:
         kv_scales: "keep" leaves KV-cache scales on every side; "merge" leaves one merged canonical value.
         max_shard_size: most tensor bytes in one output shard; None takes the fullest input shard's.
         unify_fused_scales: one `weight_scale_2` for the NVFP4 projections that a consumer fuses (q/k/v, gate/up).
+        fill_missing_scales: an expert's missing or never calibrated activation scale is taken from the layer's others.
         fix_ignore: rewrite entries of ignore lists that disagree with what is on disk after the ties are rewritten.
     """
 
@@ -60,6 +63,7 @@ class Policy:
     max_shard_size: int | None = None
     unify_fused_scales: bool = False
     fix_ignore: bool = False
+    fill_missing_scales: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -68,6 +72,7 @@ class Policy:
             "max_shard_size": self.max_shard_size,
             "unify_fused_scales": self.unify_fused_scales,
             "fix_ignore": self.fix_ignore,
+            "fill_missing_scales": self.fill_missing_scales,
         }
 
 
@@ -141,13 +146,32 @@ class GroupPlan:
 class OutTensor(NamedTuple):
     """A tensor of the output: the bytes of `source`, unless a merged value takes their place.
 
-    `start` and `end` are byte offsets in the data section of its shard, end exclusive.
+    `start` and `end` are byte offsets in the data section of its shard, end exclusive. `added`: the source has no such
+    tensor; only the header of `source` is taken.
     """
 
     name: str
     source: str
     start: int
     end: int
+    added: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertScales:
+    """One activation scale of one projection over a layer's experts.
+
+    Attributes:
+        name: where, with "*" for the expert's number.
+        companion: the role, with the direction of the merge.
+        members: output key -> source key, of those that are there.
+        missing: output keys of experts that have the weight but not this scale.
+    """
+
+    name: str
+    companion: Companion
+    members: Mapping[str, str]
+    missing: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +200,7 @@ class RewritePlan:
     unpaired: tuple[str, ...] = ()
     source_bytes: int = 0
     families: tuple[str, ...] = ()
+    expert_scales: tuple[ExpertScales, ...] = ()
     by_id: Mapping[str, GroupPlan] = field(default_factory=dict, repr=False)
 
     @property
@@ -245,6 +270,7 @@ def plan(
     refuted: Mapping[str, str] | None = None,
     separate_kv: Iterable[str] = (),
     repacked: Mapping[str, frozenset[str]] | None = None,
+    unfillable: frozenset[str] = frozenset(),
 ) -> RewritePlan:
     """What will be done with `checkpoint` if every tie that the headers allow is confirmed.
 
@@ -256,13 +282,16 @@ def plan(
         refuted: group id -> reason, for groups that their bytes have already refuted: they are kept whole.
         separate_kv: targets of KV-scale merges that are not to be carried out (their biases differ).
         repacked: group id -> modules whose NVFP4 blobs are known to differ by scaling alone.
+        unfillable: output keys of scales that are missing and stay so.
 
     Returns:
         A plan in which each tensor of the source occurs once.
     """
     policy = policy or Policy()
     with gc_paused():
-        drafted = _Planner(checkpoint, ties, policy, refuted or {}, frozenset(separate_kv), repacked or {}).run()
+        drafted = _Planner(
+            checkpoint, ties, policy, refuted or {}, frozenset(separate_kv), repacked or {}, unfillable
+        ).run()
     return replace(drafted, ties_source=ties_source, ties_detail=ties_detail, unpaired=unpaired)
 
 
@@ -296,6 +325,7 @@ class _Planner:
         refuted: Mapping[str, str],
         separate_kv: frozenset[str],
         repacked: Mapping[str, frozenset[str]],
+        unfillable: frozenset[str],
     ) -> None:
         self.entries = checkpoint.tensors
         self.checkpoint = checkpoint
@@ -304,6 +334,7 @@ class _Planner:
         self.refuted = refuted
         self.separate_kv = separate_kv
         self.repacked = repacked
+        self.unfillable = unfillable
         self.families = formats.detect(checkpoint.config, checkpoint.quant_config, self.entries.keys())
         self.adjacency = formats.Adjacency(self.entries.keys(), checkpoint.config, checkpoint.quant_config)
         self.canonical_of = {name: slot[0] for group in ties.groups for slot in group.slots for name in slot}
@@ -367,10 +398,12 @@ class _Planner:
             name: replace(group, dropped=count[name], dropped_bytes=size[name]) if count[name] else group
             for name, group in by_id.items()
         }
+        expert_scales = self._expert_scales() if self.policy.fill_missing_scales else ()
         return RewritePlan(
+            expert_scales=expert_scales,
             tensors=self.plans,
             groups=tuple(by_id.values()),
-            shards=self._layout(),
+            shards=self._layout(expert_scales),
             policy=self.policy,
             warnings=tuple(self.warnings),
             source_bytes=self.checkpoint.total_bytes,
@@ -654,6 +687,45 @@ class _Planner:
                 return group
         return min(owners)
 
+    def _expert_scales(self) -> tuple[ExpertScales, ...]:
+        """The activation scales of unpacked experts, projection by projection."""
+        have: dict[tuple[str, str, str], dict[str, str]] = {}
+        weights: dict[tuple[str, str], dict[str, None]] = {}
+        companions: dict[str, Companion | None] = {}
+        for plan_ in self.plans.values():
+            if plan_.action is Action.DROP:
+                continue
+            found = _EXPERT.match(plan_.target)
+            if found is None:
+                continue
+            prefix, number, projection, suffix = found.groups()
+            companion = formats.classify("weight", suffix, self.families) or formats.classify("weight", suffix)
+            companions[suffix] = companion
+            if companion is None:
+                continue
+            if companion.main:
+                weights.setdefault((prefix, projection), {})[number] = None
+            elif companion.role is Role.ACTIVATION and companion.merge is not None:
+                have.setdefault((prefix, projection, suffix), {})[number] = plan_.name
+        sets = []
+        for (prefix, projection, suffix), members in have.items():
+            companion = companions[suffix]
+            assert companion is not None
+            sets.append(
+                ExpertScales(
+                    f"{prefix}.*.{projection}.{suffix}",
+                    companion,
+                    {f"{prefix}.{number}.{projection}.{suffix}": key for number, key in members.items()},
+                    tuple(
+                        name
+                        for number in weights.get((prefix, projection), {})
+                        if number not in members
+                        and (name := f"{prefix}.{number}.{projection}.{suffix}") not in self.unfillable
+                    ),
+                )
+            )
+        return tuple(sets)
+
     def _mark_fused(self) -> None:
         """Which weights may be re-encoded: headers do not tell whether the fused scales differ already."""
         survivors = {p.target: self.entries[p.name] for p in self.plans.values() if p.action is not Action.DROP}
@@ -665,7 +737,7 @@ class _Planner:
 
     # -- where the survivors stand -------------------------------------------------------------------------------
 
-    def _layout(self) -> tuple[OutShard, ...]:
+    def _layout(self, expert_scales: tuple[ExpertScales, ...]) -> tuple[OutShard, ...]:
         from huggingface_hub.serialization import split_state_dict_into_shards_factory
 
         limit = self.policy.max_shard_size
@@ -679,6 +751,9 @@ class _Planner:
             for name, plan_ in self.plans.items()
             if plan_.action is not Action.DROP
         }
+        added = {name: group for group in expert_scales for name in group.missing}
+        for name, group in added.items():
+            survivors[name] = self.entries[next(iter(group.members.values()))]
         if not survivors:
             return (OutShard("model.safetensors", ()),)
         split = split_state_dict_into_shards_factory(
@@ -698,7 +773,7 @@ class _Planner:
             for name in order:
                 entry = survivors[name]
                 end = position + entry.end - entry.start
-                tensors.append(OutTensor(name, entry.name, position, end))
+                tensors.append(OutTensor(name, entry.name, position, end, name in added))
                 position = end
             shards.append(OutShard(filename, tuple(tensors)))
         return tuple(shards)

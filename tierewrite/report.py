@@ -12,6 +12,7 @@ from tierewrite.planning import GroupPlan, Policy, RewritePlan, group_json
 from tierewrite.ties import TieMap
 
 if TYPE_CHECKING:
+    from tierewrite.fill import Filled
     from tierewrite.readiness import ReadinessReport
     from tierewrite.reencode import Reencoding
 
@@ -99,6 +100,7 @@ class Report:
         unpaired: declared aliases whose partner is not known.
         device: what did the hashing.
         reencoded: the NVFP4 blobs that were encoded anew, with how far that moved their weights.
+        filled: experts' scales that were missing or never calibrated, and whose value they got.
         readiness: what the consumer will do with the output, if it was prepared for one.
         warnings: what a person should look at; none of them changes the exit code.
     """
@@ -119,6 +121,7 @@ class Report:
     formats: tuple[str, ...] = ()
     device: str = ""
     reencoded: tuple[Reencoding, ...] = ()
+    filled: tuple[Filled, ...] = ()
     readiness: ReadinessReport | None = None
     warnings: tuple[str, ...] = ()
 
@@ -163,6 +166,7 @@ class Report:
             },
             "groups": [group.to_json() for group in self.groups],
             "reencoded": [job.to_json() for job in self.reencoded],
+            "filled": [entry.to_json() for entry in self.filled],
             "readiness": None if self.readiness is None else self.readiness.to_json(),
             "warnings": list(self.warnings),
         }
@@ -181,19 +185,22 @@ def build_report(
     ties: TieMap,
     plan: RewritePlan,
     merged: Mapping[str, tuple[str, MergedScale]],
-    reencoded: Sequence[Reencoding],
     shards: Sequence[ShardSize],
     src: object,
     dst: object,
     device: str,
+    *,
+    reencoded: Sequence[Reencoding] = (),
+    filled: Sequence[Filled] = (),
     warnings: Iterable[str] = (),
 ) -> Report:
     """The report of an executed plan.
 
     Args:
         merged: target -> (group id, how the value came about).
-        reencoded: the NVFP4 blobs that were encoded anew.
         shards: the output's files.
+        reencoded: the NVFP4 blobs that were encoded anew.
+        filled: the experts' scales that were filled in.
     """
     by_group: dict[str, list[MergedScale]] = {}
     for group_id, scale in merged.values():
@@ -218,5 +225,6 @@ def build_report(
         formats=plan.families,
         device=device,
         reencoded=tuple(reencoded),
+        filled=tuple(filled),
         warnings=tuple(dict.fromkeys((*checkpoint.warnings, *ties.warnings, *plan.warnings, *warnings))),
     )

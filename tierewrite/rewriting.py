@@ -19,6 +19,7 @@ from tierewrite.checkpoint import Checkpoint, gc_paused
 from tierewrite.configs import ignore_lists
 from tierewrite.confirm import apart_warnings, merge_scales, refusal, refuted
 from tierewrite.errors import NotReady, UsageError, VerificationFailed, shown
+from tierewrite.fill import fill
 from tierewrite.manifest import build_manifest, written_tensors
 from tierewrite.names import DiskTies, on_disk
 from tierewrite.output import Mover, Output, Progress
@@ -65,11 +66,13 @@ class Facts:
         reasons: group id -> why its bytes refute it.
         apart: targets of KV-scale merges that must not be carried out.
         repacked: group id -> modules whose NVFP4 blobs differ by scaling alone.
+        unfillable: output keys of missing scales that nothing can be chosen for.
     """
 
     reasons: dict[str, str] = field(default_factory=dict)
     apart: frozenset[str] = frozenset()
     repacked: dict[str, frozenset[str]] = field(default_factory=dict)
+    unfillable: frozenset[str] = frozenset()
 
     def learn(
         self, checkpoint: Checkpoint, plan: RewritePlan, digests: Mapping[str, bytes], found: Mapping[str, str]
@@ -145,6 +148,7 @@ class Opened:
             refuted=facts.reasons,
             separate_kv=facts.apart,
             repacked=facts.repacked,
+            unfillable=facts.unfillable,
         )
 
 
@@ -154,6 +158,7 @@ def policy_of(
     max_shard_size: int | str | None = None,
     unify_fused_scales: bool = False,
     fix_ignore: bool = False,
+    fill_missing_scales: bool = False,
 ) -> Policy:
     """The options that decide content, checked.
 
@@ -170,7 +175,7 @@ def policy_of(
         max_shard_size = _size(max_shard_size)
     if max_shard_size is not None and max_shard_size <= 0:
         raise UsageError(f"max_shard_size is {max_shard_size}; expected at least 1 byte")
-    return Policy(on_mismatch, kv_scales, max_shard_size, unify_fused_scales, fix_ignore)
+    return Policy(on_mismatch, kv_scales, max_shard_size, unify_fused_scales, fix_ignore, fill_missing_scales)
 
 
 def _size(text: str) -> int:
@@ -192,6 +197,7 @@ def plan(
     max_shard_size: int | str | None = None,
     unify_fused_scales: bool = False,
     fix_ignore: bool = False,
+    fill_missing_scales: bool = False,
     ties: PathLike | None = None,
     trust_remote_code: bool = False,
     ignore_unindexed: bool = False,
@@ -201,7 +207,7 @@ def plan(
 
     Args and Raises: as `rewrite`; never `Refused`: groups that the headers refute are listed as unconfirmed.
     """
-    policy = policy_of(on_mismatch, kv_scales, max_shard_size, unify_fused_scales, fix_ignore)
+    policy = policy_of(on_mismatch, kv_scales, max_shard_size, unify_fused_scales, fix_ignore, fill_missing_scales)
     opened = Opened.open(
         src, ties=ties, trust_remote_code=trust_remote_code, ignore_unindexed=ignore_unindexed, revision=revision
     )
@@ -217,6 +223,7 @@ def rewrite(
     max_shard_size: int | str | None = None,
     unify_fused_scales: bool = False,
     fix_ignore: bool = False,
+    fill_missing_scales: bool = False,
     ties: PathLike | None = None,
     trust_remote_code: bool = False,
     ignore_unindexed: bool = False,
@@ -246,6 +253,8 @@ def rewrite(
         max_shard_size: most tensor bytes a shard, as bytes or as "5GB"; None: as the fullest shard of `src`.
         unify_fused_scales: one `weight_scale_2` for NVFP4 projections that a consumer fuses (q/k/v, gate/up).
         fix_ignore: rewrite the entries of ignore lists in the configs that disagree with what is on disk.
+        fill_missing_scales: an expert's missing or never calibrated activation scale is taken from the largest of the
+            same projection's other experts in its layer.
         ties: JSON file {alias: canonical}, instead of asking the model class.
         trust_remote_code: run the model code that `src` brings, to ask it for its ties.
         ignore_unindexed: leave out tensors that the index does not list, instead of refusing.
@@ -276,7 +285,7 @@ def rewrite(
     """
     given, src = src, Path(src)
     progress = progress or Progress()
-    policy = policy_of(on_mismatch, kv_scales, max_shard_size, unify_fused_scales, fix_ignore)
+    policy = policy_of(on_mismatch, kv_scales, max_shard_size, unify_fused_scales, fix_ignore, fill_missing_scales)
     if in_place:
         if dst is not None:
             raise UsageError("in place there is no DST; give SRC alone, or leave out --in-place")
@@ -317,8 +326,13 @@ def rewrite(
                 facts.apart |= values.apart
                 planned = opened.plan(policy, facts)
                 continue
+            fills = fill(checkpoint, planned, values.patches)
+            if fills.hopeless:
+                facts.unfillable |= fills.hopeless
+                planned = opened.plan(policy, facts)
+                continue
             anew = reencodings(checkpoint, planned)
-            output = Output(checkpoint, planned, values, anew, staging.path, metadata)
+            output = Output(checkpoint, planned, values, anew, fills, staging.path, metadata)
             if resume:
                 output.keep_finished(mover, known)
             output.write(mover, known)
@@ -337,12 +351,20 @@ def rewrite(
             opened.ties,
             planned,
             values.merged,
-            output.reencoded,
             output.sizes(),
             given,
             dst,
             mover.device,
-            (*warnings, *values.warnings, *apart_warnings(facts.apart), *anew.warnings, *config_warnings),
+            reencoded=output.reencoded,
+            filled=fills.filled,
+            warnings=(
+                *warnings,
+                *values.warnings,
+                *apart_warnings(facts.apart),
+                *fills.warnings,
+                *anew.warnings,
+                *config_warnings,
+            ),
         )
         if manifest:
             written = written_tensors(planned, output.patches, output.digests, values.merged, known)

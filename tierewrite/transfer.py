@@ -90,7 +90,7 @@ def tasks(
         if index in finished:
             continue
         for tensor in shard.tensors:
-            if tensor.source not in elsewhere:
+            if tensor.source not in elsewhere and not tensor.added:
                 wanted[tensor.source] = (index, data_starts[index] + tensor.start)
     by_shard: list[list[TensorEntry]] = [[] for _ in checkpoint.shards]
     for key in wanted:

@@ -97,6 +97,8 @@ def show_report(console: Console, report: Report) -> None:
     never = sum(not scale.calibrated for scale in report.scales)
     if never:
         console.print(f"{never} scale{'s were' if never > 1 else ' was'} never calibrated on any side.", style="yellow")
+    if report.filled:
+        console.print(f"{len(report.filled)} experts' scales filled in from their layer's others.", style="yellow")
     if report.reencoded:
         largest = max(job.largest or 0.0 for job in report.reencoded)
         console.print(f"{len(report.reencoded)} NVFP4 weights encoded anew; an element moved by {largest:.3g} at most.")
