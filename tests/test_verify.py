@@ -341,6 +341,51 @@ def test_a_linear_encoded_anew_to_the_scale_of_the_one_it_is_fused_with_is_right
     assert ids(verify(alone, dst, ties_file=ties)) == {"bytes"}
 
 
+def with_rescaled_sides(folder: Path, *modules: str) -> Path:
+    """A copy of dg_nvfp4 in which `modules` hold the same weights under a larger weight_scale_2."""
+    shutil.copytree(source("dg_nvfp4"), folder)
+    tensors, metadata = read_shard(folder / "model.safetensors")
+    for module in modules:
+        names = [f"{module}.{part}" for part in ("weight", "weight_scale", "weight_scale_2")]
+        codes, scales = (np.frombuffer(tensors[n][2], np.uint8).reshape(tensors[n][1]) for n in names[:2])
+        old = np.frombuffer(tensors[names[2]][2], "<f4")
+        new = np.float32(old[0] * np.float32(2.5))
+        for name, data in zip(names, (*nvfp4.repack(codes, scales, old, new), new), strict=True):
+            tensors[name] = (*tensors[name][:2], data.tobytes())
+    write_shard(folder / "model.safetensors", tensors, metadata)
+    return folder
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+@pytest.mark.parametrize("unify", [True, False])
+@pytest.mark.parametrize("side", ["model.decoder.", "model.encoder.language_model."])
+def test_a_repacked_checkpoint_is_proved(side: str, unify: bool, manifest: bool, tmp_path: Path) -> None:
+    src = with_rescaled_sides(
+        tmp_path / "src", f"{side}layers.0.experts.1.gate_proj", f"{side}layers.1.self_attn.q_proj"
+    )
+    dst = tmp_path / "dst"
+    tierewrite.rewrite(src, dst, on_mismatch="repack", unify_fused_scales=unify, manifest=manifest)
+    result = verify(src, dst)
+    assert result.problems == ()
+    assert result.repacked > 6 if unify else result.repacked == 6
+    tensors, metadata = read_shard(dst / "model.safetensors")
+    name = "model.decoder.layers.0.experts.1.gate_proj.weight"
+    dtype, shape, data = tensors[name]
+    tensors[name] = dtype, shape, bytes([data[0] ^ 1]) + data[1:]
+    write_shard(dst / "model.safetensors", tensors, metadata)
+    assert "bytes" in ids(verify(src, dst))
+
+
+def test_fused_scales_that_were_to_be_unified_and_are_not_are_found(tmp_path: Path) -> None:
+    src = with_rescaled_sides(tmp_path / "src", "model.decoder.layers.1.self_attn.q_proj")
+    dst = tmp_path / "dst"
+    tierewrite.rewrite(src, dst, on_mismatch="repack")
+    manifest = json.loads((dst / MANIFEST).read_text())
+    manifest["options"]["unify_fused_scales"] = True
+    (dst / MANIFEST).write_text(json.dumps(manifest))
+    assert ids(verify(src, dst)) == {"not-unified"}
+
+
 # ------------------------------------------------------------------------------------------------------ the manifest
 
 
@@ -397,6 +442,71 @@ def test_a_manifest_that_is_none_is_a_problem_and_no_crash(
     result = verify(source("qwen3_tied_bf16"), dst)
     assert ids(result) == {"manifest"}
     assert result.ties_source == "class"
+
+
+def test_a_hostile_manifest_crashes_nothing(tmp_path: Path, rewritten: Callable[..., Path]) -> None:
+    dst = shutil.copytree(rewritten("dg_nvfp4_kvfp8"), tmp_path / "dst")
+    text = (dst / MANIFEST).read_text()
+    ties = tmp_path / "ties.json"
+    ties.write_text(json.dumps(json.loads(text)["ties"]["map"]))
+    rng = random.Random(0)
+    odd: list[Any] = [
+        None,
+        True,
+        0,
+        -1,
+        1e308,
+        "",
+        "a",
+        "\x1b[2J\ud800",
+        [],
+        {},
+        [[]],
+        {"a": 1},
+        "model.decoder",
+        10**400,
+    ]
+    for _ in range(150):
+        manifest = json.loads(text)
+        for _ in range(rng.choice((1, 1, 2))):
+            parent, key = manifest, rng.choice(list(manifest))
+            while isinstance(parent[key], (dict, list)) and parent[key] and rng.random() < 0.85:
+                parent = parent[key]
+                key = rng.choice(list(parent)) if isinstance(parent, dict) else rng.randrange(len(parent))
+            parent[key] = rng.choice(odd)
+        (dst / MANIFEST).write_text(json.dumps(manifest))
+        result = verify(source("dg_nvfp4_kvfp8"), dst, ties_file=ties if rng.random() < 0.8 else None)
+        json.dumps(result.to_json())
+        assert "\x1b" not in "".join(problem.message for problem in result.problems)
+
+
+def test_mended_ignore_lists_are_right_only_where_they_were_asked_for(
+    tmp_path: Path, rewritten: Callable[..., Path]
+) -> None:
+    dst = shutil.copytree(rewritten("dg_nvfp4"), tmp_path / "dst")
+    config = json.loads((dst / "config.json").read_text())
+    config["quantization_config"]["ignore"] = ["lm_head"]
+    (dst / "config.json").write_text(json.dumps(config))
+    assert ids(verify(source("dg_nvfp4"), dst)) == {"side-file"}
+    assert verify(source("dg_nvfp4"), dst, fix_ignore=True).ok
+    manifest = json.loads((dst / MANIFEST).read_text())
+    manifest["options"]["fix_ignore"] = True
+    (dst / MANIFEST).write_text(json.dumps(manifest))
+    assert verify(source("dg_nvfp4"), dst).ok
+    config["tie_word_embeddings"] = False
+    (dst / "config.json").write_text(json.dumps(config))
+    assert ids(verify(source("dg_nvfp4"), dst)) == {"side-file"}
+
+
+def test_tensors_that_the_index_lacks_are_left_out_on_request(tmp_path: Path, copied: Callable[[str], Path]) -> None:
+    src = copied("dg_nvfp4_sharded")
+    index = json.loads((src / INDEX).read_text())
+    del index["weight_map"]["model.decoder.layers.0.layer_scalar"]
+    (src / INDEX).write_text(json.dumps(index))
+    tierewrite.rewrite(src, tmp_path / "dst", ignore_unindexed=True)
+    assert verify(src, tmp_path / "dst", ignore_unindexed=True).ok
+    with pytest.raises(SourceError):
+        verify(src, tmp_path / "dst")
 
 
 # -------------------------------------------------------------------------------------------------------- unreadable

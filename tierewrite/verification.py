@@ -20,6 +20,7 @@ Ids of problems:
     header           another dtype or shape than the tensor it stands for
     bytes            other bytes than the tensor it stands for
     merge            not the value that covers every side
+    not-unified      linears that consumers fuse have several scales, though --unify-fused-scales was asked for
     index, total-size, metadata, shard-name, shard-size
                      the index, its total_size, the metadata that is carried over, names and sizes of shards
     side-file        a file that is missing, not expected, not regular, or different; or a folder

@@ -58,6 +58,8 @@ class Proof:
             elif key not in placed:
                 self._say("unexpected", key, "its name was given to another tensor, its own bytes have no place")
         self._compare(stands, refuted)
+        if self.manifest is not None and self._option("unify_fused_scales"):
+            self._check_unified()
         self._count(stands)
         if self.manifest is not None:
             self._check_manifest(stands, groups)
@@ -223,6 +225,28 @@ class Proof:
             for sibling in fused
             if f"{parent}.{sibling}.{suffix}" in self.target.tensors and sibling != name
         }
+
+    def _check_unified(self) -> None:
+        """Linears that a consumer fuses have one scale in DST, where each has one that can be compared."""
+        sets: dict[tuple[str, int, int], list[str]] = {}
+        for key in self.target.tensors:
+            module, _, suffix = key.rpartition(".")
+            parent, _, word = module.rpartition(".")
+            for b, blob in enumerate(BLOBS):
+                names = [f"{module}.{part}" for part in blob]
+                if suffix != blob[2] or any(name not in self.target.tensors for name in names):
+                    continue
+                if not is_blob([self.target.tensors[name] for name in names]):
+                    continue
+                for f, fused in enumerate(FUSED):
+                    if word in fused:
+                        sets.setdefault((parent, f, b), []).append(key)
+        for keys in sets.values():
+            if len({self.after.digests[key] for key in keys}) > 1:
+                scales = [read_array(self.target, key).item() for key in keys]
+                if all(0 < scale < float("inf") for scale in scales):
+                    said = ", ".join(f"{key} {scale:.9g}" for key, scale in zip(keys, scales, strict=True))
+                    self._say("not-unified", keys[0], f"fused linears have different scales: {said}")
 
     # -- KV-cache scales ------------------------------------------------------------------------------------------
 
