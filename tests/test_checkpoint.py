@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -21,7 +22,15 @@ from blake3 import blake3
 
 from tests.checkpoints import FIXTURES, read_tensors, write_checkpoint, write_shard
 from tierewrite.checkpoint import Checkpoint, natural_key, read_header, read_index
-from tierewrite.errors import ConfigError, HeaderError, ShardIndexError, SourceError, SystemFailure, shown
+from tierewrite.errors import (
+    ConfigError,
+    HeaderError,
+    ShardIndexError,
+    SourceChanged,
+    SourceError,
+    SystemFailure,
+    shown,
+)
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model.safetensors"
@@ -526,6 +535,48 @@ def test_files_without_a_tensor_are_refused(tmp_path: Path) -> None:
 def test_a_file_that_may_not_be_read_is_a_failure_of_the_system(folder: Path) -> None:
     (folder / SHARD).chmod(0)
     with pytest.raises(SystemFailure):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("name", [SHARD, INDEX, "config.json"])
+def test_an_io_error_is_a_failure_of_the_system_that_names_the_file(
+    name: str, copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = copied("qwen3_tied_bf16")
+    index(root, dict.fromkeys(read_tensors(root), SHARD))
+    broken = (root / name).stat().st_ino
+    real = os.read
+
+    def read(fd: int, count: int) -> bytes:
+        if os.fstat(fd).st_ino == broken:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd, count)
+
+    monkeypatch.setattr(os, "read", read)
+    with pytest.raises(SystemFailure) as caught:
+        Checkpoint.open(root)
+    assert caught.value.file == str(root / name)
+    assert caught.value.exit_code == 5
+
+
+def test_short_reads_are_continued(copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    root = copied("dg_nvfp4_sharded")
+    whole = Checkpoint.open(root)
+    real = os.read
+    monkeypatch.setattr(os, "read", lambda fd, count: real(fd, min(count, 1013)))
+    assert Checkpoint.open(root) == whole
+
+
+def test_a_file_that_shrinks_while_it_is_read_has_changed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.read
+
+    def read(fd: int, count: int) -> bytes:
+        if count > 8:
+            os.truncate(folder / SHARD, 9)
+        return real(fd, count)
+
+    monkeypatch.setattr(os, "read", read)
+    with pytest.raises(SourceChanged):
         Checkpoint.open(folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -19,7 +20,7 @@ import pytest
 import tierewrite
 from tests.checkpoints import FIXTURES, Tensor, read_shard, read_tensors, write_checkpoint, write_shard
 from tierewrite import nvfp4
-from tierewrite.errors import SourceChanged, SourceError, TierewriteError
+from tierewrite.errors import SourceChanged, SourceError, SystemFailure, TierewriteError
 from tierewrite.verification import Verification, verify
 
 INDEX = "model.safetensors.index.json"
@@ -548,6 +549,29 @@ def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path: Path, copie
 
     with pytest.raises(SourceChanged):
         verify(src, dst, advance=touch)
+
+
+def test_short_reads_are_continued_and_io_errors_told_apart(
+    rewritten: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    src, dst = source("dg_nvfp4_sharded"), rewritten("dg_nvfp4_sharded")
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, count, at: real(fd, min(count, 4099), at))
+    assert verify(src, dst).ok
+    for folder in (src, dst):
+        inodes = {path.stat().st_ino for path in folder.glob("*.safetensors")}
+
+        def failing(fd: int, count: int, at: int, inodes: set[int] = inodes) -> bytes:
+            if os.fstat(fd).st_ino in inodes:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real(fd, count, at)
+
+        monkeypatch.setattr(os, "pread", failing)
+        if folder == dst:
+            assert ids(verify(src, dst)) == {"unreadable"}
+        else:
+            with pytest.raises(SystemFailure):
+                verify(src, dst)
 
 
 # ------------------------------------------------------------------------------------------- one corruption at a time

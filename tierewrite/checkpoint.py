@@ -34,6 +34,7 @@ from tierewrite.errors import (
     ConfigError,
     HeaderError,
     ShardIndexError,
+    SourceChanged,
     SourceError,
     SystemFailure,
     TierewriteError,
@@ -340,7 +341,7 @@ def read_header(
         length = _header_length(_read(fd, 8, given), info.st_size, given)
         header = _read(fd, length, given)
     if len(header) != length:
-        raise HeaderError(f"ends after {8 + len(header)} bytes while its header is read: it shrank", file=given)
+        raise SourceChanged(f"shrank to {8 + len(header)} bytes while its header was read", file=given)
     metadata, rows = parse_header(header, info.st_size - 8 - length, file=given)
     del header
     base = 8 + length
