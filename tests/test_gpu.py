@@ -1,0 +1,104 @@
+"""The whole path on a GPU: the same bytes as on the CPU, and the CPU in its place when it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import tierewrite
+from tests.checkpoints import FIXTURES, digests, read_tensors, right_answer
+from tierewrite import digest
+from tierewrite.errors import UsageError
+
+Naive = Callable[[str], Path]
+CASES = sorted(path.parent.name for path in FIXTURES.glob("*/right_answer.json"))
+
+
+@pytest.fixture
+def _cuda() -> None:
+    try:
+        digest.select("cuda")
+    except UsageError as error:
+        pytest.skip(f"no GPU: {error}")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_cuda")
+@pytest.mark.parametrize("case", CASES)
+def test_output_is_byte_identical_on_a_gpu(case: str, naive: Naive, tmp_path: Path) -> None:
+    report = tierewrite.rewrite(naive(case), tmp_path / "cuda", device="cuda", threads=8)
+    assert "CPU" not in report.device
+    tierewrite.rewrite(naive(case), tmp_path / "cpu", device="cpu")
+    assert digests(tmp_path / "cuda") == right_answer(case)
+    for path in (tmp_path / "cpu").iterdir():
+        assert (tmp_path / "cuda" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_cuda")
+def test_auto_takes_the_gpu_and_says_so(naive: Naive, tmp_path: Path) -> None:
+    report = tierewrite.rewrite(naive("qwen3_tied_bf16"), tmp_path / "out")
+    assert "CPU" not in report.device
+
+
+class Failing:
+    """A digester whose stream fails after `good` buffers, as a GPU that runs out of memory does."""
+
+    device = "cuda"
+    description = "a GPU that fails"
+
+    def __init__(self, good: int) -> None:
+        self.good = good
+        self.inner = digest.select("cpu", threads=1)
+
+    def host_buffer(self, nbytes: int) -> object:
+        return self.inner.host_buffer(nbytes)
+
+    def stream(self, size: int) -> FailingStream:
+        return FailingStream(self.inner.stream(size), self.good)
+
+
+class FailingStream:
+    def __init__(self, inner: digest.Stream, good: int) -> None:
+        self.inner = inner
+        self.good = good
+        self.calls = 0
+
+    def update(self, buffer: object, spans: object) -> digest.Ticket:
+        self.calls += 1
+        if self.calls > self.good:
+            raise digest.DeviceFailed("out of memory")
+        return self.inner.update(buffer, spans)  # type: ignore[arg-type]
+
+    def finish(self) -> dict[int, bytes]:
+        raise digest.DeviceFailed("driver error")
+
+    def salvage(self) -> dict[int, bytes]:
+        return self.inner.salvage()
+
+    def close(self) -> None:
+        self.inner.close()
+
+    def __enter__(self) -> FailingStream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+@pytest.mark.parametrize("good", [0, 1, 3, 1000])
+def test_gpu_that_fails_midway_is_replaced_by_the_cpu(
+    good: int, naive: Naive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    select = digest.select
+    failing = Failing(good)
+    monkeypatch.setattr(digest, "select", lambda device, **more: failing if device == "auto" else select(device, **more))
+    monkeypatch.setattr("tierewrite.transfer.BUFFER_BYTES", 1 << 20)
+    report = tierewrite.rewrite(naive("dg_nvfp4_sharded"), tmp_path / "out", max_shard_size="50KB")
+    assert digests(tmp_path / "out") == right_answer("dg_nvfp4_sharded")
+    assert any("the CPU goes on" in record.message for record in caplog.records)
+    assert report.device.startswith("CPU")
+    tierewrite.rewrite(naive("dg_nvfp4_sharded"), tmp_path / "cpu", max_shard_size="50KB", device="cpu")
+    assert read_tensors(tmp_path / "cpu") == read_tensors(tmp_path / "out")
