@@ -437,4 +437,8 @@ def main() -> None:
     """Entry point of the `tierewrite` command."""
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
-    sys.exit(run(sys.argv[1:]))
+    try:
+        code = run(sys.argv[1:])
+    except Interrupted as stopped:  # while the message of an error was printed
+        code = stopped.exit_code
+    sys.exit(code)

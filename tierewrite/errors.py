@@ -156,5 +156,5 @@ class Interrupted(TierewriteError):
     """SIGINT or SIGTERM arrived; everything staged has been removed (exit 130 or 143)."""
 
     def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by signal {signum}; nothing was left behind")
+        super().__init__(f"stopped by signal {signum}; nothing half-done was left behind")
         self.exit_code = 128 + signum

@@ -60,7 +60,7 @@ def synthetic(folder: Path, megabytes: int) -> Source:
         data = chance.randbytes(rows * 1024 * 2)
         canonical, alias = f"decoder.layers.{number}.weight", f"encoder.layers.{number}.weight"
         tensors[canonical] = tensors[alias] = ("BF16", [rows, 1024], data)
-        tensors[f"encoder.layers.{number}.own"] = ("F32", [3], chance.randbytes(12))
+        tensors[f"encoder.own.{number}.weight"] = ("F32", [3], chance.randbytes(12))
         declared[alias] = canonical
         size += 2 * len(data)
         number += 1
