@@ -223,11 +223,7 @@ class Output:
         known.update(mover.run(tasks(self.checkpoint, wanted), "hashing"))
         return all(
             found[tensor.name]
-            == (
-                blake3(self.patches[tensor.source]).digest()
-                if tensor.source in self.patches
-                else known[tensor.source]
-            )
+            == (blake3(self.patches[tensor.source]).digest() if tensor.source in self.patches else known[tensor.source])
             for tensor in shard.tensors
         )
 
@@ -251,6 +247,7 @@ def digests_wanted(plan: RewritePlan) -> set[str]:
     wanted.update(
         t.name
         for t in plan.tensors.values()
-        if t.action is Action.RENAME or (t.action in (Action.KEEP, Action.REPACK) and t.target in stands_for)
+        if t.action is Action.RENAME
+        or (t.action in (Action.KEEP, Action.REPACK) and (t.target in stands_for or t.name != t.target))
     )
     return wanted
