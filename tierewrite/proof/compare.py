@@ -227,8 +227,8 @@ class Proof:
         }
 
     def _check_unified(self) -> None:
-        """Linears that a consumer fuses have one scale in DST, where each has one that can be compared."""
-        sets: dict[tuple[str, int, int], list[str]] = {}
+        """Linears that a consumer fuses have one scale in DST, where they are encoded alike and scaled soundly."""
+        sets: dict[tuple[str, int], dict[str, int]] = {}
         for key in self.target.tensors:
             module, _, suffix = key.rpartition(".")
             parent, _, word = module.rpartition(".")
@@ -236,17 +236,16 @@ class Proof:
                 names = [f"{module}.{part}" for part in blob]
                 if suffix != blob[2] or any(name not in self.target.tensors for name in names):
                     continue
-                if not is_blob([self.target.tensors[name] for name in names]):
-                    continue
-                for f, fused in enumerate(FUSED):
-                    if word in fused:
-                        sets.setdefault((parent, f, b), []).append(key)
+                if is_blob([self.target.tensors[name] for name in names]):
+                    for f, fused in enumerate(FUSED):
+                        if word in fused:
+                            sets.setdefault((parent, f), {})[key] = b
         for keys in sets.values():
-            if len({self.after.digests[key] for key in keys}) > 1:
+            if len({self.after.digests[key] for key in keys}) > 1 and len(set(keys.values())) == 1:
                 scales = [read_array(self.target, key).item() for key in keys]
                 if all(0 < scale < float("inf") for scale in scales):
                     said = ", ".join(f"{key} {scale:.9g}" for key, scale in zip(keys, scales, strict=True))
-                    self._say("not-unified", keys[0], f"fused linears have different scales: {said}")
+                    self._say("not-unified", next(iter(keys)), f"fused linears have different scales: {said}")
 
     # -- KV-cache scales ------------------------------------------------------------------------------------------
 
@@ -321,10 +320,10 @@ class Proof:
                 if name in told:
                     say(f"lists '{name}' twice")
                 told[name] = group["id"], entry
-            # A group that was canonical already is listed only where fused scales were unified.
+            # Where fused scales were unified, groups that were not rewritten have tensors too.
             changed = any(entry["action"] != "repack" for entry in group["tensors"].values())
             if (group["status"] == "rewritten") != bool(group["tensors"]) and (
-                changed or group["status"] != "canonical" or not self._option("unify_fused_scales")
+                changed or group["status"] == "rewritten" or not self._option("unify_fused_scales")
             ):
                 say(f"says that '{group['id']}' is {group['status']}, with {len(group['tensors'])} tensors")
         if aliases != len(self.manifest["ties"]["map"]) or len(self.manifest["groups"]) != len(

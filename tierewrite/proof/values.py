@@ -55,7 +55,8 @@ def _float8(dtype: str) -> _F64:
 def _numbers(dtype: str, bits: npt.NDArray[Any]) -> _F64:
     """The values of bit patterns, exactly."""
     if dtype == "BF16":
-        return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     if dtype.startswith("F8_"):
         return _float8(dtype)[bits]
     with np.errstate(invalid="ignore"):
