@@ -253,8 +253,8 @@ class Staging:
             UsageError: something appeared in the target meanwhile.
         """
         target = self.target.path
-        with system_errors("flushing the new checkpoint", self.path):
-            for folder, _, _ in os.walk(self.path, topdown=False):
+        for folder, _, _ in os.walk(self.path, topdown=False):
+            with system_errors("flushing", folder):
                 sync_folder(Path(folder))
         with _signals_deferred(), system_errors("moving the new checkpoint into place", target):
             staged = self.path
