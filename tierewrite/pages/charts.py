@@ -512,8 +512,9 @@ def key_figures(facts: Facts) -> list[tuple[str, str, str]]:
     found = []
     if facts.sizes is not None:
         total = facts.sizes.total
-        less = change(total.before_bytes, total.after_bytes)
-        found.append(("Size", size(total.after_bytes), f"{less}, from {size(total.before_bytes)}"))
+        less = f"{change(total.before_bytes, total.after_bytes)}, from {size(total.before_bytes)}"
+        same = total.before_bytes == total.after_bytes
+        found.append(("Size", size(total.after_bytes), "unchanged" if same else less))
         found.append(("Tensors", f"{total.after_tensors:,}", f"from {total.before_tensors:,}"))
         found.append(("Shards", str(facts.sizes.shards), f"from {facts.source_shards}"))
     groups = sum(facts.count(s) for s in ("rewritten", "canonical", "kept"))
@@ -523,7 +524,7 @@ def key_figures(facts: Facts) -> list[tuple[str, str, str]]:
     if facts.scales:
         one = f"{overall.one_sided:,} had one side only" if overall.one_sided else "activation scales"
         found.append(("Scales merged", f"{len(facts.scales):,}", one))
-        found.append(("Sides apart by", times(overall.median), f"in the median, {times(overall.max)} at most"))
+        found.append(("Sides apart by", times(overall.median), f"median; {times(overall.max)} at most"))
         never = "on any side" if overall.never else "every scale has a value"
         found.append(("Never calibrated", f"{overall.never:,}", never))
     return found

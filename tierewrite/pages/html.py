@@ -328,8 +328,15 @@ def _finding(found: Finding) -> str:
     severity = "error" if found.severity == "error" else "warning"
     return (
         f'<article class="{severity}"><h3><span class="tag">{severity}</span> {escaped(found.id)}</h3>'
-        f"<p>{escaped(found.found)}</p><p>{escaped(found.consequence)}</p>{mend}<ul>{places}</ul></article>"
+        f"<p>{escaped(found.found)}</p><p><b>Then:</b> {escaped(found.consequence)}</p>{mend}"
+        f"<ul>{places}</ul></article>"
     )
+
+
+def _option(value: object) -> object:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "default" if value is None else value
 
 
 def _about(facts: Facts) -> str:
@@ -339,7 +346,7 @@ def _about(facts: Facts) -> str:
     rows: list[tuple[str, str]] = [
         ("Written by", f"tierewrite {escaped(facts.version)}"),
         ("Ties declared by", who),
-        *((f"Option {escaped(name)}", escaped("default" if v is None else v)) for name, v in facts.options.items()),
+        *((f"Option {escaped(name)}", escaped(_option(v))) for name, v in facts.options.items()),
         ("Source", f"{facts.source_shards} safetensors file{'' if facts.source_shards == 1 else 's'}"),
     ]
     facts_ = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows)
@@ -367,9 +374,9 @@ h2{font-size:20px;margin:0 0 14px;letter-spacing:-.005em}
 h3{font-size:15px;margin:28px 0 8px}
 p{margin:0 0 12px;max-width:78ch}
 .lead{font-size:17px;color:var(--muted);margin:0}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(140px,1fr));gap:1px;margin:0 0 24px;
+.cards{display:flex;flex-wrap:wrap;gap:1px;margin:0 0 24px;
 background:var(--line);border:1px solid var(--line);border-radius:10px;overflow:hidden}
-.card{background:var(--panel);padding:14px 14px}
+.card{flex:1 1 136px;background:var(--panel);padding:14px 14px}
 .card dt{color:var(--muted);font-size:12.5px;line-height:1.3}
 .card dd{margin:4px 0 2px;font-size:21px;font-weight:650;line-height:1.25;
 font-variant-numeric:tabular-nums;white-space:nowrap}
@@ -394,7 +401,7 @@ tbody tr:last-child>*{border-bottom:0}
 .names tbody th{font-weight:600}
 .text td,.text th{text-align:left;white-space:normal}
 .kept td,.kept th{overflow-wrap:anywhere}
-.kept td:last-child{min-width:20em}
+.kept td,.kept th{min-width:17em}
 code{font-family:var(--mono);font-size:.92em}
 details{margin:16px 0 0;border-top:1px solid var(--line);padding-top:12px}
 details+details{margin-top:12px}
