@@ -926,7 +926,7 @@ def shard_not_in_the_index(d: Draft) -> None:
     d.index["weight_map"] = {n: f for n, f in d.index["weight_map"].items() if f != last}
 
 
-@defect("file-not-indexed", "warning", base="dg_nvfp4_sharded", mended=True)
+@defect("file-not-indexed", "warning", base="dg_nvfp4_sharded")
 def stray_file_repeats_a_key(d: Draft) -> None:
     d.index_follows = False
     d.shards["stray.safetensors"] = {f"{DECODER}norm.weight": d[f"{DECODER}norm.weight"]}

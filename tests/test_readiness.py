@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
-import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,17 +14,19 @@ import pytest
 
 import tierewrite
 from tests.checkpoints import FIXTURES
-from tests.defects import CONTROLS, DECODER, DEFECTS, ENCODER, Defect, Draft, f32, make_good
+from tests.defects import CONTROLS, DECODER, DEFECTS, ENCODER, Defect, Draft, make_good
 from tierewrite import readiness
 from tierewrite.errors import ConfigError, SourceError, UsageError
 from tierewrite.readiness import Finding, ReadinessReport, check
-from tierewrite.readiness.mends import consistent_ignore, fill_missing_scales
+from tierewrite.readiness.mends import consistent_ignore, mend_ignore_lists
 from tierewrite.readiness.subject import Backbone, Folder
 from tierewrite.readiness.vllm import VllmSubject
 from tierewrite.readiness.vllm_quant import Ignore
+from tierewrite.ties import TieMap
 
 RECORDED: dict[str, Any] = json.loads((Path(__file__).parent / "vllm_behaviour.json").read_text(encoding="utf-8"))
 Good = Callable[[str], Path]
+RESOLVED: dict[str, TieMap] = {}
 # The tiny models' hidden size is no multiple of 128.
 TINY = {"alignment"}
 
@@ -43,6 +43,20 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Good:
         return made[base]
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def _one_model_for_one_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most variants share a config: its class is built once, not three hundred times."""
+    resolve = TieMap.resolve
+
+    def remembered(root: Path, config: dict[str, Any], **options: Any) -> TieMap:
+        key = json.dumps([config, options.get("trust_remote_code"), str(options.get("ties_file"))], sort_keys=True)
+        if key not in RESOLVED:
+            RESOLVED[key] = resolve(root, config, **options)
+        return RESOLVED[key]
+
+    monkeypatch.setattr(TieMap, "resolve", remembered)
 
 
 def edited(good: Path, target: Path, edit: Callable[[Draft], None]) -> Path:
@@ -238,80 +252,31 @@ IGNORE_DEFECTS = [d for d in DEFECTS if d.mended and (d.finding or "").startswit
 @pytest.mark.parametrize("defect", IGNORE_DEFECTS, ids=lambda d: d.name)
 def test_consistent_ignore_list_mends_the_pattern(defect: Defect, good: Good, tmp_path: Path) -> None:
     defect.make(good(defect.base), tmp_path / "variant")
-    patterns = consistent_ignore(VllmSubject(Folder.open(tmp_path / "variant")))
-    assert patterns is not None
+    before = Draft.read(tmp_path / "variant")
+    assert mend_ignore_lists(tmp_path / "variant")
+    assert check(tmp_path / "variant", "vllm").ids() <= TINY
+    after = Draft.read(tmp_path / "variant")
+    assert after.hf_quant is not None
+    assert after.hf_quant["quantization"]["exclude_modules"] == after.quantization["ignore"]
+    after.quantization["ignore"] = before.quantization["ignore"]
+    assert after.config == before.config
+    assert after.shards == before.shards
 
-    def mend(d: Draft) -> None:
-        d.quantization["ignore"] = patterns
-        assert d.hf_quant is not None
-        d.hf_quant["quantization"]["exclude_modules"] = patterns
 
-    assert check(edited(tmp_path / "variant", tmp_path / "mended", mend), "vllm").ids() <= TINY
+# Defects in which the list is at fault, whether or not another one would be right.
+LISTS = ("ignore-", "unlisted", "quant", "architectures", "cannot")
+OTHERS = [d for d in DEFECTS if not d.mended and not (d.finding or "").startswith(LISTS)]
+
+
+@pytest.mark.parametrize("defect", OTHERS, ids=lambda d: d.name)
+def test_ignore_lists_stay_where_they_are_not_at_fault(defect: Defect, good: Good, tmp_path: Path) -> None:
+    defect.make(good(defect.base), tmp_path / "variant")
+    assert mend_ignore_lists(tmp_path / "variant") == ()
 
 
 @pytest.mark.parametrize("base", ["dg_nvfp4", "dg_nvfp4_experts_only", "dg_nvfp4_sharded", "dg_fp8"])
 def test_a_right_ignore_list_stays(base: str, good: Good) -> None:
     assert consistent_ignore(VllmSubject(Folder.open(good(base)))) is None
-
-
-# --- scales that are filled --------------------------------------------------------------------------------
-
-EXPERT = f"{DECODER}layers.0.experts."
-
-
-@pytest.mark.parametrize("value", [None, 0.0, -1.0, math.inf, math.nan, 1.6e-43])
-def test_an_experts_scale_is_filled_with_the_largest_of_its_neighbours(
-    value: float | None, good: Good, tmp_path: Path
-) -> None:
-    def edit(d: Draft) -> None:
-        d[f"{EXPERT}3.down_proj.input_scale"] = f32(0.75)
-        if value is None:
-            d.drop(f"{EXPERT}1.down_proj.input_scale")
-        else:
-            d[f"{EXPERT}1.down_proj.input_scale"] = f32(value)
-
-    folder = edited(good("dg_nvfp4"), tmp_path / "v", edit)
-    (filled,) = fill_missing_scales(VllmSubject(Folder.open(folder)))
-    assert filled.key == f"{EXPERT}1.down_proj.input_scale"
-    assert (filled.there, filled.dtype, filled.shape) == (value is not None, "F32", ())
-    assert (struct.unpack("<f", filled.data)[0], filled.taken_from) == (0.75, f"{EXPERT}3.down_proj.input_scale")
-
-
-def test_a_valid_tied_side_needs_no_filling(good: Good, tmp_path: Path) -> None:
-    def edit(d: Draft) -> None:
-        d[f"{ENCODER}layers.0.experts.1.down_proj.input_scale"] = d[f"{EXPERT}1.down_proj.input_scale"]
-        d[f"{EXPERT}1.down_proj.input_scale"] = f32(0.0)
-
-    folder = edited(good("dg_nvfp4"), tmp_path / "v", edit)
-    assert fill_missing_scales(VllmSubject(Folder.open(folder))) == ()
-
-
-def test_reciprocal_scales_are_filled_with_the_smallest(good: Good, tmp_path: Path) -> None:
-    stem = f"{DECODER}layers.0.experts."
-
-    def edit(d: Draft) -> None:
-        d[f"{stem}2.up_proj.input_global_scale"] = f32(0.5, (1,))
-        d.drop(f"{stem}0.up_proj.input_global_scale")
-
-    folder = edited(good("llmcompressor_nvfp4_dg"), tmp_path / "v", edit)
-    (filled,) = fill_missing_scales(VllmSubject(Folder.open(folder)))
-    assert (filled.key, filled.shape) == (f"{stem}0.up_proj.input_global_scale", (1,))
-    assert struct.unpack("<f", filled.data)[0] == 0.5
-
-
-def test_a_projection_that_calibration_never_reached_is_not_filled(good: Good, tmp_path: Path) -> None:
-    def edit(d: Draft) -> None:
-        for expert in range(4):
-            d[f"{EXPERT}{expert}.down_proj.input_scale"] = f32(0.0)
-
-    folder = edited(good("dg_nvfp4"), tmp_path / "v", edit)
-    assert fill_missing_scales(VllmSubject(Folder.open(folder))) == ()
-    assert "scale-not-positive" in check(folder, "vllm").ids()
-
-
-@pytest.mark.parametrize("base", ["dg_nvfp4", "dg_nvfp4_sharded", "dg_w4a16_nvfp4", "dg_fp8"])
-def test_nothing_is_filled_in_a_good_checkpoint(base: str, good: Good) -> None:
-    assert fill_missing_scales(VllmSubject(Folder.open(good(base)))) == ()
 
 
 # --- the report --------------------------------------------------------------------------------------------

@@ -1,21 +1,20 @@
-"""What a rewrite for vLLM has to change besides the ties: computed here, written by the rewrite.
+"""What a rewrite for vLLM has to change in the configs: ignore lists that say to vLLM what lies on disk.
 
-Both functions look at a checkpoint and return data; neither writes. What cannot be mended (a weight that is not there,
-an expert that was left unquantized among quantized ones) is left to the findings.
+The general mend of ignore lists (formats.quant_config) goes by what entries mean to their exporter; this one by what
+they do in vLLM, where they match as substrings and fused projections have to be named as one. What no list can say
+(experts of one layer, or shards of one parameter, of which only some are quantized) is left to the findings.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from tierewrite import formats
-from tierewrite.formats import Companion, Role
-from tierewrite.readiness.vllm import SMALLEST_NORMAL, VllmSubject, split_expert
+from tierewrite.readiness.subject import Folder
+from tierewrite.readiness.vllm import VllmSubject
 from tierewrite.readiness.vllm_quant import Ignore
 
 
@@ -76,68 +75,49 @@ def _spellings(s: VllmSubject, name: str) -> list[str]:
     return [side + name.removeprefix(s.backbone.map(side)) for side in sides] or [name]
 
 
-@dataclass(frozen=True, slots=True)
-class Filled:
-    """One activation scale of an expert that no side has validly, with the value to write.
+def mend_ignore_lists(folder: Path, *, trust_remote_code: bool = False) -> tuple[str, ...]:
+    """Give the configs in `folder` the list of `consistent_ignore`, where they need it; for staged output only.
 
-    Attributes:
-        key: the tensor to write: the canonical side's name, there or not.
-        there: the checkpoint has a tensor of that name, with an invalid value, whose place it takes.
-        dtype, shape, data: what to write; F32, little-endian.
-        taken_from: the expert's tensor whose value it is.
+    Both config.json and hf_quant_config.json get it, each under the key that it uses. Everything else in them stays,
+    in its order; the indentation is kept.
+
+    Returns:
+        One sentence for each file that was changed.
+
+    Raises:
+        SourceError and its kin: the folder cannot be read.
     """
-
-    key: str
-    there: bool
-    dtype: str
-    shape: tuple[int, ...]
-    data: bytes
-    taken_from: str
-
-
-def fill_missing_scales(s: VllmSubject) -> tuple[Filled, ...]:
-    """Values for the experts' `input_scale` (`input_global_scale`) that are missing or invalid on every side.
-
-    The widest range among the same projection's other experts of the layer serves: the largest scale, or the smallest
-    where the reciprocal is stored. Where a tied side has a valid value nothing is to be done here: merging the sides
-    takes that one. Layers in which no expert of the projection was calibrated are left out.
-    """
-    scheme = s.scheme
-    leaf = next((x for x in scheme.scalars if x.startswith("input")), None) if scheme is not None else None
-    companion = formats.classify("weight", leaf, s.families) if leaf is not None else None
-    if leaf is None or companion is None or companion.role is not Role.ACTIVATION:
+    subject = VllmSubject(Folder.open(folder, "vllm"), trust_remote_code=trust_remote_code)
+    patterns = consistent_ignore(subject)
+    if patterns is None:
         return ()
-    layers: dict[tuple[str, str], list[str]] = {}
-    for name in s.sound:
-        container, expert, projection = split_expert(name)
-        if expert is not None:
-            layers.setdefault((container, projection), []).append(name)
-    found: list[Filled] = []
-    for modules in layers.values():
-        valid: list[tuple[float, str]] = []
-        empty: list[str] = []
-        for name in modules:
-            keys = [k for k in s.modules[name].leaves.get(leaf, ()) if k in s.scalars and _set(s.scalars[k], companion)]
-            valid.extend((float(s.scalars[k].item()), k) for k in keys)
-            if not keys:
-                empty.append(name)
-        if not valid:
+    changed = []
+    for name in ("config.json", "hf_quant_config.json"):
+        path = folder / name
+        if not path.exists():
             continue
-        widest = max(valid) if companion.merge == "max" else min(valid)
-        found.extend(_filled(s, name, leaf, widest) for name in empty)
-    return tuple(found)
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        lists = list(_lists(content))
+        for part, key in lists:
+            part[key] = patterns
+        if lists:
+            indented = re.search(r"\n([ \t]+)\S", text)
+            new = json.dumps(content, indent=indented.group(1) if indented else None, ensure_ascii=text.isascii())
+            path.write_text(new + text[len(text.rstrip()) :], encoding="utf-8")
+            changed.append(f"{name}: the ignore list was rewritten so that vLLM builds what is on disk")
+    return tuple(changed)
 
 
-def _set(values: Any, companion: Companion) -> bool:
-    """One value that calibration set."""
-    if values.size != 1:
-        return False
-    value = values.item()
-    return bool(np.isfinite(value)) and value >= SMALLEST_NORMAL and value not in companion.uncalibrated
-
-
-def _filled(s: VllmSubject, name: str, leaf: str, widest: tuple[float, str]) -> Filled:
-    keys: Sequence[str] = s.modules[name].leaves.get(leaf, ())
-    key = keys[0] if keys else f"{s.modules[name].stem}.{leaf}"
-    shape = s.entries[widest[1]].shape
-    return Filled(key, bool(keys), "F32", shape, struct.pack("<f", widest[0]), widest[1])
+def _lists(content: Any) -> Iterator[tuple[dict[str, Any], str]]:
+    """The parts of a config that hold an ignore list of ModelOpt's, with its key."""
+    text = content.get("text_config")
+    for part in (content, text if isinstance(text, dict) else {}):
+        for name in ("quantization_config", "quantization"):
+            inner = part.get(name)
+            for found in (inner, inner.get("quantization") if isinstance(inner, dict) else None):
+                if not isinstance(found, dict):
+                    continue
+                for key in ("ignore", "exclude_modules"):
+                    if isinstance(found.get(key), list):
+                        yield found, key

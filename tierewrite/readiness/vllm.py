@@ -232,7 +232,7 @@ def file_not_indexed(s: VllmSubject) -> Iterator[Finding]:
             f"{file} is not in {INDEX_NAME}; {len(lost)} of its {len(names)} tensors are nowhere else",
             "vLLM does not read it" + ("; the parameters stay uninitialised" if lost else ""),
             "add the tensors to the index" if lost else "remove the file",
-            None if lost else REWRITE,
+            None,
             "model_executor/model_loader/weight_utils.py filter_duplicate_safetensors_files",
         )
 
