@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.checkpoints import FIXTURES
-from tierewrite.names import DiskTies, TieGroup, on_disk, places
+from tierewrite.names import DiskTies, TieGroup, _expert_of, on_disk, places
 from tierewrite.ties import Tie, TieMap
 
 COMPANIONS = ("weight", "weight_scale", "weight_scale_2", "input_scale")
@@ -305,6 +305,21 @@ def test_fused_experts_under_memory_names_are_found_in_a_model_whose_hub_unpacks
     keys = [f"model.layers.{layer}.mlp.experts.{leaf}" for layer in (0, 1) for leaf in ("gate_up_proj", "down_proj")]
     disk = on_disk(tied_mixtral(), keys)
     assert [g.slots for g in disk.groups] == [((keys[0], keys[2]),), ((keys[1], keys[3]),)]
+
+
+def test_a_pattern_with_several_wildcards_counts_experts_and_not_layers() -> None:
+    from transformers.core_model_loading import MergeModulelist, WeightConverter
+
+    from tierewrite.ties import ModelNames
+
+    transform = WeightConverter("layers.*.experts.*.w2.weight", "layers.*.experts.down_proj", [MergeModulelist(dim=0)])
+    assert [_expert_of(p, "enc.layers.7.experts.3.w2.weight") for p in transform.source_patterns] == [3]
+    assert _expert_of(r"\.experts.*.w2.weight", "enc.layers.7.experts.12.w2.weight") == 12
+    plain = WeightConverter(".experts.*.w2.weight", ".experts.down_proj", [MergeModulelist(dim=0)])
+    model = ModelNames("Any", "", {"a.experts.down_proj": (2,), "b.experts.down_proj": (2,)}, (plain,), (plain,))
+    ties = TieMap((Tie("a.experts.down_proj", "b.experts.down_proj", "test"),), "class", model=model)
+    keys = [f"{side}.experts.{e}.w2.weight" for side in "ab" for e in range(12)]
+    assert on_disk(ties, keys).groups[0].slots == tuple((keys[12 + e], keys[e]) for e in range(12))
 
 
 # --- one tensor on disk that is several parameters

@@ -294,10 +294,7 @@ class _Translator:
             self._covers[name] = tuple(renamed.replace(first, t) for t in converter.target_patterns)
         if len(converter.source_patterns) == 1 and "*" not in pattern:
             return WHOLE
-        # The wildcard of a pattern stands for the expert: the first number of the matched text that follows its head.
-        match = _search(pattern, name)
-        numbers = re.findall(r"\d+", match) if "*" in pattern else []
-        return ("converter", pattern, index, int(numbers[0]) if numbers else 0)
+        return ("converter", pattern, index, _expert_of(pattern, name) if "*" in pattern else 0)
 
     def _unpacked(self, renamed: str) -> tuple[str, Part] | None:
         """`...experts.3.gate_proj.weight` as a part of the fused `...experts.gate_up_proj`."""
@@ -448,10 +445,13 @@ def _fresh(transform: Any) -> Any:
     return deepcopy(transform)
 
 
-def _search(pattern: str, name: str) -> str:
-    """The text of `name` that a source pattern of a `WeightConverter` matches (compiled as transformers does)."""
-    match = re.search(pattern.replace("*.", r".*\."), name)
-    return match.group(0) if match else name
+def _expert_of(pattern: str, name: str) -> int:
+    """The number that the last wildcard of a `WeightConverter`'s source pattern stands for in `name`."""
+    match = re.search(pattern.replace("*.", r".*\."), name)  # as transformers compiles it
+    text = match.group(0) if match else name
+    tail = pattern.rpartition("*.")[2].replace("\\.", ".")
+    numbers = re.findall(r"\d+", text.removesuffix(tail))
+    return int(numbers[-1]) if numbers else 0
 
 
 def _required_text(pattern: str) -> str | None:
