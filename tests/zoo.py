@@ -174,11 +174,17 @@ def hub_checkpoint(model: Any, state: Mapping[str, Any], drops: Mapping[str, str
     detached = {k: v.detach() for k, v in state.items()}
     every = revert_weight_conversion(model, dict(detached))
     kept = revert_weight_conversion(model, {k: v for k, v in detached.items() if k not in drops})
+    # A tensor that is only renamed stays the same object; what is converted is asked one by one.
+    renamed = {id(tensor): key for key, tensor in every.items()}
+
+    def hub_names(name: str) -> list[str]:
+        if id(detached[name]) in renamed:
+            return [renamed[id(detached[name])]]
+        return list(revert_weight_conversion(model, {name: detached[name]}))
+
     gone: dict[str, str] = {}
     for alias, canonical in drops.items():
-        names = list(revert_weight_conversion(model, {alias: detached[alias]}))
-        stands = list(revert_weight_conversion(model, {canonical: detached[canonical]}))
-        gone.update({a: c for a, c in zip(names, stands, strict=True) if a not in kept})
+        gone.update({a: c for a, c in zip(hub_names(alias), hub_names(canonical), strict=True) if a not in kept})
     if set(gone) != set(every) - set(kept):
         raise ValueError(
             f"names that save_pretrained drops do not add up: {sorted(set(gone) ^ (set(every) - set(kept)))}"
@@ -211,9 +217,12 @@ def write_headers(folder: Path, naive: Naive, config: dict[str, Any]) -> None:
 
 def judge(name: str, module: str, folder: Path) -> dict[str, Any]:
     """Plan every naive checkpoint of one class and compare with the right answer; a JSON-like record."""
+    from tierewrite.rewriting import Opened
+
     case = make_case(name, module)
     wrong: list[str] = []
     plans = 0
+    ties: Any = None
     try:
         for naive in case.naive:
             at = folder / f"{name}-{naive.style}"
@@ -223,7 +232,9 @@ def judge(name: str, module: str, folder: Path) -> dict[str, Any]:
             if naive.drops:
                 only = without_canonicals(naive)
                 write_headers(folder / f"{name}-{naive.style}-only", only, case.config)
-                wrong += renaming_differences(only, folder / f"{name}-{naive.style}-only", at)
+                # The ties depend on the config alone: asked once for both styles.
+                ties = ties or Opened.open(at).ties
+                wrong += renaming_differences(only, folder / f"{name}-{naive.style}-only", ties)
                 plans += 1
     except Exception as exc:
         wrong.append(f"{type(exc).__name__}: {exc}"[:500])
@@ -251,18 +262,14 @@ def without_canonicals(naive: Naive) -> Naive:
     return Naive(naive.style, {k: v for k, v in naive.entries.items() if k not in gone}, naive.drops)
 
 
-def renaming_differences(naive: Naive, folder: Path, full: Path) -> list[str]:
-    """Where the plan is not: one alias of each tie takes the canonical name, its siblings go, the rest stays.
-
-    The ties are asked once per class: this reuses those of the folder with every name, whose config is the same.
-    """
+def renaming_differences(naive: Naive, folder: Path, ties: Any) -> list[str]:
+    """Where the plan is not: one alias of each tie takes the canonical name, its siblings go, the rest stays."""
     from tierewrite.checkpoint import Checkpoint
     from tierewrite.names import on_disk
     from tierewrite.rewriting import Opened, policy_of
 
-    opened = Opened.open(full)
     checkpoint = Checkpoint.open(folder)
-    plan = Opened(checkpoint, opened.ties, on_disk(opened.ties, checkpoint.tensors.keys())).plan(policy_of())
+    plan = Opened(checkpoint, ties, on_disk(ties, checkpoint.tensors.keys())).plan(policy_of())
     wrong = []
     renamed: dict[str, int] = {}
     for key, planned in plan.tensors.items():
