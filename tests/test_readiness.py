@@ -279,6 +279,25 @@ def test_a_right_ignore_list_stays(base: str, good: Good) -> None:
     assert consistent_ignore(VllmSubject(Folder.open(good(base)))) is None
 
 
+# --- mended by a rewrite -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("defect", [d for d in DEFECTS if d.mended], ids=lambda d: d.name)
+def test_preparing_for_vllm_mends_what_can_be_mended(defect: Defect, good: Good, tmp_path: Path) -> None:
+    defect.make(good(defect.base), tmp_path / "variant")
+    report = tierewrite.prepare_for_vllm(tmp_path / "variant", tmp_path / "out", **defect.mend_options)
+    assert report.readiness is not None
+    assert report.readiness.ids() <= TINY
+    assert check(tmp_path / "out", "vllm").ids() <= TINY
+
+
+@pytest.mark.parametrize("defect", [d for d in DEFECTS if not d.mended], ids=lambda d: d.name)
+def test_what_no_rewrite_mends_says_so(defect: Defect, good: Good, tmp_path: Path) -> None:
+    defect.make(good(defect.base), tmp_path / "variant")
+    report = check(tmp_path / "variant", "vllm")
+    assert None in {f.mended_by for f in report.findings if (f.id, f.severity) == (defect.finding, defect.severity)}
+
+
 # --- the report --------------------------------------------------------------------------------------------
 
 

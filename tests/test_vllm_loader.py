@@ -134,3 +134,15 @@ def test_check_agrees_with_the_loader_on_the_rewritten_checkpoint(
     found = {n for f in check(tmp_path / "out", "vllm").errors for n in f.where}
     conflicts = loaded("file")[f"{case}-rewritten"]["conflicts"]["list"]
     assert found == {name for c in conflicts if c["different"] for name in (c["first"], c["winner"])}
+
+
+def test_every_variant_that_a_rewrite_mends_loads_clean_afterwards(tmp_path: Path) -> None:
+    assert INTERPRETER is not None
+    mended = [d for d in DEFECTS if d.mended]
+    _, made = make_all(tmp_path, mended)
+    for defect in mended:
+        tierewrite.prepare_for_vllm(made[defect.name], tmp_path / f"{defect.name}-out", **defect.mend_options)
+    found = load(INTERPRETER, [tmp_path / f"{d.name}-out" for d in mended], "--process")
+    for name, out in found.items():
+        assert (out["status"], out["ignored"], out["conflicts"]["different"]) == (0, [], 0), name
+        assert not [w for w in out["scale_notes"] if "not positive" in w or "w1 != w3" in w], name

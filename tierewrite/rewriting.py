@@ -346,6 +346,11 @@ def rewrite(
         configs, config_warnings = ignore_lists(checkpoint, planned, opened.disk)
         progress.start("copying other files", side_bytes)
         copy_side_files(checkpoint.side_files, checkpoint.directories, staging.path, progress.advance, configs)
+        if consumer == "vllm" and policy.fix_ignore:
+            from tierewrite.readiness.mends import mend_ignore_lists
+
+            mended = mend_ignore_lists(staging.path, trust_remote_code=trust_remote_code)
+            config_warnings = (*config_warnings, *mended)
         report = build_report(
             checkpoint,
             opened.ties,

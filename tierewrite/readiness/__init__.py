@@ -5,8 +5,8 @@
         print(finding)
 
 One file a consumer: `vllm` and `transformers`; each is a list of small rules over a `Subject`. This room reads and
-never writes. It refuses a folder whose headers or configs cannot be read at all (SourceError, exit 4); everything
-that a loader would trip over later is a `Finding`.
+never writes (but for `mends`, in staged output). It refuses a folder whose headers or configs cannot be read at all
+(SourceError, exit 4); everything that a loader would trip over later is a `Finding`.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ they do in vLLM, where they match as substrings and fused projections have to be
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from tierewrite.readiness.subject import Folder
 from tierewrite.readiness.vllm import VllmSubject
 from tierewrite.readiness.vllm_quant import Ignore
+from tierewrite.writer import system_errors
 
 
 def consistent_ignore(s: VllmSubject) -> list[str] | None:
@@ -104,7 +106,11 @@ def mend_ignore_lists(folder: Path, *, trust_remote_code: bool = False) -> tuple
         if lists:
             indented = re.search(r"\n([ \t]+)\S", text)
             new = json.dumps(content, indent=indented.group(1) if indented else None, ensure_ascii=text.isascii())
-            path.write_text(new + text[len(text.rstrip()) :], encoding="utf-8")
+            with system_errors("writing", path), open(path, "r+", encoding="utf-8") as file:
+                file.write(new + text[len(text.rstrip()) :])
+                file.truncate()
+                file.flush()
+                os.fsync(file.fileno())
             changed.append(f"{name}: the ignore list was rewritten so that vLLM builds what is on disk")
     return tuple(changed)
 
