@@ -23,13 +23,14 @@ from tierewrite.digest import Span as DigestSpan
 from tierewrite.digest.spans import Bytes
 from tierewrite.errors import SourceChanged, shown
 from tierewrite.planning import OutShard
-from tierewrite.writer import flush, part, system_errors, write_all
+from tierewrite.writer import flush, part, start_writeback, system_errors, write_all
 
 log = logging.getLogger(__name__)
 
 BUFFER_BYTES = 8 << 20  # a multiple of digest.PIECE, so that a large tensor may be cut at every buffer's end
 assert BUFFER_BYTES % PIECE == 0
 _RUNS_PER_TASK = 4096
+_WRITEBACK_BYTES = 1 << 20
 
 
 class Span(NamedTuple):
@@ -327,6 +328,8 @@ class Transfer:
         if data and out in self._outs:
             with system_errors("writing", self.outputs[out]):
                 write_all(self._outs[out], data, position)
+            if len(data) >= _WRITEBACK_BYTES:
+                start_writeback(self._outs[out], position, len(data))
 
     def _large(self, task: Task, number: int, array: Bytes, stream: Stream, stop: threading.Event) -> None:
         """One tensor larger than the buffer, piece by piece."""
