@@ -337,6 +337,22 @@ def test_real_disk_that_is_just_large_enough(
     assert contents(small_disk / "out") == right
 
 
+def test_what_a_killed_run_left_counts_as_free(
+    machine: Machine, source: Source, small_disk: Path, right: dict[str, str]
+) -> None:
+    options = (*source.options, "--no-manifest")
+    fault = Fault(small_disk, "kill_before", 1, calls=("create",), part="index.json")
+    assert machine.run("rewrite", source.path, small_disk / "out", *options, fault=fault).code == -9
+    status = os.statvfs(small_disk)
+    (small_disk / "other").write_bytes(bytes(status.f_bavail * status.f_frsize - 200_000))
+    elsewhere = machine.run("rewrite", source.path, small_disk / "elsewhere", *options)
+    assert elsewhere.code == 5
+    assert "bytes and the disk has" in elsewhere.stderr
+    done = machine.run("rewrite", source.path, small_disk / "out", *options, "--resume")
+    assert done.code == 0, done
+    assert contents(small_disk / "out") == {name: it for name, it in right.items() if name != "tierewrite.json"}
+
+
 def test_limit_of_the_size_of_files(rewrite: Callable[..., Outcome]) -> None:
     done = rewrite(None, limits={"RLIMIT_FSIZE": 30_000})  # type: ignore[arg-type]
     assert done.code == 5, done

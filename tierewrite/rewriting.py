@@ -312,7 +312,7 @@ def rewrite(
     metadata, warnings = merged_metadata(checkpoint)
     side_bytes = sum(side.size for side in checkpoint.side_files)
     needed = planned.total_bytes + side_bytes
-    check_space(target.path.parent, needed)
+    check_space(target.path, needed)
     if in_place:
         kept = f", and the original stays as '{target.backup}'" if target.backup else ""
         progress.note(f"in place: {needed:,} bytes are needed beside SRC until the swap{kept}")

@@ -150,7 +150,7 @@ class Staging:
     def __init__(self, target: Target, resume: bool = False) -> None:
         self.target = target
         self.resume = resume
-        self.path = target.path.parent / f".{target.path.name}.tierewrite"
+        self.path = staging_of(target.path)
         self._lock = -1
         self._made_parents: list[Path] = []
         self._committed = False
@@ -349,6 +349,11 @@ class Staging:
         traceback: TracebackType | None,
     ) -> None:
         self._end()
+
+
+def staging_of(target: Path) -> Path:
+    """Where the new checkpoint grows; hidden, and on the same file system."""
+    return target.with_name(f".{target.name}.tierewrite")
 
 
 def aside_of(target: Path) -> Path:
@@ -620,16 +625,21 @@ def still_as_listed(folder: Path, before: Mapping[str, tuple[int, int, int, int]
             )
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """Refuses before the first byte when the disk of `folder` cannot hold `needed` bytes.
+def check_space(target: Path, needed: int) -> None:
+    """Refuses before the first byte when the disk of `target` cannot hold `needed` bytes.
+
+    What a killed run left beside it counts as free: it is used (--resume) or removed.
 
     Raises:
         SystemFailure: too little space.
     """
+    folder = target.parent
     while not folder.exists():
         folder = folder.parent
     with system_errors("asking for the free space", folder):
         free = shutil.disk_usage(folder).free
+        for place, _, names in os.walk(staging_of(target)):
+            free += sum(os.lstat(os.path.join(place, name)).st_blocks * 512 for name in names)
     if needed > free:
         raise SystemFailure(
             f"the output needs {needed:,} bytes and the disk has {free:,} free; make room, or choose another disk",
