@@ -7,8 +7,8 @@ imported only when a hub id is given. Offline, what the cache holds completely s
 A text is a hub id only if it has the form `org/name` and nothing of that path is on disk; `./org/name` never is one.
 
 Of a header on the hub, the gate for files checks what huggingface_hub's parser passes on: names, dtypes, shapes,
-offsets without holes or overlaps, and that the file is long enough. What it does not pass on (keys that come twice,
-the exact end of the file) is checked when the snapshot is read.
+offsets without holes or overlaps, and that the file is long enough for the shortest such header. What it does not pass
+on (keys that come twice, the exact end of the file) is checked when the snapshot is read.
 """
 
 from __future__ import annotations
@@ -225,14 +225,15 @@ class _Remote:
         ends = [info.data_offsets[-1] for info in found.tensors.values() if info.data_offsets]
         data_bytes = max((end for end in ends if isinstance(end, int)), default=0)
         try:
-            header = json.dumps(text).encode()
+            # as short as it can be written, which bounds the real one's length from below
+            header = json.dumps(text, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
         except (TypeError, ValueError) as error:
             raise HeaderError(f"huggingface_hub cannot read its header: {_first_line(error)}", file=file) from error
         metadata, rows = parse_header(header, data_bytes, file=file)
         size = self.sizes.get(name)
-        # 8 bytes of length, at least "{}", the data; a header of more than the format allows means bytes too many
-        if size is not None and not 10 + data_bytes <= size <= 8 + MAX_HEADER_BYTES + data_bytes:
-            raise HeaderError(f"has {size} bytes, but its tensors alone take {data_bytes}: truncated?", file=file)
+        needed = 8 + len(header) + data_bytes
+        if size is not None and not needed <= size <= 8 + MAX_HEADER_BYTES + data_bytes:
+            raise HeaderError(f"has {size} bytes; header and tensors take at least {needed}: truncated?", file=file)
         base = 8 if size is None else size - data_bytes
         shard = Shard(name, Path(file), base + data_bytes, 0, 0, base, metadata)
         return shard, [TensorEntry(key, dtype, shape, 0, base + a, base + b) for a, b, key, dtype, shape in rows]
@@ -271,6 +272,10 @@ def _translated(error: Exception, repo: str, revision: str | None) -> Tierewrite
     """
     from huggingface_hub import constants, errors
 
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        # "not in the cache" is what is said when the hub's answer was an error; the answer is the news
+        answers = [e for e in _chain(error) if isinstance(e, errors.HfHubHTTPError)]
+        error = answers[0] if answers else error
     what = f"'{repo}'" if revision is None else f"'{repo}' at revision '{shown(revision)}'"
     here = f"there is no folder '{repo}' here, and as a hub id"
     log_in = "log in with `hf auth login`, or set HF_TOKEN"

@@ -1,0 +1,20 @@
+"""Prepare an exported checkpoint for vLLM and hear what it will do with it: python before_vllm.py SRC DST.
+
+SRC is a folder or a hub id. Exits 6 if something is left that vLLM would get wrong without a word.
+"""
+
+import sys
+
+import tierewrite
+
+src, dst = sys.argv[1:]
+try:
+    report = tierewrite.prepare_for_vllm(src, dst)
+except tierewrite.TierewriteError as error:
+    sys.exit(f"{error}")
+
+print(f"{report.before_bytes:,} -> {report.after_bytes:,} bytes in {dst}")
+if report.readiness.errors:
+    print(*report.readiness.errors, sep="\n")
+    sys.exit(6)
+print(f"vllm serve {dst}")
