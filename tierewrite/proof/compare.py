@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from tierewrite import formats
-from tierewrite.checkpoint import MANIFEST_NAME, Checkpoint
+from tierewrite.checkpoint import MANIFEST_NAME, Checkpoint, TensorEntry
 from tierewrite.errors import SourceChanged, SystemFailure
 from tierewrite.formats import Companion
 from tierewrite.names import DiskTies
@@ -15,6 +16,8 @@ from tierewrite.proof.judge import Group, Judge, Stand
 from tierewrite.proof.reading import Contents, read_array
 from tierewrite.proof.values import BLOBS, FUSED, Scale, check_merge, is_blob, why_no_value
 from tierewrite.ties import TieMap
+
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.([^.]+)\.([^.]+)")
 
 
 class Proof:
@@ -35,6 +38,7 @@ class Proof:
         self.ties = TieMap((), "none")
         self.scales: dict[str, Scale] = {}
         self.stands: dict[str, Stand] = {}
+        self._by_expert: dict[tuple[str, str, str], list[TensorEntry]] | None = None
         self.repacked: dict[str, str | None] = {}  # by module: why its blob is wrong, or None
 
     def run(self, disk: DiskTies, ties: TieMap) -> None:
@@ -108,7 +112,7 @@ class Proof:
             if name not in stands:
                 if name in sources:
                     self._say("tie-left", name, f"still there beside '{sources[name]}', which stands for it")
-                else:
+                elif not self._is_filled(name):
                     self._say("unexpected", name, "nothing in SRC accounts for it")
 
     def _compare_one(self, stand: Stand) -> None:
@@ -128,8 +132,34 @@ class Proof:
             sides = [(self.source.tensors[key], self.before.values[key]) for key in stand.sources]
             scale = check_merge(stand.merge, sides, found.dtype, self.after.values[stand.target])
             self.scales[stand.target] = scale
-            if not scale.right:
+            if not scale.right and not (not scale.calibrated and self._is_filled(stand.target)):
                 self._say("merge", stand.target, scale.why)
+
+    def _is_filled(self, name: str) -> bool:
+        """Whether a scale of DST, which no side of SRC has, is the widest of the layer's other experts, as asked for."""
+        hit = _EXPERT.fullmatch(name)
+        if hit is None or not self._option("fill_missing_scales"):
+            return False
+        companion = formats.classify("weight", hit[4])
+        found = self.target.tensors[name]
+        others = [other for other in self._experts().get((hit[1], hit[3], hit[4]), ()) if other.name != name]
+        if companion is None or companion.merge is None or name not in self.after.values or not others:
+            return False
+        if any((other.dtype, other.shape) != (found.dtype, found.shape) for other in others):
+            return False
+        sides = [(other, self.after.values[other.name]) for other in others if other.name in self.after.values]
+        scale = check_merge(companion, sides, found.dtype, self.after.values[name]) if sides else None
+        return scale is not None and scale.right and scale.calibrated
+
+    def _experts(self) -> Mapping[tuple[str, str, str], list[TensorEntry]]:
+        """DST's tensors of unpacked experts: (container, projection, suffix) -> one an expert."""
+        if self._by_expert is None:
+            self._by_expert = {}
+            for entry in self.target.tensors.values():
+                hit = _EXPERT.fullmatch(entry.name)
+                if hit is not None:
+                    self._by_expert.setdefault((hit[1], hit[3], hit[4]), []).append(entry)
+        return self._by_expert
 
     def _count(self, stands: Mapping[str, Stand]) -> None:
         self.counts = dict.fromkeys(("kept", "renamed", "dropped", "merged", "repacked"), 0)
