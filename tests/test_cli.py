@@ -360,3 +360,33 @@ def test_source_on_a_read_only_mode_is_enough(copied: Naive, tmp_path: Path) -> 
             assert os.access(path, os.W_OK)
     finally:
         src.chmod(0o755)
+
+
+def test_verify_proves_what_was_written_and_exits_6_on_anything_else(
+    copied: Naive, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    src = copied("dg_nvfp4")
+    config = json.loads((src / "config.json").read_text())
+    config["quantization_config"]["ignore"].append("model.encoder.language_model.layers.0.mlp.up_proj")
+    (src / "config.json").write_text(json.dumps(config, indent=4))
+    assert run("rewrite", src, tmp_path / "out", "-q", "--verify", "--fix-ignore", "--no-manifest") == 0
+    assert run("verify", src, tmp_path / "out") == 6
+    capsys.readouterr()
+    assert run("verify", src, tmp_path / "out", "--fix-ignore", "--json") == 0
+    verification = json.loads(capsys.readouterr().out)
+    assert verification["schema"] == "tierewrite/verification/1"
+    assert verification["ok"] is True
+    assert run("verify", src, tmp_path / "nothing") == 6
+    assert run("verify", tmp_path / "nothing", tmp_path / "out") == 4
+
+
+def test_unindexed_tensors_are_left_out_on_request_and_the_result_proved(copied: Naive, tmp_path: Path) -> None:
+    src = copied("dg_nvfp4_sharded")
+    index = json.loads((src / "model.safetensors.index.json").read_text())
+    name = "model.encoder.vision_tower.patch_embedder.input_proj.weight"
+    del index["weight_map"][name]
+    (src / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert run("rewrite", src, tmp_path / "out") == 4
+    assert run("rewrite", src, tmp_path / "out", "--ignore-unindexed", "--verify", "-q") == 0
+    assert name not in read_tensors(tmp_path / "out")
+    assert run("verify", src, tmp_path / "out", "--ignore-unindexed") == 0

@@ -94,7 +94,8 @@ def test_gpu_that_fails_midway_is_replaced_by_the_cpu(
 ) -> None:
     select = digest.select
     failing = Failing(good)
-    monkeypatch.setattr(digest, "select", lambda device, **more: failing if device == "auto" else select(device, **more))
+    choose = lambda device, **more: failing if device == "auto" else select(device, **more)  # noqa: E731
+    monkeypatch.setattr(digest, "select", choose)
     monkeypatch.setattr("tierewrite.transfer.BUFFER_BYTES", 1 << 20)
     report = tierewrite.rewrite(naive("dg_nvfp4_sharded"), tmp_path / "out", max_shard_size="50KB")
     assert digests(tmp_path / "out") == right_answer("dg_nvfp4_sharded")

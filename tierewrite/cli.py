@@ -226,8 +226,10 @@ def plan(src: str, as_json: bool, **options: Any) -> None:
 @click.argument("dst", type=_FOLDER)
 @click.option("--ties", type=_FOLDER, metavar="FILE", help="JSON {alias: canonical}; see rewrite --help.")
 @click.option("--trust-remote-code", is_flag=True, help="Run the model code that SRC brings (auto_map).")
+@click.option("--ignore-unindexed", is_flag=True, help="As for rewrite: leave out what SRC's index does not list.")
+@click.option("--fix-ignore", is_flag=True, help="DST has no manifest and was written with --fix-ignore.")
 @_json_option
-def verify(src: Path, dst: Path, as_json: bool, ties: Path | None, trust_remote_code: bool) -> None:
+def verify(src: Path, dst: Path, as_json: bool, ties: Path | None, **options: bool) -> None:
     """Prove DST from SRC, from the files alone.
 
     Every tensor of SRC is accounted for, every tensor of DST has its origin, index, side files and manifest are
@@ -237,7 +239,7 @@ def verify(src: Path, dst: Path, as_json: bool, ties: Path | None, trust_remote_
     Example:
       tierewrite verify exported/ canonical/
     """
-    result = tierewrite.verify(src, dst, ties_file=ties, trust_remote_code=trust_remote_code)
+    result = tierewrite.verify(src, dst, ties_file=ties, **options)
     if as_json:
         _print_json(result.to_json())
     else:

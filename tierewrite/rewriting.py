@@ -376,7 +376,7 @@ def rewrite(
             text = build_manifest(report, opened.disk, written, tierewrite.__version__)
             write_file(staging.path / MANIFEST_NAME, text)
         if verify:
-            _verify(src, staging.path, ties, trust_remote_code)
+            _verify(src, staging.path, ties, trust_remote_code, ignore_unindexed, fix_ignore)
         if consumer is not None:
             found_ready = replace(_check(staging.path, consumer, trust_remote_code, force), checkpoint=str(dst))
             report = replace(report, readiness=found_ready)
@@ -425,7 +425,14 @@ def _check(staged: Path, consumer: str, trust_remote_code: bool, force: bool) ->
     return found
 
 
-def _verify(src: Path, staged: Path, ties: PathLike | None, trust_remote_code: bool) -> None:
+def _verify(
+    src: Path,
+    staged: Path,
+    ties: PathLike | None,
+    trust_remote_code: bool,
+    ignore_unindexed: bool,
+    fix_ignore: bool,
+) -> None:
     """Proves the staged output from the source.
 
     Raises:
@@ -433,7 +440,14 @@ def _verify(src: Path, staged: Path, ties: PathLike | None, trust_remote_code: b
     """
     from tierewrite.verification import verify
 
-    result = verify(src, staged, ties_file=ties, trust_remote_code=trust_remote_code)
+    result = verify(
+        src,
+        staged,
+        ties_file=ties,
+        trust_remote_code=trust_remote_code,
+        ignore_unindexed=ignore_unindexed,
+        fix_ignore=fix_ignore,
+    )
     if not result.ok:
         first = result.problems[0]
         raise VerificationFailed(

@@ -136,7 +136,7 @@ class Proof:
                 self._say("merge", stand.target, scale.why)
 
     def _is_filled(self, name: str) -> bool:
-        """Whether a scale of DST, which no side of SRC has, is the widest of the layer's other experts, as asked for."""
+        """Whether a scale of DST that no side of SRC has is the widest of the layer's other experts, as asked for."""
         hit = _EXPERT.fullmatch(name)
         if hit is None or not self._option("fill_missing_scales"):
             return False
