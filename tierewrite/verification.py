@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tierewrite import hub
 from tierewrite.checkpoint import MANIFEST_NAME, Checkpoint
 from tierewrite.errors import SourceError, SystemFailure
 from tierewrite.names import on_disk
@@ -104,6 +105,7 @@ def verify(
     trust_remote_code: bool = False,
     ignore_unindexed: bool = False,
     fix_ignore: bool = False,
+    revision: str | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Verification:
     """Compare the checkpoint in `dst` with what the one in `src` has to become.
@@ -111,11 +113,12 @@ def verify(
     Reads every byte of both once, in pieces of 8 MiB; nothing is written.
 
     Args:
-        src, dst: the folders.
+        src, dst: the folders. `src` may be a hub id `org/name`: its snapshot is taken from the cache, or fetched.
         ties_file: JSON {alias: canonical}, instead of the manifest or the model class.
         trust_remote_code: run the model code that `src` brings, if its class has to be asked.
         ignore_unindexed: leave out tensors that the index of `src` lacks, as the rewrite was told to.
         fix_ignore: the lists of unquantized modules in configs may have been mended (a manifest says so itself).
+        revision: branch, tag or commit of a hub id; None: its main branch.
         advance: called with numbers of bytes as they are read, from any thread.
 
     Returns:
@@ -125,7 +128,7 @@ def verify(
         SourceError: something is wrong in `src`, or its class cannot be asked. UsageError: the ties file is broken.
         SystemFailure: `src` cannot be read. SourceChanged: it changed meanwhile.
     """
-    source = Checkpoint.open(src, ignore_unindexed=ignore_unindexed)
+    source = Checkpoint.open(hub.fetched(src, revision=revision), ignore_unindexed=ignore_unindexed)
     try:
         target = Checkpoint.open(dst)
     except (SourceError, SystemFailure) as e:
