@@ -229,7 +229,7 @@ def plan(src: str, as_json: bool, **options: Any) -> None:
 @click.option("--ignore-unindexed", is_flag=True, help="As for rewrite: leave out what SRC's index does not list.")
 @click.option("--fix-ignore", is_flag=True, help="DST has no manifest and was written with --fix-ignore.")
 @_json_option
-def verify(src: Path, dst: Path, as_json: bool, ties: Path | None, **options: bool) -> None:
+def verify(src: Path, dst: Path, as_json: bool, ties: Path | None, **options: Any) -> None:
     """Prove DST from SRC, from the files alone.
 
     Every tensor of SRC is accounted for, every tensor of DST has its origin, index, side files and manifest are
