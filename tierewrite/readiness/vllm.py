@@ -1068,13 +1068,15 @@ def fused_scales(s: VllmSubject) -> Iterator[Finding]:
             values = {s.scalars[k].tobytes() for k in keys}
             if len(values) > 1 and all(np.isfinite(s.scalars[k]).all() and (s.scalars[k] > 0).all() for k in keys):
                 found.extend(keys)
+    modelopt = scheme.shared == "weight_scale_2"  # the one form that is re-encoded
     if weights:
         yield Finding(
             "fused-weight-scale-differs", "error", tuple(weights),
             f"{len(weights)} {scheme.shared} of projections that share one parameter differ",
             "vLLM uses one of them for all shards: the others' weights come out scaled",
-            "rewrite requantizes to one scale",
-            REWRITE, f"{MODELOPT} KNvfp4Static.process, ModelOptNvFp4FusedMoE.process_weights_after_loading",
+            "rewrite re-encodes to one scale" if modelopt else "export anew with one scale for fused projections",
+            REWRITE if modelopt else None,
+            f"{MODELOPT} KNvfp4Static.process, ModelOptNvFp4FusedMoE.process_weights_after_loading",
         )  # fmt: skip
     if inputs:
         yield Finding(
