@@ -18,7 +18,7 @@ import pytest
 
 from tests.checkpoints import FIXTURES, digests, read_shard, right_answer, write_checkpoint, write_shard
 from tests.hub_server import Hub, Repo
-from tierewrite import UsageError, hub
+from tierewrite import ShardIndexError, UsageError, hub
 from tierewrite.checkpoint import Checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -210,6 +210,41 @@ def test_connection_that_drops_once_is_taken_up_again(client: Client, tmp_path: 
     assert done.code == 0, done
     assert digests(tmp_path / "out") == right_answer("qwen3_tied_bf16")
     assert len(client.server.shard_requests()) == 2
+
+
+def test_output_is_proved_from_the_hub_id(client: Client, tmp_path: Path) -> None:
+    (done,) = client("rewrite org/name out --ties ties.json")
+    assert done.code == 0, done
+    code = "import tierewrite; print(tierewrite.verify('org/name', 'out', ties_file='ties.json').ok)"
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": client.server.endpoint,
+        "HF_HUB_CACHE": str(client.cache),
+        "PYTHONPATH": str(ROOT),
+    }
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "True"
+
+
+def test_snapshot_whose_blobs_are_shared_between_repositories_is_read(tmp_path: Path) -> None:
+    repo = tmp_path / "hub" / "models--org--name"
+    snapshot = repo / "snapshots" / ("0" * 40)
+    shared = tmp_path / "hub" / "blobs" / "ab" / ("ab" * 32)
+    for folder in (snapshot, repo / "blobs", shared.parent):
+        folder.mkdir(parents=True)
+    write_shard(shared, {"a.weight": ("U8", [2], b"ab")})
+    (repo / "blobs" / "etag").symlink_to(f"../../blobs/ab/{shared.name}")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/etag")
+    index = {"weight_map": {"a.weight": "model.safetensors"}}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert list(Checkpoint.open(snapshot).tensors) == ["a.weight"]
+    shared.rename(tmp_path / "elsewhere")
+    (repo / "blobs" / "etag").unlink()
+    (repo / "blobs" / "etag").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ShardIndexError, match="leaves the folder"):
+        Checkpoint.open(snapshot)
 
 
 # --- plan and inspect: headers only
