@@ -222,14 +222,15 @@ def plan(src: str, as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("src", type=_FOLDER)
+@click.argument("src", type=_SOURCE)
 @click.argument("dst", type=_FOLDER)
 @click.option("--ties", type=_FOLDER, metavar="FILE", help="JSON {alias: canonical}; see rewrite --help.")
+@click.option("--revision", metavar="NAME", help="Branch, tag or commit, where SRC is a hub id (org/name).")
 @click.option("--trust-remote-code", is_flag=True, help="Run the model code that SRC brings (auto_map).")
 @click.option("--ignore-unindexed", is_flag=True, help="As for rewrite: leave out what SRC's index does not list.")
 @click.option("--fix-ignore", is_flag=True, help="DST has no manifest and was written with --fix-ignore.")
 @_json_option
-def verify(src: Path, dst: Path, as_json: bool, ties: Path | None, **options: Any) -> None:
+def verify(src: str, dst: Path, as_json: bool, ties: Path | None, **options: Any) -> None:
     """Prove DST from SRC, from the files alone.
 
     Every tensor of SRC is accounted for, every tensor of DST has its origin, index, side files and manifest are
