@@ -94,12 +94,19 @@ def on_disk(ties: TieMap, keys: Collection[str]) -> DiskTies:
         owned.add(key)
         if place[0] in tied:
             found.setdefault(place[0], {}).setdefault(place[1], key)
+    # A companion says that its parameter is there in some form; nearly always its module's weight, found already.
+    settled: set[str] = set()
     for key in weak:
+        parent = key.rpartition(".")[0]
+        if parent in settled:
+            continue
         for name in _unquantized(key):
             place = translator.locate(name)
             if place is not None:
                 if place[0] in tied:
                     found.setdefault(place[0], {}).setdefault(place[1], name)
+                if name == f"{parent}.weight":
+                    settled.add(parent)
                 break
 
     groups: list[TieGroup] = []
@@ -298,10 +305,12 @@ class _Translator:
 
     def _unpacked(self, renamed: str) -> tuple[str, Part] | None:
         """`...experts.3.gate_proj.weight` as a part of the fused `...experts.gate_up_proj`."""
+        if not renamed.endswith((".weight", ".bias")):
+            return None
         module, _, leaf = renamed.rpartition(".")
         head, _, projection = module.rpartition(".")
         container, _, index = head.rpartition(".")
-        if leaf not in ("weight", "bias") or not container or not index.isdecimal() or not index.isascii():
+        if not container or not index.isdecimal() or not index.isascii():
             return None
         candidates = self._fused_leaves(container)
         end = "_bias" if leaf == "bias" else ""

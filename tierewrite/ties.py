@@ -967,22 +967,24 @@ def _declared_by(
     expanded: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
     existing = _existing(model)
     submodels = [(p, m) for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, PreTrainedModel)]
-    declaring = [(p, m) for p, m in submodels if m._tied_weights_keys]
+    declaring = [
+        (p, type(m).__name__, [re.compile(_safe(k)) for k in m._tied_weights_keys])
+        for p, m in submodels
+        if m._tied_weights_keys
+    ]
     pairs = {a: c for a, c in expanded.items() if a != c and a in existing and c in existing}
     origins: dict[str, str] = {}
-    for alias in pairs:
-        owner = next(((p, m) for p, m in reversed(declaring) if not p or alias.startswith(f"{p}.")), ("", model))
-        # Of nested declarers the innermost whose patterns can speak of the alias; the outer one otherwise.
-        for prefix, module in reversed(declaring):
-            if prefix and not (alias.startswith(f"{prefix}.") and pairs[alias].startswith(f"{prefix}.")):
-                continue
-            inner = alias[len(prefix) + 1 :] if prefix else alias
-            keys = module._tied_weights_keys
-            if any(re.match(_safe(k), inner) for k in keys):
-                owner = (prefix, module)
-                break
-        where = f" at '{owner[0]}'" if owner[0] else ""
-        origins[alias] = f"class {type(owner[1]).__name__}{where}"
+    for alias, canonical in pairs.items():
+        # The innermost declarer whose patterns can speak of both names.
+        prefix, name = "", type(model).__name__
+        for inner, class_name, patterns in reversed(declaring):
+            lead = f"{inner}." if inner else ""
+            if alias.startswith(lead) and canonical.startswith(lead):
+                part = alias[len(lead) :]
+                if any(pattern.match(part) for pattern in patterns):
+                    prefix, name = inner, class_name
+                    break
+        origins[alias] = f"class {name} at '{prefix}'" if prefix else f"class {name}"
     unpaired: list[str] = []
     for prefix, module in submodels:
         if id(module) in legacy:
@@ -998,9 +1000,8 @@ def _declared_by(
 
 
 def _existing(model: Any) -> dict[str, tuple[int, ...]]:
-    found = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
-    found.update({n: tuple(b.shape) for n, b in model.named_buffers(remove_duplicate=False)})
-    return found
+    """Every parameter and persistent buffer under every name of it, with its shape."""
+    return {n: tuple(t.shape) for n, t in model.state_dict().items() if hasattr(t, "shape")}
 
 
 def _pair_legacy(
@@ -1040,12 +1041,12 @@ def _pair_legacy(
 
 
 def _names_of(model: Any) -> ModelNames:
-    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
 
-    shapes = {n: tuple(t.shape) for n, t in model.state_dict().items() if hasattr(t, "shape")}
-    every = tuple(get_model_conversion_mapping(model))
     hub = tuple(get_model_conversion_mapping(model, add_legacy=False))
-    return ModelNames(type(model).__name__, str(model.base_model_prefix or ""), shapes, every, hub)
+    # What get_model_conversion_mapping appends by default.
+    every = (*hub, *(get_checkpoint_conversion_mapping("legacy") or ()))
+    return ModelNames(type(model).__name__, str(model.base_model_prefix or ""), _existing(model), every, hub)
 
 
 def _class_level(
