@@ -710,20 +710,22 @@ def tied_lm_head_stored_and_different(d: Draft) -> None:
 
 
 def grow(d: Draft, layers: int) -> None:
-    """Repeat layer 0 until the model has `layers` layers (the second one included)."""
+    """Repeat layer 0 and end with a copy of layer 1, which attends in full, as the last layer must."""
     text = d.config["text_config"]
     for i in range(2, layers):
+        like = 1 if i == layers - 1 else 0
         for side in (DECODER, ENCODER):
-            for name in [n for n in d.names() if n.startswith(f"{side}layers.0.")]:
-                d[name.replace(".layers.0.", f".layers.{i}.")] = d[name]
+            for name in [n for n in d.names() if n.startswith(f"{side}layers.{like}.")]:
+                d[name.replace(f".layers.{like}.", f".layers.{i}.")] = d[name]
         d.ignore(f"{DECODER}layers.{i}.router*", f"{ENCODER}layers.{i}.router*")
     text["num_hidden_layers"] = layers
-    text["layer_types"] = [*text["layer_types"], *["sliding_attention"] * (layers - 2)]
+    text["layer_types"] = [*text["layer_types"], *["sliding_attention"] * (layers - 3), "full_attention"]
+    text["per_layer_config"] |= {str(layers - 1): text["per_layer_config"]["1"]}
 
 
 @defect("ignore-substring", mended=True)
 def pattern_for_layer_1_also_excludes_layer_10(d: Draft) -> None:
-    grow(d, 11)
+    grow(d, 12)
     d.unquantize(f"{DECODER}layers.1.")
     d.ignore(f"{DECODER}layers.1*", f"{ENCODER}layers.1*")
 
