@@ -300,6 +300,29 @@ def kind_of(parameter: str) -> str:
     return ".".join([part for part in parameter.removesuffix(".weight").split(".") if not part.isdigit()][-2:])
 
 
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """What the suffixes below one parameter are; the same for every expert, so it is worked out once.
+
+    Attributes:
+        exact: part -> index of its suffix, for the tensors that must be identical on all sides.
+        ranges: part -> (index, companion), for the activation scales.
+        unknown: index of the first suffix that no family knows, or -1.
+    """
+
+    exact: dict[str, int]
+    ranges: dict[str, tuple[int, Companion]]
+    unknown: int = -1
+
+
+class _Side(NamedTuple):
+    """One side of a slot: the parameter's name, its keys on disk, and what they are."""
+
+    name: str
+    keys: list[str]
+    layout: _Layout
+
+
 class _Unconfirmed(Exception):
     """Raised inside the planner when headers refute a group."""
 
@@ -337,11 +360,17 @@ class _Planner:
         self.unfillable = unfillable
         self.families = formats.detect(checkpoint.config, checkpoint.quant_config, self.entries.keys())
         self.adjacency = formats.Adjacency(self.entries.keys(), checkpoint.config, checkpoint.quant_config)
-        self.canonical_of = {name: slot[0] for group in ties.groups for slot in group.slots for name in slot}
+        self.canonical_of = (
+            {name: slot[0] for group in ties.groups for slot in group.slots for name in slot}
+            if self.adjacency.smoothed
+            else {}
+        )
         self.sorted_keys = sorted(self.entries)
         # A tied parameter's own name is never a companion of its neighbour (a tied bias beside a tied weight).
         self.tied_names = {name for group in ties.groups for slot in group.slots for name in slot}
         self.plans = {name: TensorPlan(name, Action.KEEP, name) for name in self.entries}
+        self.layouts: dict[tuple[str, tuple[str, ...]], _Layout] = {}
+        self.mergeable: dict[tuple[tuple[str, tuple[int, ...]], ...], str | None] = {}
         self.claimed: dict[str, str] = {}
         self.taken: dict[str, str] = {}
         self.warnings: list[str] = []
@@ -370,14 +399,17 @@ class _Planner:
             for alias, canonical in draft.attention.items():
                 attention.setdefault(alias, {}).setdefault(tie.id, canonical)
             modules = self.repacked.get(tie.id, frozenset())
-            differing = tuple(row for row in draft.checks if blob_of(row[0], self.entries)[0] in modules)
+            differing = (
+                tuple(row for row in draft.checks if blob_of(row[0], self.entries)[0] in modules) if modules else ()
+            )
+            replaced = set(differing)
             for row in differing:
                 self.plans[row[0]] = self.plans[row[0]]._replace(action=Action.REPACK)
             groups.append(
                 self._group(
                     tie,
                     "planned" if draft.touched else "canonical",
-                    checks=tuple(row for row in draft.checks if row not in differing),
+                    checks=tuple(row for row in draft.checks if row not in replaced),
                     merges=tuple(draft.merges),
                     repacked=modules,
                     differing=differing,
@@ -425,10 +457,10 @@ class _Planner:
             end += 1
         return self.sorted_keys[start:end]
 
-    def _companions(self, name: str) -> dict[str, tuple[str, Companion]]:
-        """What the parameter `name` became on disk: part -> (key, companion).
+    def _side(self, name: str) -> _Side:
+        """What the parameter `name` became on disk.
 
-        `part` is the same on every side of a tie: the suffix below the module, with the parameter's own last word
+        A part is the same on every side of a tie: the suffix below the module, with the parameter's own last word
         written as "*" (sides may call it differently).
 
         Raises:
@@ -442,21 +474,33 @@ class _Planner:
             keys = [*self._below(f"{name}_"), *self._below(f"{name}.")]
             if name in self.entries:
                 keys.insert(0, name)
-        found: dict[str, tuple[str, Companion]] = {}
-        for key in keys:
-            if key != name and (key in self.tied_names or key in self.ties.owned):
-                continue
-            suffix = key[len(stem) :]
+        tied, owned = self.tied_names, self.ties.owned
+        keys = [key for key in keys if key == name or (key not in tied and key not in owned)]
+        cut = len(stem)
+        suffixes = tuple([key[cut:] for key in keys])
+        layout = self.layouts.get((leaf, suffixes))
+        if layout is None:
+            layout = self.layouts[leaf, suffixes] = self._classified(leaf, suffixes)
+        if layout.unknown >= 0:
+            raise _Unconfirmed(
+                f"no known format has the tensor '{keys[layout.unknown]}' (suffix '{suffixes[layout.unknown]}') "
+                f"beside the tied parameter '{name}'"
+            )
+        return _Side(name, keys, layout)
+
+    def _classified(self, leaf: str, suffixes: tuple[str, ...]) -> _Layout:
+        exact: dict[str, int] = {}
+        ranges: dict[str, tuple[int, Companion]] = {}
+        for index, suffix in enumerate(suffixes):
             companion = formats.classify(leaf, suffix, self.families) or formats.classify(leaf, suffix)
             if companion is None:
-                raise _Unconfirmed(
-                    f"no known format has the tensor '{key}' (suffix '{suffix}') beside the tied parameter '{name}'"
-                )
-            if companion.role in (Role.PER_SIDE, Role.KV):
-                continue
+                return _Layout(exact, ranges, unknown=index)
             part = "*" + suffix[len(leaf) :] if suffix.startswith(leaf) else suffix
-            found[part] = (key, companion)
-        return found
+            if companion.role in (Role.WEIGHT, Role.ADJACENT):
+                exact[part] = index
+            elif companion.role is Role.ACTIVATION:
+                ranges[part] = (index, companion)
+        return _Layout(exact, ranges)
 
     def _canonical_key(self, name: str, part: str) -> str:
         parent, _, leaf = name.rpartition(".")
@@ -464,76 +508,71 @@ class _Planner:
         return f"{parent}.{suffix}" if parent else suffix
 
     def _slot(self, draft: _Draft, slot: tuple[str, ...]) -> None:
-        sides = [(name, self._companions(name)) for name in slot]
-        present = [
-            (name, parts)
-            for name, parts in sides
-            if any(companion.role in (Role.WEIGHT, Role.ADJACENT) for _, companion in parts.values())
-        ]
+        present = [side for side in map(self._side, slot) if side.layout.exact]
         if not present:
             return
         canonical = slot[0]
+        first = present[0]
         group = draft.tie.id
-        if present[0][0] != canonical or len(present) > 1:
+        if first.name != canonical or len(present) > 1:
             draft.touched = True
         self._weights(draft, canonical, present)
-        self._neighbours(draft, [name for name, _ in present])
-        parts = {
-            part: companion
-            for _, found in present
-            for part, (_, companion) in found.items()
-            if companion.role is Role.ACTIVATION
-        }
-        for part, companion in parts.items():
-            keys = tuple(found[part][0] for _, found in present if part in found)
-            target = self._canonical_key(canonical, part)
+        self._neighbours(draft, [side.name for side in present])
+        parts = dict(first.layout.ranges)
+        for side in present[1:]:
+            if side.layout is not first.layout:
+                parts.update(side.layout.ranges)
+        for part, (_, companion) in parts.items():
+            keys = tuple([s.keys[s.layout.ranges[part][0]] for s in present if part in s.layout.ranges])
+            # The canonical side's own key is the target; where that side lacks it, the name is put together.
+            own = first.name == canonical and part in first.layout.ranges
+            target = keys[0] if own else self._canonical_key(canonical, part)
             reason = self._unmergeable(keys)
             if reason is not None:
                 raise _Unconfirmed(reason)
-            if keys == (target,):
+            if len(keys) == 1 and keys[0] == target:
                 draft.tensors[target] = TensorPlan(target, Action.KEEP, target, group=group)
                 continue
             draft.merges.append(Merge(target, keys, companion))
             self._carry(draft.tensors, keys, target, group, merged=True)
-        attention = _attention_of(canonical)
-        if len(slot) > 1 and attention:
-            draft.attention[attention] = tuple(_attention_of(name) for name in slot)
+        if self.policy.kv_scales == "merge" and len(slot) > 1:
+            attention = _attention_of(canonical)
+            if attention:
+                draft.attention[attention] = tuple(_attention_of(name) for name in slot)
 
-    def _weights(
-        self, draft: _Draft, canonical: str, present: list[tuple[str, dict[str, tuple[str, Companion]]]]
-    ) -> None:
+    def _weights(self, draft: _Draft, canonical: str, present: list[_Side]) -> None:
         """Weight-derived tensors: the same set on every side, with the same headers."""
-        first_name, first = present[0]
-        exact = {
-            part: key for part, (key, companion) in first.items() if companion.role in (Role.WEIGHT, Role.ADJACENT)
-        }
-        rows = {part: [key] for part, key in exact.items()}
-        for name, found in present[1:]:
-            other = {
-                part: key
-                for part, (key, companion) in found.items()
-                if companion.role in (Role.WEIGHT, Role.ADJACENT)
-            }
-            if other.keys() != exact.keys():
+        first = present[0]
+        exact = first.layout.exact
+        rows = {part: [first.keys[index]] for part, index in exact.items()}
+        entries = self.entries
+        for side in present[1:]:
+            other = side.layout.exact
+            if other is not exact and other.keys() != exact.keys():
                 lacking = sorted(exact.keys() - other.keys())
                 extra = sorted(other.keys() - exact.keys())
-                have = first[lacking[0]][0] if lacking else found[extra[0]][0]
-                side = name if lacking else first_name
+                have = first.keys[exact[lacking[0]]] if lacking else side.keys[other[extra[0]]]
+                name = side.name if lacking else first.name
                 raise _Unconfirmed(
-                    f"'{first_name}' and '{name}' are stored differently: '{have}' has no twin on the side of '{side}'"
+                    f"'{first.name}' and '{side.name}' are stored differently: '{have}' has no twin on the side of "
+                    f"'{name}'"
                 )
-            for part, key in other.items():
-                mine = self.entries[exact[part]]
-                theirs = self.entries[key]
-                if (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape):
+            for part, index in other.items():
+                row = rows[part]
+                mine = entries[row[0]]
+                theirs = entries[side.keys[index]]
+                if mine.dtype != theirs.dtype or mine.shape != theirs.shape:
                     raise _Unconfirmed(
                         f"'{mine.name}' is {_header_text(mine)} but '{theirs.name}' is {_header_text(theirs)}"
                     )
-                rows[part].append(key)
-        for part, keys in rows.items():
+                row.append(theirs.name)
+        own = first.name == canonical
+        for part, row in rows.items():
+            keys = tuple(row)
             if len(keys) > 1:
-                draft.checks.append(tuple(keys))
-            self._carry(draft.tensors, tuple(keys), self._canonical_key(canonical, part), draft.tie.id)
+                draft.checks.append(keys)
+            target = keys[0] if own else self._canonical_key(canonical, part)
+            self._carry(draft.tensors, keys, target, draft.tie.id)
 
     def _neighbours(self, draft: _Draft, names: list[str]) -> None:
         """In a smoothed checkpoint, what a side's scale was folded into must be one as well."""
@@ -593,10 +632,8 @@ class _Planner:
                 (plan_.target in self.entries and plan_.target not in draft.tensors) or plan_.target in self.taken
             ):
                 raise _Unconfirmed(f"'{key}' would become '{plan_.target}', a name that another tensor has")
-        for key, plan_ in draft.tensors.items():
-            self.claimed[key] = group
-            if plan_.action is Action.RENAME:
-                self.taken[plan_.target] = key
+        self.claimed.update(dict.fromkeys(draft.tensors, group))
+        self.taken.update((p.target, p.name) for p in draft.tensors.values() if p.action is Action.RENAME)
 
     def _members(self, tie: TieGroup) -> list[str]:
         """Keys that belong to an unconfirmed group: the named parameters and what stands below their modules."""
@@ -618,7 +655,11 @@ class _Planner:
 
     def _unmergeable(self, keys: Iterable[str]) -> str | None:
         """Why the scales `keys` cannot become one, by their headers; None if they can."""
-        reason = scales.mergeable([(self.entries[key].dtype, self.entries[key].shape) for key in keys])
+        entries = [self.entries[key] for key in keys]
+        headers = tuple([(entry.dtype, entry.shape) for entry in entries])
+        if headers not in self.mergeable:
+            self.mergeable[headers] = scales.mergeable(headers)
+        reason = self.mergeable[headers]
         return None if reason is None else f"{', '.join(repr(key) for key in keys)}: {reason}"
 
     # -- KV-cache scales -----------------------------------------------------------------------------------------
