@@ -61,7 +61,7 @@ def _the_source_stays_as_it_is(source: Source) -> Iterator[None]:
 
 @pytest.fixture
 def rewrite(machine: Machine, source: Source, tmp_path: Path) -> Callable[..., Outcome]:
-    """Runs a rewrite into tmp_path/work/out; afterwards nothing but DST may be there."""
+    """Runs a rewrite into a folder of its own; afterwards nothing but DST may be there."""
 
     def run(fault: Fault | None = None, *argv: str, **more: int) -> Outcome:
         work = tmp_path / "work"
