@@ -147,17 +147,26 @@ def test_unify_gives_fused_projections_the_largest_scale(naive: Naive, tmp_path:
     assert all(after[name] == plain[name] for name in untouched)
 
 
-def test_unify_takes_the_smallest_of_compressed_tensors_reciprocals(naive: Naive, tmp_path: Path) -> None:
-    case = "llmcompressor_nvfp4_dg"
-    tierewrite.rewrite(naive(case), tmp_path / "out", unify_fused_scales=True)
+def test_unify_takes_the_smallest_of_compressed_tensors_reciprocals(copied: Naive, tmp_path: Path) -> None:
+    src = copied("llmcompressor_nvfp4_dg")
+    tensors = read_tensors(src)
+    part = "layers.0.mlp.gate_proj.weight_global_scale"
+    (old,) = struct.unpack("<f", tensors[f"{DECODER}.{part}"][2])
+    halved = ("F32", [1], struct.pack("<f", old / 2))
+    edit_tensors(src, {f"{side}.{part}": halved for side in (ENCODER, DECODER)})
+    report = tierewrite.rewrite(src, tmp_path / "out", unify_fused_scales=True, verify=True)
+    (job,) = report.reencoded
+    assert (job.module, job.reason) == (f"{DECODER}.layers.0.mlp.up_proj", "fused")
     after = read_tensors(tmp_path / "out")
-    found = 0
-    for key, (dtype, _, data) in after.items():
-        if key.endswith(".gate_proj.weight_global_scale"):
-            twin = after[key.replace("gate_proj", "up_proj")]
-            assert (dtype, data) == (twin[0], twin[2])
-            found += 1
-    assert found
+    up = f"{DECODER}.layers.0.mlp.up_proj"
+    assert after[f"{up}.weight_global_scale"] == after[f"{DECODER}.{part}"] == halved
+    names = (("weight_packed", np.uint8), ("weight_scale", np.uint8), ("weight_global_scale", np.float32))
+    codes, scales, scale = (
+        np.frombuffer(tensors[f"{up}.{name}"][2], dtype).reshape(tensors[f"{up}.{name}"][1]) for name, dtype in names
+    )
+    want = nvfp4.repack(codes, scales, scale, np.float32(old / 2), reciprocal=True)
+    assert after[f"{up}.weight_packed"][2] == want[0].tobytes()
+    assert after[f"{up}.weight_scale"][2] == want[1].tobytes()
 
 
 def test_unified_output_is_unified_already(naive: Naive, tmp_path: Path) -> None:
