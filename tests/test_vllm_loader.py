@@ -2,8 +2,7 @@
 
 Needs the venv that tests/vllm_loader/setup.sh makes, named by TIEREWRITE_VLLM_VENV:
 
-    tests/vllm_loader/setup.sh DIR
-    TIEREWRITE_VLLM_VENV=DIR pytest tests/test_vllm_loader.py -m "vllm and not long"    (without "and not long": all)
+    tests/vllm_loader/setup.sh DIR && TIEREWRITE_VLLM_VENV=DIR pytest tests/test_vllm_loader.py -m vllm
 """
 
 from __future__ import annotations
@@ -119,7 +118,6 @@ def test_every_input_scale_that_vllm_holds_is_the_maximum_of_the_sides(
     assert seen > 20
 
 
-@pytest.mark.long  # loads all variants, a quarter of an hour
 def test_real_loader_behaves_as_recorded(behaviours: dict[str, Any]) -> None:
     recorded = json.loads(RECORD.read_text(encoding="utf-8"))["variants"]
     assert {n: b["outcome"] for n, b in behaviours.items()} == {n: b["outcome"] for n, b in recorded.items()}
