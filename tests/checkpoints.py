@@ -93,11 +93,6 @@ def right_answer(case: str) -> dict[str, dict[str, Any]]:
     return answer
 
 
-def edit(folder: Path, **changes: Tensor | None) -> None:
-    """Replaces, adds or (None) removes tensors of a one-file checkpoint. Names are given with "__" for "."."""
-    edit_tensors(folder, {name.replace("__", "."): value for name, value in changes.items()})
-
-
 def edit_tensors(folder: Path, changes: Mapping[str, Tensor | None]) -> None:
     """Replaces, adds or (None) removes tensors of a one-file checkpoint."""
     path = folder / "model.safetensors"

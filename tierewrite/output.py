@@ -149,7 +149,7 @@ class Output:
         known.update(mover.run(work, "rewriting", outputs, self.patches, self.originals))
 
     def _add(self, starts: Sequence[int]) -> None:
-        """Writes the few scales that the source does not have. One that cannot be filled is written as zeros."""
+        """Writes the few scales that the source does not have; the plan has only those that can be filled."""
         for index, shard in enumerate(self.plan.shards):
             for tensor in shard.tensors:
                 if tensor.added:

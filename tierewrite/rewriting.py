@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Union
 
 import tierewrite
 from tierewrite import digest, hub
-from tierewrite.checkpoint import Checkpoint, gc_paused
+from tierewrite.checkpoint import INDEX_NAME, MANIFEST_NAME, Checkpoint, gc_paused
 from tierewrite.configs import ignore_lists
 from tierewrite.confirm import apart_warnings, merge_scales, refusal, refuted
 from tierewrite.errors import NotReady, UsageError, VerificationFailed, shown
@@ -30,8 +30,6 @@ from tierewrite.report import Report, build_report
 from tierewrite.ties import TieMap
 from tierewrite.transfer import tasks
 from tierewrite.writer import (
-    INDEX_NAME,
-    MANIFEST_NAME,
     Staging,
     Target,
     check_space,

@@ -26,16 +26,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tierewrite.checkpoint import Checkpoint, SideFile, TensorEntry
+from tierewrite.checkpoint import INDEX_NAME, MAX_HEADER_BYTES, Checkpoint, SideFile, TensorEntry
 from tierewrite.errors import SourceChanged, SourceError, SystemFailure, UsageError, shown
 from tierewrite.planning import OutShard
 
 log = logging.getLogger(__name__)
 
-INDEX_NAME = "model.safetensors.index.json"
-MANIFEST_NAME = "tierewrite.json"
-# The format's own limit, MAX_HEADER_SIZE in safetensors/src/tensor.rs.
-MAX_HEADER_BYTES = 100_000_000
 _COPY_BYTES = 1 << 20
 _RENAME_EXCHANGE = 2
 _SYNC_FILE_RANGE_WRITE = 2
