@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 import tierewrite
-from tierewrite import digest, hub
+from tierewrite import ahead, digest, hub
 from tierewrite.checkpoint import INDEX_NAME, MANIFEST_NAME, Checkpoint, gc_paused
 from tierewrite.configs import ignore_lists
 from tierewrite.confirm import apart_warnings, merge_scales, refusal, refuted
@@ -114,19 +115,28 @@ class Opened:
         trust_remote_code: bool = False,
         ignore_unindexed: bool = False,
         revision: str | None = None,
+        meanwhile: Callable[[Checkpoint], AbstractContextManager[None]] | None = None,
     ) -> Opened:
-        """Reads the headers and asks who declares ties. Raises what `Checkpoint.open` and `TieMap.resolve` raise."""
+        """Reads the headers and asks who declares ties.
+
+        Args:
+            meanwhile: entered while a model class may have to be asked, which takes seconds.
+
+        Raises:
+            What `Checkpoint.open` and `TieMap.resolve` raise.
+        """
         checkpoint = hub.open_checkpoint(
             src, revision=revision, ignore_unindexed=ignore_unindexed, trust_remote_code=trust_remote_code
         )
         keys = checkpoint.tensors.keys()
-        tie_map = TieMap.resolve(
-            checkpoint.root,
-            checkpoint.config,
-            keys=keys,
-            ties_file=None if ties is None else Path(ties),
-            trust_remote_code=trust_remote_code,
-        )
+        with meanwhile(checkpoint) if meanwhile is not None and ties is None else nullcontext():
+            tie_map = TieMap.resolve(
+                checkpoint.root,
+                checkpoint.config,
+                keys=keys,
+                ties_file=None if ties is None else Path(ties),
+                trust_remote_code=trust_remote_code,
+            )
         return cls(checkpoint, tie_map, on_disk(tie_map, keys))
 
     def plan(
@@ -299,14 +309,22 @@ def rewrite(
     listed = listing(src) if in_place else {}
     digester = digest.select(device, threads=1)
     log.info("hashing on %s", digester.description)
-    opened = Opened.open(src, ties=ties, trust_remote_code=trust_remote_code, ignore_unindexed=ignore_unindexed)
+    known: dict[str, bytes] = {}
+    opened = Opened.open(
+        src,
+        ties=ties,
+        trust_remote_code=trust_remote_code,
+        ignore_unindexed=ignore_unindexed,
+        meanwhile=lambda checkpoint: ahead.hashing(checkpoint, Mover(checkpoint, digester, threads, Progress()), known),
+    )
     checkpoint = opened.checkpoint
     planned = opened.plan(policy)
     mover = Mover(checkpoint, digester, threads, progress)
     if policy.on_mismatch != "keep" and planned.unconfirmed():
         # Nothing will be written, but the list of what is not confirmed has to be complete.
-        digests = mover.run(tasks(checkpoint, needed_for_confirmation(planned.groups)), "hashing")
-        raise refusal(planned.groups, refuted(checkpoint, planned, digests))
+        wanted = needed_for_confirmation(planned.groups) - known.keys()
+        known.update(mover.run(tasks(checkpoint, wanted), "hashing"))
+        raise refusal(planned.groups, refuted(checkpoint, planned, known))
     metadata, warnings = merged_metadata(checkpoint)
     side_bytes = sum(side.size for side in checkpoint.side_files)
     needed = planned.total_bytes + side_bytes
@@ -314,7 +332,6 @@ def rewrite(
     if in_place:
         kept = f", and the original stays as '{target.backup}'" if target.backup else ""
         progress.note(f"in place: {needed:,} bytes are needed beside SRC until the swap{kept}")
-    known: dict[str, bytes] = {}
     facts = Facts()
     with Staging(target, resume) as staging:
         while True:
