@@ -29,8 +29,8 @@ def test_what_is_tied_on_both_sides_is_guessed_from_the_headers(case: str, naive
     checkpoint = Checkpoint.open(naive(case))
     expected: set[str] = set()
     for key, entry in checkpoint.tensors.items():
-        other = checkpoint.tensors.get(key.replace("model.decoder.", "model.encoder.language_model."))
-        if key.startswith("model.decoder.layers.") and other and (other.dtype, other.shape) == (entry.dtype, entry.shape):
+        other = checkpoint.tensors.get(key.replace("model.decoder.layers.", "model.encoder.language_model.layers."))
+        if other not in (None, entry) and (other.dtype, other.shape) == (entry.dtype, entry.shape):
             expected |= {key, other.name}
     assert expected
     assert expected <= set(ahead.probably_tied(checkpoint))
