@@ -25,8 +25,8 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -40,9 +40,12 @@ from tierewrite.errors import (
     TierewriteError,
     shown,
 )
+from tierewrite.remote import FilePath, RemotePath
 
 INDEX_NAME = "model.safetensors.index.json"
 MANIFEST_NAME = "tierewrite.json"
+INCOMPLETE_NAME = "tierewrite.incomplete.json"
+"""Stands in a store that cannot rename for as long as a rewrite writes there; the index comes last."""
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit (MAX_HEADER_SIZE)
 MAX_INDEX_BYTES = 256 * 1024**2  # three times the index of 500,000 tensors
@@ -107,33 +110,35 @@ class Shard:
 
     Attributes:
         name: file name in the checkpoint folder.
-        path: the regular file it leads to, links resolved.
+        path: the regular file it leads to, links resolved; or the remote file.
         size, mtime_ns, inode, ctime_ns: of that file when its header was read (bytes, ns); to notice a
-            change underfoot.
+            change underfoot. `version` is that of a remote file.
         data_start: offset of the first data byte.
         metadata: its `__metadata__`.
     """
 
     name: str
-    path: Path
+    path: FilePath
     size: int
     mtime_ns: int
     inode: int
     data_start: int
     metadata: Mapping[str, str]
     ctime_ns: int = 0
+    version: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class SideFile:
     """A file that is carried along unchanged. `name` is its POSIX path below the root, `path` the resolved
-    file.
+    file; a remote one has a `version`.
     """
 
     name: str
-    path: Path
+    path: FilePath
     size: int
     mtime_ns: int
+    version: str = ""
 
 
 @dataclass(frozen=True)
@@ -150,6 +155,8 @@ class Checkpoint:
         directories: the folders below the root, empty ones too, sorted.
         config, quant_config: config.json and hf_quant_config.json, {} where absent.
         warnings: sentences for the report.
+        origin: the remote folder, if it is one; `root` then holds copies of its index and configurations alone.
+        copies: who removes these once nobody needs them.
     """
 
     root: Path
@@ -161,6 +168,18 @@ class Checkpoint:
     config: dict[str, Any]
     quant_config: dict[str, Any]
     warnings: tuple[str, ...]
+    origin: RemotePath | None = None
+    copies: object = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, root: Path, shards: tuple[Shard, ...], tensors: dict[str, TensorEntry]) -> Checkpoint:
+        """Shards and tensors alone: enough to read from."""
+        return cls(root, shards, tensors, None, (), (), {}, {}, ())
+
+    @property
+    def place(self) -> Path | RemotePath:
+        """Where it is, for messages."""
+        return self.origin or self.root
 
     @property
     def total_bytes(self) -> int:
@@ -206,6 +225,8 @@ class Checkpoint:
         others: Callable[[set[str], list[str]], tuple[tuple[SideFile, ...], tuple[str, ...]]],
         *,
         ignore_unindexed: bool = False,
+        origin: RemotePath | None = None,
+        copies: object = None,
     ) -> Checkpoint:
         """A checkpoint from its parts: the one place where index, headers and configurations are held together.
 
@@ -216,10 +237,12 @@ class Checkpoint:
             header: gives the header of the file of that name and number, validated.
             others: gives side files and folders; told the names that are none of them, and where to put warnings.
             ignore_unindexed: as in `open`.
+            origin, copies: as the attributes.
 
         Raises:
             As `open`.
         """
+        refuse_half_written(top, origin or root)
         warnings: list[str] = []
         config = _read_config(root / "config.json", warnings)
         quant_config = _read_config(root / "hf_quant_config.json", warnings)
@@ -238,7 +261,7 @@ class Checkpoint:
         else:
             names, strays = sorted(local, key=natural_key), []
             if not names:
-                raise SourceError(f"no *.safetensors file here; {_what_is_here(top)}", file=root)
+                raise SourceError(f"no *.safetensors file here; {_what_is_here(top)}", file=origin or root)
 
         shards: list[Shard] = []
         tensors: dict[str, TensorEntry] = {}
@@ -288,7 +311,7 @@ class Checkpoint:
             warnings.append(f"{shown(name)} is not in {INDEX_NAME}: copied as it is, its tensors are not looked at")
         if not tensors:
             raise SourceError("the safetensors files hold no tensors; nothing to rewrite", file=root)
-        side_files, directories = others({*names, INDEX_NAME, MANIFEST_NAME}, warnings)
+        side_files, directories = others({*names, INDEX_NAME, MANIFEST_NAME, INCOMPLETE_NAME}, warnings)
         return cls(
             root=root,
             shards=tuple(shards),
@@ -299,6 +322,23 @@ class Checkpoint:
             config=config,
             quant_config=quant_config,
             warnings=tuple(warnings),
+            origin=origin,
+            copies=copies,
+        )
+
+
+def is_half_written(top: Collection[str]) -> bool:
+    """Whether the names at a checkpoint's top are those of a rewrite that did not come to its end."""
+    return INCOMPLETE_NAME in top and INDEX_NAME not in top
+
+
+def refuse_half_written(top: Collection[str], where: FilePath) -> None:
+    """Raises SourceError if the names at a checkpoint's top are such."""
+    if is_half_written(top):
+        raise SourceError(
+            f"holds {INCOMPLETE_NAME} and no index: a rewrite to this place was killed, or is still going; finish it "
+            "with --resume",
+            file=where,
         )
 
 
@@ -338,7 +378,7 @@ def read_header(
     resolved = _resolve(given)
     with _opened(resolved, given) as fd:
         info = os.fstat(fd)
-        length = _header_length(_read(fd, 8, given), info.st_size, given)
+        length = header_length(_read(fd, 8, given), info.st_size, given)
         header = _read(fd, length, given)
     if len(header) != length:
         raise SourceChanged(f"shrank to {8 + len(header)} bytes while its header was read", file=given)
@@ -361,7 +401,7 @@ def read_header(
     return found, entries
 
 
-def _header_length(prefix: bytes, size: int, file: Path) -> int:
+def header_length(prefix: bytes, size: int, file: object) -> int:
     """The header's length in bytes, from a file's first 8 bytes and its size; at most MAX_HEADER_BYTES."""
     if len(prefix) < 8:
         raise HeaderError(f"has {len(prefix)} bytes; a safetensors file has at least 8", file=file)
@@ -488,11 +528,11 @@ def _tensor_fields(name: str, info: Any, file: object) -> tuple[Any, Any, Any]:
         raise HeaderError(
             f"is {_kind(info)}; expected an object with dtype, shape, data_offsets", file=file, tensor=name
         )
-    for field in ("dtype", "shape", "data_offsets"):
-        if field not in info:
-            raise HeaderError(f"lacks {field}", file=file, tensor=name)
-    for field, value in info.items():
-        if field not in ("dtype", "shape", "data_offsets"):
+    for member in ("dtype", "shape", "data_offsets"):
+        if member not in info:
+            raise HeaderError(f"lacks {member}", file=file, tensor=name)
+    for member, value in info.items():
+        if member not in ("dtype", "shape", "data_offsets"):
             _check_ignored(value, file, name)
     return info["dtype"], info["shape"], info["data_offsets"]
 
