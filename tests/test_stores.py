@@ -6,6 +6,7 @@ wrong on the way is in test_stores_faults.py.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -179,7 +180,7 @@ def test_each_byte_is_read_once_and_neighbours_together(to: str, store: Store, t
     read = spans(store, "src/model.safetensors")
     assert read[0][0] == headers_end(path)
     assert read[-1][1] == path.stat().st_size
-    assert all(one[1] == two[0] for one, two in zip(read, read[1:], strict=False))  # all of it, and nothing twice
+    assert all(one[1] == two[0] for one, two in itertools.pairwise(read))  # all of it, and nothing twice
     assert len(read) <= 5
     assert len(store.asked("head", ending="src/model.safetensors")) <= 2
 
@@ -462,7 +463,7 @@ def test_peak_is_far_below_a_file(store: Store, tmp_path: Path) -> None:
     ties = ["--ties", str(tmp_path / "ties.json"), "-q", "--threads", "2"]
     sparse(tmp_path / "small", 1)
     baseline = peak(["rewrite", store.upload(tmp_path / "small", "small"), store.url("small-out"), *ties])
-    sparse(tmp_path / "src", 96)
+    sparse(tmp_path / "src", 64)
     src = store.upload(tmp_path / "src")
     for arguments in (
         ["rewrite", src, str(tmp_path / "out"), *ties],
@@ -471,5 +472,5 @@ def test_peak_is_far_below_a_file(store: Store, tmp_path: Path) -> None:
     ):
         used = peak(arguments) - baseline
         print(f"{arguments[0]}: {used / MiB:.0f} MiB above the {baseline / MiB:.0f} MiB of a small one")
-        assert used < 110 * MiB
-    assert [part.received for part in store.asked("part", ending="model.safetensors")][0] < 32 * MiB
+        assert used < 100 * MiB
+    assert all(part.received < 32 * MiB for part in store.asked("part"))
