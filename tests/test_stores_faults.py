@@ -117,8 +117,9 @@ def test_upload_that_fails_twice_is_taken_up_again(op: str, how: Any, case: Case
 
 @pytest.mark.parametrize(
     ("op", "how"),
-    [*(("get", how) for how in ("cut", SLOW_DOWN, TOO_MANY, BROKEN)), ("head", "cut"), ("head", BROKEN), ("list", "cut")],
-)
+    [("get", "cut"), ("get", SLOW_DOWN), ("get", TOO_MANY), ("get", BROKEN), ("head", "cut"), ("head", BROKEN),
+     ("list", "cut")],
+)  # fmt: skip
 def test_download_that_fails_twice_is_taken_up_again(
     op: str, how: Any, case: Case, store: Store, tmp_path: Path
 ) -> None:
@@ -197,7 +198,8 @@ def test_store_that_goes_away_keeps_the_marker_and_a_next_run_goes_on(
 def test_wrong_credential_is_exit_5_with_advice(code: str, case: Case, store: Store, tmp_path: Path) -> None:
     store.upload(case.src)
     store.faults.append(Fault(lambda request: True, (403, code), EVER))
-    for call in (lambda: up(case, store), lambda: down(case, store, tmp_path), lambda: tierewrite.plan(store.url("src"))):
+    src = store.url("src")
+    for call in (lambda: up(case, store), lambda: down(case, store, tmp_path), lambda: tierewrite.plan(src)):
         with pytest.raises(tierewrite.SystemFailure, match="check the credentials") as error:
             call()
         assert error.value.file is not None
@@ -506,9 +508,7 @@ def test_credentials_are_in_no_output(where: str, case: Case, store: Store, tmp_
         assert_silent(said, secrets)
 
 
-def test_credentials_in_a_url_are_in_no_output(
-    case: Case, store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_credentials_in_a_url_are_in_no_output(case: Case, store: Store, tmp_path: Path) -> None:
     secrets = {"key": IN_URL[0], "secret": IN_URL[1]}
     there = f"s3://{IN_URL[0]}:{IN_URL[1]}@{store.bucket}"
     for arguments in (
@@ -556,13 +556,14 @@ def test_credentials_in_a_url_are_in_no_report_or_manifest(case: Case) -> None:
         MemoryFileSystem.store.clear()
 
 
-def test_exceptions_do_not_show_what_caused_them(case: Case, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exceptions_do_not_show_what_caused_them(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     import traceback
 
     for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
+    store.key_ids = {CREDENTIALS["AWS_ACCESS_KEY_ID"]}
     store.faults.append(Fault(lambda r: True, (403, f"Denied {CREDENTIALS['AWS_SECRET_ACCESS_KEY']}"), EVER))
-    with pytest.raises(tierewrite.SystemFailure) as error:
+    with pytest.raises(tierewrite.SystemFailure, match=r"Denied \*\*\*") as error:
         tierewrite.plan(store.url("src"))
     assert_silent("".join(traceback.format_exception(error.value)), CREDENTIALS)
     assert_silent(repr(error.value.args), CREDENTIALS)
