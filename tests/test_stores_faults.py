@@ -20,7 +20,7 @@ import pytest
 
 import tierewrite
 from tests.checkpoints import FIXTURES, write_checkpoint
-from tests.s3_server import KEY_ID, SECRET, Fault, Request, Store
+from tests.s3_server import KEY_ID, SECRET, Fault, Request, Store, wait_until
 from tests.test_stores import Files, files
 from tierewrite import remote, remote_target
 from tierewrite.checkpoint import INCOMPLETE_NAME, INDEX_NAME, Checkpoint
@@ -434,12 +434,18 @@ def test_resume_writes_a_shard_anew_that_is_not_what_it_should_be(case: Case, st
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("number", [2, 4, 7])
+@pytest.mark.parametrize("number", [1, 4, 7, 8, 12])
 def test_signal_leaves_nothing(number: int, signum: int, case: Case, store: Store) -> None:
     process = run_until(case, store, number, signum)
     assert process.returncode == 128 + signum
     assert store.objects() == {}
     assert store.unfinished() == []
+
+
+def test_signal_once_the_index_is_there_comes_too_late(case: Case, store: Store) -> None:
+    assert run_until(case, store, len(WRITES), signal.SIGTERM).returncode == 0
+    wait_until(lambda: INCOMPLETE_NAME not in store.objects())
+    assert store.objects() == case.expected
 
 
 # --- what nobody may see
