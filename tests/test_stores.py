@@ -6,6 +6,7 @@ wrong on the way is in test_stores_faults.py.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 import tierewrite
 from tests.checkpoints import FIXTURES, edit_tensors, read_shard, write_checkpoint
@@ -472,6 +474,46 @@ def test_url_of_this_machine_is_a_folder(scheme: str, copied: Copied, tmp_path: 
     tierewrite.rewrite(f"{scheme}{src}", in_place=True)
     assert files(src) == files(tmp_path / "expected")
     assert (src.parent / f"{src.name}.bak").is_dir()
+
+
+@pytest.mark.parametrize("error", [NotImplementedError, TypeError, OSError(errno.ENOSYS, "NotImplemented")])
+def test_store_that_cannot_promise_a_new_object_is_written_all_the_same(
+    error: Any, naive: Naive, memory: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true = MemoryFileSystem.pipe_file
+
+    def pipe_file(self: MemoryFileSystem, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
+        if mode == "create":
+            raise error
+        true(self, path, value, mode, **kwargs)
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", pipe_file)
+    tierewrite.rewrite(naive("qwen3_tied_bf16"), memory("out"))
+    tierewrite.rewrite(naive("qwen3_tied_bf16"), tmp_path / "out")
+    assert kept(memory("out")) == files(tmp_path / "out")
+
+
+def test_error_of_a_file_that_cannot_be_discarded_is_told(
+    naive: Naive, memory: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class File:
+        def write(self, data: memoryview) -> None:
+            raise OSError(errno.EDQUOT, "the quota is used up")
+
+    true = MemoryFileSystem.open
+
+    def opened(self: MemoryFileSystem, path: str, mode: str = "rb", **kwargs: Any) -> Any:
+        return File() if path.endswith(".safetensors") else true(self, path, mode, **kwargs)
+
+    monkeypatch.setattr(MemoryFileSystem, "open", opened)
+    refused(
+        lambda: tierewrite.rewrite(naive("qwen3_tied_bf16"), memory("out")),
+        tierewrite.SystemFailure,
+        memory("out/model.safetensors"),
+        "the quota is used up",
+    )
+    monkeypatch.undo()
+    assert kept(memory("out")) == {}
 
 
 # --- what it costs

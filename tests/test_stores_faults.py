@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 import tierewrite
 from tests.checkpoints import FIXTURES, write_checkpoint
@@ -433,8 +434,10 @@ def test_resume_writes_a_shard_anew_that_is_not_what_it_should_be(case: Case, st
     }
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("number", [1, 4, 7, 8, 12])
+@pytest.mark.parametrize(
+    ("number", "signum"),
+    [(1, signal.SIGTERM), (4, signal.SIGINT), (7, signal.SIGTERM), (8, signal.SIGINT), (12, signal.SIGTERM)],
+)
 def test_signal_leaves_nothing(number: int, signum: int, case: Case, store: Store) -> None:
     process = run_until(case, store, number, signum)
     assert process.returncode == 128 + signum
@@ -532,8 +535,6 @@ def test_credentials_in_a_url_are_in_no_output(case: Case, store: Store, tmp_pat
 
 
 def test_credentials_in_a_url_are_in_no_report_or_manifest(case: Case) -> None:
-    from fsspec.implementations.memory import MemoryFileSystem
-
     # A file system that takes the user of its URL, as those over ssh and ftp do.
     there = f"memory://{IN_URL[0]}:{IN_URL[1]}@host"
     folder = remote.RemotePath(f"{there}/src")

@@ -403,7 +403,7 @@ class Upload:
 
     def abort(self) -> None:
         """Leaves nothing of it, as far as the store can be reached."""
-        in_time(self._file.discard)
+        in_time(lambda: self._file.discard())  # files that do not stream have no such thing
         with contextlib.suppress(AttributeError):
             self._file.closed = True  # else the garbage collector would complete it
 
