@@ -414,6 +414,7 @@ def test_kill_at_each_write_is_recognised_and_resumed(number: int, case: Case, s
     assert store.objects() == left
     assert not [r for r in store.log if r.writes]
     overwritten = number % 3 == 0
+    store.put("out/model-00009-of-00009.safetensors", b"of a run with other options")
     assert up(case, store, resume=not overwritten, overwrite=overwritten) == case.expected
     again = {r.name.removeprefix("out/") for r in store.log if r.op in ("put", "complete")}
     assert again.isdisjoint(left.keys() & set(SHARDS)) or overwritten
