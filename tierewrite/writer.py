@@ -259,8 +259,9 @@ class Staging:
 
     def put(self, name: str, data: bytes) -> None:
         path = self.path / name
-        with system_errors("writing", path):
-            path.unlink(missing_ok=True)
+        if os.path.lexists(path):
+            with system_errors("replacing", path):
+                path.unlink()
         write_file(path, data)
 
     def view(self) -> Path:
