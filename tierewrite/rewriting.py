@@ -317,7 +317,6 @@ def rewrite(
         place = sources.fetched(given, revision=revision, bars=progress.shown)
         target = _target(place, where, overwrite, resume)
     with select(engine, device=device, threads=threads, progress=progress, ray_address=ray_address) as workers:
-        log.info("hashing on %s", workers.device)
         known: dict[str, bytes] = {}
         listed = listing(Path(src)) if in_place else {}
         opened = Opened.open(
