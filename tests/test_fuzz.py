@@ -41,11 +41,11 @@ def ours(raw: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]] | None:
     """The gate's verdict on a file's bytes: tensors with their bytes, or None where refused."""
     try:
         length = _header_length(raw[:8], len(raw), Path("x"))
-        _, rows = parse_header(raw[8 : 8 + length], len(raw) - 8 - length)
+        _, entries = parse_header(raw[8 : 8 + length], len(raw) - 8 - length)
     except SourceError:
         return None
     data = memoryview(raw)[8 + length :]
-    return {name: (dtype, shape, bytes(data[start:end])) for start, end, name, dtype, shape in rows}
+    return {e.name: (e.dtype, e.shape, bytes(data[e.start : e.end])) for e in entries}
 
 
 def theirs(raw: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]] | None:

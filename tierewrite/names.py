@@ -17,7 +17,7 @@ This room refuses nothing. What cannot be paired (one side fused, the other unpa
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,7 @@ class DiskTies:
     """
 
     groups: tuple[TieGroup, ...]
-    owned: Container[str]
+    owned: Set[str]
     idle: tuple[str, ...]
 
 
@@ -86,6 +86,8 @@ def on_disk(ties: TieMap, keys: Collection[str]) -> DiskTies:
     # Per tied parameter: its parts on disk and the name of each.
     found: dict[str, dict[Part, str]] = {}
     weak: list[str] = []
+    # Modules whose weight is found: their other tensors tell nothing new.
+    settled: set[str] = set()
     for key in translator.in_loading_order(keys):
         place = translator.locate(key)
         if place is None:
@@ -94,8 +96,9 @@ def on_disk(ties: TieMap, keys: Collection[str]) -> DiskTies:
         owned.add(key)
         if place[0] in tied:
             found.setdefault(place[0], {}).setdefault(place[1], key)
-    # A companion says that its parameter is there in some form; nearly always its module's weight, found already.
-    settled: set[str] = set()
+        if key.endswith(".weight"):
+            settled.add(key.removesuffix(".weight"))
+    # A companion says that its parameter is there in some form.
     for key in weak:
         parent = key.rpartition(".")[0]
         if parent in settled:
@@ -122,17 +125,21 @@ def on_disk(ties: TieMap, keys: Collection[str]) -> DiskTies:
             continue
         problem = _layout_problem(names, found) or translator.sharing_problem(names, found, tied, covered)
         slots = []
+        on_side: list[Mapping[Part, str]] = [found.get(name, {}) for name in names]
         for part in sorted(parts, key=_part_order):
-            there = {name: found[name][part] for name in names if part in found.get(name, ())}
-            slots.append(tuple(there.get(n) or translator.spell(n, part, scopes, there) for n in names))
+            try:
+                slots.append(tuple([side[part] for side in on_side]))
+            except KeyError:  # not on every side
+                there = {name: side[part] for name, side in zip(names, on_side, strict=True) if part in side}
+                slots.append(tuple(there.get(n) or translator.spell(n, part, scopes, there) for n in names))
         groups.append(TieGroup(root, root, tuple(names[1:]), tuple(origins[root]), tuple(slots), problem))
     idle = [root for root in idle if root not in covered]
-    return DiskTies(tuple(groups), owned if ties.model is not None and ties.model.shapes else (), tuple(idle))
+    return DiskTies(tuple(groups), owned if ties.model is not None and ties.model.shapes else frozenset(), tuple(idle))
 
 
-def _owned_by(model: ModelNames | None, keys: Collection[str]) -> Container[str]:
+def _owned_by(model: ModelNames | None, keys: Collection[str]) -> Set[str]:
     if model is None or not model.shapes:
-        return ()
+        return frozenset()
     translator = _Translator(model, {})
     return {key for key in translator.in_loading_order(keys) if translator.locate(key) is not None}
 
@@ -226,6 +233,7 @@ class _Translator:
         self._reverse: tuple[list[Any], list[Any]] | None = None
         self._model = model
         self._fused: dict[str, list[str]] | None = None
+        self._fusing: dict[tuple[str, str, str], str | None] = {}
         self._stateful = False
         self._prefix_differs: bool | None = None
         self._rename: Any = None
@@ -252,6 +260,8 @@ class _Translator:
 
     def locate(self, name: str) -> tuple[str, Part] | None:
         """The parameter that the unquantized name `name` is loaded into, and which part of it; None if none."""
+        if self._rename is None:  # names on disk are those in memory: sooner found than remembered
+            return (name, WHOLE) if name in self.known else self._unpacked(name)
         place = self._memo.get(name, False)
         if place is False:
             place = self._memo[name] = self._locate(name)
@@ -267,8 +277,6 @@ class _Translator:
 
     def _forward(self, name: str) -> tuple[str, str | None]:
         """transformers' `rename_source_key`, with the fallback that loading makes for names that are right already."""
-        if self._rename is None:
-            return name, None
         prefix = self.prefix or None
         texts = self._texts
         if texts is not None:
@@ -312,6 +320,14 @@ class _Translator:
         container, _, index = head.rpartition(".")
         if not container or not index.isdecimal() or not index.isascii():
             return None
+        kind = container, projection, leaf
+        if kind not in self._fusing:
+            self._fusing[kind] = self._fused_of(*kind)
+        fused = self._fusing[kind]
+        return None if fused is None else (fused, ("expert", projection, leaf, int(index)))
+
+    def _fused_of(self, container: str, projection: str, leaf: str) -> str | None:
+        """The parameter of `container` that holds the experts' `projection`."""
         candidates = self._fused_leaves(container)
         end = "_bias" if leaf == "bias" else ""
         for fused in candidates:
@@ -319,13 +335,13 @@ class _Translator:
                 continue
             stem = fused[: len(fused) - len(end)]
             if stem == projection:
-                return f"{container}.{fused}", ("expert", projection, leaf, int(index))
+                return f"{container}.{fused}"
         for fused in candidates:
             if end and not fused.endswith(end):
                 continue
             words = fused[: len(fused) - len(end)].split("_")
             if len(words) > 2 and projection in {f"{word}_{words[-1]}" for word in words[:-1]}:
-                return f"{container}.{fused}", ("expert", projection, leaf, int(index))
+                return f"{container}.{fused}"
         return None
 
     def _fused_leaves(self, container: str) -> list[str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import bisect
 import enum
+import itertools
 import math
 import re
 from collections import Counter
@@ -259,6 +260,7 @@ def group_json(group: GroupPlan) -> dict[str, Any]:
     }
 
 
+@gc_paused()
 def plan(
     checkpoint: Checkpoint,
     ties: DiskTies,
@@ -288,10 +290,9 @@ def plan(
         A plan in which each tensor of the source occurs once.
     """
     policy = policy or Policy()
-    with gc_paused():
-        drafted = _Planner(
-            checkpoint, ties, policy, refuted or {}, frozenset(separate_kv), repacked or {}, unfillable
-        ).run()
+    drafted = _Planner(
+        checkpoint, ties, policy, refuted or {}, frozenset(separate_kv), repacked or {}, unfillable
+    ).run()
     return replace(drafted, ties_source=ties_source, ties_detail=ties_detail, unpaired=unpaired)
 
 
@@ -358,7 +359,8 @@ class _Planner:
         self.separate_kv = separate_kv
         self.repacked = repacked
         self.unfillable = unfillable
-        self.families = formats.detect(checkpoint.config, checkpoint.quant_config, self.entries.keys())
+        last_words = {name.rpartition(".")[2] for name in self.entries}  # all that detection looks at
+        self.families = formats.detect(checkpoint.config, checkpoint.quant_config, last_words)
         self.adjacency = formats.Adjacency(self.entries.keys(), checkpoint.config, checkpoint.quant_config)
         self.canonical_of = (
             {name: slot[0] for group in ties.groups for slot in group.slots for name in slot}
@@ -368,11 +370,14 @@ class _Planner:
         self.sorted_keys = sorted(self.entries)
         # A tied parameter's own name is never a companion of its neighbour (a tied bias beside a tied weight).
         self.tied_names = {name for group in ties.groups for slot in group.slots for name in slot}
-        self.plans = {name: TensorPlan(name, Action.KEEP, name) for name in self.entries}
+        self.reserved = self.tied_names | ties.owned
+        # The fate of what belongs to a group; all else is kept, which `run` adds once, at the end.
+        self.fates: dict[str, TensorPlan] = {}
+        self.plans: dict[str, TensorPlan] = {}
         self.layouts: dict[tuple[str, tuple[str, ...]], _Layout] = {}
         self.mergeable: dict[tuple[tuple[str, tuple[int, ...]], ...], str | None] = {}
         self.claimed: dict[str, str] = {}
-        self.taken: dict[str, str] = {}
+        self.taken: set[str] = set()
         self.warnings: list[str] = []
 
     def run(self) -> RewritePlan:
@@ -393,9 +398,9 @@ class _Planner:
                 groups.append(self._group(tie, "unconfirmed", reason=reason))
                 blocked.update(_attention_of(slot[0]) for slot in tie.slots)
                 for key in self._members(tie):
-                    self.plans[key] = TensorPlan(key, Action.KEEP, key, group=tie.id)
+                    self.fates[key] = TensorPlan(key, Action.KEEP, key, group=tie.id)
                 continue
-            self.plans.update(draft.tensors)
+            self.fates.update(draft.tensors)
             for alias, canonical in draft.attention.items():
                 attention.setdefault(alias, {}).setdefault(tie.id, canonical)
             modules = self.repacked.get(tie.id, frozenset())
@@ -404,7 +409,7 @@ class _Planner:
             )
             replaced = set(differing)
             for row in differing:
-                self.plans[row[0]] = self.plans[row[0]]._replace(action=Action.REPACK)
+                self.fates[row[0]] = self.fates[row[0]]._replace(action=Action.REPACK)
             groups.append(
                 self._group(
                     tie,
@@ -418,14 +423,16 @@ class _Planner:
         by_id = {group.id: group for group in groups}
         if self.policy.kv_scales == "merge":
             self._kv_scales({a: o for a, o in attention.items() if a not in blocked}, by_id)
+        fates, keep = self.fates, Action.KEEP
+        self.plans = {name: fates[name] if name in fates else TensorPlan(name, keep, name) for name in self.entries}
         if self.policy.unify_fused_scales:
             self._mark_fused()
         count: Counter[str] = Counter()
         size: Counter[str] = Counter()
-        for plan_ in self.plans.values():
-            if plan_.action is Action.DROP and plan_.group is not None:
-                count[plan_.group] += 1
-                size[plan_.group] += self.entries[plan_.name].nbytes
+        for name, action, _, _, group_id in fates.values():
+            if action is Action.DROP and group_id is not None:
+                count[group_id] += 1
+                size[group_id] += self.entries[name].nbytes
         by_id = {
             name: replace(group, dropped=count[name], dropped_bytes=size[name]) if count[name] else group
             for name, group in by_id.items()
@@ -451,11 +458,11 @@ class _Planner:
 
     def _below(self, prefix: str) -> list[str]:
         """Keys that begin with `prefix`, by bisection: no list is searched."""
-        start = bisect.bisect_left(self.sorted_keys, prefix)
-        end = start
-        while end < len(self.sorted_keys) and self.sorted_keys[end].startswith(prefix):
+        keys = self.sorted_keys
+        start = end = bisect.bisect_left(keys, prefix)
+        while end < len(keys) and keys[end].startswith(prefix):
             end += 1
-        return self.sorted_keys[start:end]
+        return keys[start:end]
 
     def _side(self, name: str) -> _Side:
         """What the parameter `name` became on disk.
@@ -474,8 +481,8 @@ class _Planner:
             keys = [*self._below(f"{name}_"), *self._below(f"{name}.")]
             if name in self.entries:
                 keys.insert(0, name)
-        tied, owned = self.tied_names, self.ties.owned
-        keys = [key for key in keys if key == name or (key not in tied and key not in owned)]
+        reserved = self.reserved
+        keys = [key for key in keys if key not in reserved or key == name]
         cut = len(stem)
         suffixes = tuple([key[cut:] for key in keys])
         layout = self.layouts.get((leaf, suffixes))
@@ -542,13 +549,34 @@ class _Planner:
 
     def _weights(self, draft: _Draft, canonical: str, present: list[_Side]) -> None:
         """Weight-derived tensors: the same set on every side, with the same headers."""
+        first, *others = present
+        own = first.name == canonical
+        entries = self.entries
+        if any(side.layout is not first.layout for side in others):
+            self._compare(present)
+        for part, index in first.layout.exact.items():
+            keys = (first.keys[index], *[side.keys[side.layout.exact[part]] for side in others])
+            if others:
+                mine = entries[keys[0]]
+                for key in keys[1:]:
+                    theirs = entries[key]
+                    if mine.dtype != theirs.dtype or mine.shape != theirs.shape:
+                        self._compare(present)
+                draft.checks.append(keys)
+            target = keys[0] if own else self._canonical_key(canonical, part)
+            self._carry(draft.tensors, keys, target, draft.tie.id)
+
+    def _compare(self, present: list[_Side]) -> None:
+        """The weight-derived tensors of the first side against every other's.
+
+        Raises:
+            _Unconfirmed: with the first difference.
+        """
         first = present[0]
         exact = first.layout.exact
-        rows = {part: [first.keys[index]] for part, index in exact.items()}
-        entries = self.entries
         for side in present[1:]:
             other = side.layout.exact
-            if other is not exact and other.keys() != exact.keys():
+            if other.keys() != exact.keys():
                 lacking = sorted(exact.keys() - other.keys())
                 extra = sorted(other.keys() - exact.keys())
                 have = first.keys[exact[lacking[0]]] if lacking else side.keys[other[extra[0]]]
@@ -558,21 +586,11 @@ class _Planner:
                     f"'{name}'"
                 )
             for part, index in other.items():
-                row = rows[part]
-                mine = entries[row[0]]
-                theirs = entries[side.keys[index]]
-                if mine.dtype != theirs.dtype or mine.shape != theirs.shape:
+                mine, theirs = self.entries[first.keys[exact[part]]], self.entries[side.keys[index]]
+                if (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape):
                     raise _Unconfirmed(
                         f"'{mine.name}' is {_header_text(mine)} but '{theirs.name}' is {_header_text(theirs)}"
                     )
-                row.append(theirs.name)
-        own = first.name == canonical
-        for part, row in rows.items():
-            keys = tuple(row)
-            if len(keys) > 1:
-                draft.checks.append(keys)
-            target = keys[0] if own else self._canonical_key(canonical, part)
-            self._carry(draft.tensors, keys, target, draft.tie.id)
 
     def _neighbours(self, draft: _Draft, names: list[str]) -> None:
         """In a smoothed checkpoint, what a side's scale was folded into must be one as well."""
@@ -623,17 +641,17 @@ class _Planner:
 
     def _claim(self, draft: _Draft) -> None:
         """A tensor belongs to one group, and a canonical name to one survivor."""
-        group = draft.tie.id
-        for key, plan_ in draft.tensors.items():
-            other = self.claimed.get(key)
-            if other is not None:
-                raise _Unconfirmed(f"'{key}' already belongs to the tie of '{other}'")
-            if plan_.action is Action.RENAME and (
-                (plan_.target in self.entries and plan_.target not in draft.tensors) or plan_.target in self.taken
-            ):
-                raise _Unconfirmed(f"'{key}' would become '{plan_.target}', a name that another tensor has")
-        self.claimed.update(dict.fromkeys(draft.tensors, group))
-        self.taken.update((p.target, p.name) for p in draft.tensors.values() if p.action is Action.RENAME)
+        claimed = self.claimed
+        renamed: list[str] = []
+        for key, action, target, _, _ in draft.tensors.values():
+            if key in claimed:
+                raise _Unconfirmed(f"'{key}' already belongs to the tie of '{claimed[key]}'")
+            if action is Action.RENAME:
+                if (target in self.entries and target not in draft.tensors) or target in self.taken:
+                    raise _Unconfirmed(f"'{key}' would become '{target}', a name that another tensor has")
+                renamed.append(target)
+        claimed.update(dict.fromkeys(draft.tensors, draft.tie.id))
+        self.taken.update(renamed)
 
     def _members(self, tie: TieGroup) -> list[str]:
         """Keys that belong to an unconfirmed group: the named parameters and what stands below their modules."""
@@ -647,7 +665,7 @@ class _Planner:
                 members.extend(
                     key
                     for key in below
-                    if key not in self.claimed and key not in self.tied_names and key not in self.ties.owned
+                    if key not in self.claimed and key not in self.reserved
                 )
                 if name in self.entries and name not in self.claimed:
                     members.append(name)
@@ -655,8 +673,8 @@ class _Planner:
 
     def _unmergeable(self, keys: Iterable[str]) -> str | None:
         """Why the scales `keys` cannot become one, by their headers; None if they can."""
-        entries = [self.entries[key] for key in keys]
-        headers = tuple([(entry.dtype, entry.shape) for entry in entries])
+        entries = self.entries
+        headers = tuple([(entries[key].dtype, entries[key].shape) for key in keys])
         if headers not in self.mergeable:
             self.mergeable[headers] = scales.mergeable(headers)
         reason = self.mergeable[headers]
@@ -717,7 +735,7 @@ class _Planner:
                 merge = Merge(target, keys, companion, kv=True, only_if_equal=scales_ if biases else ())
                 group = by_id[owner]
                 by_id[owner] = replace(group, merges=(*group.merges, merge), status="planned")
-                self._carry(self.plans, keys, target, owner, merged=companion.merge is not None)
+                self._carry(self.fates, keys, target, owner, merged=companion.merge is not None)
 
     @staticmethod
     def _kv_owner(rest: str, owners: Iterable[str]) -> str:
@@ -785,21 +803,22 @@ class _Planner:
         if limit is None:
             fullest = [0] * len(self.checkpoint.shards)
             for entry in self.entries.values():
-                fullest[entry.shard] += entry.nbytes
+                fullest[entry.shard] += entry.end - entry.start
             limit = max(fullest, default=0)
         survivors = {
-            plan_.target: self.entries[name]
-            for name, plan_ in self.plans.items()
-            if plan_.action is not Action.DROP
+            target: self.entries[name]
+            for name, action, target, _, _ in self.plans.values()
+            if action is not Action.DROP
         }
         added = {name: group for group in expert_scales for name in group.missing}
         for name, group in added.items():
             survivors[name] = self.entries[next(iter(group.members.values()))]
         if not survivors:
             return (OutShard("model.safetensors", ()),)
+        sizes = {name: entry.end - entry.start for name, entry in survivors.items()}
         split = split_state_dict_into_shards_factory(
-            survivors,
-            get_storage_size=lambda entry: entry.end - entry.start,
+            sizes,
+            get_storage_size=int,
             filename_pattern="model{suffix}.safetensors",
             max_shard_size=limit,
         )
@@ -808,15 +827,14 @@ class _Planner:
         for filename, names in split.filename_to_tensors.items():
             # Wide dtypes first keeps every tensor aligned to its element, as safetensors' own serializer does; within a
             # width the source's order makes neighbours of neighbours, so that runs are copied in one piece.
-            order = sorted(names, key=lambda name: -widths[survivors[name].dtype])
-            position = 0
-            tensors = []
-            for name in order:
-                entry = survivors[name]
-                end = position + entry.end - entry.start
-                tensors.append(OutTensor(name, entry.name, position, end, name in added))
-                position = end
-            shards.append(OutShard(filename, tuple(tensors)))
+            by_width: dict[int, list[str]] = {}
+            for name in names:
+                by_width.setdefault(widths[survivors[name].dtype], []).append(name)
+            order = [name for width in sorted(by_width, reverse=True) for name in by_width[width]]
+            ends = list(itertools.accumulate(map(sizes.__getitem__, order)))
+            sources = [survivors[name].name for name in order]
+            columns = (order, sources, [0, *ends], ends, map(added.__contains__, order))
+            shards.append(OutShard(filename, tuple(map(OutTensor._make, zip(*columns, strict=False)))))
         return tuple(shards)
 
 

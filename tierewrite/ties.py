@@ -29,6 +29,7 @@ import warnings
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from importlib import import_module
 from itertools import cycle
 from pathlib import Path
@@ -252,25 +253,24 @@ def parameters_of(keys: Iterable[str]) -> dict[str, None]:
     names: dict[str, None] = {}
     modules: set[str] = set()
     containers: dict[str, set[str]] = {}
-    companions: list[str] = []
+    companions: list[tuple[str, str, str]] = []
     for key in keys:
         parent, _, leaf = key.rpartition(".")
         if leaf == "weight":
             names[key] = None
             modules.add(parent)
-        elif _COMPANION.match(leaf):
-            companions.append(key)
+        elif _is_companion(leaf):
+            companions.append((key, parent, leaf))
         else:
             # A fused MXFP4 parameter is on disk as its blocks (and scales) only, as in gpt-oss.
             names[key.removesuffix("_blocks")] = None
-    for key in companions:
-        parent, _, leaf = key.rpartition(".")
+    companions = [companion for companion in companions if companion[1] not in modules]
+    for _, parent, leaf in companions:
         if _WEIGHT_FORM.match(leaf) and parent not in modules:
             # The weight itself is there in packed form only.
             names[f"{parent}.weight" if parent else "weight"] = None
             modules.add(parent)
-    for key in companions:
-        parent = key.rpartition(".")[0]
+    for key, parent, _ in companions:
         if parent not in modules:
             names[key] = None
     for parent in modules:
@@ -291,6 +291,13 @@ _COMPANION = re.compile(
     r"weight_|q(weight|zeros)$|scales$|qscales$|zeros$|g_idx$|perm$|input_|output_|k_scale$|v_scale$|q_scale$|pre_quant_scale$"
     r"|absmax$|quant_map$|nested_|quant_state|SCB$|.*_(scale|scale_2|scale_inv|zero_point|amax|global_scale)$",
 )
+
+
+@lru_cache(maxsize=4096)
+def _is_companion(leaf: str) -> bool:
+    return _COMPANION.match(leaf) is not None
+
+
 # Leaves that stand for the weight where `weight` itself is missing.
 _WEIGHT_FORM = re.compile(r"weight_packed$|weight_scale|qweight$|weight_q|weight_v$|weight_g$")
 
@@ -310,7 +317,7 @@ def _matches(
     """The names that `pattern` speaks of, in order: itself and what is below it, or what a regex matches."""
     if _is_regex(pattern):
         matcher = _matcher(pattern, file, error)
-        return [n for n in ordered if matcher.match(n)]
+        return list(filter(matcher.match, ordered))
     found = []
     at = bisect_left(ordered, pattern)
     if at < len(ordered) and ordered[at] == pattern:
@@ -501,12 +508,13 @@ def _declared(declared: Mapping[str, str], path: Path | None, keys: Collection[s
             details={"idle": list(declared)[:50]},
         )
     warned = [f"{label}: the tie of '{shown(a)}' matches nothing of the checkpoint" for a in idle]
-    scopes = scopes_of(keys)
+    scopes: set[str] | None = None
     for alias, canonical in pairs.items():
         # Only names that the file spells out can be misspelt; what a pattern pairs may well be absent (exporters that
         # keep the first name of shared tensors write no canonical side).
         written_out = declared.get(alias) == canonical
         if written_out and alias in names and canonical not in names and canonical not in pairs:
+            scopes = scopes_of(keys) if scopes is None else scopes
             scope = canonical.rpartition(".")[0].rpartition(".")[0]
             if scope and scope not in scopes and scope.rpartition(".")[0] not in scopes:
                 raise TieFileError(
