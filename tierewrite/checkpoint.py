@@ -75,6 +75,10 @@ def gc_paused() -> Iterator[None]:
         yield
     finally:
         if running:
+            if not gc.get_freeze_count():
+                # What was made meanwhile counts as old from here on: the next allocation would scan it all.
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 

@@ -21,11 +21,13 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
-from .ties import ModelNames, TieMap, scopes_of
+from .ties import ModelNames, Scopes, TieMap
 
 # How a tensor on disk stands for (a part of) a parameter: () for all of it; else the expert's part.
 Part = tuple[Any, ...]
 WHOLE: Part = ()
+
+_UNPACKED = (".weight", ".bias")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,7 @@ def on_disk(ties: TieMap, keys: Collection[str]) -> DiskTies:
     tied = {name: root for root, names in sides.items() for name in names}
     translator = _Translator(ties.model, tied)
 
+    knows_all = ties.model is not None and bool(ties.model.shapes)
     owned: set[str] = set()
     # Per tied parameter: its parts on disk and the name of each.
     found: dict[str, dict[Part, str]] = {}
@@ -93,7 +96,8 @@ def on_disk(ties: TieMap, keys: Collection[str]) -> DiskTies:
         if place is None:
             weak.append(key)
             continue
-        owned.add(key)
+        if knows_all:
+            owned.add(key)
         if place[0] in tied:
             found.setdefault(place[0], {}).setdefault(place[1], key)
         if key.endswith(".weight"):
@@ -115,7 +119,7 @@ def on_disk(ties: TieMap, keys: Collection[str]) -> DiskTies:
     groups: list[TieGroup] = []
     idle: list[str] = []
     covered: set[str] = set()
-    scopes = _Scopes(keys)
+    scopes = Scopes(keys)
     for root, names in sides.items():
         parts: dict[Part, None] = {}
         for name in names:
@@ -134,7 +138,7 @@ def on_disk(ties: TieMap, keys: Collection[str]) -> DiskTies:
                 slots.append(tuple(there.get(n) or translator.spell(n, part, scopes, there) for n in names))
         groups.append(TieGroup(root, root, tuple(names[1:]), tuple(origins[root]), tuple(slots), problem))
     idle = [root for root in idle if root not in covered]
-    return DiskTies(tuple(groups), owned if ties.model is not None and ties.model.shapes else frozenset(), tuple(idle))
+    return DiskTies(tuple(groups), owned, tuple(idle))
 
 
 def _owned_by(model: ModelNames | None, keys: Collection[str]) -> Set[str]:
@@ -192,31 +196,14 @@ def _layout_problem(names: list[str], found: Mapping[str, Mapping[Part, str]]) -
     return f"the sides are laid out differently on disk: {', '.join(names)}"
 
 
-class _Scopes:
-    """How much of a dotted name's path occurs among the keys."""
-
-    def __init__(self, keys: Collection[str]) -> None:
-        self._keys = keys
-        self._scopes: set[str] | None = None
-
-    def _all(self) -> set[str]:
-        if self._scopes is None:
-            self._scopes = scopes_of(self._keys)
-        return self._scopes
-
-    def under(self, prefix: str) -> bool:
-        """Is any key below `prefix`?"""
-        return prefix in self._all()
-
-    def strange(self, name: str) -> int:
-        """Number of trailing path segments of `name` (its own not counted) that no key shares."""
-        scopes = self._all()
-        scope = name.rpartition(".")[0]
-        missing = 0
-        while scope and scope not in scopes:
-            scope = scope.rpartition(".")[0]
-            missing += 1
-        return missing
+def _strange(name: str, scopes: Scopes) -> int:
+    """Number of trailing path segments of `name` (its own not counted) that no key shares."""
+    scope = name.rpartition(".")[0]
+    missing = 0
+    while scope and scope not in scopes:
+        scope = scope.rpartition(".")[0]
+        missing += 1
+    return missing
 
 
 class _Translator:
@@ -261,7 +248,9 @@ class _Translator:
     def locate(self, name: str) -> tuple[str, Part] | None:
         """The parameter that the unquantized name `name` is loaded into, and which part of it; None if none."""
         if self._rename is None:  # names on disk are those in memory: sooner found than remembered
-            return (name, WHOLE) if name in self.known else self._unpacked(name)
+            if name in self.known:
+                return name, WHOLE
+            return self._unpacked(name) if name.endswith(_UNPACKED) else None
         place = self._memo.get(name, False)
         if place is False:
             place = self._memo[name] = self._locate(name)
@@ -313,7 +302,7 @@ class _Translator:
 
     def _unpacked(self, renamed: str) -> tuple[str, Part] | None:
         """`...experts.3.gate_proj.weight` as a part of the fused `...experts.gate_up_proj`."""
-        if not renamed.endswith((".weight", ".bias")):
+        if not renamed.endswith(_UNPACKED):
             return None
         module, _, leaf = renamed.rpartition(".")
         head, _, projection = module.rpartition(".")
@@ -373,7 +362,7 @@ class _Translator:
 
     # -- memory -> disk
 
-    def spell(self, parameter: str, part: Part, scopes: _Scopes, beside: Mapping[str, str]) -> str:
+    def spell(self, parameter: str, part: Part, scopes: Scopes, beside: Mapping[str, str]) -> str:
         """The name on disk that `part` of `parameter` would have in this checkpoint.
 
         Of the names that load into it (under hub names, memory names, with and without the base model's prefix), the
@@ -383,7 +372,7 @@ class _Translator:
         spelled = self._spellings(parameter, part, scopes)
         right = {n: name for n, name in enumerate(spelled) if self.locate(name) == (parameter, part)}
         if right:
-            strange = {n: scopes.strange(name) for n, name in right.items()}
+            strange = {n: _strange(name, scopes) for n, name in right.items()}
             least = min(strange.values())
             best = [n for n in right if strange[n] == least]
             if len({right[n] for n in best}) > 1:
@@ -399,13 +388,13 @@ class _Translator:
         container = parameter.rpartition(".")[0]
         return f"{container}.{part[3]}.{part[1]}.{part[2]}" if part[0] == "expert" else parameter
 
-    def _spellings(self, parameter: str, part: Part, scopes: _Scopes) -> list[str]:
+    def _spellings(self, parameter: str, part: Part, scopes: Scopes) -> list[str]:
         """Every way to spell it, in one order for all parameters, the hub's first; names may repeat."""
         stem = f"{self.prefix}." if self.prefix else ""
         if self._prefix_differs is None:
             # The base model's prefix is missing or added in a checkpoint as a whole.
             expected = any(name.startswith(stem) for name in self.known)
-            self._prefix_differs = bool(stem) and scopes.under(self.prefix) != expected
+            self._prefix_differs = bool(stem) and (self.prefix in scopes) != expected
         names = list(self._plain_spellings(parameter, part))
         if self._prefix_differs:
             names += [n.removeprefix(stem) if n.startswith(stem) else stem + n for n in names]

@@ -29,7 +29,7 @@ import warnings
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib import import_module
 from itertools import cycle
 from pathlib import Path
@@ -311,13 +311,23 @@ def _matcher(pattern: str, file: Path | None, error: type[TieFileError] | type[C
         raise error(f"the tie pattern '{shown(pattern)}' is no regular expression: {exc}", file=file) from exc
 
 
+_TAIL = re.compile(r"(?<![\\A-Za-z0-9_])[A-Za-z0-9_]+\Z")
+
+
+def _tail_of(matcher: re.Pattern[str], pattern: str) -> str:
+    """Text that every match of `pattern` ends with; "" where that takes more than a look. Only a filter for speed."""
+    found = _TAIL.search(pattern)
+    return found[0] if found and "|" not in pattern and matcher.flags == re.UNICODE else ""
+
+
 def _matches(
     pattern: str, ordered: Sequence[str], file: Path | None, error: type[TieFileError] | type[ConfigError]
 ) -> list[str]:
     """The names that `pattern` speaks of, in order: itself and what is below it, or what a regex matches."""
     if _is_regex(pattern):
         matcher = _matcher(pattern, file, error)
-        return list(filter(matcher.match, ordered))
+        tail = _tail_of(matcher, pattern)
+        return [name for name in ordered if tail in name and matcher.match(name)]
     found = []
     at = bisect_left(ordered, pattern)
     if at < len(ordered) and ordered[at] == pattern:
@@ -508,13 +518,12 @@ def _declared(declared: Mapping[str, str], path: Path | None, keys: Collection[s
             details={"idle": list(declared)[:50]},
         )
     warned = [f"{label}: the tie of '{shown(a)}' matches nothing of the checkpoint" for a in idle]
-    scopes: set[str] | None = None
+    scopes = Scopes(keys)
     for alias, canonical in pairs.items():
         # Only names that the file spells out can be misspelt; what a pattern pairs may well be absent (exporters that
         # keep the first name of shared tensors write no canonical side).
         written_out = declared.get(alias) == canonical
         if written_out and alias in names and canonical not in names and canonical not in pairs:
-            scopes = scopes_of(keys) if scopes is None else scopes
             scope = canonical.rpartition(".")[0].rpartition(".")[0]
             if scope and scope not in scopes and scope.rpartition(".")[0] not in scopes:
                 raise TieFileError(
@@ -528,15 +537,20 @@ def _declared(declared: Mapping[str, str], path: Path | None, keys: Collection[s
     return TieMap(ties, "ties-file", str(path or ""), (), tuple(warned), None)
 
 
-def scopes_of(keys: Iterable[str]) -> set[str]:
-    """Every proper prefix, cut at dots, of every key."""
-    found: set[str] = set()
-    for key in keys:
-        prefix = key.rpartition(".")[0]
-        while prefix and prefix not in found:
-            found.add(prefix)
-            prefix = prefix.rpartition(".")[0]
-    return found
+class Scopes:
+    """Which dotted paths there are keys below."""
+
+    def __init__(self, keys: Collection[str]) -> None:
+        self._keys = keys
+
+    @cached_property
+    def _sorted(self) -> list[str]:
+        return sorted(self._keys)
+
+    def __contains__(self, path: str) -> bool:
+        below = f"{path}."
+        at = bisect_left(self._sorted, below)
+        return path != "" and at < len(self._sorted) and self._sorted[at].startswith(below)
 
 
 def _from_config(
