@@ -20,7 +20,8 @@ def dumps(data: dict[str, Any], ascii_only: bool = False) -> str:
 def pieces(data: dict[str, Any], ascii_only: bool = False) -> Iterator[str]:
     """The text of `dumps`, piece by piece."""
     encode = json.JSONEncoder(ensure_ascii=ascii_only).encode
-    before = "{\n "
+    yield "{\n"
+    before = " "
     for key, value in data.items():
         yield f"{before}{encode(key)}: "
         if isinstance(value, list) and value and isinstance(value[0], dict):
