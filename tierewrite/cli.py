@@ -397,9 +397,9 @@ def _console(stderr: bool = False) -> Console:
 
 
 def _print_json(data: dict[str, Any]) -> None:
-    from tierewrite.jsontext import dumps
+    from tierewrite.jsontext import pieces
 
-    sys.stdout.write(dumps(data, ascii_only=True))
+    sys.stdout.writelines(pieces(data, ascii_only=True))
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
