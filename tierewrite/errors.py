@@ -160,7 +160,11 @@ class Interrupted(TierewriteError):
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by signal {signum}; nothing half-done was left behind")
+        self.signum = signum
         self.exit_code = 128 + signum
+
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[int]]:
+        return type(self), (self.signum,)
 
 
 @contextlib.contextmanager
