@@ -142,7 +142,9 @@ def cli(verbose: int) -> None:
     under canonical names. SRC is never written to; DST appears whole or not at all.
     """
     level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    # Not the root: the libraries that talk to stores log requests with their signatures.
+    logging.getLogger("tierewrite").setLevel(level)
 
 
 @cli.command()
@@ -189,6 +191,11 @@ def rewrite(
       tierewrite rewrite org/name canonical/ --revision main
       tierewrite rewrite exported/ served/ --for vllm
       tierewrite rewrite exported/ --in-place --verify
+      tierewrite rewrite s3://bucket/exported s3://bucket/canonical --verify
+
+    SRC and DST may be URLs of any fsspec file system (s3://, gs://, memory://, ...: pip install 'tierewrite[remote]').
+    A DST in a store must be new; its index is written last, and makes it a checkpoint. After a kill, --resume goes on
+    there and --overwrite starts anew.
     """
     options = _given(options)
     if consumer is not None:
@@ -225,6 +232,7 @@ def plan(src: str, as_json: bool, **options: Any) -> None:
     \b
     Examples:
       tierewrite plan exported/
+      tierewrite plan s3://bucket/exported
       tierewrite plan exported/ --json | jq '.tensors[] | select(.action == "drop") | .name'
     """
     result = tierewrite.plan(src, **_given(options))
@@ -252,8 +260,9 @@ def verify(src: str, dst: str, as_json: bool, ties: Path | None, **options: Any)
     true. Exit code 6 if anything is wrong, an unreadable DST included.
 
     \b
-    Example:
+    Examples:
       tierewrite verify exported/ canonical/
+      tierewrite verify s3://bucket/exported s3://bucket/canonical
     """
     result = tierewrite.verify(src, dst, ties_file=ties, **options)
     if as_json:
@@ -275,8 +284,9 @@ def inspect(src: str, as_json: bool, no_ties: bool, **options: Any) -> None:
     """Show shards, tensors, dtypes, formats and declared ties of SRC. Reads headers only.
 
     \b
-    Example:
+    Examples:
       tierewrite inspect exported/
+      tierewrite inspect s3://bucket/exported --no-ties
     """
     result = tierewrite.inspect(src, declared=not no_ties, **options)
     if as_json:
@@ -314,10 +324,11 @@ def check(checkpoint: str, consumer: str, strict: bool, as_json: bool, **options
     or config entries concerned, what the consumer will do, and the mend if there is one. Exit code 6 if any is an
     error (with --strict, or a warning).
 
-    
+    \b
     Examples:
       tierewrite check canonical/ --for vllm
       tierewrite check canonical/ --for transformers --strict --json
+      tierewrite check s3://bucket/canonical
     """
     result = tierewrite.check(checkpoint, consumer, **options)
     if as_json:
@@ -368,6 +379,7 @@ def report_command(
     Examples:
       tierewrite report canonical/ --html report.html --for vllm
       tierewrite report canonical/ --png report.png
+      tierewrite report s3://bucket/canonical --html report.html
       tierewrite report canonical/ --json | jq '.divergence[] | [.projection, .median, .max]'
     """
     page = tierewrite.report_page(target, consumer, backbone=backbone, worst=worst)

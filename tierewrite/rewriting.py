@@ -302,23 +302,26 @@ def rewrite(
     progress = progress or Progress()
     policy = policy_of(on_mismatch, kv_scales, max_shard_size, unify_fused_scales, fix_ignore, fill_missing_scales)
     target: Target | RemoteTarget
+    swapped: Path | None = None
     if in_place:
         if dst is not None:
             raise UsageError("in place there is no DST; give SRC alone, or leave out --in-place")
         sources.local_only(given, "a rewrite in place")
-        place: FilePath = Path(src)
-        where = place
-        target = Target.in_place(Path(src), backup)
+        where = place = located(given)
+        assert isinstance(place, Path)
+        swapped = place
+        target = Target.in_place(swapped, backup)
     elif dst is None:
         raise UsageError("DST is missing; name a folder, or use --in-place")
     else:
         where = located(dst)
-        _target(located(src), where, overwrite, resume)  # before a download that may take an hour
+        target = _target(located(src), where, overwrite, resume)  # before a download that may take an hour
         place = sources.fetched(given, revision=revision, bars=progress.shown)
-        target = _target(place, where, overwrite, resume)
+        if place != located(src):
+            target = _target(place, where, overwrite, resume)
     with select(engine, device=device, threads=threads, progress=progress, ray_address=ray_address) as workers:
         known: dict[str, bytes] = {}
-        listed = listing(Path(src)) if in_place else {}
+        listed = listing(swapped) if swapped is not None else {}
         opened = Opened.open(
             place,
             ties=ties,
@@ -385,7 +388,7 @@ def rewrite(
                 values.merged,
                 output.sizes(),
                 sources.name_of(given),
-                str(where),
+                where,
                 workers.device,
                 reencoded=output.reencoded,
                 filled=fills.filled,
@@ -407,8 +410,8 @@ def rewrite(
             if consumer is not None:
                 found_ready = replace(_check(staging, consumer, trust_remote_code, force), checkpoint=str(where))
                 report = replace(report, readiness=found_ready)
-            if in_place:
-                still_as_listed(Path(src), listed)
+            if swapped is not None:
+                still_as_listed(swapped, listed)
             staging.commit()
     return report
 
