@@ -6,6 +6,7 @@ wrong on the way is in test_stores_faults.py.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -179,7 +180,7 @@ def test_each_byte_is_read_once_and_neighbours_together(to: str, store: Store, t
     read = spans(store, "src/model.safetensors")
     assert read[0][0] == headers_end(path)
     assert read[-1][1] == path.stat().st_size
-    assert all(one[1] == two[0] for one, two in zip(read, read[1:], strict=False))  # all of it, and nothing twice
+    assert all(one[1] == two[0] for one, two in itertools.pairwise(read))  # all of it, and nothing twice
     assert len(read) <= 5
     assert len(store.asked("head", ending="src/model.safetensors")) <= 2
 
@@ -472,4 +473,4 @@ def test_peak_is_far_below_a_file(store: Store, tmp_path: Path) -> None:
         used = peak(arguments) - baseline
         print(f"{arguments[0]}: {used / MiB:.0f} MiB above the {baseline / MiB:.0f} MiB of a small one")
         assert used < 110 * MiB
-    assert [part.received for part in store.asked("part", ending="model.safetensors")][0] < 32 * MiB
+    assert next(part.received for part in store.asked("part", ending="model.safetensors")) < 32 * MiB
