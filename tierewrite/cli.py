@@ -299,7 +299,7 @@ def check(checkpoint: Path, consumer: str, strict: bool, as_json: bool, **option
     or config entries concerned, what the consumer will do, and the mend if there is one. Exit code 6 if any is an
     error (with --strict, or a warning).
 
-    
+    \b
     Examples:
       tierewrite check canonical/ --for vllm
       tierewrite check canonical/ --for transformers --strict --json
