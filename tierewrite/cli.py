@@ -126,6 +126,17 @@ def cli(verbose: int) -> None:
     scales. tierewrite works on the files alone: it learns from the model class which parameters are tied, confirms
     it by hashing the bytes, merges the activation scales, drops the alias names and writes a checkpoint and index
     under canonical names. SRC is never written to; DST appears whole or not at all.
+
+    \b
+    Examples:
+      tierewrite plan exported/                      what would be done
+      tierewrite rewrite exported/ canonical/        do it
+      tierewrite verify exported/ canonical/         prove it
+      tierewrite rewrite --help                      all options of a command, with examples
+
+    \b
+    Completion of commands and options, for the shell's start-up file (or zsh_source, fish_source):
+      eval "$(_TIEREWRITE_COMPLETE=bash_source tierewrite)"
     """
     level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
@@ -176,6 +187,10 @@ def rewrite(
       tierewrite rewrite exported/ --in-place --verify
     """
     options = _given(options)
+    if no_backup and "in_place" not in options:
+        raise click.UsageError("--no-backup goes with --in-place; leave it out, or add that")
+    if "force" in options and consumer is None:
+        raise click.UsageError("--force goes with --for; leave it out, or add that")
     if consumer is not None:
         from tierewrite.rewriting import FOR_CONSUMER
 
@@ -237,8 +252,9 @@ def verify(src: str, dst: Path, as_json: bool, ties: Path | None, **options: Any
     true. Exit code 6 if anything is wrong, an unreadable DST included.
 
     \b
-    Example:
+    Examples:
       tierewrite verify exported/ canonical/
+      tierewrite verify exported/ canonical/ --json | jq '.problems[] | [.id, .where]'
     """
     result = tierewrite.verify(src, dst, ties_file=ties, **options)
     if as_json:
@@ -260,8 +276,10 @@ def inspect(src: str, as_json: bool, no_ties: bool, **options: Any) -> None:
     """Show shards, tensors, dtypes, formats and declared ties of SRC. Reads headers only.
 
     \b
-    Example:
+    Examples:
       tierewrite inspect exported/
+      tierewrite inspect exported/ --no-ties
+      tierewrite inspect org/name --json | jq .dtypes
     """
     result = tierewrite.inspect(src, declared=not no_ties, **options)
     if as_json:
@@ -316,7 +334,7 @@ def check(checkpoint: Path, consumer: str, strict: bool, as_json: bool, **option
         raise click.exceptions.Exit(code)
 
 
-@cli.command("report")
+@cli.command("report", short_help="Show what a rewrite did, here or on a page to pass on.")
 @click.argument("target", type=_FOLDER, metavar="DST|MANIFEST")
 @click.option("--html", type=_FOLDER, metavar="FILE", help="Write one self-contained HTML page.")
 @click.option("--png", type=_FOLDER, metavar="FILE", help="Write its figures and pictures as one PNG.")
@@ -360,6 +378,9 @@ def report_command(
         page.write_html(html)
     if png is not None:
         page.write_png(png)
+    for written in (html, png):
+        if written is not None and not as_json:
+            click.echo(f"{written} is written.")
     if as_json:
         _print_json(page.to_json())
     elif html is None and png is None:

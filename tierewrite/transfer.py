@@ -402,7 +402,7 @@ def read_exactly(fd: int, into: memoryview, offset: int, shard: Shard) -> None:
             if done == 0:
                 raise SourceChanged(
                     f"the file ends at byte {offset:,}, before the data that its header promises; it was cut while it "
-                    "was being read",
+                    "was being read; run again when it is whole",
                     file=shard.path,
                 )
             into = into[done:]

@@ -373,7 +373,8 @@ def read_facts(
             file=given,
         )
     if consumer is not None and not is_folder:
-        raise UsageError("is a manifest alone; a check for a consumer needs the folder", file=given)
+        what = "is a manifest alone; a check for a consumer needs the folder: give that, or leave out --for"
+        raise UsageError(what, file=given)
     manifest = read_manifest(manifest_path)
     sizes = _sizes(Checkpoint.open(given, ignore_unindexed=True), manifest, manifest_path) if is_folder else None
     readiness: ReadinessReport | None = None

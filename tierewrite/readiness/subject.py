@@ -23,12 +23,14 @@ import numpy as np
 from tierewrite import formats
 from tierewrite.checkpoint import (
     INDEX_NAME,
+    WANTED,
     Checkpoint,
     Shard,
     TensorEntry,
     natural_key,
     read_header,
     read_index,
+    what_is_here,
 )
 from tierewrite.errors import ConfigError, SourceError, TierewriteError, UsageError
 from tierewrite.names import WHOLE, Part, on_disk, places
@@ -90,7 +92,8 @@ class Folder:
         """
         root = Path(path)
         if not root.is_dir():
-            raise SourceError("not a folder; expected a checkpoint folder holding *.safetensors files", file=path)
+            what = "not a folder" if os.path.lexists(root) else "does not exist"
+            raise SourceError(f"{what}; {WANTED}", file=path)
         there = sorted((p.name for p in root.glob("*.safetensors")), key=natural_key)
         consolidated = tuple(n for n in there if n.startswith("consolidated")) if reader == "vllm" else ()
         weight_map = read_index(root / INDEX_NAME)[1] if (root / INDEX_NAME).exists() else None
@@ -106,7 +109,8 @@ class Folder:
         else:
             names = there
         if not there:
-            raise SourceError("no *.safetensors file here", file=root)
+            here = sorted(p.name for p in root.iterdir())
+            raise SourceError(f"no *.safetensors file here; {what_is_here(here)}", file=root)
         shards: list[Shard] = []
         entries: dict[str, TensorEntry] = {}
         repeated: dict[str, list[TensorEntry]] = {}
@@ -149,7 +153,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
-        raise ConfigError(f"is no valid JSON: {e}", file=path) from None
+        raise ConfigError(f"is no valid JSON: {e}; correct it, or copy it from the original model", file=path) from None
     except OSError as e:
         raise SourceError(f"cannot be read: {e.strerror or e}", file=path) from None
     if not isinstance(found, dict):
