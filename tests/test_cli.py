@@ -293,6 +293,12 @@ def test_a_mistyped_folder_is_one_message_with_what_was_expected(
     assert capsys.readouterr().err == f"tierewrite: {tmp_path}: {found}\n"
 
 
+def test_a_folder_that_may_not_be_read_is_no_wrong_usage(naive: Naive, monkeypatch: pytest.MonkeyPatch) -> None:
+    # root may read everything, so only what click asks is answered with no
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.R_OK)
+    assert run("inspect", naive("qwen3_tied_bf16"), "--no-ties") == 0
+
+
 def test_an_absent_dst_is_named_once_by_verify(
     naive: Naive, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

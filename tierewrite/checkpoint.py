@@ -879,7 +879,8 @@ def _failed(e: OSError | ValueError, path: Path) -> TierewriteError:
         return SourceError(what, file=path)
     if e.errno in (errno.ENAMETOOLONG, errno.ENXIO):
         return SourceError(f"cannot be opened: {e.strerror}", file=path)
-    return SystemFailure(f"cannot be read: {e.strerror or e}", file=path)
+    advice = "check its permissions, or read it as another user" if e.errno in (errno.EACCES, errno.EPERM) else None
+    return SystemFailure(f"cannot be read: {e.strerror or e}", file=path, advice=advice)
 
 
 def _resolve(path: Path) -> Path:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 ERROR_SCHEMA = "tierewrite/error/1"
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-_FOLDER = click.Path(path_type=Path)
+_FOLDER = click.Path(readable=False, path_type=Path)  # what cannot be read is for the library to say: exit 5
 _EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:>3}  {text}" for code, text in EXIT_CODES.items())
 
 
@@ -46,7 +46,7 @@ def _options(*decorators: Callable[[_F], _F]) -> Callable[[_F], _F]:
 
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object (see the README).")
-_SOURCE = click.Path()  # text: as a path, ./org/name would become org/name, which is a hub id
+_SOURCE = click.Path(readable=False)  # text: as a path, ./org/name would become org/name, which is a hub id
 _source_options = _options(
     click.option(
         "--ties",
@@ -446,7 +446,8 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_SYSTEM
     except OSError as error:
-        return _failed(SystemFailure(f"{error.strerror or error}", file=error.filename), as_json)
+        advice = "check permissions and the disk"
+        return _failed(SystemFailure(f"{error.strerror or error}", file=error.filename, advice=advice), as_json)
     except MemoryError:
         return _failed(SystemFailure("out of memory; use fewer --threads or a larger machine"), as_json)
     except Exception as error:
