@@ -10,18 +10,18 @@ import pytest
 from blake3 import blake3
 
 from tests.checkpoints import FIXTURES, read_tensors
-from tierewrite import ahead, digest, rewrite
+from tierewrite import ahead, rewrite
 from tierewrite import transfer as transfer_room
 from tierewrite.checkpoint import Checkpoint
+from tierewrite.engines.local import LocalEngine
 from tierewrite.errors import SystemFailure
-from tierewrite.output import Mover, Progress
 from tierewrite.transfer import Task, Transfer
 
 CASES = [path.parent.name for path in sorted(FIXTURES.glob("dg_*/naive"))]
 
 
-def _mover(checkpoint: Checkpoint) -> Mover:
-    return Mover(checkpoint, digest.select("cpu", threads=1), 2, Progress())
+def _engine() -> LocalEngine:
+    return LocalEngine("cpu", 2)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -56,7 +56,7 @@ def test_what_is_hashed_ahead_has_the_digest_of_its_bytes(naive: Callable[[str],
     source = naive("dg_nvfp4_experts_only")
     checkpoint = Checkpoint.open(source)
     known: dict[str, bytes] = {}
-    with ahead.hashing(checkpoint, _mover(checkpoint), known):
+    with ahead.hashing(checkpoint, _engine(), known):
         for thread in threading.enumerate():
             if thread.name == "tierewrite-ahead":
                 thread.join()
@@ -93,7 +93,7 @@ def test_nothing_is_hashed_twice_and_the_output_is_the_same(
 
 def test_the_threads_are_gone_when_the_class_has_answered_and_when_it_failed(naive: Callable[[str], Path]) -> None:
     checkpoint = Checkpoint.open(naive("dg_nvfp4_experts_only"))
-    with pytest.raises(KeyError), ahead.hashing(checkpoint, _mover(checkpoint), {}):
+    with pytest.raises(KeyError), ahead.hashing(checkpoint, _engine(), {}):
         raise KeyError
     assert not [t for t in threading.enumerate() if t.name.startswith("tierewrite")]
 
@@ -102,13 +102,13 @@ def test_a_failure_is_left_to_the_pass_that_needs_the_bytes(
     naive: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = Checkpoint.open(naive("dg_nvfp4_experts_only"))
-    mover = _mover(checkpoint)
+    engine = _engine()
 
-    def fails(*args: object) -> None:
+    def fails(*args: object, **options: object) -> None:
         raise SystemFailure("reading failed", file="x")
 
-    monkeypatch.setattr(mover, "run", fails)
+    monkeypatch.setattr(engine, "transfer", fails)
     known: dict[str, bytes] = {}
-    with ahead.hashing(checkpoint, mover, known):
+    with ahead.hashing(checkpoint, engine, known):
         pass
     assert known == {}

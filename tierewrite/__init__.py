@@ -28,7 +28,7 @@ _WHERE = {
     "check": "readiness",
     "ReadinessReport": "readiness",
     "NotReady": "errors",
-    "Progress": "output",
+    "Progress": "engines",
     "Report": "report",
     "RewritePlan": "planning",
     "Inspection": "inspection",
@@ -82,6 +82,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from tierewrite.engines import Progress
     from tierewrite.errors import (
         ConfigError,
         HeaderError,
@@ -98,7 +99,6 @@ if TYPE_CHECKING:
         VerificationFailed,
     )
     from tierewrite.inspection import Inspection, inspect
-    from tierewrite.output import Progress
     from tierewrite.pages import Page, report_page
     from tierewrite.planning import RewritePlan
     from tierewrite.readiness import ReadinessReport, check

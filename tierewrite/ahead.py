@@ -16,8 +16,9 @@ import threading
 from collections.abc import Iterator
 
 from tierewrite.checkpoint import Checkpoint
+from tierewrite.engines import Engine, Progress
+from tierewrite.engines.local import LocalEngine
 from tierewrite.errors import TierewriteError
-from tierewrite.output import Mover
 from tierewrite.transfer import Task, tasks
 
 log = logging.getLogger(__name__)
@@ -38,11 +39,17 @@ def probably_tied(checkpoint: Checkpoint) -> list[str]:
 
 
 @contextlib.contextmanager
-def hashing(checkpoint: Checkpoint, mover: Mover, known: dict[str, bytes]) -> Iterator[None]:
+def hashing(checkpoint: Checkpoint, engine: Engine, known: dict[str, bytes]) -> Iterator[None]:
     """Hashes what is probably tied for as long as the body runs; the digests go into `known`.
+
+    Not what is on another machine, or by others: bytes that have to be sent are read once.
 
     Errors are left to the pass that needs the bytes: it meets them again, and knows what to say.
     """
+    if not isinstance(engine, LocalEngine) or checkpoint.origin is not None:
+        yield
+        return
+    local = engine
     over = threading.Event()
 
     def work() -> None:
@@ -58,7 +65,7 @@ def hashing(checkpoint: Checkpoint, mover: Mover, known: dict[str, bytes]) -> It
             if over.is_set() or not part:
                 return
             try:
-                known.update(mover.run(part, "hashing"))
+                known.update(local.transfer(checkpoint, part, "hashing", progress=Progress()))
             except TierewriteError as error:
                 log.debug("hashing ahead ended early: %s", error)
                 return

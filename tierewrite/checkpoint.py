@@ -22,11 +22,13 @@ import errno
 import gc
 import json
 import math
+import operator
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -40,11 +42,14 @@ from tierewrite.errors import (
     TierewriteError,
     shown,
 )
+from tierewrite.remote import FilePath, RemotePath
 
 INDEX_NAME = "model.safetensors.index.json"
 WANTED = "expected a checkpoint folder holding *.safetensors files"
 _MEND_JSON = "correct it, or copy it from the original model"
 MANIFEST_NAME = "tierewrite.json"
+INCOMPLETE_NAME = "tierewrite.incomplete.json"
+"""Stands in a store that cannot rename for as long as a rewrite writes there; the index comes last."""
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit (MAX_HEADER_SIZE)
 MAX_INDEX_BYTES = 256 * 1024**2  # three times the index of 500,000 tensors
@@ -75,6 +80,10 @@ def gc_paused() -> Iterator[None]:
         yield
     finally:
         if running:
+            if not gc.get_freeze_count():
+                # What was made meanwhile counts as old from here on: the next allocation would scan it all.
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 
@@ -109,33 +118,35 @@ class Shard:
 
     Attributes:
         name: file name in the checkpoint folder.
-        path: the regular file it leads to, links resolved.
+        path: the regular file it leads to, links resolved; or the remote file.
         size, mtime_ns, inode, ctime_ns: of that file when its header was read (bytes, ns); to notice a
-            change underfoot.
+            change underfoot. `version` is that of a remote file.
         data_start: offset of the first data byte.
         metadata: its `__metadata__`.
     """
 
     name: str
-    path: Path
+    path: FilePath
     size: int
     mtime_ns: int
     inode: int
     data_start: int
     metadata: Mapping[str, str]
     ctime_ns: int = 0
+    version: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class SideFile:
     """A file that is carried along unchanged. `name` is its POSIX path below the root, `path` the resolved
-    file.
+    file; a remote one has a `version`.
     """
 
     name: str
-    path: Path
+    path: FilePath
     size: int
     mtime_ns: int
+    version: str = ""
 
 
 @dataclass(frozen=True)
@@ -152,6 +163,8 @@ class Checkpoint:
         directories: the folders below the root, empty ones too, sorted.
         config, quant_config: config.json and hf_quant_config.json, {} where absent.
         warnings: sentences for the report.
+        origin: the remote folder, if it is one; `root` then holds copies of its index and configurations alone.
+        copies: who removes these once nobody needs them.
     """
 
     root: Path
@@ -163,11 +176,23 @@ class Checkpoint:
     config: dict[str, Any]
     quant_config: dict[str, Any]
     warnings: tuple[str, ...]
+    origin: RemotePath | None = None
+    copies: object = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, root: Path, shards: tuple[Shard, ...], tensors: dict[str, TensorEntry]) -> Checkpoint:
+        """Shards and tensors alone: enough to read from."""
+        return cls(root, shards, tensors, None, (), (), {}, {}, ())
+
+    @property
+    def place(self) -> Path | RemotePath:
+        """Where it is, for messages."""
+        return self.origin or self.root
 
     @property
     def total_bytes(self) -> int:
         """Sum of all tensors' bytes."""
-        return sum(entry.nbytes for entry in self.tensors.values())
+        return sum(entry.end - entry.start for entry in self.tensors.values())
 
     @classmethod
     @gc_paused()
@@ -211,6 +236,8 @@ class Checkpoint:
         others: Callable[[set[str], list[str]], tuple[tuple[SideFile, ...], tuple[str, ...]]],
         *,
         ignore_unindexed: bool = False,
+        origin: RemotePath | None = None,
+        copies: object = None,
     ) -> Checkpoint:
         """A checkpoint from its parts: the one place where index, headers and configurations are held together.
 
@@ -221,10 +248,12 @@ class Checkpoint:
             header: gives the header of the file of that name and number, validated.
             others: gives side files and folders; told the names that are none of them, and where to put warnings.
             ignore_unindexed: as in `open`.
+            origin, copies: as the attributes.
 
         Raises:
             As `open`.
         """
+        refuse_half_written(top, origin or root)
         warnings: list[str] = []
         config = _read_config(root / "config.json", warnings)
         quant_config = _read_config(root / "hf_quant_config.json", warnings)
@@ -243,7 +272,7 @@ class Checkpoint:
         else:
             names, strays = sorted(local, key=natural_key), []
             if not names:
-                raise SourceError(f"no *.safetensors file here; {what_is_here(top)}", file=root)
+                raise SourceError(f"no *.safetensors file here; {what_is_here(top)}", file=origin or root)
 
         shards: list[Shard] = []
         tensors: dict[str, TensorEntry] = {}
@@ -251,17 +280,18 @@ class Checkpoint:
         for number, name in enumerate(names):
             shard, entries = header(name, number)
             shards.append(shard)
-            for entry in entries:
-                earlier = tensors.setdefault(entry.name, entry)
-                if earlier is not entry:
-                    raise ShardIndexError(
-                        f"also stored in {shown(shards[earlier.shard].name)}; expected each name in one shard only",
-                        file=root / name,
-                        tensor=entry.name,
-                        advice="remove the copy that is not meant",
-                    )
-                if weight_map is not None and entry.name not in weight_map:
-                    unindexed.append(entry)
+            held = {entry.name: entry for entry in entries}
+            if not tensors.keys().isdisjoint(held):
+                key = next(key for key in held if key in tensors)
+                raise ShardIndexError(
+                    f"also stored in {shown(shards[tensors[key].shard].name)}; expected each name in one shard only",
+                    file=root / name,
+                    tensor=key,
+                    advice="remove the copy that is not meant",
+                )
+            tensors.update(held)
+            if weight_map is not None and not held.keys() <= weight_map.keys():
+                unindexed.extend(entry for entry in entries if entry.name not in weight_map)
         if weight_map is not None:
             _check_against_index(weight_map, tensors, shards, index_path)
             if unindexed:
@@ -294,7 +324,7 @@ class Checkpoint:
             warnings.append(f"{shown(name)} is not in {INDEX_NAME}: copied as it is, its tensors are not looked at")
         if not tensors:
             raise SourceError("the safetensors files hold no tensors; nothing to rewrite", file=root)
-        side_files, directories = others({*names, INDEX_NAME, MANIFEST_NAME}, warnings)
+        side_files, directories = others({*names, INDEX_NAME, MANIFEST_NAME, INCOMPLETE_NAME}, warnings)
         return cls(
             root=root,
             shards=tuple(shards),
@@ -305,6 +335,23 @@ class Checkpoint:
             config=config,
             quant_config=quant_config,
             warnings=tuple(warnings),
+            origin=origin,
+            copies=copies,
+        )
+
+
+def is_half_written(top: Collection[str]) -> bool:
+    """Whether the names at a checkpoint's top are those of a rewrite that did not come to its end."""
+    return INCOMPLETE_NAME in top and INDEX_NAME not in top
+
+
+def refuse_half_written(top: Collection[str], where: FilePath) -> None:
+    """Raises SourceError if the names at a checkpoint's top are such."""
+    if is_half_written(top):
+        raise SourceError(
+            f"holds {INCOMPLETE_NAME} and no index: a rewrite to this place was killed, or is still going; finish it "
+            "with --resume",
+            file=where,
         )
 
 
@@ -344,16 +391,12 @@ def read_header(
     resolved = _resolve(given)
     with _opened(resolved, given) as fd:
         info = os.fstat(fd)
-        length = _header_length(_read(fd, 8, given), info.st_size, given)
+        length = header_length(_read(fd, 8, given), info.st_size, given)
         header = _read(fd, length, given)
     if len(header) != length:
         raise SourceChanged(f"shrank to {8 + len(header)} bytes while its header was read", file=given)
-    metadata, rows = parse_header(header, info.st_size - 8 - length, file=given)
-    del header
     base = 8 + length
-    entries = [
-        TensorEntry(key, dtype, shape, shard, base + start, base + end) for start, end, key, dtype, shape in rows
-    ]
+    metadata, entries = parse_header(header, info.st_size - base, file=given, shard=shard, base=base)
     found = Shard(
         given.name if name is None else name,
         resolved,
@@ -367,7 +410,7 @@ def read_header(
     return found, entries
 
 
-def _header_length(prefix: bytes, size: int, file: Path) -> int:
+def header_length(prefix: bytes, size: int, file: object) -> int:
     """The header's length in bytes, from a file's first 8 bytes and its size; at most MAX_HEADER_BYTES."""
     if len(prefix) < 8:
         raise HeaderError(f"has {len(prefix)} bytes; a safetensors file has at least 8", file=file)
@@ -381,20 +424,20 @@ def _header_length(prefix: bytes, size: int, file: Path) -> int:
     return length
 
 
-_Row = tuple[int, int, str, str, tuple[int, ...]]  # start, end, name, dtype, shape
-
-
-def parse_header(header: bytes, data_bytes: int, *, file: object = None) -> tuple[dict[str, str], list[_Row]]:
+def parse_header(
+    header: bytes, data_bytes: int, *, file: object = None, shard: int = 0, base: int = 0
+) -> tuple[dict[str, str], list[TensorEntry]]:
     """Validate a header's JSON against the number of data bytes that follow it.
 
     Args:
         header: the JSON, without the length field.
         data_bytes: bytes of the file after the header.
         file: named in errors.
+        shard: the number that the entries carry.
+        base: offset of the first data byte in the file.
 
     Returns:
-        `__metadata__`, and (start, end, name, dtype, shape) per tensor, ordered by offset; offsets are
-        relative to the first data byte.
+        `__metadata__`, and the tensors, ordered by offset.
 
     Raises:
         HeaderError: anything that the module's docstring lists.
@@ -403,6 +446,81 @@ def parse_header(header: bytes, data_bytes: int, *, file: object = None) -> tupl
         text = header.decode("utf-8")
     except UnicodeDecodeError as e:
         raise HeaderError(f"header is not UTF-8 at byte {8 + e.start}", file=file) from None
+    found = _parse_serialized(text, data_bytes, shard, base)
+    return _parse_any(text, data_bytes, file, shard, base) if found is None else found
+
+
+_CHARACTERS = r'[^"\\\x00-\x1f]*'
+_NUMBER = "(?:0|[1-9][0-9]{0,18})"  # 19 digits fit 64 bits
+_TENSOR = re.compile(
+    rf'"({_CHARACTERS})":{{"dtype":("{_CHARACTERS}","shape":\[[0-9,]*\]),'
+    rf'"data_offsets":\[({_NUMBER}),({_NUMBER})\]}}(?:,(?=")|\Z)'
+)
+_TENSOR_FRAME = len('"":{"dtype":,"data_offsets":[,]},')  # what of a tensor is in no group
+_KIND = re.compile(rf'"({_CHARACTERS})","shape":\[((?:{_NUMBER}(?:,{_NUMBER})*)?)\]')
+_METADATA = '{"__metadata__":'
+
+
+def _parse_serialized(
+    text: str, data_bytes: int, shard: int, base: int
+) -> tuple[dict[str, str], list[TensorEntry]] | None:
+    """What `_parse_any` returns, in a third of the time, for a valid header in the form that serializers write:
+    compact, metadata first or absent, tensors in the order of their offsets. None for anything else.
+
+    The matches are the whole header, since their lengths add up to its length.
+    """
+    close = text.rfind("}")
+    if not text.startswith("{") or text[close + 1 :].strip(" "):
+        return None
+    metadata: Any = {}
+    at = 1
+    if text.startswith(_METADATA):
+        try:
+            metadata, at = _STRICT.raw_decode(text, len(_METADATA))
+        except (ValueError, RecursionError):
+            return None
+        if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
+            return None
+        if text[at : at + 1] != "," or _SURROGATE.search(text, 0, at):
+            return None
+        at += 1
+    found = _TENSOR.findall(text, at, close)
+    if not found:
+        return None
+    names, kinds, starts, ends = zip(*found, strict=True)
+    del found
+    covered = sum(sum(map(len, column)) for column in (names, kinds, starts, ends)) + _TENSOR_FRAME * len(names) - 1
+    unique = set(names)
+    if covered != close - at or len(unique) != len(names) or "__metadata__" in unique:
+        return None
+    if starts[0] != "0" or starts[1:] != ends[:-1] or int(ends[-1]) != data_bytes:
+        return None
+    stops = [base + int(end) for end in ends]
+    begins = [base, *stops[:-1]]
+    dtypes: dict[str, str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for kind, size in set(zip(kinds, map(operator.sub, stops, begins), strict=True)):
+        match = _KIND.fullmatch(kind)
+        if match is None or size < 0:
+            return None
+        dtypes[kind] = match[1]
+        shapes[kind] = tuple(map(int, match[2].split(","))) if match[2] else ()
+        try:
+            _check_size(dtypes[kind], shapes[kind], _elements(shapes[kind], None, ""), 0, size, None, "")
+        except HeaderError:
+            return None
+    columns = (names, map(dtypes.__getitem__, kinds), map(shapes.__getitem__, kinds), repeat(shard), begins, stops)
+    return metadata, list(map(TensorEntry._make, zip(*columns, strict=False)))
+
+
+def _parse_any(
+    text: str, data_bytes: int, file: object, shard: int, base: int
+) -> tuple[dict[str, str], list[TensorEntry]]:
+    """`parse_header` for a header of any form.
+
+    Raises:
+        HeaderError: as there.
+    """
     try:
         root = _strict_json(text)
     except _BadJson as e:
@@ -413,9 +531,8 @@ def parse_header(header: bytes, data_bytes: int, *, file: object = None) -> tupl
         raise HeaderError(f"header is {_kind(root)}; expected an object", file=file)
     metadata = _header_metadata(root.pop("__metadata__", None), file)
 
-    rows: list[_Row] = []
+    rows: list[tuple[int, int, str, str, tuple[int, ...]]] = []  # start, end, name, dtype, shape
     shapes: dict[tuple[int, ...], tuple[tuple[int, ...], int]] = {}
-    bits_of = DTYPE_BITS.get
     for name, info in root.items():
         dtype, shape, offsets = info if type(info) is tuple else _tensor_fields(name, info, file)
         if type(dtype) is not str:
@@ -437,20 +554,7 @@ def parse_header(header: bytes, data_bytes: int, *, file: object = None) -> tupl
         known = shapes.get(key)
         if known is None:
             known = shapes[key] = key, _elements(key, file, name)
-        bits = bits_of(dtype)
-        if bits is not None:
-            total = known[1] * bits
-            if total > _U64_MAX:
-                raise HeaderError(f"shape {list(key)[:20]} of {dtype} overflows 64 bits", file=file, tensor=name)
-            if total % 8:
-                raise HeaderError(f"{total} bits of {dtype} are no whole number of bytes", file=file, tensor=name)
-            if end - start != total // 8:
-                raise HeaderError(
-                    f"data_offsets [{start}, {end}] hold {end - start} bytes; "
-                    f"{dtype} {list(key)[:20]} takes {total // 8}",
-                    file=file,
-                    tensor=name,
-                )
+        _check_size(dtype, key, known[1], start, end, file, name)
         rows.append((start, end, name, dtype, known[0]))
 
     rows.sort(key=_by_offset)
@@ -467,11 +571,33 @@ def parse_header(header: bytes, data_bytes: int, *, file: object = None) -> tupl
     if expected != data_bytes:
         what = "truncated" if expected > data_bytes else f"{data_bytes - expected} trailing bytes"
         raise HeaderError(f"{data_bytes} bytes of data, but its tensors end at {expected}: {what}", file=file)
-    return metadata, rows
+    return metadata, [
+        TensorEntry(name, dtype, shape, shard, base + start, base + end) for start, end, name, dtype, shape in rows
+    ]
 
 
-def _by_offset(row: _Row) -> tuple[int, int]:
+def _by_offset(row: tuple[Any, ...]) -> tuple[int, int]:
     return row[0], row[1]
+
+
+def _check_size(
+    dtype: str, shape: tuple[int, ...], elements: int, start: int, end: int, file: object, name: str
+) -> None:
+    """The offsets hold as many bytes as a known dtype and the shape take."""
+    bits = DTYPE_BITS.get(dtype)
+    if bits is None:
+        return
+    total = elements * bits
+    if total > _U64_MAX:
+        raise HeaderError(f"shape {list(shape)[:20]} of {dtype} overflows 64 bits", file=file, tensor=name)
+    if total % 8:
+        raise HeaderError(f"{total} bits of {dtype} are no whole number of bytes", file=file, tensor=name)
+    if end - start != total // 8:
+        raise HeaderError(
+            f"data_offsets [{start}, {end}] hold {end - start} bytes; {dtype} {list(shape)[:20]} takes {total // 8}",
+            file=file,
+            tensor=name,
+        )
 
 
 def _elements(shape: tuple[int, ...], file: object, name: str) -> int:
@@ -494,11 +620,11 @@ def _tensor_fields(name: str, info: Any, file: object) -> tuple[Any, Any, Any]:
         raise HeaderError(
             f"is {_kind(info)}; expected an object with dtype, shape, data_offsets", file=file, tensor=name
         )
-    for field in ("dtype", "shape", "data_offsets"):
-        if field not in info:
-            raise HeaderError(f"lacks {field}", file=file, tensor=name)
-    for field, value in info.items():
-        if field not in ("dtype", "shape", "data_offsets"):
+    for member in ("dtype", "shape", "data_offsets"):
+        if member not in info:
+            raise HeaderError(f"lacks {member}", file=file, tensor=name)
+    for member, value in info.items():
+        if member not in ("dtype", "shape", "data_offsets"):
             _check_ignored(value, file, name)
     return info["dtype"], info["shape"], info["data_offsets"]
 
@@ -601,6 +727,7 @@ def _whole(digits: str) -> int | float:
     return -0.0 if digits == "-0" else int(digits)  # serde_json reads -0 as a fraction
 
 
+_STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 
@@ -629,7 +756,7 @@ def _strict_json(text: str) -> Any:
 def _parsed(text: str) -> Any:
     if "-0" in text:
         return json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant, parse_int=_whole)
-    return json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+    return _STRICT.decode(text)
 
 
 def _refuse_half_pairs(text: str) -> None:

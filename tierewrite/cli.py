@@ -46,7 +46,7 @@ def _options(*decorators: Callable[[_F], _F]) -> Callable[[_F], _F]:
 
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object (see the README).")
-_SOURCE = click.Path(readable=False)  # text: as a path, ./org/name would become org/name, which is a hub id
+_SOURCE = click.Path(readable=False)  # text: as a path, ./org/name would become a hub id, and a URL lose a slash
 _source_options = _options(
     click.option(
         "--ties",
@@ -113,6 +113,20 @@ _run_options = _options(
     ),
     click.option("--threads", type=click.IntRange(1, 256), help="Workers. Default: one a core, at most 8."),
 )
+_engine_options = _options(
+    click.option(
+        "--engine",
+        type=click.Choice(["local", "ray"]),
+        default="local",
+        show_default=True,
+        help="Who hashes and writes: this machine, or the tasks of a Ray cluster whose nodes all see SRC and DST.",
+    ),
+    click.option(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="The cluster, as ray.init takes it. Default: RAY_ADDRESS, else one on this machine.",
+    ),
+)
 _quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
 
 
@@ -139,15 +153,18 @@ def cli(verbose: int) -> None:
       eval "$(_TIEREWRITE_COMPLETE=bash_source tierewrite)"
     """
     level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    # Not the root: the libraries that talk to stores log requests with their signatures.
+    logging.getLogger("tierewrite").setLevel(level)
 
 
 @cli.command()
 @click.argument("src", type=_SOURCE)
-@click.argument("dst", type=_FOLDER, required=False)
+@click.argument("dst", type=_SOURCE, required=False)
 @_policy_options
 @_source_options
 @_run_options
+@_engine_options
 @click.option("--in-place", is_flag=True, help="Let the result take the place of SRC, which is kept as SRC.bak.")
 @click.option("--no-backup", is_flag=True, help="With --in-place: keep no SRC.bak.")
 @click.option("--resume", is_flag=True, help="Go on from the shards that a killed run into DST finished.")
@@ -167,7 +184,7 @@ def cli(verbose: int) -> None:
 @_json_option
 def rewrite(
     src: str,
-    dst: Path | None,
+    dst: str | None,
     as_json: bool,
     quiet: bool,
     no_manifest: bool,
@@ -185,6 +202,11 @@ def rewrite(
       tierewrite rewrite org/name canonical/ --revision main
       tierewrite rewrite exported/ served/ --for vllm
       tierewrite rewrite exported/ --in-place --verify
+      tierewrite rewrite s3://bucket/exported s3://bucket/canonical --verify
+
+    SRC and DST may be URLs of any fsspec file system (s3://, gs://, memory://, ...: pip install 'tierewrite[remote]').
+    A DST in a store must be new; its index is written last, and makes it a checkpoint. After a kill, --resume goes on
+    there and --overwrite starts anew.
     """
     options = _given(options)
     if no_backup and "in_place" not in options:
@@ -225,6 +247,7 @@ def plan(src: str, as_json: bool, **options: Any) -> None:
     \b
     Examples:
       tierewrite plan exported/
+      tierewrite plan s3://bucket/exported
       tierewrite plan exported/ --json | jq '.tensors[] | select(.action == "drop") | .name'
     """
     result = tierewrite.plan(src, **_given(options))
@@ -238,14 +261,14 @@ def plan(src: str, as_json: bool, **options: Any) -> None:
 
 @cli.command()
 @click.argument("src", type=_SOURCE)
-@click.argument("dst", type=_FOLDER)
+@click.argument("dst", type=_SOURCE)
 @click.option("--ties", type=_FOLDER, metavar="FILE", help="JSON {alias: canonical}; see rewrite --help.")
 @click.option("--revision", metavar="NAME", help="Branch, tag or commit, where SRC is a hub id (org/name).")
 @click.option("--trust-remote-code", is_flag=True, help="Run the model code that SRC brings (auto_map).")
 @click.option("--ignore-unindexed", is_flag=True, help="As for rewrite: leave out what SRC's index does not list.")
 @click.option("--fix-ignore", is_flag=True, help="DST has no manifest and was written with --fix-ignore.")
 @_json_option
-def verify(src: str, dst: Path, as_json: bool, ties: Path | None, **options: Any) -> None:
+def verify(src: str, dst: str, as_json: bool, ties: Path | None, **options: Any) -> None:
     """Prove DST from SRC, from the files alone.
 
     Every tensor of SRC is accounted for, every tensor of DST has its origin, index, side files and manifest are
@@ -254,6 +277,7 @@ def verify(src: str, dst: Path, as_json: bool, ties: Path | None, **options: Any
     \b
     Examples:
       tierewrite verify exported/ canonical/
+      tierewrite verify s3://bucket/exported s3://bucket/canonical
       tierewrite verify exported/ canonical/ --json | jq '.problems[] | [.id, .where]'
     """
     result = tierewrite.verify(src, dst, ties_file=ties, **options)
@@ -278,7 +302,7 @@ def inspect(src: str, as_json: bool, no_ties: bool, **options: Any) -> None:
     \b
     Examples:
       tierewrite inspect exported/
-      tierewrite inspect exported/ --no-ties
+      tierewrite inspect s3://bucket/exported --no-ties
       tierewrite inspect org/name --json | jq .dtypes
     """
     result = tierewrite.inspect(src, declared=not no_ties, **options)
@@ -291,7 +315,7 @@ def inspect(src: str, as_json: bool, no_ties: bool, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("checkpoint", type=_FOLDER)
+@click.argument("checkpoint", type=_SOURCE)
 @click.option(
     "--for",
     "consumer",
@@ -310,7 +334,7 @@ def inspect(src: str, as_json: bool, no_ties: bool, **options: Any) -> None:
 @click.option("--ties", type=_FOLDER, metavar="FILE", help="JSON {alias: canonical}; see rewrite --help.")
 @click.option("--trust-remote-code", is_flag=True, help="Run the model code that CHECKPOINT brings (auto_map).")
 @_json_option
-def check(checkpoint: Path, consumer: str, strict: bool, as_json: bool, **options: Any) -> None:
+def check(checkpoint: str, consumer: str, strict: bool, as_json: bool, **options: Any) -> None:
     """Find what a consumer would load wrong, before it does. Reads headers, configs and scales only.
 
     vLLM loads incomplete and contradictory checkpoints without a word. Each finding has an id, a severity, the tensors
@@ -321,6 +345,7 @@ def check(checkpoint: Path, consumer: str, strict: bool, as_json: bool, **option
     Examples:
       tierewrite check canonical/ --for vllm
       tierewrite check canonical/ --for transformers --strict --json
+      tierewrite check s3://bucket/canonical
     """
     result = tierewrite.check(checkpoint, consumer, **options)
     if as_json:
@@ -335,7 +360,7 @@ def check(checkpoint: Path, consumer: str, strict: bool, as_json: bool, **option
 
 
 @cli.command("report", short_help="Show what a rewrite did, here or on a page to pass on.")
-@click.argument("target", type=_FOLDER, metavar="DST|MANIFEST")
+@click.argument("target", type=_SOURCE, metavar="DST|MANIFEST")
 @click.option("--html", type=_FOLDER, metavar="FILE", help="Write one self-contained HTML page.")
 @click.option("--png", type=_FOLDER, metavar="FILE", help="Write its figures and pictures as one PNG.")
 @click.option(
@@ -354,7 +379,7 @@ def check(checkpoint: Path, consumer: str, strict: bool, as_json: bool, **option
 )
 @_json_option
 def report_command(
-    target: Path,
+    target: str,
     html: Path | None,
     png: Path | None,
     consumer: str | None,
@@ -371,6 +396,7 @@ def report_command(
     Examples:
       tierewrite report canonical/ --html report.html --for vllm
       tierewrite report canonical/ --png report.png
+      tierewrite report s3://bucket/canonical --html report.html
       tierewrite report canonical/ --json | jq '.divergence[] | [.projection, .median, .max]'
     """
     page = tierewrite.report_page(target, consumer, backbone=backbone, worst=worst)
@@ -403,9 +429,9 @@ def _console(stderr: bool = False) -> Console:
 
 
 def _print_json(data: dict[str, Any]) -> None:
-    from tierewrite.jsontext import dumps
+    from tierewrite.jsontext import pieces
 
-    sys.stdout.write(dumps(data, ascii_only=True))
+    sys.stdout.writelines(pieces(data, ascii_only=True))
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tierewrite.checkpoint import Checkpoint
-from tierewrite.errors import SourceChanged
 from tierewrite.formats import quant_config
 from tierewrite.names import DiskTies
 from tierewrite.planning import Action, RewritePlan
-from tierewrite.writer import system_errors
+from tierewrite.reading import read_side_file
 
 
 def ignore_lists(
@@ -46,10 +45,7 @@ def ignore_lists(
         mine = [f for f in findings if f.file == side.name and f.replacement is not None]
         if not mine:
             continue
-        with system_errors("reading", side.path):
-            data = side.path.read_bytes()
-        if len(data) != side.size:
-            raise SourceChanged("changed while it was being read; run again", file=side.path)
-        contents[side.name] = quant_config.fixed_text(data.decode(), side.name, mine).encode()
+        text = read_side_file(side).decode()
+        contents[side.name] = quant_config.fixed_text(text, side.name, mine).encode()
     rewritten = "{0.file}: the entry '{0.entry}' was rewritten"
     return contents, tuple(f.message if f.replacement is None else rewritten.format(f) for f in findings)

@@ -14,8 +14,8 @@ from tierewrite import scales
 from tierewrite.checkpoint import Checkpoint
 from tierewrite.errors import Refused, shown
 from tierewrite.planning import GroupPlan, Merge, RewritePlan
+from tierewrite.reading import read_tensors
 from tierewrite.report import MergedScale
-from tierewrite.transfer import read_tensors
 
 _LISTED = 12
 

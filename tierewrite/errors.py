@@ -6,7 +6,10 @@ The command line turns an error into one message on standard error and its exit 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import unicodedata
+from collections.abc import Iterator
 from typing import Any
 
 EXIT_OK = 0
@@ -165,4 +168,30 @@ class Interrupted(TierewriteError):
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by signal {signum}; nothing half-done was left behind")
+        self.signum = signum
         self.exit_code = 128 + signum
+
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[int]]:
+        return type(self), (self.signum,)
+
+
+@contextlib.contextmanager
+def system_errors(what: str, file: object) -> Iterator[None]:
+    """Turns an OSError inside into a SystemFailure that names `file` and what was being done."""
+    try:
+        yield
+    except OSError as error:
+        advice = {
+            errno.ENOSPC: "free some space, or choose another disk",
+            errno.EDQUOT: "free some of your quota, or choose another disk",
+            errno.EACCES: "check the permissions of the file and of its folder",
+            errno.EPERM: "check the permissions of the file and of its folder",
+            errno.EROFS: "the file system is read-only: choose another one",
+            errno.EFBIG: "a file may not grow this large here: raise the limit, or use a smaller --max-shard-size",
+            errno.EIO: "the device reports an I/O error: check the disk",
+            errno.EMFILE: "raise the limit of open files (ulimit -n)",
+        }.get(error.errno or 0, "see the system's message")
+        raise SystemFailure(
+            f"{what} failed: {error.strerror or error} ({errno.errorcode.get(error.errno or 0, '?')}); {advice}",
+            file=file,
+        ) from error

@@ -15,7 +15,7 @@ from tierewrite import scales
 from tierewrite.checkpoint import Checkpoint
 from tierewrite.errors import shown
 from tierewrite.planning import RewritePlan
-from tierewrite.transfer import read_tensors
+from tierewrite.reading import read_tensors
 
 
 @dataclass(frozen=True, slots=True)

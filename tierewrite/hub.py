@@ -230,14 +230,13 @@ class _Remote:
             header = json.dumps(text, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
         except (TypeError, ValueError) as error:
             raise HeaderError(f"huggingface_hub cannot read its header: {_first_line(error)}", file=file) from error
-        metadata, rows = parse_header(header, data_bytes, file=file)
         size = self.sizes.get(name)
+        base = 8 if size is None else size - data_bytes
+        metadata, entries = parse_header(header, data_bytes, file=file, base=base)
         needed = 8 + len(header) + data_bytes
         if size is not None and not needed <= size <= 8 + MAX_HEADER_BYTES + data_bytes:
             raise HeaderError(f"has {size} bytes; header and tensors take at least {needed}: truncated?", file=file)
-        base = 8 if size is None else size - data_bytes
-        shard = Shard(name, Path(file), base + data_bytes, 0, 0, base, metadata)
-        return shard, [TensorEntry(key, dtype, shape, 0, base + a, base + b) for a, b, key, dtype, shape in rows]
+        return Shard(name, Path(file), base + data_bytes, 0, 0, base, metadata), entries
 
 
 # ------------------------------------------------------------------------------------------------- what goes wrong

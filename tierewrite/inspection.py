@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tierewrite import formats, hub
+from tierewrite import formats, sources
 from tierewrite.checkpoint import Checkpoint, gc_paused
 from tierewrite.names import DiskTies, on_disk
 from tierewrite.ties import TieMap
@@ -55,7 +55,7 @@ class Inspection:
         shards = self.checkpoint.shards
         return {
             "schema": INSPECTION_SCHEMA,
-            "root": str(self.checkpoint.root),
+            "root": str(self.checkpoint.place),
             "bytes": self.checkpoint.total_bytes,
             "shards": [
                 {"name": shard.name, "bytes": shard.size, "tensors": count, "metadata": dict(shard.metadata)}
@@ -123,7 +123,7 @@ def inspect(
         UsageError: the ties file is unusable.
         SystemFailure: reading failed.
     """
-    checkpoint = hub.open_checkpoint(
+    checkpoint = sources.open_checkpoint(
         src, revision=revision, ignore_unindexed=ignore_unindexed, trust_remote_code=trust_remote_code
     )
     keys = checkpoint.tensors.keys()

@@ -1,83 +1,30 @@
-"""The output's shards in the staging folder: laid out, written in one pass, or taken over from a killed run."""
+"""The output's shards: laid out, written in one pass or by jobs, or taken over from a killed run."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from blake3 import blake3
 
-from tierewrite.checkpoint import Checkpoint, read_header
+from tierewrite.checkpoint import Checkpoint
 from tierewrite.confirm import ScaleValues
-from tierewrite.digest import Digester
-from tierewrite.errors import TierewriteError
+from tierewrite.engines import Engine
+from tierewrite.engines.local import LocalEngine
+from tierewrite.errors import TierewriteError, system_errors
 from tierewrite.fill import Fills
+from tierewrite.jobs import Job, Piece, Result
 from tierewrite.planning import Action, OutShard, RewritePlan, needed_for_confirmation
+from tierewrite.reading import open_source, read_tensors
 from tierewrite.reencode import Reencoding, Reencodings
 from tierewrite.reencode import write as write_reencoded
+from tierewrite.remote import FilePath
 from tierewrite.report import ShardSize
-from tierewrite.transfer import Task, Transfer, read_tensors, tasks
-from tierewrite.writer import create, part, shard_header, system_errors, write_all
-
-
-class Progress:
-    """What a caller may watch. Subclass it; the methods may be called from any thread.
-
-    Attributes:
-        shown: whether a person is watching (a download then shows its own bars).
-    """
-
-    shown: bool = False
-
-    def start(self, phase: str, total: int) -> None:
-        """A phase begins that will move `total` bytes."""
-
-    def advance(self, nbytes: int) -> None:
-        """`nbytes` more bytes have moved."""
-
-    def note(self, text: str) -> None:
-        """Something a person should know before it happens."""
-
-
-class Mover:
-    """Who carries out tasks on a source: digester, threads and progress, kept from one pass to the next."""
-
-    def __init__(self, source: Checkpoint, digester: Digester, threads: int | None, progress: Progress) -> None:
-        self.source = source
-        self.digester = digester
-        self.threads = threads
-        self.progress = progress
-
-    @property
-    def device(self) -> str:
-        """What does the hashing (after a GPU's failure, what does it now)."""
-        return self.digester.description
-
-    def run(
-        self,
-        work: Sequence[Task],
-        phase: str,
-        outputs: Sequence[Path | None] = (),
-        patches: Mapping[str, bytes] | None = None,
-        originals: Mapping[str, bytes] | None = None,
-        source: Checkpoint | None = None,
-    ) -> dict[str, bytes]:
-        """Carries out `work`; returns the digests. Raises what `Transfer.run` raises."""
-        self.progress.start(phase, sum(task.nbytes for task in work))
-        transfer = Transfer(
-            source or self.source,
-            self.digester,
-            outputs,
-            patches,
-            originals,
-            threads=self.threads,
-            advance=self.progress.advance,
-        )
-        try:
-            return transfer.run(work)
-        finally:
-            self.digester = transfer.digester
+from tierewrite.sources import header_of
+from tierewrite.transfer import tasks
+from tierewrite.writer import Staged, create, part, shard_header, write_all
 
 
 class Output:
@@ -89,7 +36,7 @@ class Output:
         values: the merged scales.
         anew: the NVFP4 blobs that are encoded anew.
         fills: scales that are filled in.
-        folder: the staging folder.
+        staging: where.
         metadata: `__metadata__` of every shard.
 
     Attributes:
@@ -105,7 +52,7 @@ class Output:
         values: ScaleValues,
         anew: Reencodings,
         fills: Fills,
-        folder: Path,
+        staging: Staged,
         metadata: Mapping[str, str],
     ) -> None:
         self.checkpoint = checkpoint
@@ -118,17 +65,27 @@ class Output:
         self.digests: dict[str, bytes] = {}
         self.reencoded: list[Reencoding] = []
         self.headers = [shard_header(shard, checkpoint.tensors, metadata) for shard in plan.shards]
-        self.paths = [folder / shard.name for shard in plan.shards]
+        self.staging = staging
+        self.paths: list[FilePath] = [staging.folder / shard.name for shard in plan.shards]
         self.finished: set[int] = set()
 
-    def write(self, mover: Mover, known: dict[str, bytes]) -> None:
-        """Writes and flushes what is not finished; the digests that confirm the groups go into `known`.
+    def write(self, engine: Engine, known: dict[str, bytes]) -> None:
+        """Writes what is not finished; the digests that confirm the groups go into `known`.
 
         Raises:
-            SourceChanged, SystemFailure: as `Transfer.run`.
+            SourceChanged, SystemFailure: as `Engine.carry_out`.
         """
+        wanted = {key for key in digests_wanted(self.plan) if key not in known}
+        if isinstance(engine, LocalEngine) and isinstance(self.staging.folder, Path):
+            known.update(self._in_one_pass(engine, wanted))
+        else:
+            known.update(self._by_jobs(engine, wanted))
+
+    def _in_one_pass(self, engine: LocalEngine, wanted: set[str]) -> dict[str, bytes]:
+        """Each byte of the source is read once, in its order, and goes to its place in any of the shards."""
         outputs: list[Path | None] = []
         for index, (shard, header, path) in enumerate(zip(self.plan.shards, self.headers, self.paths, strict=True)):
+            assert isinstance(path, Path)
             if index in self.finished:
                 outputs.append(None)
                 continue
@@ -140,20 +97,94 @@ class Output:
                 finally:
                     os.close(fd)
             outputs.append(path)
-        wanted = {key for key in digests_wanted(self.plan) if key not in known}
         starts = [len(header) for header in self.headers]
         self._reencode(starts)
         self._add(starts)
-        elsewhere = self.anew.copied_elsewhere
-        work = tasks(self.checkpoint, wanted, self.plan.shards, starts, self.finished, elsewhere)
-        known.update(mover.run(work, "rewriting", outputs, self.patches, self.originals))
+        work = tasks(
+            self.checkpoint, wanted, self.plan.shards, starts, self.finished, self.anew.copied_elsewhere
+        )
+        return engine.transfer(self.checkpoint, work, "rewriting", outputs, self.patches, self.originals)
+
+    def _by_jobs(self, engine: Engine, wanted: set[str]) -> dict[str, bytes]:
+        """Each shard is a job by itself; what is in none of them is hashed first."""
+        token = secrets.token_hex(4)
+        jobs = [
+            self._job(index, wanted, token) for index in range(len(self.plan.shards)) if index not in self.finished
+        ]
+        written = {piece.key for job in jobs for piece in job.pieces}
+        digests = engine.hash(self.checkpoint, wanted - written, "hashing")
+        results = engine.carry_out(jobs, "rewriting")
+        self._tidy()
+        for result in results:
+            digests.update(result.digests)
+        self._enter(results)
+        return digests
+
+    def _tidy(self) -> None:
+        """Removes from the folder what is no shard of the plan: parts, by workers that died."""
+        if isinstance(self.staging.folder, Path):
+            self._leave_only_planned(self.staging.kept())
+
+    def _leave_only_planned(self, there: Iterable[FilePath]) -> None:
+        planned = set(self.paths)
+        for path in there:
+            if path not in planned:
+                with system_errors("removing what a killed run left", path):
+                    path.unlink()
+
+    def _job(self, index: int, wanted: set[str], token: str) -> Job:
+        """One output shard as a piece of work that any process can carry out."""
+        pieces: list[Piece] = []
+        added: dict[str, bytes] = {}
+        keys: list[str] = []
+        for tensor in self.plan.shards[index].tensors:
+            if tensor.added:
+                added[tensor.name] = self.fills.added[tensor.name]
+                pieces.append(Piece(tensor.name, -1, 0, tensor.end - tensor.start, False))
+                continue
+            entry = self.checkpoint.tensors[tensor.source]
+            keys.append(entry.name)
+            pieces.append(Piece(entry.name, entry.shard, entry.start, entry.end, entry.name in wanted))
+        here = set(keys)
+        anew = tuple(job for job in self.anew.work if here.intersection(job.parts))
+        entries = {
+            key: self.checkpoint.tensors[key]
+            for job in anew
+            for blob in (job.blob, *job.others)
+            for key in (blob.weight, blob.weight_scale, blob.scale)
+        }
+        numbers = {piece.shard for piece in pieces if piece.shard >= 0} | {e.shard for e in entries.values()}
+        return Job(
+            {number: self.checkpoint.shards[number] for number in sorted(numbers)},
+            tuple(pieces),
+            self.paths[index],
+            self.headers[index],
+            {key: self.patches[key] for key in keys if key in self.patches},
+            {key: self.originals[key] for key in keys if key in self.originals},
+            added,
+            anew,
+            entries,
+            token,
+        )
+
+    def _enter(self, results: Iterable[Result]) -> None:
+        """What the jobs found out about the blobs that they encoded anew."""
+        encoded = {key: digest for result in results for key, digest in result.encoded.items()}
+        moved = {module: found for result in results for module, found in result.moved.items()}
+        self.reencoded = [moved[job.module].entered(job) for job in self.anew.work]
+        self.digests = encoded | {job.blob.scale: blake3(job.scale).digest() for job in self.anew.work}
+
+    def _part(self, index: int) -> Path:
+        path = self.paths[index]
+        assert isinstance(path, Path)
+        return part(path)
 
     def _add(self, starts: Sequence[int]) -> None:
         """Writes the few scales that the source does not have; the plan has only those that can be filled."""
         for index, shard in enumerate(self.plan.shards):
             for tensor in shard.tensors:
                 if tensor.added:
-                    path = part(self.paths[index])
+                    path = self._part(index)
                     with system_errors("writing", path):
                         fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
                         try:
@@ -165,7 +196,7 @@ class Output:
         """Writes the blobs that are encoded anew, one after the other, before the rest is copied around them."""
         elsewhere = self.anew.copied_elsewhere
         places = {
-            tensor.source: (part(self.paths[index]), starts[index] + tensor.start)
+            tensor.source: (self._part(index), starts[index] + tensor.start)
             for index, shard in enumerate(self.plan.shards)
             for tensor in shard.tensors
             if tensor.source in elsewhere
@@ -178,49 +209,48 @@ class Output:
             self.reencoded.append(done)
             self.digests.update(digests)
 
-    def keep_finished(self, mover: Mover, known: dict[str, bytes]) -> None:
+    def keep_finished(self, engine: Engine, known: dict[str, bytes]) -> None:
         """Takes over the shards that a killed run finished, if they are what this plan would write.
 
         Header and digest of every tensor are compared with the source's (or the merged value's); anything else in their
         place is removed.
         """
-        planned = set(self.paths)
-        for path in self.paths[0].parent.iterdir() if self.paths else ():
-            if path not in planned:
-                with system_errors("removing what a killed run left", path):
-                    path.unlink()
+        there = self.staging.kept()
+        self._leave_only_planned(there)
         for index, (shard, path) in enumerate(zip(self.plan.shards, self.paths, strict=True)):
-            if not path.exists():
+            if path not in there:
                 continue
             # What is encoded anew is written anew: its digests are known only then.
             anew = any(t.added or t.source in self.anew.copied_elsewhere for t in shard.tensors)
             with system_errors("checking what a killed run finished", path):
-                if not anew and self._is_right(index, shard, path, mover, known):
+                if not anew and self._is_right(index, shard, path, engine, known):
                     self.finished.add(index)
                 else:
                     path.unlink()
 
-    def _is_right(self, index: int, shard: OutShard, path: Path, mover: Mover, known: dict[str, bytes]) -> bool:
+    def _is_right(
+        self, index: int, shard: OutShard, path: FilePath, engine: Engine, known: dict[str, bytes]
+    ) -> bool:
         header = self.headers[index]
-        if path.stat().st_size != len(header) + shard.nbytes:
-            return False
-        with path.open("rb") as file:
-            if file.read(len(header)) != header:
-                return False
         try:
-            staged_shard, entries = read_header(path)
+            staged_shard, entries = header_of(path)
         except TierewriteError:
             return False
-        by_name = {entry.name: entry for entry in entries}
-        staged = Checkpoint(path.parent, (staged_shard,), by_name, None, (), (), {}, {}, ())
-        names = [tensor.name for tensor in shard.tensors]
-        found = mover.run(tasks(staged, names), "checking what was finished", source=staged)
+        if staged_shard.size != len(header) + shard.nbytes or staged_shard.data_start != len(header):
+            return False
+        with open_source(staged_shard) as file:
+            found_header = bytearray(len(header))
+            file.read_runs([(0, len(header))], memoryview(found_header))
+        if found_header != header:
+            return False
+        staged = Checkpoint.of(Path(), (staged_shard,), {entry.name: entry for entry in entries})
+        found = engine.hash(staged, [tensor.name for tensor in shard.tensors], "checking what was finished")
         wanted = [
             tensor.source
             for tensor in shard.tensors
             if tensor.source not in known and tensor.source not in self.patches
         ]
-        known.update(mover.run(tasks(self.checkpoint, wanted), "hashing"))
+        known.update(engine.hash(self.checkpoint, wanted, "hashing"))
         return all(
             found[tensor.name]
             == (blake3(self.patches[tensor.source]).digest() if tensor.source in self.patches else known[tensor.source])

@@ -21,9 +21,10 @@ from blake3 import blake3
 
 from tierewrite import nvfp4
 from tierewrite.checkpoint import Checkpoint, TensorEntry
+from tierewrite.errors import system_errors
 from tierewrite.planning import Action, GroupPlan, RewritePlan, blob_of, fused_sets
-from tierewrite.transfer import open_source, read_exactly, read_tensors
-from tierewrite.writer import system_errors, write_all
+from tierewrite.reading import open_source, read_tensors
+from tierewrite.writer import write_all
 
 _CHUNK_BLOCKS = 1 << 19
 """Blocks read at a time: 4 MiB of codes."""
@@ -66,6 +67,11 @@ class Reencoding:
     largest: float | None = None
     rms: float | None = None
 
+    @property
+    def parts(self) -> tuple[str, str]:
+        """Source keys of the tensors that are encoded anew: codes and block scales. (The third is a patch.)"""
+        return self.blob.weight, self.blob.weight_scale
+
     def to_json(self) -> dict[str, object]:
         return {
             "module": self.module,
@@ -85,8 +91,8 @@ class Reencodings:
 
     @property
     def copied_elsewhere(self) -> set[str]:
-        """Source keys whose output bytes are not theirs: codes and block scales (the third is a patch)."""
-        return {key for job in self.work for key in (job.blob.weight, job.blob.weight_scale)}
+        """Source keys whose output bytes are not theirs: codes and block scales."""
+        return {key for job in self.work for key in job.parts}
 
 
 def reconcile(
@@ -221,28 +227,16 @@ def write(
     Raises:
         SourceChanged, SystemFailure: reading or writing failed.
     """
-    sides = (job.blob, *job.others)
-    old = {key: _value(data) for key, data in read_tensors(checkpoint, [b.scale for b in sides]).items()}
-    new = _value(job.scale)
+    moved = Moved()
     hashers = blake3(), blake3()
-    largest, squares, elements = 0.0, 0.0, 0
     files: list[int] = []
     try:
         for path, _ in (codes_to, scales_to):
             with system_errors("opening", path):
                 files.append(os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW))
         offsets = [codes_to[1], scales_to[1]]
-        for pieces in zip(*(_stream(checkpoint, side) for side in sides), strict=True):
-            codes, blocks = pieces[0]
-            result = nvfp4.repack(codes, blocks, old[job.blob.scale], new, reciprocal=job.blob.reciprocal)
-            for side, (side_codes, side_blocks) in zip(sides, pieces, strict=True):
-                moved = nvfp4.change(
-                    (side_codes, side_blocks, old[side.scale]), (*result, new), reciprocal=side.reciprocal
-                )
-                largest = max(largest, moved.largest)
-                squares += moved.rms**2 * side_codes.size * 2
-                elements += side_codes.size * 2
-            for i, data in enumerate(part.tobytes() for part in result):
+        for parts in encoded(checkpoint, job, moved):
+            for i, data in enumerate(parts):
                 hashers[i].update(data)
                 with system_errors("writing", (codes_to, scales_to)[i][0]):
                     write_all(files[i], data, offsets[i])
@@ -250,13 +244,45 @@ def write(
     finally:
         for fd in files:
             os.close(fd)
-    rms = (squares / elements) ** 0.5 if elements else 0.0
-    digests = {
-        job.blob.weight: hashers[0].digest(),
-        job.blob.weight_scale: hashers[1].digest(),
-        job.blob.scale: blake3(job.scale).digest(),
-    }
-    return replace(job, largest=largest, rms=rms), digests
+    digests = {part: hasher.digest() for part, hasher in zip(job.parts, hashers, strict=True)}
+    return moved.entered(job), {**digests, job.blob.scale: blake3(job.scale).digest()}
+
+
+@dataclass
+class Moved:
+    """How far decoded weights moved, piece by piece."""
+
+    largest: float = 0.0
+    squares: float = 0.0
+    elements: int = 0
+
+    def entered(self, job: Reencoding) -> Reencoding:
+        """`job` with what was found."""
+        rms = (self.squares / self.elements) ** 0.5 if self.elements else 0.0
+        return replace(job, largest=self.largest, rms=rms)
+
+
+def encoded(checkpoint: Checkpoint, job: Reencoding, moved: Moved | None = None) -> Iterator[tuple[bytes, bytes]]:
+    """The new codes and block scales of a blob, a few megabytes at a time.
+
+    Args:
+        moved: told how far the weights of every side moved.
+    """
+    sides = (job.blob, *(job.others if moved is not None else ()))
+    old = {key: _value(data) for key, data in read_tensors(checkpoint, [b.scale for b in sides]).items()}
+    new = _value(job.scale)
+    for pieces in zip(*(_stream(checkpoint, side) for side in sides), strict=True):
+        codes, blocks = pieces[0]
+        result = nvfp4.repack(codes, blocks, old[job.blob.scale], new, reciprocal=job.blob.reciprocal)
+        if moved is not None:
+            for side, (side_codes, side_blocks) in zip(sides, pieces, strict=True):
+                change = nvfp4.change(
+                    (side_codes, side_blocks, old[side.scale]), (*result, new), reciprocal=side.reciprocal
+                )
+                moved.largest = max(moved.largest, change.largest)
+                moved.squares += change.rms**2 * side_codes.size * 2
+                moved.elements += side_codes.size * 2
+        yield result[0].tobytes(), result[1].tobytes()
 
 
 def _value(data: bytes) -> np.ndarray:
@@ -278,11 +304,7 @@ def _stream(checkpoint: Checkpoint, blob: Blob) -> Iterator[tuple[np.ndarray, np
 
 
 def _read(checkpoint: Checkpoint, entry: TensorEntry, start: int, length: int) -> np.ndarray:
-    shard = checkpoint.shards[entry.shard]
     data = np.empty(length, np.uint8)
-    fd = open_source(shard)
-    try:
-        read_exactly(fd, data.data, entry.start + start, shard)
-    finally:
-        os.close(fd)
+    with open_source(checkpoint.shards[entry.shard]) as source:
+        source.read_runs([(entry.start + start, entry.start + start + length)], data.data)
     return data

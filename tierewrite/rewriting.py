@@ -15,22 +15,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 import tierewrite
-from tierewrite import ahead, digest, hub
+from tierewrite import ahead, sources
 from tierewrite.checkpoint import INDEX_NAME, MANIFEST_NAME, Checkpoint, gc_paused
 from tierewrite.configs import ignore_lists
 from tierewrite.confirm import apart_warnings, merge_scales, refusal, refuted
+from tierewrite.engines import Progress, select
 from tierewrite.errors import NotReady, UsageError, VerificationFailed, shown
 from tierewrite.fill import fill
 from tierewrite.manifest import build_manifest, written_tensors
 from tierewrite.names import DiskTies, on_disk
-from tierewrite.output import Mover, Output, Progress
+from tierewrite.output import Output
 from tierewrite.planning import Policy, RewritePlan, needed_for_confirmation
 from tierewrite.planning import plan as make_plan
 from tierewrite.reencode import reconcile, reencodings
+from tierewrite.remote import FilePath, RemotePath, located
+from tierewrite.remote_target import RemoteStaging, RemoteTarget
 from tierewrite.report import Report, build_report
 from tierewrite.ties import TieMap
-from tierewrite.transfer import tasks
 from tierewrite.writer import (
+    Staged,
     Staging,
     Target,
     check_space,
@@ -40,7 +43,6 @@ from tierewrite.writer import (
     merged_metadata,
     side_file_clashes,
     still_as_listed,
-    write_file,
 )
 
 if TYPE_CHECKING:
@@ -109,7 +111,7 @@ class Opened:
     @gc_paused()
     def open(
         cls,
-        src: PathLike,
+        src: sources.Place,
         *,
         ties: PathLike | None = None,
         trust_remote_code: bool = False,
@@ -125,7 +127,7 @@ class Opened:
         Raises:
             What `Checkpoint.open` and `TieMap.resolve` raise.
         """
-        checkpoint = hub.open_checkpoint(
+        checkpoint = sources.open_checkpoint(
             src, revision=revision, ignore_unindexed=ignore_unindexed, trust_remote_code=trust_remote_code
         )
         keys = checkpoint.tensors.keys()
@@ -244,6 +246,8 @@ def rewrite(
     backup: bool = True,
     resume: bool = False,
     verify: bool = False,
+    engine: str = "local",
+    ray_address: str | None = None,
     consumer: str | None = None,
     force: bool = False,
     manifest: bool = True,
@@ -252,9 +256,10 @@ def rewrite(
     """Rewrites the checkpoint in `src` to `dst`: every tied tensor once, under its canonical name.
 
     Args:
-        src: folder with `model.safetensors` or shards with `model.safetensors.index.json`, or a hub id `org/name`, of
-            which a snapshot is taken. Never written to.
-        dst: folder to make; absent or empty, unless `overwrite`. It appears whole, by one rename, or not at all.
+        src: folder with `model.safetensors` or shards with `model.safetensors.index.json`; the URL of one, of any
+            fsspec file system; or a hub id `org/name`, of which a snapshot is taken. Never written to.
+        dst: folder to make; absent or empty, unless `overwrite`. It appears whole, by one rename, or not at all. Or a
+            URL where nothing is: in a store that cannot rename the index is written last, and makes it a checkpoint.
             None with `in_place`.
         on_mismatch: "error" refuses when a declared tie is not confirmed by the bytes; "keep" leaves such groups whole;
             "repack" writes one NVFP4 blob where the sides differ only by how they are scaled, and else refuses.
@@ -270,11 +275,13 @@ def rewrite(
         revision: branch, tag or commit of a hub id; None: its main branch.
         device: "auto", "cpu" or "cuda": where the hashing happens. The output is the same.
         threads: workers that read, hash and write; None: as many as there are cores, at most 8.
-        overwrite: swap out what `dst` holds once the new checkpoint is complete.
+        overwrite: swap out what `dst` holds once the new checkpoint is complete; at a URL only what a killed run left.
         in_place: the new checkpoint takes the place of `src`, by one rename, once it is complete.
         backup: with `in_place`, keep the original as `SRC.bak`.
         resume: use the shards that a killed run into `dst` finished, after checking their digests.
         verify: prove the output from the source before it appears.
+        engine: "local", or "ray": hashing and writing are tasks on a Ray cluster whose nodes all see `src` and `dst`.
+        ray_address: the cluster, as `ray.init` takes it; None: RAY_ADDRESS, else one on this machine.
         consumer: check the output for "vllm" or "transformers" before it appears; errors other than per-side conflicts,
             which no rewrite can merge, leave no `dst`. See `prepare_for_vllm` for the choices that vLLM needs.
         force: with `consumer`, let the output appear all the same.
@@ -292,114 +299,133 @@ def rewrite(
         NotReady: with `consumer`, the output would not be served right; nothing was left behind (exit 6).
         VerificationFailed: with `verify`, the output is not what `src` makes; nothing was left behind (exit 6).
     """
-    given, src = src, Path(src)
+    given = src
     progress = progress or Progress()
     policy = policy_of(on_mismatch, kv_scales, max_shard_size, unify_fused_scales, fix_ignore, fill_missing_scales)
+    target: Target | RemoteTarget
+    swapped: Path | None = None
     if in_place:
         if dst is not None:
             raise UsageError("in place there is no DST; give SRC alone, or leave out --in-place")
-        hub.local_only(given, "a rewrite in place")
-        dst, target = src, Target.in_place(src, backup)
+        sources.local_only(given, "a rewrite in place")
+        where = place = located(given)
+        assert isinstance(place, Path)
+        swapped = place
+        target = Target.in_place(swapped, backup)
     elif dst is None:
         raise UsageError("DST is missing; name a folder, or use --in-place")
     else:
-        dst = Path(dst)
-        Target.check(src, dst, overwrite)  # before a download that may take an hour
-        src = hub.fetched(given, revision=revision, bars=progress.shown)
-        target = Target.check(src, dst, overwrite)
-    listed = listing(src) if in_place else {}
-    digester = digest.select(device, threads=1)
-    log.info("hashing on %s", digester.description)
-    known: dict[str, bytes] = {}
-    opened = Opened.open(
-        src,
-        ties=ties,
-        trust_remote_code=trust_remote_code,
-        ignore_unindexed=ignore_unindexed,
-        meanwhile=lambda checkpoint: ahead.hashing(checkpoint, Mover(checkpoint, digester, threads, Progress()), known),
-    )
-    checkpoint = opened.checkpoint
-    planned = opened.plan(policy)
-    mover = Mover(checkpoint, digester, threads, progress)
-    if policy.on_mismatch != "keep" and planned.unconfirmed():
-        # Nothing will be written, but the list of what is not confirmed has to be complete.
-        wanted = needed_for_confirmation(planned.groups) - known.keys()
-        known.update(mover.run(tasks(checkpoint, wanted), "hashing"))
-        raise refusal(planned.groups, refuted(checkpoint, planned, known))
-    metadata, warnings = merged_metadata(checkpoint)
-    side_bytes = sum(side.size for side in checkpoint.side_files)
-    needed = planned.total_bytes + side_bytes
-    check_space(target.path, needed)
-    if in_place:
-        kept = f", and the original stays as '{target.backup}'" if target.backup else ""
-        progress.note(f"in place: {needed:,} bytes are needed beside SRC until the swap{kept}")
-    facts = Facts()
-    with Staging(target, resume) as staging:
-        while True:
-            side_file_clashes(checkpoint, planned.shards)
-            values = merge_scales(checkpoint, planned)
-            if values.apart:
-                facts.apart |= values.apart
-                planned = opened.plan(policy, facts)
-                continue
-            fills = fill(checkpoint, planned, values.patches)
-            if fills.hopeless:
-                facts.unfillable |= fills.hopeless
-                planned = opened.plan(policy, facts)
-                continue
-            anew = reencodings(checkpoint, planned)
-            output = Output(checkpoint, planned, values, anew, fills, staging.path, metadata)
-            if resume:
-                output.keep_finished(mover, known)
-            output.write(mover, known)
-            found = refuted(checkpoint, planned, known)
-            if not found:
-                break
-            facts.learn(checkpoint, planned, known, found)
-            output.remove()
-            planned = opened.plan(policy, facts)
-        write_file(staging.path / INDEX_NAME, index_bytes(planned.shards, checkpoint.index_metadata))
-        configs, config_warnings = ignore_lists(checkpoint, planned, opened.disk)
-        progress.start("copying other files", side_bytes)
-        copy_side_files(checkpoint.side_files, checkpoint.directories, staging.path, progress.advance, configs)
-        if consumer == "vllm" and policy.fix_ignore:
-            from tierewrite.readiness.mends import mend_ignore_lists
-
-            mended = mend_ignore_lists(staging.path, trust_remote_code=trust_remote_code)
-            config_warnings = (*config_warnings, *mended)
-        report = build_report(
-            checkpoint,
-            opened.ties,
-            planned,
-            values.merged,
-            output.sizes(),
-            given,
-            dst,
-            mover.device,
-            reencoded=output.reencoded,
-            filled=fills.filled,
-            warnings=(
-                *warnings,
-                *values.warnings,
-                *apart_warnings(facts.apart),
-                *fills.warnings,
-                *anew.warnings,
-                *config_warnings,
-            ),
+        where = located(dst)
+        target = _target(located(src), where, overwrite, resume)  # before a download that may take an hour
+        place = sources.fetched(given, revision=revision, bars=progress.shown)
+        if place != located(src):
+            target = _target(place, where, overwrite, resume)
+    with select(engine, device=device, threads=threads, progress=progress, ray_address=ray_address) as workers:
+        known: dict[str, bytes] = {}
+        listed = listing(swapped) if swapped is not None else {}
+        opened = Opened.open(
+            place,
+            ties=ties,
+            trust_remote_code=trust_remote_code,
+            ignore_unindexed=ignore_unindexed,
+            meanwhile=lambda checkpoint: ahead.hashing(checkpoint, workers, known),
         )
-        if manifest:
-            written = written_tensors(planned, output.patches, output.digests, values.merged, known)
-            text = build_manifest(report, opened.disk, written, tierewrite.__version__)
-            write_file(staging.path / MANIFEST_NAME, text)
-        if verify:
-            _verify(src, staging.path, ties, trust_remote_code, ignore_unindexed, fix_ignore)
-        if consumer is not None:
-            found_ready = replace(_check(staging.path, consumer, trust_remote_code, force), checkpoint=str(dst))
-            report = replace(report, readiness=found_ready)
+        checkpoint = opened.checkpoint
+        planned = opened.plan(policy)
+        if policy.on_mismatch != "keep" and planned.unconfirmed():
+            # Nothing will be written, but the list of what is not confirmed has to be complete.
+            wanted = needed_for_confirmation(planned.groups) - known.keys()
+            known.update(workers.hash(checkpoint, wanted, "hashing"))
+            raise refusal(planned.groups, refuted(checkpoint, planned, known))
+        metadata, warnings = merged_metadata(checkpoint)
+        side_bytes = sum(side.size for side in checkpoint.side_files)
+        needed = planned.total_bytes + side_bytes
+        if isinstance(target, Target):
+            check_space(target.path, needed)
         if in_place:
-            still_as_listed(src, listed)
-        staging.commit()
+            assert isinstance(target, Target)
+            kept = f", and the original stays as '{target.backup}'" if target.backup else ""
+            progress.note(f"in place: {needed:,} bytes are needed beside SRC until the swap{kept}")
+        facts = Facts()
+        with _staging(target, resume) as staging:
+            while True:
+                side_file_clashes(checkpoint, planned.shards)
+                values = merge_scales(checkpoint, planned)
+                if values.apart:
+                    facts.apart |= values.apart
+                    planned = opened.plan(policy, facts)
+                    continue
+                fills = fill(checkpoint, planned, values.patches)
+                if fills.hopeless:
+                    facts.unfillable |= fills.hopeless
+                    planned = opened.plan(policy, facts)
+                    continue
+                anew = reencodings(checkpoint, planned)
+                output = Output(checkpoint, planned, values, anew, fills, staging, metadata)
+                if resume:
+                    output.keep_finished(workers, known)
+                output.write(workers, known)
+                found = refuted(checkpoint, planned, known)
+                if not found:
+                    break
+                facts.learn(checkpoint, planned, known, found)
+                output.remove()
+                planned = opened.plan(policy, facts)
+            staging.put(INDEX_NAME, index_bytes(planned.shards, checkpoint.index_metadata))
+            configs, config_warnings = ignore_lists(checkpoint, planned, opened.disk)
+            progress.start("copying other files", side_bytes)
+            copy_side_files(checkpoint.side_files, checkpoint.directories, staging, progress.advance, configs)
+            if consumer == "vllm" and policy.fix_ignore:
+                from tierewrite.readiness.mends import mended_ignore_lists
+
+                mended, sentences = mended_ignore_lists(staging.view(), trust_remote_code=trust_remote_code)
+                for name, data in mended.items():
+                    staging.put(name, data)
+                config_warnings = (*config_warnings, *sentences)
+            report = build_report(
+                checkpoint,
+                opened.ties,
+                planned,
+                values.merged,
+                output.sizes(),
+                sources.name_of(given),
+                where,
+                workers.device,
+                reencoded=output.reencoded,
+                filled=fills.filled,
+                warnings=(
+                    *warnings,
+                    *values.warnings,
+                    *apart_warnings(facts.apart),
+                    *fills.warnings,
+                    *anew.warnings,
+                    *config_warnings,
+                ),
+            )
+            if manifest:
+                written = written_tensors(planned, output.patches, output.digests, values.merged, known)
+                text = build_manifest(report, opened.disk, written, tierewrite.__version__)
+                staging.put(MANIFEST_NAME, text)
+            if verify:
+                _verify(place, staging, ties, trust_remote_code, ignore_unindexed, fix_ignore)
+            if consumer is not None:
+                found_ready = replace(_check(staging, consumer, trust_remote_code, force), checkpoint=str(where))
+                report = replace(report, readiness=found_ready)
+            if swapped is not None:
+                still_as_listed(swapped, listed)
+            staging.commit()
     return report
+
+
+def _target(src: FilePath, dst: FilePath, overwrite: bool, resume: bool) -> Target | RemoteTarget:
+    """Decides whether `dst` can be written. Raises UsageError, SystemFailure."""
+    if isinstance(dst, RemotePath):
+        return RemoteTarget.check(src, dst, overwrite, resume)
+    return Target.check(src, dst, overwrite)
+
+
+def _staging(target: Target | RemoteTarget, resume: bool) -> Staged:
+    return RemoteStaging(target, resume) if isinstance(target, RemoteTarget) else Staging(target, resume)
 
 
 def prepare_for_vllm(src: PathLike, dst: PathLike | None = None, **options: Any) -> Report:
@@ -422,7 +448,7 @@ def prepare_for_vllm(src: PathLike, dst: PathLike | None = None, **options: Any)
     return rewrite(src, dst, **{**FOR_CONSUMER["vllm"], **options, "consumer": "vllm"})
 
 
-def _check(staged: Path, consumer: str, trust_remote_code: bool, force: bool) -> ReadinessReport:
+def _check(staging: Staged, consumer: str, trust_remote_code: bool, force: bool) -> ReadinessReport:
     """What the consumer will do with the staged output.
 
     Raises:
@@ -430,7 +456,7 @@ def _check(staged: Path, consumer: str, trust_remote_code: bool, force: bool) ->
     """
     from tierewrite.readiness import check
 
-    found = check(staged, consumer, trust_remote_code=trust_remote_code)
+    found = check(staging.view(), consumer, trust_remote_code=trust_remote_code)
     if found.errors and not (found.only_per_side_conflicts() or force):
         lines = "\n".join(f"  {finding}" for finding in found.errors[:12])
         raise NotReady(
@@ -442,8 +468,8 @@ def _check(staged: Path, consumer: str, trust_remote_code: bool, force: bool) ->
 
 
 def _verify(
-    src: Path,
-    staged: Path,
+    src: FilePath,
+    staging: Staged,
     ties: PathLike | None,
     trust_remote_code: bool,
     ignore_unindexed: bool,
@@ -458,7 +484,7 @@ def _verify(
 
     result = verify(
         src,
-        staged,
+        staging.view(),
         ties_file=ties,
         trust_remote_code=trust_remote_code,
         ignore_unindexed=ignore_unindexed,

@@ -29,6 +29,7 @@ import warnings
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from importlib import import_module
 from itertools import cycle
 from pathlib import Path
@@ -254,25 +255,24 @@ def parameters_of(keys: Iterable[str]) -> dict[str, None]:
     names: dict[str, None] = {}
     modules: set[str] = set()
     containers: dict[str, set[str]] = {}
-    companions: list[str] = []
+    companions: list[tuple[str, str, str]] = []
     for key in keys:
         parent, _, leaf = key.rpartition(".")
         if leaf == "weight":
             names[key] = None
             modules.add(parent)
-        elif _COMPANION.match(leaf):
-            companions.append(key)
+        elif _is_companion(leaf):
+            companions.append((key, parent, leaf))
         else:
             # A fused MXFP4 parameter is on disk as its blocks (and scales) only, as in gpt-oss.
             names[key.removesuffix("_blocks")] = None
-    for key in companions:
-        parent, _, leaf = key.rpartition(".")
+    companions = [companion for companion in companions if companion[1] not in modules]
+    for _, parent, leaf in companions:
         if _WEIGHT_FORM.match(leaf) and parent not in modules:
             # The weight itself is there in packed form only.
             names[f"{parent}.weight" if parent else "weight"] = None
             modules.add(parent)
-    for key in companions:
-        parent = key.rpartition(".")[0]
+    for key, parent, _ in companions:
         if parent not in modules:
             names[key] = None
     for parent in modules:
@@ -293,6 +293,13 @@ _COMPANION = re.compile(
     r"weight_|q(weight|zeros)$|scales$|qscales$|zeros$|g_idx$|perm$|input_|output_|k_scale$|v_scale$|q_scale$|pre_quant_scale$"
     r"|absmax$|quant_map$|nested_|quant_state|SCB$|.*_(scale|scale_2|scale_inv|zero_point|amax|global_scale)$",
 )
+
+
+@lru_cache(maxsize=4096)
+def _is_companion(leaf: str) -> bool:
+    return _COMPANION.match(leaf) is not None
+
+
 # Leaves that stand for the weight where `weight` itself is missing.
 _WEIGHT_FORM = re.compile(r"weight_packed$|weight_scale|qweight$|weight_q|weight_v$|weight_g$")
 
@@ -306,13 +313,23 @@ def _matcher(pattern: str, file: Path | None, error: type[TieFileError] | type[C
         raise error(f"the tie pattern '{shown(pattern)}' is no regular expression: {exc}", file=file) from exc
 
 
+_TAIL = re.compile(r"(?<![\\A-Za-z0-9_])[A-Za-z0-9_]+\Z")
+
+
+def _tail_of(matcher: re.Pattern[str], pattern: str) -> str:
+    """Text that every match of `pattern` ends with; "" where that takes more than a look. Only a filter for speed."""
+    found = _TAIL.search(pattern)
+    return found[0] if found and "|" not in pattern and matcher.flags == re.UNICODE else ""
+
+
 def _matches(
     pattern: str, ordered: Sequence[str], file: Path | None, error: type[TieFileError] | type[ConfigError]
 ) -> list[str]:
     """The names that `pattern` speaks of, in order: itself and what is below it, or what a regex matches."""
     if _is_regex(pattern):
         matcher = _matcher(pattern, file, error)
-        return [n for n in ordered if matcher.match(n)]
+        tail = _tail_of(matcher, pattern)
+        return [name for name in ordered if tail in name and matcher.match(name)]
     found = []
     at = bisect_left(ordered, pattern)
     if at < len(ordered) and ordered[at] == pattern:
@@ -505,7 +522,7 @@ def _declared(declared: Mapping[str, str], path: Path | None, keys: Collection[s
             details={"idle": list(declared)[:50]},
         )
     warned = [f"{label}: the tie of '{shown(a)}' matches nothing of the checkpoint" for a in idle]
-    scopes = scopes_of(keys)
+    scopes = Scopes(keys)
     for alias, canonical in pairs.items():
         # Only names that the file spells out can be misspelt; what a pattern pairs may well be absent (exporters that
         # keep the first name of shared tensors write no canonical side).
@@ -524,15 +541,20 @@ def _declared(declared: Mapping[str, str], path: Path | None, keys: Collection[s
     return TieMap(ties, "ties-file", str(path or ""), (), tuple(warned), None)
 
 
-def scopes_of(keys: Iterable[str]) -> set[str]:
-    """Every proper prefix, cut at dots, of every key."""
-    found: set[str] = set()
-    for key in keys:
-        prefix = key.rpartition(".")[0]
-        while prefix and prefix not in found:
-            found.add(prefix)
-            prefix = prefix.rpartition(".")[0]
-    return found
+class Scopes:
+    """Which dotted paths there are keys below."""
+
+    def __init__(self, keys: Collection[str]) -> None:
+        self._keys = keys
+
+    @cached_property
+    def _sorted(self) -> list[str]:
+        return sorted(self._keys)
+
+    def __contains__(self, path: str) -> bool:
+        below = f"{path}."
+        at = bisect_left(self._sorted, below)
+        return path != "" and at < len(self._sorted) and self._sorted[at].startswith(below)
 
 
 def _from_config(

@@ -17,20 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from tierewrite.checkpoint import Checkpoint, Shard, TensorEntry
+from tierewrite.checkpoint import Checkpoint, TensorEntry
 from tierewrite.digest import PIECE, DeviceFailed, Digester, Stream, select
 from tierewrite.digest import Span as DigestSpan
 from tierewrite.digest.spans import Bytes
-from tierewrite.errors import SourceChanged, shown
+from tierewrite.errors import SourceChanged, system_errors
 from tierewrite.planning import OutShard
-from tierewrite.writer import flush, part, start_writeback, system_errors, write_all
+from tierewrite.reading import SourceFile, open_source, runs_of
+from tierewrite.writer import WRITEBACK_BYTES, flush, part, start_writeback, write_all
 
 log = logging.getLogger(__name__)
 
 BUFFER_BYTES = 8 << 20  # a multiple of digest.PIECE, so that a large tensor may be cut at every buffer's end
 assert BUFFER_BYTES % PIECE == 0
 _RUNS_PER_TASK = 4096
-_WRITEBACK_BYTES = 1 << 20
 
 
 class Span(NamedTuple):
@@ -152,7 +152,7 @@ class Transfer:
         self.originals = originals or {}
         self.threads = threads or default_threads()
         self.advance = advance
-        self._sources: list[int] = []
+        self._sources: list[SourceFile] = []
         self._outs: dict[int, int] = {}
         self._missing: dict[int, int] = {}
         self._done: set[Task] = set()
@@ -194,19 +194,12 @@ class Transfer:
                 self._pass(left, digests)
             for index in list(self._outs):  # those without any tensor
                 self._finish(index)
-            for number, shard in enumerate(self.checkpoint.shards):
-                status = os.fstat(self._sources[number])
-                unchanged(shard, status)
-                if status.st_ctime_ns != shard.ctime_ns:
-                    # Bytes may have been written and the modification time set back; but chmod, a hard link or a
-                    # rename do this too, and some network file systems make the time up: too little to refuse.
-                    log.warning(
-                        "%s was touched while it was read (its modification time is as before); if more than its "
-                        "permissions, links or name changed, run again, or with --verify",
-                        shown(shard.path),
-                    )
+            for source in self._sources:
+                source.finish()
         finally:
-            for fd in (*self._sources, *self._outs.values()):
+            for source in self._sources:
+                source.close()
+            for fd in self._outs.values():
                 os.close(fd)
             self._sources, self._outs = [], {}
         return digests
@@ -278,15 +271,7 @@ class Transfer:
         """Tensors that fit into a buffer together: read, hand over for hashing, write meanwhile."""
         buffer = array.data
         spans = task.spans
-        shard = self.checkpoint.shards[task.shard]
-        source = self._sources[task.shard]
-        position = first = 0
-        for i in range(1, len(spans) + 1):
-            if i == len(spans) or spans[i].start != spans[i - 1].end:  # neighbours are one read
-                length = spans[i - 1].end - spans[first].start
-                read_exactly(source, buffer[position : position + length], spans[first].start, shard)
-                position += length
-                first = i
+        self._sources[task.shard].read_runs(runs_of([(span.start, span.end) for span in spans]), buffer)
         place = 0
         wanted: list[DigestSpan] = []
         for span in spans:
@@ -328,13 +313,12 @@ class Transfer:
         if data and out in self._outs:
             with system_errors("writing", self.outputs[out]):
                 write_all(self._outs[out], data, position)
-            if len(data) >= _WRITEBACK_BYTES:
+            if len(data) >= WRITEBACK_BYTES:
                 start_writeback(self._outs[out], position, len(data))
 
     def _large(self, task: Task, number: int, array: Bytes, stream: Stream, stop: threading.Event) -> None:
         """One tensor larger than the buffer, piece by piece."""
         (span,) = task.spans
-        shard = self.checkpoint.shards[task.shard]
         source = self._sources[task.shard]
         buffer = array.data
         total = span.end - span.start
@@ -343,7 +327,7 @@ class Transfer:
                 return
             length = min(BUFFER_BYTES, total - position)
             piece = buffer[:length]
-            read_exactly(source, piece, span.start + position, shard)
+            source.read_runs([(span.start + position, span.start + position + length)], piece)
             ticket = stream.update(array, [DigestSpan(number, 0, length, total, position)]) if span.hashed else None
             self._flush(span.out, piece, span.position + position)
             if ticket is not None:
@@ -359,95 +343,3 @@ def _outs_of(task: Task) -> set[int]:
 def default_threads() -> int:
     """Workers enough to overlap reading, hashing and writing on this machine."""
     return max(2, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2))
-
-
-def open_source(shard: Shard) -> int:
-    """A read-only descriptor of a source shard that is still the file whose header was read.
-
-    Raises:
-        SourceChanged, SystemFailure.
-    """
-    with system_errors("opening", shard.path):
-        fd = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            unchanged(shard, os.fstat(fd))
-        except BaseException:
-            os.close(fd)
-            raise
-    return fd
-
-
-def unchanged(shard: Shard, status: os.stat_result) -> None:
-    """Raises SourceChanged unless size, modification time and inode are those of the header's reading."""
-    was = (shard.size, shard.mtime_ns, shard.inode)
-    now = (status.st_size, status.st_mtime_ns, status.st_ino)
-    if was != now:
-        raise SourceChanged(
-            f"the file changed while it was being read (size {was[0]:,} then, {now[0]:,} now); run again when nothing "
-            "writes to SRC",
-            file=shard.path,
-        )
-
-
-def read_exactly(fd: int, into: memoryview, offset: int, shard: Shard) -> None:
-    """Fills `into` from `offset`; a short read is continued.
-
-    Raises:
-        SourceChanged: the file ends before that.
-        SystemFailure: reading failed.
-    """
-    with system_errors("reading", shard.path):
-        while into:
-            done = _pread_into(fd, into, offset)
-            if done == 0:
-                raise SourceChanged(
-                    f"the file ends at byte {offset:,}, before the data that its header promises; it was cut while it "
-                    "was being read; run again when it is whole",
-                    file=shard.path,
-                )
-            into = into[done:]
-            offset += done
-
-
-def _pread_into(fd: int, into: memoryview, offset: int) -> int:
-    if hasattr(os, "preadv"):
-        return os.preadv(fd, [into], offset)
-    data = os.pread(fd, len(into), offset)  # macOS
-    into[: len(data)] = data
-    return len(data)
-
-
-def read_tensors(checkpoint: Checkpoint, keys: Iterable[str]) -> dict[str, bytes]:
-    """The bytes of small tensors (scales), with one read for neighbours.
-
-    Raises:
-        SourceChanged, SystemFailure: as `read_exactly`.
-    """
-    result: dict[str, bytes] = {}
-    by_shard: dict[int, list[TensorEntry]] = {}
-    for key in keys:
-        entry = checkpoint.tensors[key]
-        by_shard.setdefault(entry.shard, []).append(entry)
-    for number, entries in by_shard.items():
-        shard = checkpoint.shards[number]
-        fd = open_source(shard)
-        try:
-            entries.sort(key=lambda entry: entry.start)
-            first = 0
-            for i in range(1, len(entries) + 1):
-                # A few skipped scalars cost less than another read.
-                if (
-                    i < len(entries)
-                    and entries[i].start - entries[i - 1].end < 4096
-                    and entries[i].end - entries[first].start < 1 << 20
-                ):
-                    continue
-                base = entries[first].start
-                data = bytearray(entries[i - 1].end - base)
-                read_exactly(fd, memoryview(data), base, shard)
-                for entry in entries[first:i]:
-                    result[entry.name] = bytes(data[entry.start - base : entry.end - base])
-                first = i
-        finally:
-            os.close(fd)
-    return result

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tierewrite import hub
+from tierewrite import sources
 from tierewrite.checkpoint import MANIFEST_NAME, Checkpoint
 from tierewrite.errors import SourceError, SystemFailure
 from tierewrite.names import on_disk
@@ -98,8 +98,8 @@ class Verification:
 
 
 def verify(
-    src: PathLike,
-    dst: PathLike,
+    src: sources.Place,
+    dst: sources.Place,
     *,
     ties_file: PathLike | None = None,
     trust_remote_code: bool = False,
@@ -113,7 +113,8 @@ def verify(
     Reads every byte of both once, in pieces of 8 MiB; nothing is written.
 
     Args:
-        src, dst: the folders. `src` may be a hub id `org/name`: its snapshot is taken from the cache, or fetched.
+        src, dst: the folders, or their URLs. `src` may be a hub id `org/name`: its
+            snapshot is taken from the cache, or fetched.
         ties_file: JSON {alias: canonical}, instead of the manifest or the model class.
         trust_remote_code: run the model code that `src` brings, if its class has to be asked.
         ignore_unindexed: leave out tensors that the index of `src` lacks, as the rewrite was told to.
@@ -128,11 +129,14 @@ def verify(
         SourceError: something is wrong in `src`, or its class cannot be asked. UsageError: the ties file is broken.
         SystemFailure: `src` cannot be read. SourceChanged: it changed meanwhile.
     """
-    source = Checkpoint.open(hub.fetched(src, revision=revision), ignore_unindexed=ignore_unindexed)
+    if isinstance(src, (str, os.PathLike)):
+        src = sources.fetched(src, revision=revision)
+    dst_name = sources.name_of(dst)
+    source = sources.open_checkpoint(src, ignore_unindexed=ignore_unindexed, trust_remote_code=trust_remote_code)
     try:
-        target = Checkpoint.open(dst)
+        target = sources.open_checkpoint(dst, plain=True)
     except (SourceError, SystemFailure) as e:
-        return Verification(False, (Problem("unreadable", str(e.file or dst), str(e)),))
+        return Verification(False, (Problem("unreadable", str(e.file or dst_name), str(e)),))
     problems: list[Problem] = []
     manifest = read_manifest(target.root / MANIFEST_NAME, problems)
 
@@ -141,7 +145,7 @@ def verify(
     try:
         after = hash_tensors(target, {key for key in target.tensors if may_be_merged(key)}, advance)
     except (SourceError, SystemFailure) as e:
-        return Verification(False, (*problems, Problem("unreadable", str(e.file or dst), str(e))))
+        return Verification(False, (*problems, Problem("unreadable", str(e.file or dst_name), str(e))))
 
     proofs: list[Proof] = []
     for ties in _declarations(source, manifest, ties_file, trust_remote_code):

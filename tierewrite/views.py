@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tierewrite.engines import Progress
 from tierewrite.errors import shown
-from tierewrite.output import Progress
 
 if TYPE_CHECKING:
     from tierewrite.inspection import Inspection
@@ -117,7 +117,7 @@ def show_inspection(console: Console, inspection: Inspection) -> None:
     checkpoint = inspection.checkpoint
     console.print(
         Text(
-            f"{shown(checkpoint.root)}: {len(checkpoint.tensors):,} tensors, {size(checkpoint.total_bytes)}, "
+            f"{shown(checkpoint.place)}: {len(checkpoint.tensors):,} tensors, {size(checkpoint.total_bytes)}, "
             f"formats: {', '.join(inspection.families)}"
         )
     )

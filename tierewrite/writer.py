@@ -24,39 +24,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from tierewrite.checkpoint import INDEX_NAME, MAX_HEADER_BYTES, Checkpoint, SideFile, TensorEntry
-from tierewrite.errors import SourceChanged, SourceError, SystemFailure, UsageError, shown
+from tierewrite.errors import SourceChanged, SourceError, SystemFailure, UsageError, shown, system_errors
 from tierewrite.planning import OutShard
+from tierewrite.reading import chunks_of, read_side_file
+from tierewrite.remote import FilePath, RemotePath, Upload
+from tierewrite.sources import RemoteFolder
 
 log = logging.getLogger(__name__)
 
-_COPY_BYTES = 1 << 20
+WRITEBACK_BYTES = 1 << 20
+"""From this many bytes on the disk is told to begin."""
 _RENAME_EXCHANGE = 2
 _SYNC_FILE_RANGE_WRITE = 2
-
-
-@contextlib.contextmanager
-def system_errors(what: str, file: object) -> Iterator[None]:
-    """Turns an OSError inside into a SystemFailure that names `file` and what was being done."""
-    try:
-        yield
-    except OSError as error:
-        advice = {
-            errno.ENOSPC: "free some space, or choose another disk",
-            errno.EDQUOT: "free some of your quota, or choose another disk",
-            errno.EACCES: "check the permissions of the file and of its folder",
-            errno.EPERM: "check the permissions of the file and of its folder",
-            errno.EROFS: "the file system is read-only: choose another one",
-            errno.EFBIG: "a file may not grow this large here: raise the limit, or use a smaller --max-shard-size",
-            errno.EIO: "the device reports an I/O error: check the disk",
-            errno.EMFILE: "raise the limit of open files (ulimit -n)",
-        }.get(error.errno or 0, "see the system's message")
-        raise SystemFailure(
-            f"{what} failed: {error.strerror or error} ({errno.errorcode.get(error.errno or 0, '?')}); {advice}",
-            file=file,
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -101,14 +83,13 @@ class Target:
         return cls(real, True, kept if backup else None)
 
     @classmethod
-    def check(cls, src: Path, dst: Path, overwrite: bool) -> Target:
+    def check(cls, src: FilePath, dst: Path, overwrite: bool) -> Target:
         """Decides whether `dst` can be written.
 
         Raises:
             UsageError: SRC and DST are the same or inside one another, or DST is not an empty or absent folder.
         """
         with system_errors("looking at DST", dst):
-            real_src = src.resolve()
             try:
                 real = dst.resolve()
             except RuntimeError as error:  # a loop of symbolic links, before Python 3.13
@@ -116,12 +97,8 @@ class Target:
             if dst.is_symlink() and not real.exists():
                 what = f"DST is a link to '{shown(real)}', which does not exist"
                 raise UsageError(what, file=dst, advice="make that folder, or remove the link")
-            if real == real_src or (real.exists() and real_src.exists() and os.path.samefile(real, real_src)):
-                raise UsageError("SRC and DST are the same folder; write to another one", file=dst)
-            if real_src in real.parents:
-                raise UsageError(f"DST lies inside SRC '{shown(src)}'; write outside of it", file=dst)
-            if real in real_src.parents:
-                raise UsageError(f"SRC '{shown(src)}' lies inside DST; write somewhere else", file=dst)
+            if isinstance(src, Path):
+                _apart(src, dst, real)
             if not real.name:
                 raise UsageError("DST is the root of the file system; name a folder in it", file=dst)
             if real.exists():
@@ -130,6 +107,37 @@ class Target:
                 if not overwrite and any(real.iterdir()):
                     raise UsageError("DST is not empty; choose another folder, or use --overwrite", file=dst)
         return cls(real, overwrite)
+
+
+class Staged(Protocol):
+    """An output on its way: a context manager that leaves nothing behind unless committed.
+
+    Attributes:
+        folder: where the files are written.
+        held_back: names of files that must come through `put`.
+    """
+
+    @property
+    def held_back(self) -> tuple[str, ...]: ...
+
+    @property
+    def folder(self) -> FilePath: ...
+
+    def put(self, name: str, data: bytes) -> None:
+        """Writes a small file, or writes it anew. Raises SystemFailure."""
+
+    def view(self) -> Path | RemoteFolder:
+        """The output as a checkpoint that can be opened, though it has not appeared."""
+
+    def kept(self) -> list[FilePath]:
+        """The files that are there already: with `resume`, what a killed run left."""
+
+    def commit(self) -> None:
+        """Makes it appear. Raises SystemFailure, UsageError."""
+
+    def __enter__(self) -> Staged: ...
+
+    def __exit__(self, *exc: Any) -> None: ...
 
 
 class Staging:
@@ -143,6 +151,8 @@ class Staging:
         UsageError: another run is writing to the same target.
         SystemFailure: the folder cannot be made.
     """
+
+    held_back: tuple[str, ...] = ()
 
     def __init__(self, target: Target, resume: bool = False) -> None:
         self.target = target
@@ -243,6 +253,24 @@ class Staging:
                 shutil.rmtree(entry)
             else:
                 entry.unlink()
+
+    @property
+    def folder(self) -> Path:
+        return self.path
+
+    def put(self, name: str, data: bytes) -> None:
+        path = self.path / name
+        if os.path.lexists(path):
+            with system_errors("replacing", path):
+                path.unlink()
+        write_file(path, data)
+
+    def view(self) -> Path:
+        return self.path
+
+    def kept(self) -> list[FilePath]:
+        with system_errors("listing", self.path):
+            return [*self.path.iterdir()]
 
     def commit(self) -> None:
         """Flushes the folder and makes it the target, by one rename.
@@ -395,9 +423,9 @@ def _signals_deferred() -> Iterator[None]:
             signal.raise_signal(arrived[0])
 
 
-def part(path: Path) -> Path:
-    """The name of a shard until it is complete and flushed."""
-    return path.with_name(path.name + ".part")
+def part(path: Path, token: str = "") -> Path:
+    """The name of a shard until it is complete and flushed; `token` tells several that write it apart."""
+    return path.with_name(f"{path.name}{token and '.'}{token}.part")
 
 
 def is_finished_shard(path: Path) -> bool:
@@ -505,6 +533,83 @@ def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
         offset += done
 
 
+def _apart(src: Path, dst: Path, real: Path) -> None:
+    """Raises UsageError if `dst`, which is the folder `real`, is `src`, or one lies in the other."""
+    real_src = src.resolve()
+    if real == real_src or (real.exists() and real_src.exists() and os.path.samefile(real, real_src)):
+        raise UsageError("SRC and DST are the same folder; write to another one", file=dst)
+    if real_src in real.parents:
+        raise UsageError(f"DST lies inside SRC '{shown(src)}'; write outside of it", file=dst)
+    if real in real_src.parents:
+        raise UsageError(f"SRC '{shown(src)}' lies inside DST; write somewhere else", file=dst)
+
+
+class Sink(Protocol):
+    """One new file, written from its first byte to its last."""
+
+    def write(self, data: memoryview) -> None:
+        """The next bytes. Raises SystemFailure."""
+
+    def commit(self) -> None:
+        """All is written: the file is complete, durable and under its name. Raises SystemFailure."""
+
+    def abort(self) -> None:
+        """Leaves nothing of it."""
+
+
+class LocalSink:
+    """A new file of this machine's, flushed before it is complete.
+
+    Args:
+        path: its name.
+        under: the name that it has until then; None: its own.
+    """
+
+    def __init__(self, path: Path, under: Path | None = None) -> None:
+        self.path, self.under = path, under or path
+        self._size = 0
+        with system_errors("creating", path):
+            self._fd = create(self.under)
+
+    def write(self, data: memoryview) -> None:
+        with system_errors("writing", self.path):
+            write_all(self._fd, data, self._size)
+        if len(data) >= WRITEBACK_BYTES:
+            start_writeback(self._fd, self._size, len(data))
+        self._size += len(data)
+
+    def commit(self) -> None:
+        with system_errors("flushing", self.path):
+            flush(self._fd)
+            self._close()
+            if self.under != self.path:
+                os.rename(self.under, self.path)
+
+    def abort(self) -> None:
+        self._close()
+        with contextlib.suppress(OSError):
+            self.under.unlink()
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def open_sink(path: FilePath, size: int, token: str = "") -> Sink:
+    """A new file, wherever it is to be.
+
+    Args:
+        path: its name.
+        size: its bytes.
+        token: of who writes: a local file is not under its name before it is complete, and two that write the same
+            file do not meet. (In a store no file is there before it is complete.)
+    """
+    if isinstance(path, RemotePath):
+        return Upload(path, size)
+    return LocalSink(path, part(path, token) if token else None)
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Writes and flushes a small file."""
     with system_errors("writing", path):
@@ -535,7 +640,7 @@ def side_file_clashes(checkpoint: Checkpoint, shards: Sequence[OutShard]) -> Non
 def copy_side_files(
     side_files: Sequence[SideFile],
     directories: Sequence[str],
-    folder: Path,
+    staging: Staged,
     advance: Callable[[int], None] = lambda n: None,
     contents: Mapping[str, bytes] | None = None,
 ) -> None:
@@ -548,39 +653,34 @@ def copy_side_files(
         SourceChanged: a file's size or modification time is not what it was when the source was opened.
         SystemFailure: reading or writing failed.
     """
-    for name in directories:
-        with system_errors("making a folder", folder / name):
-            (folder / name).mkdir(parents=True, exist_ok=True)
+    folder = staging.folder
+    if isinstance(folder, Path):  # a store has no folders but in names
+        for name in directories:
+            _make_folder(folder / name)
     for side in side_files:
-        path = folder / side.name
         if contents is not None and side.name in contents:
-            write_file(path, contents[side.name])
+            staging.put(side.name, contents[side.name])
             continue
-        with system_errors("copying", side.path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            source = os.open(side.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            try:
-                if not stat.S_ISREG(os.fstat(source).st_mode):
-                    raise SourceChanged("is no regular file any more", file=side.path)
-                out = create(path)
-                try:
-                    size = 0
-                    while chunk := os.read(source, _COPY_BYTES):
-                        write_all(out, chunk, size)
-                        size += len(chunk)
-                        advance(len(chunk))
-                    flush(out)
-                finally:
-                    os.close(out)
-                changed = os.fstat(source).st_mtime_ns != side.mtime_ns
-            finally:
-                os.close(source)
-        if size != side.size or changed:
-            raise SourceChanged(
-                f"changed while the run was working (it had {side.size:,} bytes then, {size:,} were copied); run again "
-                "when nothing writes to SRC",
-                file=side.path,
-            )
+        if side.name in staging.held_back:
+            staging.put(side.name, read_side_file(side))
+            continue
+        path = folder / side.name
+        if isinstance(path, Path):
+            _make_folder(path.parent)
+        sink = open_sink(path, side.size)
+        try:
+            for chunk in chunks_of(side):
+                sink.write(memoryview(chunk))
+                advance(len(chunk))
+            sink.commit()
+        except BaseException:
+            sink.abort()
+            raise
+
+
+def _make_folder(path: Path) -> None:
+    with system_errors("making a folder", path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int, int, int]]:

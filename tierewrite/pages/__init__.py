@@ -21,6 +21,7 @@ from typing import Any
 
 from tierewrite.errors import SystemFailure, UsageError
 from tierewrite.pages.facts import WORST_SHOWN, Facts, read_facts
+from tierewrite.remote import FilePath, located
 
 __all__ = ["Facts", "Page", "report_page"]
 
@@ -37,7 +38,7 @@ class Page:
         worst: how many of the scales that were furthest apart it lists.
     """
 
-    source: Path
+    source: FilePath
     facts: Facts
     worst: int = WORST_SHOWN
 
@@ -85,6 +86,8 @@ class Page:
         if target.is_dir():
             raise UsageError("is a folder; expected the name of a file to write", file=target)
         resolved = Path(os.path.realpath(target))
+        if not isinstance(self.source, Path):
+            return
         source = Path(os.path.realpath(self.source))
         if resolved == source or (source.is_dir() and resolved.is_relative_to(source)):
             raise UsageError(
@@ -102,7 +105,7 @@ def report_page(
     """The page about a rewrite.
 
     Args:
-        path: the folder that it wrote; or its manifest alone, for everything but the sizes.
+        path: the folder that it wrote, or its URL; or its manifest alone, for everything but the sizes.
         consumer: "vllm" or "transformers": what a readiness check of the folder finds is on the page.
         backbone: a JSON file for the check, as for `readiness.check`.
         worst: how many of the scales that were furthest apart to list.
@@ -112,7 +115,7 @@ def report_page(
         SourceError: a malformed manifest or checkpoint, or a manifest of another checkpoint (exit 4).
         SystemFailure: the system does not let us read it (exit 5).
     """
-    return Page(Path(path), read_facts(path, consumer, backbone=backbone), worst)
+    return Page(located(path), read_facts(path, consumer, backbone=backbone), worst)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -22,12 +22,13 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from tierewrite import formats
+from tierewrite import formats, sources
 from tierewrite.checkpoint import MANIFEST_NAME, Checkpoint, gc_paused, natural_key
 from tierewrite.errors import SourceError, SystemFailure, UsageError, shown
 from tierewrite.manifest import MANIFEST_SCHEMA
 from tierewrite.planning import kind_of
 from tierewrite.readiness.findings import ReadinessReport
+from tierewrite.remote import FilePath, RemotePath, located
 
 PAGE_SCHEMA = "tierewrite/page/1"
 MAX_MANIFEST_BYTES = 512 * 1024**2  # what `verify` reads at most
@@ -352,7 +353,7 @@ def read_facts(
     """The facts of one rewrite.
 
     Args:
-        path: the folder that it wrote, or a manifest alone.
+        path: the folder that it wrote, or its URL; or a manifest alone.
         consumer: "vllm" or "transformers": the findings of `readiness.check` are among the facts (a folder only).
         backbone: as for `readiness.check`.
 
@@ -361,27 +362,18 @@ def read_facts(
         SourceError: a malformed manifest or checkpoint, or a manifest of another checkpoint.
         SystemFailure: the system does not let us read it.
     """
-    given = Path(path)
-    is_folder = given.is_dir()
-    if not os.path.lexists(given):
-        raise UsageError("does not exist; expected the folder that a rewrite wrote, or its manifest", file=given)
-    manifest_path = given / MANIFEST_NAME if is_folder else given
-    if is_folder and not manifest_path.exists():
-        raise UsageError(
-            f"holds no {MANIFEST_NAME}, so nothing says what was done; give the folder that a rewrite wrote "
-            "(without --no-manifest)",
-            file=given,
-        )
-    if consumer is not None and not is_folder:
+    where, folder, manifest_path = _found(path)
+    if consumer is not None and folder is None:
         what = "is a manifest alone; a check for a consumer needs the folder: give that, or leave out --for"
-        raise UsageError(what, file=given)
-    manifest = read_manifest(manifest_path)
-    sizes = _sizes(Checkpoint.open(given, ignore_unindexed=True), manifest, manifest_path) if is_folder else None
+        raise UsageError(what, file=where)
+    with sources.told_of(where, manifest_path.parent):
+        manifest = read_manifest(manifest_path)
+        sizes = None if folder is None else _sizes(folder, manifest, manifest_path)
     readiness: ReadinessReport | None = None
     if consumer is not None:
         from tierewrite.readiness import check
 
-        readiness = check(given, consumer, backbone=backbone)
+        readiness = check(where, consumer, backbone=backbone)
     entries = [(name, tensor) for group in manifest["groups"] for name, tensor in group["tensors"].items()]
     scales = [_scale(name, tensor) for name, tensor in entries if tensor["merged"]]
     kept = [
@@ -389,9 +381,10 @@ def read_facts(
         for group in manifest["groups"]
         if group["status"] == "kept"
     ]
-    resolved = given.absolute() if is_folder else given.absolute().parent
+    if isinstance(where, Path):
+        where = Path(os.path.realpath(where if folder is not None else where.absolute().parent))
     return Facts(
-        name=Path(os.path.realpath(resolved)).name,
+        name=where.name,
         version=manifest["tool"]["version"],
         options=manifest["options"],
         ties_source=manifest["ties"]["source"],
@@ -403,6 +396,27 @@ def read_facts(
         kept=tuple(sorted(kept, key=lambda k: natural_key(k.canonical))),
         readiness=readiness,
     )
+
+
+def _found(path: str | os.PathLike[str]) -> tuple[FilePath, Checkpoint | None, Path]:
+    """What `path` is: itself, the checkpoint if it is a folder, and where the manifest can be read."""
+    where = located(path)
+    nothing_said = (
+        f"holds no {MANIFEST_NAME}, so nothing says what was done; give the folder that a rewrite wrote "
+        "(without --no-manifest)"
+    )
+    if isinstance(where, RemotePath):
+        folder = sources.open_checkpoint(where, ignore_unindexed=True)
+        if not (folder.root / MANIFEST_NAME).exists():
+            raise UsageError(nothing_said, file=where)
+        return where, folder, folder.root / MANIFEST_NAME
+    if not os.path.lexists(where):
+        raise UsageError("does not exist; expected the folder that a rewrite wrote, or its manifest", file=where)
+    if not where.is_dir():
+        return where, None, where
+    if not (where / MANIFEST_NAME).exists():
+        raise UsageError(nothing_said, file=where)
+    return where, Checkpoint.open(where, ignore_unindexed=True), where / MANIFEST_NAME
 
 
 def _group_rows(groups: Iterable[Mapping[str, Any]]) -> tuple[GroupRow, ...]:

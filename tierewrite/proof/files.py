@@ -64,7 +64,7 @@ def check_layout(source: Checkpoint, target: Checkpoint, manifest: Mapping[str, 
             problems.append(Problem("shard-name", shard.name, f"is shard {number} of {len(target.shards)}"))
         if limit is not None and sizes[number - 1] > limit and counts[number - 1] > 1:
             problems.append(Problem("shard-size", shard.name, f"holds {sizes[number - 1]} bytes; at most {limit} fit"))
-        if shard.path != target.root / shard.name:
+        if shard.path != target.place / shard.name:
             problems.append(Problem("shard-name", shard.name, "is a link; expected the file itself"))
     return problems
 
@@ -102,14 +102,16 @@ def check_side_files(
         problems.append(Problem("side-file", name, "missing in DST"))
     for name in sorted(found.keys() - expected.keys()):
         problems.append(Problem("side-file", name, "is not in SRC"))
-    for name in sorted(set(source.directories) ^ set(target.directories)):
+    # A store has no folders but in names; an empty one of SRC cannot be there.
+    local = source.origin is None and target.origin is None
+    for name in sorted(set(source.directories) ^ set(target.directories)) if local else ():
         where = "DST" if name in source.directories else "SRC"
         problems.append(Problem("side-file", name, f"this folder is missing in {where}"))
     pairs = [(expected[name], found[name]) for name in sorted(expected.keys() & found.keys())]
 
     def compare(pair: tuple[SideFile, SideFile]) -> Problem | None:
         mine, other = pair
-        if other.path != target.root / other.name:
+        if other.path not in (target.place / other.name, target.root / other.name):
             return Problem("side-file", other.name, "is a link in DST; expected a file")
         if fix_ignore and mine.name in ("config.json", "hf_quant_config.json"):
             name = "config" if mine.name == "config.json" else "quant_config"

@@ -8,7 +8,6 @@ import stat
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from tierewrite import formats
 from tierewrite.checkpoint import Checkpoint, Shard, SideFile, TensorEntry
 from tierewrite.errors import SourceChanged, SystemFailure
 from tierewrite.formats import Role
+from tierewrite.remote import RemoteFile, RemotePath
 
 _PIECE = 8 << 20  # bytes read at once
 _RUN = 64 << 20  # bytes that one thread takes at a time; a larger tensor is a run of its own
@@ -83,7 +83,7 @@ def _hash_run(
     """Digests of neighbouring tensors of one shard; each byte is read once."""
     digests: dict[str, bytes] = {}
     kept: dict[str, bytes] = {}
-    with Reader(shard.path, shard.size, shard.mtime_ns, advance) as reader:
+    with Reader(shard, advance) as reader:
         reader.seek(entries[0].start, entries[-1].end)
         for entry in entries:
             if entry.nbytes <= len(reader.piece):  # nearly all of half a million small ones
@@ -108,13 +108,16 @@ def _hash_run(
 class Reader:
     """A file that must not change, read once from one offset to another in bounded pieces."""
 
-    def __init__(self, path: Path, size: int, mtime_ns: int, advance: Callable[[int], None] | None = None) -> None:
-        self.path, self.size, self.mtime_ns = path, size, mtime_ns
+    def __init__(self, file: Shard | SideFile, advance: Callable[[int], None] | None = None) -> None:
+        self.path, self.size, self.mtime_ns = file.path, file.size, file.mtime_ns
+        self.remote = RemoteFile(file.path, file.size, file.version) if isinstance(file.path, RemotePath) else None
         self.advance = advance
         self.piece = memoryview(b"")
         self.position = self.end = 0
 
     def __enter__(self) -> Reader:
+        if isinstance(self.path, RemotePath):
+            return self
         try:
             self.fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as e:
@@ -127,13 +130,25 @@ class Reader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self.fd)
+        if self.remote is None:
+            os.close(self.fd)
 
     def check(self) -> None:
         """Notice a file that is not what it was when its header or folder was read."""
+        if self.remote is not None:
+            self.remote.finish()
+            return
         info = os.fstat(self.fd)
         if not stat.S_ISREG(info.st_mode) or (info.st_size, info.st_mtime_ns) != (self.size, self.mtime_ns):
             raise SourceChanged("changed while it was verified; run again when nothing writes to it", file=self.path)
+
+    def _read(self, count: int) -> bytes:
+        if self.remote is not None:
+            return self.remote.read(self.position, self.position + count)
+        try:
+            return os.pread(self.fd, count, self.position)
+        except OSError as e:
+            raise SystemFailure(f"cannot be read: {e.strerror}", file=self.path) from None
 
     def seek(self, start: int, end: int) -> None:
         self.position, self.end = start, end
@@ -148,10 +163,7 @@ class Reader:
         """The next `count` bytes."""
         while count:
             if not self.piece:
-                try:
-                    read = os.pread(self.fd, min(_PIECE, self.end - self.position), self.position)
-                except OSError as e:
-                    raise SystemFailure(f"cannot be read: {e.strerror}", file=self.path) from None
+                read = self._read(min(_PIECE, self.end - self.position))
                 if not read:
                     raise SourceChanged("shrank while it was verified", file=self.path)
                 self.position += len(read)
@@ -167,7 +179,7 @@ class Reader:
 def hash_file(side: SideFile, advance: Callable[[int], None] | None) -> bytes:
     """BLAKE3 of a whole file."""
     hasher = blake3()
-    with Reader(side.path, side.size, side.mtime_ns, advance) as reader:
+    with Reader(side, advance) as reader:
         reader.seek(0, side.size)
         for piece in reader.take(side.size):
             hasher.update(piece)
@@ -180,7 +192,7 @@ def read_array(checkpoint: Checkpoint, key: str) -> npt.NDArray[Any]:
     entry = checkpoint.tensors[key]
     shard = checkpoint.shards[entry.shard]
     data = bytearray()
-    with Reader(shard.path, shard.size, shard.mtime_ns) as reader:
+    with Reader(shard) as reader:
         reader.seek(entry.start, entry.end)
         for piece in reader.take(entry.nbytes):
             data += piece

@@ -12,10 +12,13 @@ never writes (but for `mends`, in staged output). It refuses a folder whose head
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tierewrite.errors import UsageError
 from tierewrite.readiness.findings import SCHEMA, Finding, ReadinessReport, in_order
+
+if TYPE_CHECKING:
+    from tierewrite.sources import Place
 
 __all__ = ["CONSUMERS", "SCHEMA", "Finding", "ReadinessReport", "check"]
 
@@ -23,7 +26,7 @@ CONSUMERS = ("vllm", "transformers")
 
 
 def check(
-    path: str | os.PathLike[str],
+    path: Place,
     consumer: str = "vllm",
     *,
     backbone: str | os.PathLike[str] | None = None,
@@ -37,7 +40,7 @@ def check(
     up to `compare_limit` bytes in all; writes nothing.
 
     Args:
-        path: the folder.
+        path: the folder, or its URL.
         consumer: "vllm" or "transformers".
         backbone: a JSON file that describes how vLLM maps names (the form of backbones.json here), asked before
             the built-in one.
@@ -50,6 +53,7 @@ def check(
         SystemFailure: the system does not let us read it.
     """
     from tierewrite.readiness.subject import Folder, Subject
+    from tierewrite.sources import name_of
 
     options: dict[str, Any] = {
         "ties_file": ties,
@@ -72,7 +76,7 @@ def check(
     return ReadinessReport(
         consumer=consumer,
         consumer_version=version,
-        checkpoint=os.fspath(path),
+        checkpoint=name_of(path),
         tensors=len(subject.entries),
         bytes_read=subject.bytes_read,
         findings=found,

@@ -8,16 +8,14 @@ they do in vLLM, where they match as substrings and fused projections have to be
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from tierewrite.readiness.subject import Folder
 from tierewrite.readiness.vllm import VllmSubject
 from tierewrite.readiness.vllm_quant import Ignore
-from tierewrite.writer import system_errors
+from tierewrite.sources import Place
 
 
 def consistent_ignore(s: VllmSubject) -> list[str] | None:
@@ -77,25 +75,27 @@ def _spellings(s: VllmSubject, name: str) -> list[str]:
     return [side + name.removeprefix(s.backbone.map(side)) for side in sides] or [name]
 
 
-def mend_ignore_lists(folder: Path, *, trust_remote_code: bool = False) -> tuple[str, ...]:
-    """Give the configs in `folder` the list of `consistent_ignore`, where they need it; for staged output only.
+def mended_ignore_lists(
+    folder: Place, *, trust_remote_code: bool = False
+) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """The configs of `folder` with the list of `consistent_ignore`, where they need it.
 
     Both config.json and hf_quant_config.json get it, each under the key that it uses. Everything else in them stays,
     in its order; the indentation is kept.
 
     Returns:
-        One sentence for each file that was changed.
+        New contents by name, and one sentence for each.
 
     Raises:
         SourceError and its kin: the folder cannot be read.
     """
-    subject = VllmSubject(Folder.open(folder, "vllm"), trust_remote_code=trust_remote_code)
-    patterns = consistent_ignore(subject)
+    opened = Folder.open(folder, "vllm")
+    patterns = consistent_ignore(VllmSubject(opened, trust_remote_code=trust_remote_code))
     if patterns is None:
-        return ()
-    changed = []
+        return {}, ()
+    contents = {}
     for name in ("config.json", "hf_quant_config.json"):
-        path = folder / name
+        path = opened.root / name
         if not path.exists():
             continue
         text = path.read_text(encoding="utf-8")
@@ -106,13 +106,9 @@ def mend_ignore_lists(folder: Path, *, trust_remote_code: bool = False) -> tuple
         if lists:
             indented = re.search(r"\n([ \t]+)\S", text)
             new = json.dumps(content, indent=indented.group(1) if indented else None, ensure_ascii=text.isascii())
-            with system_errors("writing", path), open(path, "r+", encoding="utf-8") as file:
-                file.write(new + text[len(text.rstrip()) :])
-                file.truncate()
-                file.flush()
-                os.fsync(file.fileno())
-            changed.append(f"{name}: the ignore list was rewritten so that vLLM builds what is on disk")
-    return tuple(changed)
+            contents[name] = (new + text[len(text.rstrip()) :]).encode()
+    sentence = "{}: the ignore list was rewritten so that vLLM builds what is on disk"
+    return contents, tuple(sentence.format(name) for name in contents)
 
 
 def _lists(content: Any) -> Iterator[tuple[dict[str, Any], str]]:

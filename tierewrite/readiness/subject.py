@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from fnmatch import translate
 from functools import cached_property, lru_cache
@@ -30,12 +31,15 @@ from tierewrite.checkpoint import (
     natural_key,
     read_header,
     read_index,
+    refuse_half_written,
     what_is_here,
 )
 from tierewrite.errors import ConfigError, SourceError, TierewriteError, UsageError
 from tierewrite.names import WHOLE, Part, on_disk, places
+from tierewrite.reading import open_source, read_tensors
+from tierewrite.remote import FilePath
+from tierewrite.sources import Mirror, Place, RemoteFolder, folder_of, told_of
 from tierewrite.ties import ModelNames, TieMap
-from tierewrite.transfer import open_source, read_exactly, read_tensors
 
 Files = Literal["vllm", "transformers"]
 
@@ -53,7 +57,7 @@ class Folder:
     """A checkpoint folder as a loader sees it.
 
     Attributes:
-        root: the folder.
+        root: the folder; of a remote one, what holds copies of its small files.
         shards: the files that the loader reads, in its order.
         entries: the tensors in them by name; of a name that several hold, the one that is read last.
         repeated: names that several of the files hold, with all their entries in reading order.
@@ -63,6 +67,7 @@ class Folder:
         consolidated: files called consolidated*.safetensors, which vLLM then reads alone.
         config, quant_config, generation: config.json, hf_quant_config.json, generation_config.json; {} where
             absent.
+        copies: of a remote folder: who removes `root` once nobody needs it.
     """
 
     root: Path
@@ -76,9 +81,10 @@ class Folder:
     config: dict[str, Any]
     quant_config: dict[str, Any]
     generation: dict[str, Any]
+    copies: object = None
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], reader: Files = "vllm") -> Folder:
+    def open(cls, path: Place, reader: Files = "vllm") -> Folder:
         """Read headers, index and configs of `path` by the rules of `reader`.
 
         vLLM reads the files that the index names, whole, or every *.safetensors without one; files called
@@ -90,11 +96,20 @@ class Folder:
             SourceError and its kin: no folder, no safetensors file, a malformed header, index or config.
             SystemFailure: the system does not let us read it.
         """
-        root = Path(path)
-        if not root.is_dir():
-            what = "not a folder" if os.path.lexists(root) else "does not exist"
-            raise SourceError(f"{what}; {WANTED}", file=path)
-        there = sorted((p.name for p in root.glob("*.safetensors")), key=natural_key)
+        place = folder_of(path)
+        mirror = Mirror(place, python=True) if isinstance(place, RemoteFolder) else None
+        where: FilePath
+        if isinstance(place, RemoteFolder):
+            assert mirror is not None
+            root, where, top = mirror.root, place.base, mirror.top
+        else:
+            root = where = place
+            if not root.is_dir():
+                what = "not a folder" if os.path.lexists(root) else "does not exist"
+                raise SourceError(f"{what}; {WANTED}", file=root)
+            top = [p.name for p in root.iterdir()]
+        refuse_half_written(top, where)
+        there = sorted((n for n in top if n.endswith(".safetensors")), key=natural_key)
         consolidated = tuple(n for n in there if n.startswith("consolidated")) if reader == "vllm" else ()
         weight_map = read_index(root / INDEX_NAME)[1] if (root / INDEX_NAME).exists() else None
         absent: list[str] = []
@@ -109,23 +124,24 @@ class Folder:
         else:
             names = there
         if not there:
-            here = sorted(p.name for p in root.iterdir())
-            raise SourceError(f"no *.safetensors file here; {what_is_here(here)}", file=root)
+            raise SourceError(f"no *.safetensors file here; {what_is_here(sorted(top))}", file=where)
         shards: list[Shard] = []
         entries: dict[str, TensorEntry] = {}
         repeated: dict[str, list[TensorEntry]] = {}
-        for number, name in enumerate(names):
-            shard, found = read_header(root / name, shard=number, name=name)
-            shards.append(shard)
-            for entry in found:
-                earlier = entries.get(entry.name)
-                if earlier is not None:
-                    repeated.setdefault(entry.name, [earlier]).append(entry)
-                entries[entry.name] = entry
         unread = {}
-        for name in there:
-            if name not in names:
-                unread[name] = tuple(e.name for e in read_header(root / name, name=name)[1])
+        headers = nullcontext(_local_header(root)) if mirror is None else mirror.headers(there)
+        with told_of(where, root), headers as header:
+            for number, name in enumerate(names):
+                shard, found = header(name, number)
+                shards.append(shard)
+                for entry in found:
+                    earlier = entries.get(entry.name)
+                    if earlier is not None:
+                        repeated.setdefault(entry.name, [earlier]).append(entry)
+                    entries[entry.name] = entry
+            for name in there:
+                if name not in names:
+                    unread[name] = tuple(e.name for e in header(name, 0)[1])
         return cls(
             root,
             tuple(shards),
@@ -138,12 +154,17 @@ class Folder:
             _json(root / "config.json"),
             _json(root / "hf_quant_config.json"),
             _json(root / "generation_config.json"),
+            mirror,
         )
 
     def as_checkpoint(self, entries: Mapping[str, TensorEntry] | None = None) -> Checkpoint:
         """The same as a `Checkpoint` that `transfer.read_tensors` reads from."""
         found = dict(self.entries if entries is None else entries)
         return Checkpoint(self.root, self.shards, found, None, (), (), self.config, self.quant_config, ())
+
+
+def _local_header(root: Path) -> Callable[[str, int], tuple[Shard, list[TensorEntry]]]:
+    return lambda name, number: read_header(root / name, shard=number, name=name)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -513,21 +534,21 @@ class Subject:
     def same_bytes(self, first: TensorEntry, second: TensorEntry) -> bool:
         """Whether two tensors of one size hold the same bytes; reads in pieces."""
         piece = 8 << 20
-        a, b = (open_source(self.folder.shards[e.shard]) for e in (first, second))
+        sides = [(open_source(self.folder.shards[e.shard]), e.start) for e in (first, second)]
         try:
             buffers = bytearray(piece), bytearray(piece)
             for at in range(0, first.nbytes, piece):
                 count = min(piece, first.nbytes - at)
-                views = tuple(memoryview(buffer)[:count] for buffer in buffers)
-                read_exactly(a, views[0], first.start + at, self.folder.shards[first.shard])
-                read_exactly(b, views[1], second.start + at, self.folder.shards[second.shard])
+                views = [memoryview(buffer)[:count] for buffer in buffers]
+                for (file, start), view in zip(sides, views, strict=True):
+                    file.read_runs([(start + at, start + at + count)], view)
                 self.bytes_read += 2 * count
                 if views[0] != views[1]:
                     return False
             return True
         finally:
-            os.close(a)
-            os.close(b)
+            for file, _ in sides:
+                file.close()
 
     def equal(self, groups: Iterable[tuple[TensorEntry, ...]]) -> Iterator[bool | None]:
         """For each group of entries, whether all hold the same bytes; None where the limit is spent.

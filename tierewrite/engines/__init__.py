@@ -1,0 +1,110 @@
+"""Who does the work of a pass: this process and its threads, or a Ray cluster. The output is the same.
+
+An engine hashes tensors and carries out jobs (`tierewrite.jobs`); the driver plans, confirms, commits and verifies, and
+is the only one that decides. `local` writes an output on this machine in one pass over the source instead, each byte
+read once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
+
+from tierewrite.checkpoint import Checkpoint
+from tierewrite.errors import UsageError
+from tierewrite.jobs import Job, Result
+
+ENGINES = ("local", "ray")
+
+
+class Progress:
+    """What a caller may watch. Subclass it; the methods may be called from any thread.
+
+    Attributes:
+        shown: whether a person is watching (a download then shows its own bars).
+    """
+
+    shown: bool = False
+
+    def start(self, phase: str, total: int) -> None:
+        """A phase begins that will move `total` bytes."""
+
+    def advance(self, nbytes: int) -> None:
+        """`nbytes` more bytes have moved."""
+
+    def note(self, text: str) -> None:
+        """Something a person should know before it happens."""
+
+
+class Engine(Protocol):
+    """Carries out the work of one pass. A context manager.
+
+    Attributes:
+        progress: who is told.
+    """
+
+    progress: Progress
+
+    @property
+    def device(self) -> str:
+        """What does the hashing, for people."""
+
+    def hash(self, source: Checkpoint, keys: Iterable[str], phase: str) -> dict[str, bytes]:
+        """BLAKE3 of the tensors `keys` of `source`.
+
+        Raises:
+            SourceChanged: it is not what it was when its headers were read. SystemFailure: reading failed.
+        """
+
+    def carry_out(self, jobs: Sequence[Job], phase: str) -> list[Result]:
+        """Carries out all of `jobs`; their results, in the same order.
+
+        Raises:
+            SourceChanged, SystemFailure: a job failed for good; those that were finished stay.
+        """
+
+    def __enter__(self) -> Engine: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
+@contextlib.contextmanager
+def select(
+    engine: str = "local",
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    progress: Progress | None = None,
+    ray_address: str | None = None,
+) -> Iterator[Engine]:
+    """The engine of that name, for as long as the body runs.
+
+    Args:
+        engine: "local" or "ray".
+        device: "auto", "cpu" or "cuda".
+        threads: workers of the local engine; None: as many as there are cores, at most 8.
+        progress: told how many bytes have moved.
+        ray_address: the cluster, as `ray.init` takes it; None: RAY_ADDRESS, else the one that runs here, else a new
+            one on this machine.
+
+    Raises:
+        UsageError: no such engine, Ray is not installed, or an option of another engine.
+        SystemFailure: there is no cluster at that address.
+    """
+    if engine == "local":
+        if ray_address is not None:
+            raise UsageError("--ray-address belongs to --engine ray; leave one of them out, or add the other")
+        from tierewrite.engines.local import LocalEngine
+
+        with LocalEngine(device, threads, progress or Progress()) as local:
+            yield local
+        return
+    if engine != "ray":
+        raise UsageError(f"there is no engine '{engine}'; expected one of {', '.join(ENGINES)}")
+    if threads is not None:
+        raise UsageError("--threads belongs to the local engine; on Ray the cluster says how many tasks run at a time")
+    from tierewrite.engines.on_ray import RayEngine
+
+    with RayEngine(device, progress or Progress(), ray_address) as cluster:
+        yield cluster

@@ -1,0 +1,100 @@
+"""This process and its threads."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+
+from tierewrite import digest
+from tierewrite.checkpoint import Checkpoint
+from tierewrite.engines import Progress
+from tierewrite.jobs import Job, Result, carry_out
+from tierewrite.transfer import Task, Transfer, default_threads, tasks
+
+log = logging.getLogger(__name__)
+
+
+class LocalEngine:
+    """See `tierewrite.engines.Engine`. What it learns of a failing GPU it keeps from one pass to the next.
+
+    Importing CuPy and preparing the GPUs takes a second or two, in which headers are read and the plan is made.
+    """
+
+    def __init__(self, device: str = "auto", threads: int | None = None, progress: Progress | None = None) -> None:
+        self.threads = threads
+        self.progress = progress or Progress()
+        self._digester: digest.Digester | None = None
+        self._selecting: ThreadPoolExecutor | None = None
+        if device == "cpu":
+            self._digester = digest.select(device, threads=1)
+            return
+        self._selecting = ThreadPoolExecutor(1, thread_name_prefix="tierewrite-device")
+        self._selected = self._selecting.submit(digest.select, device, threads=1)
+
+    @property
+    def digester(self) -> digest.Digester:
+        """Where hashing happens. Raises what `digest.select` raises."""
+        if self._digester is None:
+            self._digester = self._selected.result()
+            log.info("hashing on %s", self._digester.description)
+        return self._digester
+
+    @property
+    def device(self) -> str:
+        return self.digester.description
+
+    def __enter__(self) -> LocalEngine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._selecting is not None:
+            self._selecting.shutdown(wait=True, cancel_futures=True)
+
+    def hash(self, source: Checkpoint, keys: Iterable[str], phase: str) -> dict[str, bytes]:
+        return self.transfer(source, tasks(source, keys), phase)
+
+    def transfer(
+        self,
+        source: Checkpoint,
+        work: Sequence[Task],
+        phase: str,
+        outputs: Sequence[Path | None] = (),
+        patches: Mapping[str, bytes] | None = None,
+        originals: Mapping[str, bytes] | None = None,
+        progress: Progress | None = None,
+    ) -> dict[str, bytes]:
+        """Carries out `work` in one pass; returns the digests. Raises what `Transfer.run` raises."""
+        progress = progress or self.progress
+        progress.start(phase, sum(task.nbytes for task in work))
+        transfer = Transfer(
+            source,
+            self.digester,
+            outputs,
+            patches,
+            originals,
+            threads=self.threads,
+            advance=progress.advance,
+        )
+        try:
+            return transfer.run(work)
+        finally:
+            self._digester = transfer.digester
+
+    def carry_out(self, jobs: Sequence[Job], phase: str) -> list[Result]:
+        self.progress.start(phase, sum(job.nbytes for job in jobs))
+        stop = threading.Event()
+        with ThreadPoolExecutor(self.threads or default_threads(), thread_name_prefix="tierewrite") as pool:
+            futures = [pool.submit(carry_out, job, self.digester, self.progress.advance, stop) for job in jobs]
+            try:
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in futures:
+                    if future in done and (error := future.exception()) is not None:
+                        raise error
+            finally:
+                stop.set()
+                for future in futures:
+                    future.cancel()
+        return [future.result() for future in futures]
