@@ -45,6 +45,8 @@ from tierewrite.errors import (
 from tierewrite.remote import FilePath, RemotePath
 
 INDEX_NAME = "model.safetensors.index.json"
+WANTED = "expected a checkpoint folder holding *.safetensors files"
+_MEND_JSON = "correct it, or copy it from the original model"
 MANIFEST_NAME = "tierewrite.json"
 INCOMPLETE_NAME = "tierewrite.incomplete.json"
 """Stands in a store that cannot rename for as long as a rewrite writes there; the index comes last."""
@@ -209,9 +211,12 @@ class Checkpoint:
             HeaderError, ShardIndexError, ConfigError, SourceError: something is wrong in the folder.
             SystemFailure: the system does not let us read it.
         """
-        root = _resolve(Path(path))
+        try:
+            root = _resolve(Path(path))
+        except SourceError as e:
+            raise SourceError(f"{e.args[0]}; {WANTED}", file=path) from None
         if not root.is_dir():
-            raise SourceError("not a folder; expected a checkpoint folder holding *.safetensors files", file=path)
+            raise SourceError(f"not a folder; {WANTED}", file=path)
         return cls.assembled(
             root,
             _list_dir(root),
@@ -267,7 +272,7 @@ class Checkpoint:
         else:
             names, strays = sorted(local, key=natural_key), []
             if not names:
-                raise SourceError(f"no *.safetensors file here; {_what_is_here(top)}", file=origin or root)
+                raise SourceError(f"no *.safetensors file here; {what_is_here(top)}", file=origin or root)
 
         shards: list[Shard] = []
         tensors: dict[str, TensorEntry] = {}
@@ -279,10 +284,10 @@ class Checkpoint:
             if not tensors.keys().isdisjoint(held):
                 key = next(key for key in held if key in tensors)
                 raise ShardIndexError(
-                    f"also stored in {shown(shards[tensors[key].shard].name)}; expected each name in one shard only. "
-                    "Remove the copy that is not meant",
+                    f"also stored in {shown(shards[tensors[key].shard].name)}; expected each name in one shard only",
                     file=root / name,
                     tensor=key,
+                    advice="remove the copy that is not meant",
                 )
             tensors.update(held)
             if weight_map is not None and not held.keys() <= weight_map.keys():
@@ -295,10 +300,11 @@ class Checkpoint:
                 if not ignore_unindexed:
                     raise ShardIndexError(
                         f"holds {len(unindexed)} tensors that {INDEX_NAME} lacks: {listed}{more}. Loaders would not "
-                        "read them; add them to the index, or pass --ignore-unindexed to leave them out",
+                        "read them",
                         file=root / shards[unindexed[0].shard].name,
                         tensor=unindexed[0].name,
                         details={"unindexed": [entry.name for entry in unindexed]},
+                        advice="add them to the index, or pass --ignore-unindexed to leave them out",
                     )
                 for entry in unindexed:
                     del tensors[entry.name]
@@ -309,11 +315,11 @@ class Checkpoint:
             twice = [entry.name for entry in entries if entry.name in tensors]
             if twice:
                 raise ShardIndexError(
-                    f"is not in {INDEX_NAME}, yet holds {len(twice)} of its tensors; remove the file, or the index if "
-                    "the file is what counts",
+                    f"is not in {INDEX_NAME}, yet holds {len(twice)} of its tensors",
                     file=root / name,
                     tensor=twice[0],
                     details={"overlap": twice},
+                    advice="remove the file, or the index if the file is what counts",
                 )
             warnings.append(f"{shown(name)} is not in {INDEX_NAME}: copied as it is, its tensors are not looked at")
         if not tensors:
@@ -410,7 +416,7 @@ def header_length(prefix: bytes, size: int, file: object) -> int:
         raise HeaderError(f"has {len(prefix)} bytes; a safetensors file has at least 8", file=file)
     length = int.from_bytes(prefix, "little")
     if prefix == b"version ":
-        raise HeaderError("is a Git LFS pointer, not the file itself; run `git lfs pull`", file=file)
+        raise HeaderError("is a Git LFS pointer, not the file itself", file=file, advice="run `git lfs pull`")
     if length > MAX_HEADER_BYTES:
         raise HeaderError(f"says its header has {length} bytes; the format allows {MAX_HEADER_BYTES}", file=file)
     if length > size - 8:
@@ -841,8 +847,9 @@ def _check_shard_link(root: Path, name: str, index_path: Path) -> None:
         raise ShardIndexError(f"names '{shown(name)}', which cannot be found: {e}", file=index_path) from None
     if not _belongs(root, resolved):
         raise ShardIndexError(
-            f"names '{shown(name)}', a link that leaves the folder to {shown(resolved)}; put the file itself there",
+            f"names '{shown(name)}', a link that leaves the folder to {shown(resolved)}",
             file=index_path,
+            advice="put the file itself there",
         )
 
 
@@ -908,19 +915,19 @@ def _read_config(path: Path, warnings: list[str]) -> dict[str, Any]:
     try:
         found = json.loads(raw.decode("utf-8"), object_pairs_hook=pairs_hook)
     except UnicodeDecodeError as e:
-        raise ConfigError(f"is not UTF-8 at byte {e.start}", file=path) from None
+        raise ConfigError(f"is not UTF-8 at byte {e.start}; {_MEND_JSON}", file=path) from None
     except RecursionError:
-        raise ConfigError("is nested too deeply", file=path) from None
+        raise ConfigError(f"is nested too deeply; {_MEND_JSON}", file=path) from None
     except ValueError as e:
-        raise ConfigError(f"is no valid JSON: {e}", file=path) from None
+        raise ConfigError(f"is no valid JSON: {e}; {_MEND_JSON}", file=path) from None
     if type(found) is not dict:
-        raise ConfigError(f"is {_kind(found)}; expected an object", file=path)
+        raise ConfigError(f"is {_kind(found)}; expected an object: {_MEND_JSON}", file=path)
     if repeated:
         warnings.append(f"{path.name}: '{shown(repeated[0])}' comes twice in one object; the last one counts")
     return found
 
 
-def _what_is_here(names: list[str]) -> str:
+def what_is_here(names: list[str]) -> str:
     """What a folder without safetensors holds instead, for the error."""
     if not names:
         return "the folder is empty"
@@ -928,7 +935,8 @@ def _what_is_here(names: list[str]) -> str:
     if weights:
         listed = ", ".join(shown(name) for name in weights[:5])
         return f"found weights in other formats ({listed}): convert them to safetensors first"
-    return f"found {', '.join(shown(name) for name in names[:8])}{' ...' if len(names) > 8 else ''}"
+    listed = ", ".join(shown(name) for name in names[:8])
+    return f"found {listed}{' ...' if len(names) > 8 else ''}; give the folder that holds the shards"
 
 
 def _walk(root: Path, leave_out: set[str], warnings: list[str]) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
@@ -950,7 +958,7 @@ def _walk(root: Path, leave_out: set[str], warnings: list[str]) -> tuple[tuple[S
             info = _stat(resolved, path)
             if stat.S_ISDIR(info.st_mode):
                 if resolved in above:
-                    raise SourceError("is a link to a folder that holds it: a loop", file=path)
+                    raise SourceError("is a link to a folder that holds it, a loop: remove it", file=path)
                 if linked and not _belongs(root, resolved):
                     raise SourceError(
                         f"is a link to the folder {shown(resolved)}, outside of the checkpoint; "
@@ -964,7 +972,8 @@ def _walk(root: Path, leave_out: set[str], warnings: list[str]) -> tuple[tuple[S
                     warnings.append(f"{shown(relative)} is a link to {shown(resolved)}: that file is copied")
                 files.append(SideFile(relative, resolved, info.st_size, info.st_mtime_ns))
             else:
-                raise SourceError(f"is {_mode(info.st_mode)}; only regular files can be copied", file=path)
+                what = f"is {_mode(info.st_mode)}; only regular files can be copied: move it away"
+                raise SourceError(what, file=path)
     return tuple(sorted(files, key=lambda side: side.name)), tuple(sorted(folders))
 
 
@@ -991,13 +1000,14 @@ def _failed(e: OSError | ValueError, path: Path) -> TierewriteError:
     if isinstance(e, ValueError):
         return SourceError("its name holds a NUL character", file=path)
     if e.errno == errno.ELOOP:
-        return SourceError("is a link that leads to itself", file=path)
+        return SourceError("is a link that leads to itself; remove it, or put the file there", file=path)
     if e.errno in (errno.ENOENT, errno.ENOTDIR):
-        what = "is a link to nothing" if path.is_symlink() else "does not exist"
+        what = "is a link to nothing; remove it, or put the file there" if path.is_symlink() else "does not exist"
         return SourceError(what, file=path)
     if e.errno in (errno.ENAMETOOLONG, errno.ENXIO):
         return SourceError(f"cannot be opened: {e.strerror}", file=path)
-    return SystemFailure(f"cannot be read: {e.strerror or e}", file=path)
+    advice = "check its permissions, or read it as another user" if e.errno in (errno.EACCES, errno.EPERM) else None
+    return SystemFailure(f"cannot be read: {e.strerror or e}", file=path, advice=advice)
 
 
 def _resolve(path: Path) -> Path:

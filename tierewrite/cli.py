@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 ERROR_SCHEMA = "tierewrite/error/1"
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-_FOLDER = click.Path(path_type=Path)
+_FOLDER = click.Path(readable=False, path_type=Path)  # what cannot be read is for the library to say: exit 5
 _EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:>3}  {text}" for code, text in EXIT_CODES.items())
 
 
@@ -46,7 +46,7 @@ def _options(*decorators: Callable[[_F], _F]) -> Callable[[_F], _F]:
 
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object (see the README).")
-_SOURCE = click.Path()  # text: as a path, ./org/name would become a hub id, and a URL lose a slash
+_SOURCE = click.Path(readable=False)  # text: as a path, ./org/name would become a hub id, and a URL lose a slash
 _source_options = _options(
     click.option(
         "--ties",
@@ -140,6 +140,17 @@ def cli(verbose: int) -> None:
     scales. tierewrite works on the files alone: it learns from the model class which parameters are tied, confirms
     it by hashing the bytes, merges the activation scales, drops the alias names and writes a checkpoint and index
     under canonical names. SRC is never written to; DST appears whole or not at all.
+
+    \b
+    Examples:
+      tierewrite plan exported/                      what would be done
+      tierewrite rewrite exported/ canonical/        do it
+      tierewrite verify exported/ canonical/         prove it
+      tierewrite rewrite --help                      all options of a command, with examples
+
+    \b
+    Completion of commands and options, for the shell's start-up file (or zsh_source, fish_source):
+      eval "$(_TIEREWRITE_COMPLETE=bash_source tierewrite)"
     """
     level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
@@ -198,6 +209,10 @@ def rewrite(
     there and --overwrite starts anew.
     """
     options = _given(options)
+    if no_backup and "in_place" not in options:
+        raise click.UsageError("--no-backup goes with --in-place; leave it out, or add that")
+    if "force" in options and consumer is None:
+        raise click.UsageError("--force goes with --for; leave it out, or add that")
     if consumer is not None:
         from tierewrite.rewriting import FOR_CONSUMER
 
@@ -263,6 +278,7 @@ def verify(src: str, dst: str, as_json: bool, ties: Path | None, **options: Any)
     Examples:
       tierewrite verify exported/ canonical/
       tierewrite verify s3://bucket/exported s3://bucket/canonical
+      tierewrite verify exported/ canonical/ --json | jq '.problems[] | [.id, .where]'
     """
     result = tierewrite.verify(src, dst, ties_file=ties, **options)
     if as_json:
@@ -287,6 +303,7 @@ def inspect(src: str, as_json: bool, no_ties: bool, **options: Any) -> None:
     Examples:
       tierewrite inspect exported/
       tierewrite inspect s3://bucket/exported --no-ties
+      tierewrite inspect org/name --json | jq .dtypes
     """
     result = tierewrite.inspect(src, declared=not no_ties, **options)
     if as_json:
@@ -342,7 +359,7 @@ def check(checkpoint: str, consumer: str, strict: bool, as_json: bool, **options
         raise click.exceptions.Exit(code)
 
 
-@cli.command("report")
+@cli.command("report", short_help="Show what a rewrite did, here or on a page to pass on.")
 @click.argument("target", type=_SOURCE, metavar="DST|MANIFEST")
 @click.option("--html", type=_FOLDER, metavar="FILE", help="Write one self-contained HTML page.")
 @click.option("--png", type=_FOLDER, metavar="FILE", help="Write its figures and pictures as one PNG.")
@@ -387,6 +404,9 @@ def report_command(
         page.write_html(html)
     if png is not None:
         page.write_png(png)
+    for written in (html, png):
+        if written is not None and not as_json:
+            click.echo(f"{written} is written.")
     if as_json:
         _print_json(page.to_json())
     elif html is None and png is None:
@@ -452,7 +472,8 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_SYSTEM
     except OSError as error:
-        return _failed(SystemFailure(f"{error.strerror or error}", file=error.filename), as_json)
+        advice = "check permissions and the disk"
+        return _failed(SystemFailure(f"{error.strerror or error}", file=error.filename, advice=advice), as_json)
     except MemoryError:
         return _failed(SystemFailure("out of memory; use fewer --threads or a larger machine"), as_json)
     except Exception as error:

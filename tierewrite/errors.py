@@ -54,12 +54,14 @@ class TierewriteError(Exception):
 
     Attributes:
         exit_code: the command line's exit status for it.
+        advice: what to do, where a message of this class does not say it itself.
         file: the file concerned, as text, or None.
         tensor: the tensor (key) concerned, or None.
         details: further facts for --json; JSON-serialisable.
     """
 
     exit_code = EXIT_INTERNAL
+    advice = ""
 
     def __init__(
         self,
@@ -68,8 +70,10 @@ class TierewriteError(Exception):
         file: object | None = None,
         tensor: str | None = None,
         details: dict[str, Any] | None = None,
+        advice: str | None = None,
     ) -> None:
-        super().__init__(message)
+        advice = self.advice if advice is None else advice
+        super().__init__(f"{message}; {advice}" if advice else message)
         self.file = None if file is None else str(file)
         self.tensor = tensor
         self.details = details or {}
@@ -121,9 +125,13 @@ class SourceError(TierewriteError):
 class HeaderError(SourceError):
     """A safetensors file whose header is malformed or disagrees with the file (exit 4)."""
 
+    advice = "download or export this file again"
+
 
 class ShardIndexError(SourceError):
     """`model.safetensors.index.json` is malformed or disagrees with the shards (exit 4)."""
+
+    advice = "download or export the checkpoint again, or correct the index"
 
 
 class ConfigError(SourceError):

@@ -212,7 +212,8 @@ class _Remote:
             try:
                 found = self.api.parse_safetensors_file_metadata(self.repo, name, revision=self.commit)
             except errors.SafetensorsParsingError as error:
-                raise HeaderError(f"{_first_line(error)}; download the repository to see more", file=file) from error
+                advice = "download the repository to see more"
+                raise HeaderError(_first_line(error), file=file, advice=advice) from error
             except (TypeError, AttributeError, KeyError, ValueError) as error:
                 if isinstance(error, errors.HfHubHTTPError):
                     raise
@@ -303,8 +304,8 @@ def _translated(error: Exception, repo: str, revision: str | None) -> Tierewrite
     failed = (ConnectionError, TimeoutError, errors.LocalEntryNotFoundError)
     if isinstance(error, failed) or any(type(e).__module__.partition(".")[0] in network for e in _chain(error)):
         return SystemFailure(
-            f"{what} cannot be fetched from {constants.ENDPOINT}: {_cause(error)}. Check the network and try again "
-            "(what has arrived is kept); HF_HUB_OFFLINE=1 takes what is in the cache"
+            f"{here} {what} cannot be fetched from {constants.ENDPOINT}: {_cause(error)}. Check the network and try "
+            "again (what has arrived is kept); HF_HUB_OFFLINE=1 takes what is in the cache"
         )
     if isinstance(error, OSError):
         return SystemFailure(f"{what} cannot be fetched: {error.strerror or _first_line(error)}", file=error.filename)

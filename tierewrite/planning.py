@@ -203,6 +203,7 @@ class RewritePlan:
     ties_detail: str = ""
     unpaired: tuple[str, ...] = ()
     source_bytes: int = 0
+    source_shards: int = 0
     families: tuple[str, ...] = ()
     expert_scales: tuple[ExpertScales, ...] = ()
     by_id: Mapping[str, GroupPlan] = field(default_factory=dict, repr=False)
@@ -273,6 +274,7 @@ def plan(
     ties_source: str = "none",
     ties_detail: str = "",
     unpaired: tuple[str, ...] = (),
+    warnings: Iterable[str] = (),
     refuted: Mapping[str, str] | None = None,
     separate_kv: Iterable[str] = (),
     repacked: Mapping[str, frozenset[str]] | None = None,
@@ -285,6 +287,7 @@ def plan(
         ties: the declared ties under the names that are on disk.
         policy: the options; defaults to `Policy()`.
         ties_source, ties_detail, unpaired: who declared the ties, for the record.
+        warnings: what reading the checkpoint and asking for its ties had to say.
         refuted: group id -> reason, for groups that their bytes have already refuted: they are kept whole.
         separate_kv: targets of KV-scale merges that are not to be carried out (their biases differ).
         repacked: group id -> modules whose NVFP4 blobs are known to differ by scaling alone.
@@ -297,7 +300,8 @@ def plan(
     drafted = _Planner(
         checkpoint, ties, policy, refuted or {}, frozenset(separate_kv), repacked or {}, unfillable
     ).run()
-    return replace(drafted, ties_source=ties_source, ties_detail=ties_detail, unpaired=unpaired)
+    said = tuple(dict.fromkeys((*warnings, *drafted.warnings)))
+    return replace(drafted, ties_source=ties_source, ties_detail=ties_detail, unpaired=unpaired, warnings=said)
 
 
 def kind_of(parameter: str) -> str:
@@ -455,6 +459,7 @@ class _Planner:
             policy=self.policy,
             warnings=tuple(self.warnings),
             source_bytes=self.checkpoint.total_bytes,
+            source_shards=len(self.checkpoint.shards),
             families=self.families,
             by_id=by_id,
         )

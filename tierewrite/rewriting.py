@@ -155,6 +155,7 @@ class Opened:
             ties_source=self.ties.source,
             ties_detail=self.ties.detail,
             unpaired=self.ties.unpaired,
+            warnings=(*self.checkpoint.warnings, *self.ties.warnings),
             refuted=facts.reasons,
             separate_kv=facts.apart,
             repacked=facts.repacked,

@@ -45,6 +45,8 @@ MAX_LAYERS = 4_096
 MAX_MODULES = 2_000_000
 MAX_BUILD_SECONDS = 60.0
 MAX_CONFIG_DEPTH = 64
+_TIES_WANTED = "expected a JSON object {alias: canonical}"
+_CONFIG_MEND = "mend config.json, or say what is tied with --ties FILE"
 
 _LAYER_KEY = re.compile(r"(layers?|blocks?|stages?|depths?|hidden_layers|modules)$", re.IGNORECASE)
 _COUNT_KEY = re.compile(r"^(num|n)_|_(num|count)$|experts?|labels?$", re.IGNORECASE)
@@ -445,20 +447,22 @@ def _read_ties(path: Path) -> dict[str, str]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:
-        raise TieFileError(f"the ties file cannot be read: {exc}", file=path) from exc
+        why = exc.strerror if isinstance(exc, OSError) and exc.strerror else exc
+        raise TieFileError(f"the ties file cannot be read: {why}; {_TIES_WANTED}", file=path) from exc
 
     def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
         for name, value in items:
             if name in seen and seen[name] != value:
-                raise TieFileError(f"the ties file names the alias '{shown(name)}' twice, with two values", file=path)
+                what = f"the ties file names the alias '{shown(name)}' twice, with two values; leave one of them"
+                raise TieFileError(what, file=path)
             seen[name] = value
         return seen
 
     try:
         data = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as exc:
-        raise TieFileError(f"the ties file is not JSON: {exc}", file=path) from exc
+        raise TieFileError(f"the ties file is not JSON: {exc}; {_TIES_WANTED}", file=path) from exc
     return _checked_mapping(data, path, TieFileError, "the ties file")
 
 
@@ -528,7 +532,7 @@ def _declared(declared: Mapping[str, str], path: Path | None, keys: Collection[s
             if scope and scope not in scopes and scope.rpartition(".")[0] not in scopes:
                 raise TieFileError(
                     f"{what} ties '{shown(alias)}' to '{shown(canonical)}', but the checkpoint has neither that "
-                    f"parameter nor anything under '{shown(scope)}'",
+                    f"parameter nor anything under '{shown(scope)}': correct the name",
                     file=path,
                     tensor=canonical,
                 )
@@ -560,7 +564,7 @@ def _from_config(
     if isinstance(declared, (list, tuple)):
         # The legacy form says which names are aliases, not of what: only the class can pair them.
         if not all(isinstance(name, str) for name in declared):
-            raise ConfigError("_tied_weights_keys must hold names", file=file)
+            raise ConfigError(f"_tied_weights_keys holds more than names; {_CONFIG_MEND}", file=file)
         if not declared:
             return None
         asked = _from_class(root, config, trust_remote_code)
@@ -601,7 +605,7 @@ def _check_config(root: Path, config: Any) -> None:
     """Refuse, before transformers sees it, what no real config holds: huge counts, deep nesting, no object."""
     file = root / "config.json"
     if not isinstance(config, dict):
-        raise ConfigError(f"expected a JSON object, found a {type(config).__name__}", file=file)
+        raise ConfigError(f"expected a JSON object, found a {type(config).__name__}; {_CONFIG_MEND}", file=file)
     stack: list[tuple[str, Any, int]] = [("", config, 0)]
     while stack:
         path, value, depth = stack.pop()
@@ -641,7 +645,8 @@ def _versions(config: Mapping[str, Any]) -> str:
         if written
         else "config.json names no transformers_version"
     )
-    return f"{wrote}, {transformers.__version__} is installed; or say what is tied with --ties FILE"
+    here = f"{transformers.__version__} is installed"
+    return f"{wrote}, {here}: install one that fits, or say what is tied with --ties FILE"
 
 
 def _from_class(root: Path, config: dict[str, Any], trust_remote_code: bool) -> TieMap:
@@ -656,14 +661,17 @@ def _from_class(root: Path, config: dict[str, Any], trust_remote_code: bool) -> 
         not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures)
     ):
         raise ConfigError(
-            f"architectures is {shown(json.dumps(architectures))}; expected a list of class names", file=file
+            f"architectures is {shown(json.dumps(architectures))}; expected a list of class names: {_CONFIG_MEND}",
+            file=file,
         )
     model_type = config.get("model_type")
     if model_type is not None and not isinstance(model_type, str):
-        raise ConfigError(f"model_type is {shown(json.dumps(model_type))}; expected a string", file=file)
+        what = f"model_type is {shown(json.dumps(model_type))}; expected a string"
+        raise ConfigError(f"{what}: {_CONFIG_MEND}", file=file)
     auto_map = config.get("auto_map")
     if auto_map is not None and not isinstance(auto_map, dict):
-        raise ConfigError(f"auto_map is {shown(json.dumps(auto_map))}; expected an object", file=file)
+        what = f"auto_map is {shown(json.dumps(auto_map))}; expected an object"
+        raise ConfigError(f"{what}: {_CONFIG_MEND}", file=file)
     if not architectures and not model_type and not auto_map:
         raise ConfigError(
             "names neither architectures nor model_type: nothing says which weights are tied; use --ties FILE",
@@ -822,7 +830,7 @@ def _classes(root: Path, config: dict[str, Any], wanted: str | None, trust_remot
         elif own is not None and not issubclass(config_class, own) and not issubclass(own, config_class):
             raise ConfigError(
                 f"architectures names {shown(wanted)}, which takes a {own.__name__}, but model_type is "
-                f"'{shown(model_type)}' ({config_class.__name__})",
+                f"'{shown(model_type)}' ({config_class.__name__}): {_CONFIG_MEND}",
                 file=file,
             )
     return config_class, model_class, False
@@ -841,7 +849,7 @@ def _remote_classes(
     references = [r[0] if isinstance(r, (list, tuple)) and r else r for r in remote_models.values()]
     if not all(isinstance(r, str) and "." in r for r in references):
         raise ConfigError(
-            f"auto_map is {shown(json.dumps(dict(remote_models)))}; expected 'file.Class' references",
+            f"auto_map is {shown(json.dumps(dict(remote_models)))}; expected 'file.Class' references: {_CONFIG_MEND}",
             file=file,
         )
     chosen = next((r for r in references if wanted is not None and r.rpartition(".")[2] == wanted), references[0])

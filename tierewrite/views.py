@@ -42,7 +42,11 @@ def percent(before: int, after: int) -> str:
 def show_plan(console: Console, plan: RewritePlan) -> None:
     """The summary of a plan."""
     tensors = sum(len(shard.tensors) for shard in plan.shards)
-    console.print(_sizes(plan.source_bytes, len(plan.tensors), None, plan.total_bytes, tensors, len(plan.shards)))
+    console.print(
+        _sizes(
+            plan.source_bytes, len(plan.tensors), plan.source_shards, plan.total_bytes, tensors, len(plan.shards)
+        )
+    )
     _say_ties(console, plan.ties_source, plan.ties_detail, plan.unpaired)
     table = Table("tied parameters", title_justify="left", box=None, pad_edge=False, header_style="bold")
     for name in ("groups", "unconfirmed", "tensors dropped", "bytes dropped"):
@@ -137,7 +141,7 @@ def show_inspection(console: Console, inspection: Inspection) -> None:
                 table.add_row(Text(shown(alias)), Text(shown(group.canonical)), Text(shown(origin)))
         if inspection.disk.groups:
             console.print(table)
-    _say_warnings(console, checkpoint.warnings)
+    _say_warnings(console, (*checkpoint.warnings, *(inspection.ties.warnings if inspection.ties is not None else ())))
 
 
 def show_verification(console: Console, verification: Verification) -> None:
@@ -147,13 +151,15 @@ def show_verification(console: Console, verification: Verification) -> None:
     if counts:
         console.print(Text(", ".join(f"{value:,} {name}" for name, value in counts.items())))
     for problem in verification.problems[:50]:
-        console.print(Text(f"{problem.id}: {shown(problem.where)}: {problem.message}", style="red"))
+        where = shown(problem.where)
+        message = problem.message.removeprefix(f"{where}: ")  # an error's own text begins with its file
+        console.print(Text(f"{problem.id}: {where}: {message}", style="red"))
     if len(verification.problems) > 50:
         console.print(Text(f"... and {len(verification.problems) - 50} more (all of them with --json)", style="red"))
     if verification.ok:
         console.print("DST is what SRC makes.", style="green")
     else:
-        console.print(f"{len(verification.problems)} problems found.", style="red")
+        console.print(f"{_count(len(verification.problems), 'problem')} found.", style="red")
 
 
 def show_readiness(console: Console, report: ReadinessReport) -> None:
@@ -169,18 +175,22 @@ def show_readiness(console: Console, report: ReadinessReport) -> None:
             console.print(Text(f"    mend: {finding.mend}"))
     for note in report.notes:
         console.print(Text(f"note: {note}"))
-    counts = f"{len(report.errors)} errors, {len(report.warnings)} warnings"
+    counts = f"{_count(len(report.errors), 'error')}, {_count(len(report.warnings), 'warning')}"
     verdict = f"{report.consumer} {report.consumer_version}: {counts}"
     console.print(Text(f"{verdict} in {report.tensors:,} tensors", style="red" if report.errors else "green"))
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def _sizes(
-    before: int, before_tensors: int, before_shards: int | None, after: int, after_tensors: int, after_shards: int
+    before: int, before_tensors: int, before_shards: int, after: int, after_tensors: int, after_shards: int
 ) -> Table:
     table = Table("", box=None, pad_edge=False, header_style="bold")
     for name in ("tensor bytes", "tensors", "shards"):
         table.add_column(name, justify="right")
-    table.add_row("before", size(before), f"{before_tensors:,}", "" if before_shards is None else str(before_shards))
+    table.add_row("before", size(before), f"{before_tensors:,}", str(before_shards))
     table.add_row("after", f"{size(after)}", f"{after_tensors:,}", str(after_shards))
     table.add_row("", percent(before, after), percent(before_tensors, after_tensors), "")
     return table
