@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tierewrite.checkpoint import Checkpoint
+from tierewrite.checkpoint import Checkpoint, gc_paused
 from tierewrite.errors import SourceChanged
 from tierewrite.formats import quant_config
 from tierewrite.names import DiskTies
@@ -12,6 +12,7 @@ from tierewrite.planning import Action, RewritePlan
 from tierewrite.writer import system_errors
 
 
+@gc_paused()
 def ignore_lists(
     checkpoint: Checkpoint, plan: RewritePlan, ties: DiskTies
 ) -> tuple[Mapping[str, bytes], tuple[str, ...]]:
