@@ -11,6 +11,7 @@ from typing import Any
 
 from blake3 import blake3
 
+from tierewrite.checkpoint import gc_paused
 from tierewrite.jsontext import dumps
 from tierewrite.names import DiskTies
 from tierewrite.planning import Action, RewritePlan
@@ -48,6 +49,7 @@ class Written:
         return data
 
 
+@gc_paused()
 def written_tensors(
     plan: RewritePlan,
     patches: Mapping[str, bytes],
@@ -86,6 +88,7 @@ def written_tensors(
     return result
 
 
+@gc_paused()
 def build_manifest(
     report: Report, disk: DiskTies, written: Mapping[str, Mapping[str, Written]], version: str
 ) -> bytes:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from tierewrite.checkpoint import Checkpoint, TensorEntry
+from tierewrite.checkpoint import Checkpoint, TensorEntry, gc_paused
 from tierewrite.digest import PIECE, DeviceFailed, Digester, Stream, select
 from tierewrite.digest import Span as DigestSpan
 from tierewrite.digest.spans import Bytes
@@ -64,6 +64,7 @@ class Task:
     nbytes: int
 
 
+@gc_paused()
 def tasks(
     checkpoint: Checkpoint,
     hashed: Iterable[str],

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from tierewrite.checkpoint import INDEX_NAME, MAX_HEADER_BYTES, Checkpoint, SideFile, TensorEntry
+from tierewrite.checkpoint import INDEX_NAME, MAX_HEADER_BYTES, Checkpoint, SideFile, TensorEntry, gc_paused
 from tierewrite.errors import SourceChanged, SourceError, SystemFailure, UsageError, shown, system_errors
 from tierewrite.planning import OutShard
 from tierewrite.reading import chunks_of, read_side_file
@@ -445,6 +445,7 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
+@gc_paused()
 def shard_header(shard: OutShard, entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> bytes:
     """The length field and JSON header of an output shard, padded to 8 bytes as safetensors' serializer pads.
 
@@ -483,6 +484,7 @@ def merged_metadata(checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
     return union, warnings
 
 
+@gc_paused()
 def index_bytes(shards: Sequence[OutShard], metadata: Mapping[str, Any] | None) -> bytes:
     """`model.safetensors.index.json`: canonical names, `total_size` in bytes of tensor data, other metadata kept."""
     about = {**(metadata or {}), "total_size": sum(shard.nbytes for shard in shards)}
