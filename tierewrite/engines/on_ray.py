@@ -17,11 +17,12 @@ import pickle
 import secrets
 import signal
 import socket
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 from urllib.parse import urlsplit
 
 import tierewrite
@@ -310,7 +311,7 @@ def _environment() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _news_logged() -> Iterator[None]:
-    """Logs what Ray has to tell of its cluster (a node died), which it prints on standard output, whatever its options."""
+    """Logs what befalls the cluster (a node died): Ray prints it on standard output, whatever it was told."""
     from ray._private import worker
 
     plain = getattr(worker, "print_to_stdstream", None)
@@ -328,21 +329,32 @@ def _news_logged() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_signals() -> Iterator[None]:
-    """`ray.init` makes SIGTERM a SystemExit; what this process does with it stays as it was.
+    """A signal ends `ray.init`, and is then what this process makes of it.
 
-    Raises:
-        Interrupted: it arrived in between.
+    `ray.init` goes on after most exceptions that a handler raises, and gives SIGTERM a handler of its own.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handler: Callable[..., Any] | int | None = signal.getsignal(signal.SIGTERM)
+    arrived: list[int] = []
+
+    def stop(signum: int, frame: object) -> NoReturn:
+        arrived.append(signum)
+        sys.exit(signum)
+
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: handler for signum, handler in before.items() if handler not in (None, signal.SIG_IGN)}
+    for signum in before:
+        signal.signal(signum, stop)
     try:
         yield
     except SystemExit as stopped:
-        if stopped.code == signal.SIGTERM:
-            raise Interrupted(signal.SIGTERM) from stopped
-        raise
+        if stopped.code not in before:
+            raise
+        arrived.append(stopped.code)
     finally:
-        if handler is not None:
-            signal.signal(signal.SIGTERM, handler)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    if arrived:
+        signal.raise_signal(arrived[0])
+        raise Interrupted(arrived[0])
