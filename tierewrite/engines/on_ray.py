@@ -17,9 +17,12 @@ import pickle
 import secrets
 import signal
 import socket
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import ExitStack
+from typing import Any, NamedTuple, NoReturn
 from urllib.parse import urlsplit
 
 import tierewrite
@@ -38,7 +41,6 @@ _HASH_BYTES = (64 << 20, 1 << 30)  # the least and the most that a task hashes
 _TASKS_PER_CPU = 4  # to hash with, at least: a slow node then holds nobody up for long
 _OBJECT_STORE_BYTES = 256 << 20  # of a cluster that is started here: jobs and digests are small
 _CONNECT_SECONDS = 10
-_POLL_SECONDS = 0.5  # between two looks at whether a signal has arrived
 _CANCEL_SECONDS = 20  # for a cancelled task to tidy up, before its process is killed
 _ENVIRONMENT = {
     # Ray tries for a quarter of an hour to reach a cluster that is not there: 20 times 41 s.
@@ -46,6 +48,13 @@ _ENVIRONMENT = {
     "RAY_py_gcs_connect_timeout_s": str(_CONNECT_SECONDS),
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+
+
+class _Task(NamedTuple):
+    """What Ray calls a task by, and the number of its job."""
+
+    ref: Any
+    number: int
 
 
 class RayEngine:
@@ -71,10 +80,10 @@ class RayEngine:
         self.progress = progress or Progress()
         self._asked = device
         self._address = address
-        self._connected_here = False
+        self._kept_open = ExitStack()
 
     def __enter__(self) -> RayEngine:
-        with _environment():
+        with ExitStack() as cleanup, _environment():
             try:
                 import ray
             except ImportError as error:
@@ -83,13 +92,11 @@ class RayEngine:
                 ) from error
             self._ray: Any = ray
             if not ray.is_initialized():
+                cleanup.enter_context(_news_logged())
+                cleanup.callback(ray.shutdown)
                 _connect(ray, self._address)
-                self._connected_here = True
-        try:
             self._look()
-        except BaseException:
-            self.__exit__()
-            raise
+            self._kept_open = cleanup.pop_all()
         return self
 
     def _look(self) -> None:
@@ -126,9 +133,7 @@ class RayEngine:
         return f"Ray, {', '.join(parts)}"
 
     def __exit__(self, *exc: object) -> None:
-        if self._connected_here:
-            self._ray.shutdown()
-            self._connected_here = False
+        self._kept_open.close()
 
     def hash(self, source: Checkpoint, keys: Iterable[str], phase: str) -> dict[str, bytes]:
         keys = list(keys)
@@ -143,30 +148,29 @@ class RayEngine:
     def carry_out(self, jobs: Sequence[Job], phase: str) -> list[Result]:
         self.progress.start(phase, sum(job.nbytes for job in jobs))
         results: dict[int, Result] = {}
-        waiting: dict[Any, int] = {}  # what Ray gives for a task -> number of the job
+        waiting: dict[Future[Result], _Task] = {}
         try:
             for number in sorted(range(len(jobs)), key=lambda number: -jobs[number].nbytes):
-                data = pickle.dumps(jobs[number])
-                waiting[self._task.remote(tierewrite.__version__, self._worker_device, data)] = number
+                task = self._task.remote(tierewrite.__version__, self._worker_device, pickle.dumps(jobs[number]))
+                # A future, since `ray.wait` turns what a signal handler of ours raises into a SystemError.
+                waiting[task.future()] = _Task(task, number)
             while waiting:
-                ended, _ = self._ray.wait(list(waiting), num_returns=1, timeout=_POLL_SECONDS)
-                for task in ended:
-                    number = waiting[task]
-                    results[number] = self._result(task, jobs[number])
-                    del waiting[task]
+                for ended in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    number = waiting.pop(ended).number
+                    results[number] = self._result(ended, jobs[number])
                     self.progress.advance(jobs[number].nbytes)
         finally:
-            self._cancel(list(waiting))
+            self._cancel(waiting)
         return [results[number] for number in range(len(jobs))]
 
-    def _result(self, task: Any, job: Job) -> Result:
+    def _result(self, ended: Future[Result], job: Job) -> Result:
         """What a task that has ended returned.
 
         Raises:
             SystemFailure: it failed for good, or with its own error: that one.
         """
         try:
-            result: Result = self._ray.get(task)
+            return ended.result()
         except self._ray.exceptions.RayTaskError as error:
             cause = error.cause
             log.debug("a task failed: %s", error)
@@ -187,22 +191,19 @@ class RayEngine:
                 f"{1 + _RETRIES} times if its worker or node died. Look at the nodes and their memory, then run again "
                 "(--resume if this process was killed too)"
             ) from error
-        return result
 
-    def _cancel(self, tasks: list[Any]) -> None:
+    def _cancel(self, tasks: Mapping[Future[Result], _Task]) -> None:
         """Ends tasks, and returns when none of them can write any more.
 
         A cancelled task is interrupted and removes what it has begun. A process that does not react is killed.
         """
-        for force, seconds in ((False, _CANCEL_SECONDS), (True, _CANCEL_SECONDS)):
-            if not tasks:
-                return
-            with contextlib.suppress(self._ray.exceptions.RayError):
-                for task in tasks:
-                    self._ray.cancel(task, force=force)
-                _, tasks = self._ray.wait(tasks, num_returns=len(tasks), timeout=seconds)
-        if tasks:
-            log.warning("%d Ray tasks did not end when they were cancelled", len(tasks))
+        left = set(tasks)
+        for force in (False, True):
+            for future in left:
+                self._ray.cancel(tasks[future].ref, force=force)
+            left = wait(left, _CANCEL_SECONDS).not_done
+        if left:
+            log.warning("%d Ray tasks did not end when they were cancelled", len(left))
 
 
 def _on_worker(version: str, device: str, data: bytes) -> Result:
@@ -309,22 +310,51 @@ def _environment() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _own_signals() -> Iterator[None]:
-    """`ray.init` makes SIGTERM a SystemExit; what this process does with it stays as it was.
+def _news_logged() -> Iterator[None]:
+    """Logs what befalls the cluster (a node died): Ray prints it on standard output, whatever it was told."""
+    from ray._private import worker
 
-    Raises:
-        Interrupted: it arrived in between.
+    plain = getattr(worker, "print_to_stdstream", None)
+
+    def logged(data: Mapping[str, Any], *args: Any, **options: Any) -> None:
+        for line in data.get("lines", ()):
+            log.info("Ray: %s", line)
+
+    worker.print_to_stdstream = logged
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = plain
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """A signal ends `ray.init`, and is then what this process makes of it.
+
+    `ray.init` goes on after most exceptions that a handler raises, and gives SIGTERM a handler of its own.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handler: Callable[..., Any] | int | None = signal.getsignal(signal.SIGTERM)
+    arrived: list[int] = []
+
+    def stop(signum: int, frame: object) -> NoReturn:
+        arrived.append(signum)
+        sys.exit(signum)
+
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: handler for signum, handler in before.items() if handler not in (None, signal.SIG_IGN)}
+    for signum in before:
+        signal.signal(signum, stop)
     try:
         yield
     except SystemExit as stopped:
-        if stopped.code == signal.SIGTERM:
-            raise Interrupted(signal.SIGTERM) from stopped
-        raise
+        if stopped.code not in before:
+            raise
+        arrived.append(stopped.code)
     finally:
-        if handler is not None:
-            signal.signal(signal.SIGTERM, handler)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    if arrived:
+        signal.raise_signal(arrived[0])
+        raise Interrupted(arrived[0])
