@@ -60,8 +60,8 @@ class Fault:
 
     Attributes:
         of: which requests.
-        how: "cut" breaks the connection in the middle of the body (of the answer to a GET, else of what is sent), or
-            before the answer where there is none; (status, code) is answered instead.
+        how: "cut" breaks the connection in the middle of the body (of the answer to a GET, else of what is sent),
+            "lost" after the store has done it, without an answer; or what is answered instead (status, code).
         times: how often.
     """
 
@@ -245,6 +245,10 @@ class _Handler(BaseHTTPRequestHandler):
         data = answer.read()
         upstream.close()
         self.state.after(request)
+        if fault == "lost":
+            self._note(request, len(body), 0, 0)
+            self._cut()
+            return
         self.send_response(answer.status)
         for name, value in answer.getheaders():
             if name.lower() not in ("connection", "transfer-encoding", "date", "server", "content-length"):

@@ -463,7 +463,7 @@ def test_peak_is_far_below_a_file(store: Store, tmp_path: Path) -> None:
     ties = ["--ties", str(tmp_path / "ties.json"), "-q", "--threads", "2"]
     sparse(tmp_path / "small", 1)
     baseline = peak(["rewrite", store.upload(tmp_path / "small", "small"), store.url("small-out"), *ties])
-    sparse(tmp_path / "src", 96)
+    sparse(tmp_path / "src", 64)
     src = store.upload(tmp_path / "src")
     for arguments in (
         ["rewrite", src, str(tmp_path / "out"), *ties],
@@ -472,5 +472,5 @@ def test_peak_is_far_below_a_file(store: Store, tmp_path: Path) -> None:
     ):
         used = peak(arguments) - baseline
         print(f"{arguments[0]}: {used / MiB:.0f} MiB above the {baseline / MiB:.0f} MiB of a small one")
-        assert used < 110 * MiB
-    assert next(part.received for part in store.asked("part", ending="model.safetensors")) < 32 * MiB
+        assert used < 100 * MiB
+    assert all(part.received < 32 * MiB for part in store.asked("part"))

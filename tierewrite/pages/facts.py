@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from tierewrite import formats, sources
-from tierewrite.checkpoint import MANIFEST_NAME, Checkpoint, gc_paused, natural_key
-from tierewrite.errors import SourceError, SystemFailure, UsageError, shown
+from tierewrite.checkpoint import MANIFEST_NAME, Checkpoint, gc_paused, natural_key, refuse_half_written
+from tierewrite.errors import SourceError, SystemFailure, UsageError, shown, system_errors
 from tierewrite.manifest import MANIFEST_SCHEMA
 from tierewrite.planning import kind_of
 from tierewrite.readiness.findings import ReadinessReport
@@ -414,6 +414,8 @@ def _found(path: str | os.PathLike[str]) -> tuple[FilePath, Checkpoint | None, P
         raise UsageError("does not exist; expected the folder that a rewrite wrote, or its manifest", file=where)
     if not where.is_dir():
         return where, None, where
+    with system_errors("listing", where):
+        refuse_half_written(os.listdir(where), where)
     if not (where / MANIFEST_NAME).exists():
         raise UsageError(nothing_said, file=where)
     return where, Checkpoint.open(where, ignore_unindexed=True), where / MANIFEST_NAME
