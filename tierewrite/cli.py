@@ -293,8 +293,6 @@ def batch(
     options = _given(options)
     if no_manifest:
         options["manifest"] = False
-    if plan_only:
-        options = {name: value for name, value in options.items() if name not in ("device", "threads", "engine")}
     from tierewrite.batching import BatchInterrupted
     from tierewrite.views import Bar
 
