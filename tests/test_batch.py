@@ -12,6 +12,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import tierewrite
 from tests.checkpoints import FIXTURES, digests, right_answer, write_shard
 from tests.conftest import snapshot
 from tests.hub_server import Hub, Repo
-from tierewrite import already, checkpoint, cli, collection, hub, reading, rewriting
+from tierewrite import already, checkpoint, cli, collection, hub, reading, rewriting, ties
 from tierewrite.batching import BATCH_SCHEMA, BatchInterrupted, BatchReport, BatchResult
 from tierewrite.errors import Interrupted, SourceError, UsageError
 
@@ -211,6 +212,16 @@ def test_several_at_a_time_give_equal_bytes(models: Path, tmp_path: Path, jobs: 
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
     assert [result.status for result in many.results] == [result.status for result in one.results]
     assert [Path(result.dst or "").name for result in many.results] == ["bad", "dg", "diverged", "tied", "untied"]
+
+
+def test_a_class_that_is_asked_offline_keeps_no_other_thread_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants, is_offline_mode
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with ThreadPoolExecutor(1) as other, ties._offline():
+        assert is_offline_mode()
+        assert not other.submit(lambda: bool(is_offline_mode())).result()
+    assert constants.HF_HUB_OFFLINE is False
 
 
 def test_folders_for_the_outputs_are_there_before_any_begins_and_go_if_they_stay_empty(
