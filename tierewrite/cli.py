@@ -17,13 +17,12 @@ import tierewrite
 from tierewrite.errors import (
     EXIT_CODES,
     EXIT_FINDINGS,
-    EXIT_INTERNAL,
     EXIT_OK,
     EXIT_SYSTEM,
     EXIT_USAGE,
     Interrupted,
-    SystemFailure,
     TierewriteError,
+    as_ours,
 )
 
 if TYPE_CHECKING:
@@ -231,6 +230,112 @@ def rewrite(
         show_report(_console(), report)
     if report.readiness is not None and report.readiness.errors:
         raise click.exceptions.Exit(EXIT_FINDINGS)
+
+
+@cli.command()
+@click.argument("items", type=_SOURCE, nargs=-1, required=True, metavar="FILE|FOLDER...")
+@click.option("--into", type=_SOURCE, metavar="OUT", help="Folder or URL below which every DST is made.")
+@click.option(
+    "--plan-only",
+    is_flag=True,
+    help="Write nothing and read headers only: show what could be saved, the largest saving first. Needs no --into.",
+)
+@click.option(
+    "-j",
+    "--jobs",
+    type=click.IntRange(1, 1024),
+    default=1,
+    show_default=True,
+    help="How many checkpoints at a time. Each already takes all --threads: more than one helps with small ones, with "
+    "stores, and with --engine ray, where all of them share the cluster.",
+)
+@_policy_options
+@_source_options
+@_run_options
+@_engine_options
+@click.option("--resume", is_flag=True, help="Go on from the shards that a killed run finished.")
+@click.option("--verify", is_flag=True, help="Prove each output from its SRC before it appears.")
+@click.option(
+    "--for",
+    "consumer",
+    type=click.Choice(["vllm", "transformers"]),
+    help="Make the choices that this consumer needs, and check each result; see rewrite --help.",
+)
+@click.option("--force", is_flag=True, help="With --for: let a DST appear whatever errors are left.")
+@click.option("--overwrite", is_flag=True, help="Do again what is done, and swap out what a DST holds.")
+@click.option("--no-manifest", is_flag=True, help="Do not write tierewrite.json (a next run then skips nothing).")
+@_quiet_option
+@_json_option
+def batch(
+    items: tuple[str, ...],
+    into: str | None,
+    plan_only: bool,
+    jobs: int,
+    as_json: bool,
+    quiet: bool,
+    no_manifest: bool,
+    **options: Any,
+) -> None:
+    """Rewrite many checkpoints, or scan them for what could be saved (--plan-only).
+
+    One that fails does not stop the others: exit code 6 if any did. A list, an option or two DSTs that cannot be are
+    refused before anything starts (exit 2), a FOLDER without any checkpoint too (exit 4). An interrupt leaves what is
+    finished, and the results so far are shown.
+
+    A FOLDER, or the URL of one, stands for every checkpoint at or below it: each folder that holds an index or a
+    *.safetensors file. Each goes to OUT/<path below FOLDER>; FOLDER itself, if it is one, to OUT/<its name>. What lies
+    below a checkpoint belongs to it. Passed over are hidden folders, X.bak beside X, and OUT. Links are followed, each
+    folder counts once. A hub cache is such a FOLDER; a hub id (org/name) stands for itself.
+
+    A FILE lists checkpoints, one a line: a SRC (folder, URL or hub id; goes to OUT/<its name>), or a JSON object with
+    "src" and, as wanted, "dst" and options for this one: on_mismatch, kv_scales, max_shard_size, unify_fused_scales,
+    fill_missing_scales, fix_ignore, ties, trust_remote_code, ignore_unindexed, revision, overwrite, resume, verify,
+    consumer (as --for), force, manifest. Blank lines and lines that begin with # are left out. Relative paths in a FILE
+    are relative to the folder that FILE is in.
+
+    A DST that an earlier run made of the same SRC, with the same options and the same version of tierewrite, is left
+    as it is (already-done), so that a batch that was stopped can simply be run again. Compared are names and sizes of
+    files, options, ties, times and a few tensors; `tierewrite verify` proves it. A DST with anything else in it fails.
+
+    \b
+    Examples:
+      tierewrite batch models/ --plan-only
+      tierewrite batch ~/.cache/huggingface/hub --plan-only --json | jq '.results[] | [.src, .saved_bytes]'
+      tierewrite batch models/ --into canonical/ --on-mismatch keep
+      tierewrite batch list.txt --into s3://bucket/canonical --engine ray --jobs 4
+      tierewrite batch exports/2024 exports/2025 --into served/ --for vllm --verify
+
+    \b
+    A list:
+      # one a line
+      llama-nvfp4
+      org/name
+      {"src": "s3://bucket/gemma", "dst": "out/gemma", "on_mismatch": "keep"}
+    """
+    options = _given(options)
+    if no_manifest:
+        options["manifest"] = False
+    from tierewrite.batching import BatchInterrupted
+    from tierewrite.views import Bar
+
+    stopped = None
+    with Bar(_console(stderr=True), shown=not (quiet or as_json)) as bar:
+        try:
+            report = tierewrite.batch(
+                items, into=into, plan_only=plan_only, jobs=jobs, progress=bar, **options
+            )
+        except BatchInterrupted as interrupt:
+            stopped, report = interrupt, interrupt.report
+    if as_json:
+        _print_json(report.to_json())
+    elif not quiet:
+        from tierewrite.views import show_batch
+
+        show_batch(_console(), report)
+    if stopped is not None:
+        print(f"tierewrite: {stopped}", file=sys.stderr)
+    if report.exit_code:
+        raise click.exceptions.Exit(report.exit_code)
 
 
 @cli.command()
@@ -465,23 +570,14 @@ def run(arguments: list[str]) -> int:
         return EXIT_USAGE
     except (click.Abort, KeyboardInterrupt):
         return _failed(Interrupted(signal.SIGINT), as_json)
-    except TierewriteError as error:
-        return _failed(error, as_json)
     except BrokenPipeError:
         # Whoever read our output has gone; nobody is left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_SYSTEM
-    except OSError as error:
-        advice = "check permissions and the disk"
-        return _failed(SystemFailure(f"{error.strerror or error}", file=error.filename, advice=advice), as_json)
-    except MemoryError:
-        return _failed(SystemFailure("out of memory; use fewer --threads or a larger machine"), as_json)
     except Exception as error:
-        logging.getLogger(__name__).debug("internal error", exc_info=True)
-        message = f"internal error: {type(error).__name__}: {error}; this is a bug, please report it (-vv shows where)"
-        failure = TierewriteError(message)
-        failure.exit_code = EXIT_INTERNAL
-        return _failed(failure, as_json)
+        if not isinstance(error, TierewriteError):
+            logging.getLogger(__name__).debug("internal error", exc_info=True)
+        return _failed(as_ours(error), as_json)
 
 
 def main() -> None:

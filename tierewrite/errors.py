@@ -29,7 +29,7 @@ EXIT_CODES: dict[int, str] = {
     EXIT_REFUSED: "refused: a declared tie was not confirmed, or a tied module has an unknown companion",
     EXIT_SOURCE: "something is wrong in SRC: headers, index, configs, model class, remote code, file kinds",
     EXIT_SYSTEM: "the system failed: disk full, no permission, I/O error, SRC changed underfoot",
-    EXIT_FINDINGS: "verify or check found something wrong (an unreadable DST included)",
+    EXIT_FINDINGS: "verify or check found something wrong (an unreadable DST too), or one of a batch failed",
     EXIT_SIGINT: "interrupted (SIGINT)",
     EXIT_SIGTERM: "terminated (SIGTERM)",
 }
@@ -173,6 +173,20 @@ class Interrupted(TierewriteError):
 
     def __reduce__(self) -> tuple[type[Interrupted], tuple[int]]:
         return type(self), (self.signum,)
+
+
+def as_ours(error: Exception) -> TierewriteError:
+    """The error of ours that any exception counts as, where it ends a command or one checkpoint of a batch."""
+    if isinstance(error, TierewriteError):
+        return error
+    if isinstance(error, OSError):
+        advice = "check permissions and the disk"
+        return SystemFailure(f"{error.strerror or error}", file=error.filename, advice=advice)
+    if isinstance(error, MemoryError):
+        return SystemFailure("out of memory; use fewer --threads or a larger machine")
+    return TierewriteError(
+        f"internal error: {type(error).__name__}: {error}; this is a bug, please report it (-vv shows where)"
+    )
 
 
 @contextlib.contextmanager

@@ -914,13 +914,23 @@ def _quiet() -> Iterator[None]:
             logger.propagate = propagate
 
 
+class _TrueHere:
+    """A switch that is on in the thread that made it, and elsewhere what it was."""
+
+    def __init__(self, elsewhere: object) -> None:
+        self._thread, self._elsewhere = threading.get_ident(), elsewhere
+
+    def __bool__(self) -> bool:
+        return bool(self._elsewhere) or threading.get_ident() == self._thread
+
+
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
-    """huggingface_hub behaves as under HF_HUB_OFFLINE=1; its setting is as before afterwards."""
+    """huggingface_hub behaves as under HF_HUB_OFFLINE=1 in this thread; its setting is as before afterwards."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True
+    constants.HF_HUB_OFFLINE = _TrueHere(before)  # another checkpoint of a batch may be downloading
     try:
         yield
     finally:
