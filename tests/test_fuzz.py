@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from tierewrite.checkpoint import (
     DTYPE_BITS,
     Checkpoint,
-    _header_length,
+    header_length,
     _parse_any,
     parse_header,
     read_header,
@@ -51,7 +51,7 @@ def ours(raw: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]] | None:
     What the fast parser accepts, the one for any header must read alike.
     """
     try:
-        length = _header_length(raw[:8], len(raw), Path("x"))
+        length = header_length(raw[:8], len(raw), Path("x"))
         metadata, entries = parse_header(raw[8 : 8 + length], len(raw) - 8 - length)
     except SourceError:
         return None
