@@ -162,9 +162,16 @@ def test_the_table_names_every_checkpoint_with_its_reason(
 ) -> None:
     assert run(models, "--into", tmp_path / "out") == 6
     out, err = capsys.readouterr()
-    rows = {line.split()[0]: line.split()[1] for line in out.splitlines()[1:6]}
-    assert rows[str(models / "dg")] == "rewritten"
-    assert rows[str(models / "bad")] == "failed"
+    head, *lines = out.splitlines()
+    assert head == f"In {models}/:"
+    assert {line.split()[0]: line.split()[1] for line in lines[1:6]} == {
+        "bad": "failed",
+        "dg": "rewritten",
+        "diverged": "refused",
+        "more/deep/tied": "rewritten",
+        "more/untied": "canonical",
+    }
+    assert f"{models}/bad: {models}/bad/model.safetensors: " in out
     assert "2 rewritten, 1 canonical, 1 refused, 1 failed; 390.41 KiB -> 313.62 KiB, 76.79 KiB saved" in out
     assert "[2/5] dg: rewritten, 245.54 KiB -> 186.75 KiB (-23.9%)" in err.splitlines()
 

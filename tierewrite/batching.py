@@ -2,7 +2,8 @@
 
 Everything that is wrong with the batch itself (a list, an option, two DSTs that are one) is found before anything
 starts. What an earlier run finished is not done again (`already`). With `jobs` above 1 each rewrite has a thread; an
-interrupt reaches it through its progress, whose next `start` or `advance` raises.
+interrupt reaches it through its progress, whose next `start` or `advance` raises. (What tells no progress is finished
+first: a model class that is being asked, a header that is being read.)
 
 Of a finished checkpoint only numbers and the error are kept.
 """

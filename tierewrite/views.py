@@ -189,22 +189,30 @@ def _count(number: int, noun: str) -> str:
 
 def show_batch(console: Console, report: BatchReport) -> None:
     """What became of every checkpoint of a batch."""
-    table = Table("checkpoint", "", box=None, pad_edge=False, header_style="bold")
-    kept = "unconfirmed" if report.plan_only else "kept"
-    columns = ["before", "after", "saved", "", "ties", kept]
-    for name in columns if report.plan_only else [*columns, "scales merged (median, max)", "time"]:
-        table.add_column(name, justify="right")
+    folder = _common_folder([result.src for result in report.results])
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("checkpoint", overflow="fold", min_width=16)
+    table.add_column("", no_wrap=True)
+    last = ("saved", "unconfirmed") if report.plan_only else ("kept", "scales (median, max)", "time")
+    for name in ("before", "after", "", *last):
+        table.add_column(name, justify="right", no_wrap=True)
     for result in report.results:
-        cells: list[Text | str] = [Text(shown(result.src), overflow="fold"), Text(result.status, style=_style(result))]
+        cells = [Text(shown(result.src[len(folder) :])), Text(result.status, style=_style(result))]
         if result.before_bytes is not None and result.after_bytes is not None:
-            cells += [size(result.before_bytes), size(result.after_bytes), size(result.saved_bytes)]
-            cells += [percent(result.before_bytes, result.after_bytes), f"{result.groups:,}", f"{result.kept:,}"]
+            change = percent(result.before_bytes, result.after_bytes)
+            cells += map(Text, (size(result.before_bytes), size(result.after_bytes), change))
         else:
-            cells += [""] * 6
-        if not report.plan_only:
+            cells += [Text()] * 3
+        kept = Text(f"{result.kept:,}" if result.kept else "")
+        if report.plan_only:
+            cells += [Text(size(result.saved_bytes) if result.ok else ""), kept]
+        else:
             apart = f" ({result.median_ratio:.2f}x, {result.max_ratio:.2f}x)" if result.max_ratio is not None else ""
-            cells += [f"{result.merged_scales:,}{apart}" if result.merged_scales else "", _seconds(result.seconds)]
+            scales = f"{result.merged_scales:,}{apart}" if result.merged_scales else ""
+            cells += [kept, Text(scales), Text(_seconds(result.seconds))]
         table.add_row(*cells)
+    if folder:
+        console.print(Text(f"In {shown(folder)}:"))
     console.print(table)
     for result in report.results:
         if result.error is not None:
@@ -216,6 +224,13 @@ def show_batch(console: Console, report: BatchReport) -> None:
     saved = f"{size(report.before_bytes - report.after_bytes)} {'could be ' if report.plan_only else ''}saved"
     style = "red" if report.failed else "green"
     console.print(Text(f"{counts}; {total}, {saved}; {_seconds(report.seconds)}", style=style))
+
+
+def _common_folder(places: Sequence[str]) -> str:
+    """What all of them begin with, up to a slash, so that a table need not say it in every row."""
+    first, last = min(places), max(places)
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return first[: first.rfind("/", 0, same) + 1]
 
 
 def _style(result: BatchResult) -> str:
