@@ -447,6 +447,23 @@ def test_without_a_cluster_one_is_started_and_ended_and_nothing_is_printed(
     assert contents(tmp_path / "out") == right
 
 
+def test_tasks_share_the_gpus_of_a_cluster_and_do_without_where_cupy_does_not_work(
+    made: Generated, right: dict[str, bytes], tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"ties": made.ties_file, "max_shard_size": SHARD, "engine": "ray"}
+    ray.init(address="local", num_cpus=2, num_gpus=1, object_store_memory=100 << 20, include_dashboard=False)
+    try:
+        report = tierewrite.rewrite(made.path, tmp_path / "out", **options)
+        assert report.device == "Ray, 1 node, 2 CPUs, 1 GPU"
+        assert contents(tmp_path / "out") == right
+        if tierewrite.digest.select("auto").device == "cpu":
+            with pytest.raises(UsageError, match="needs a GPU on which CuPy works"):
+                tierewrite.rewrite(made.path, tmp_path / "none", device="cuda", **options)
+            assert names_in(tmp_path) == ["out"]
+    finally:
+        ray.shutdown()
+
+
 @pytest.fixture
 def closed_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -137,11 +137,9 @@ class RayEngine:
 
     def hash(self, source: Checkpoint, keys: Iterable[str], phase: str) -> dict[str, bytes]:
         keys = list(keys)
-        least, most = _HASH_BYTES
         total = sum(source.tensors[key].nbytes for key in keys)
-        batch = max(least, min(most, total // (_TASKS_PER_CPU * max(1, self._cpus))))
         digests: dict[str, bytes] = {}
-        for result in self.carry_out(hash_jobs(source, keys, batch), phase):
+        for result in self.carry_out(hash_jobs(source, keys, hash_batch(total, self._cpus)), phase):
             digests.update(result.digests)
         return digests
 
@@ -204,6 +202,12 @@ class RayEngine:
             left = wait(left, _CANCEL_SECONDS).not_done
         if left:
             log.warning("%d Ray tasks did not end when they were cancelled", len(left))
+
+
+def hash_batch(total: int, cpus: int) -> int:
+    """Bytes for a task to hash, of `total` on so many CPUs."""
+    least, most = _HASH_BYTES
+    return max(least, min(most, total // (_TASKS_PER_CPU * max(1, cpus))))
 
 
 def _on_worker(version: str, device: str, data: bytes) -> Result:
