@@ -6,11 +6,15 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from blake3 import blake3
 
 from tests.checkpoints import FIXTURES
+
+if TYPE_CHECKING:
+    from tests.s3_server import Store
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -64,3 +68,28 @@ def copied(tmp_path: Path) -> Callable[[str], Path]:
         return Path(shutil.copytree(FIXTURES / case / "naive", tmp_path / f"{case}-naive"))
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def s3_servers() -> Iterator[Store]:
+    """One S3 store for all tests."""
+    from tests.s3_server import Store
+
+    with Store() as running:
+        yield running
+
+
+@pytest.fixture
+def store(s3_servers: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """The S3 store, with a bucket `store.bucket` that is empty, and an environment that leads s3fs to it alone."""
+    import s3fs
+
+    for name in [name for name in os.environ if name.startswith(("AWS_", "FSSPEC_"))]:
+        monkeypatch.delenv(name)
+    for name, value in s3_servers.settings.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    s3_servers.reset()
+    yield s3_servers
+    s3_servers.reset()
+    s3fs.S3FileSystem.clear_instance_cache()

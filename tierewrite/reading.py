@@ -101,7 +101,7 @@ class LocalFile:
             if done == 0:
                 raise SourceChanged(
                     f"the file ends at byte {offset:,}, before the data that its header promises; it was cut while it "
-                    "was being read",
+                    "was being read; run again when it is whole",
                     file=self.shard.path,
                 )
             into = into[done:]
@@ -175,6 +175,8 @@ def read_side_file(side: SideFile) -> bytes:
     Raises:
         SourceChanged: it is not what was listed. SystemFailure: reading failed.
     """
+    if isinstance(side.path, RemotePath):
+        return b"".join(chunks_of(side))
     with system_errors("reading", side.path):
         data = side.path.read_bytes()
     if len(data) != side.size:

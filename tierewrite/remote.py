@@ -11,12 +11,15 @@ A `RemotePath` is text and can be sent to another process, which opens the file 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union
+from urllib.parse import unquote
 
 from tierewrite.errors import SourceChanged, SourceError, SystemFailure, TierewriteError, UsageError, shown
 
@@ -32,6 +35,8 @@ _GAP_BYTES = 256 << 10  # read and thrown away where that saves a request
 _WASTE_BYTES = 4 << 20  # of such bytes in one request, at most
 _PART_BYTES = 16 << 20  # of an upload; stores want at least 5 MiB
 _MAX_PARTS = 9_000  # S3 takes 10,000
+_CLEANUP_SECONDS = 20  # that a store which does not answer is waited for, once a run has failed
+_SECRET_CHARACTERS = 6  # a shorter value is as likely a word of the message
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +87,33 @@ class RemotePath:
     def write_bytes(self, data: bytes) -> None:
         """A small file, whole, in one request where the store can."""
         fs, path = self.opened()
-        with remote_errors("writing", self):
+        with remote_errors("writing", self, writes=True):
             fs.pipe_file(path, data)
+
+    def write_new(self, data: bytes) -> None:
+        """As `write_bytes`, but what is there already stays, where the store can promise that.
+
+        Which of the two it was, only the content tells: a request that was sent again may have met itself.
+        """
+        fs, path = self.opened()
+        with remote_errors("writing", self, writes=True):
+            try:
+                fs.pipe_file(path, data, mode="create")
+            except FileExistsError:
+                pass
+            except (NotImplementedError, TypeError):
+                fs.pipe_file(path, data)
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.EINVAL):
+                    raise
+                fs.pipe_file(path, data)
+
+    def info(self) -> dict[str, Any]:
+        """What the store says of the file now. Raises SourceError if it is not there."""
+        fs, path = self.opened()
+        with remote_errors("looking at", self):
+            fs.invalidate_cache()
+            return dict(fs.info(path))
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Removes the file."""
@@ -101,16 +131,36 @@ FilePath = Path | RemotePath
 
 
 def located(where: PathLike | RemotePath) -> FilePath:
-    """`where` as a path: a URL of a file system other than this machine's is remote, all else is local."""
+    """`where` as a path: a URL of a file system other than this machine's is remote, all else is local.
+
+    Raises:
+        UsageError: a URL that names no folder.
+    """
     if isinstance(where, RemotePath):
         return where
     text = os.fspath(where)
     if not isinstance(where, str) or not _URL.match(text):
         return Path(where)
-    local = _LOCAL.match(text)
-    if local:
-        return Path(text[local.end() :])
+    if text.rstrip("/").endswith(":"):
+        raise UsageError("this URL names no folder; write it as s3://bucket/folder", file=redacted(text))
+    if _is_local_url(text):
+        return Path(os.path.abspath(text.partition("://")[2]))
+    if "?" in text:
+        raise UsageError(
+            "the URL of a folder has no query ('?...'); credentials belong into the settings of the file system: "
+            "environment, configuration files, or fsspec's",
+            file=redacted(text),
+        )
     return RemotePath(text.rstrip("/"))
+
+
+def _is_local_url(text: str) -> bool:
+    return _LOCAL.match(text) is not None
+
+
+def without_scheme(where: PathLike) -> PathLike:
+    """`where`, with the URL of a folder of this machine's as that folder's path."""
+    return str(located(where)) if isinstance(where, str) and _is_local_url(where) else where
 
 
 def redacted(text: str) -> str:
@@ -119,15 +169,19 @@ def redacted(text: str) -> str:
 
 
 @contextlib.contextmanager
-def remote_errors(doing: str, where: RemotePath) -> Iterator[None]:
-    """Inside, what a file system raises becomes an error of ours."""
+def remote_errors(doing: str, where: RemotePath, writes: bool = False) -> Iterator[None]:
+    """Inside, what a file system raises becomes an error of ours.
+
+    Args:
+        writes: what is missing then is no file, but the bucket for one.
+    """
     try:
         yield
     except TierewriteError:
         raise
     except (ImportError, ValueError) as error:
         protocol = where.url.partition("://")[0]
-        unknown = isinstance(error, ImportError) or "protocol" in str(error).lower()
+        unknown = isinstance(error, ImportError) or "protocol not known" in str(error).lower()
         if not unknown:
             raise _failure(doing, where, error) from None
         raise UsageError(
@@ -135,7 +189,11 @@ def remote_errors(doing: str, where: RemotePath) -> Iterator[None]:
             "pip install 'tierewrite[remote]' brings s3:// and gs://, other kinds have packages of their own",
             file=where,
         ) from None
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if writes:
+            raise SystemFailure(
+                f"{doing} failed: {_said(error, where)}; make the bucket, or check its name", file=where
+            ) from None
         raise SourceError(f"{doing} failed: nothing is there; check the URL", file=where) from None
     except MemoryError:
         raise
@@ -154,8 +212,6 @@ def _failure(doing: str, where: RemotePath, error: Exception) -> SystemFailure:
             "the store does not let us: check the credentials (they are the file system's own: environment, "
             "configuration files, or fsspec's), and what they may do there"
         )
-    elif re.search(r"NoSuchBucket|bucket does not exist", said, re.I):
-        return SystemFailure(f"{doing} failed: {said}; make the bucket, or check its name", file=where)
     else:
         advice = "check the network and the store, and run again (a rewrite that was killed goes on with --resume)"
     return SystemFailure(f"{doing} failed: {said}; {advice}", file=where)
@@ -165,7 +221,7 @@ def _said(error: BaseException, where: RemotePath) -> str:
     """What an error says, on one line, without the credentials that its library may have put into it."""
     lines = str(error).strip().splitlines()
     text = redacted(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__)
-    for secret in sorted(_secrets(where), key=len, reverse=True):
+    for secret in sorted(_secrets(where), key=len, reverse=True):  # one may be a part of another
         text = text.replace(secret, "***")
     return shown(text)
 
@@ -183,10 +239,12 @@ def _secrets(where: RemotePath) -> set[str]:
                     waiting.append(value)
                 elif isinstance(value, str) and _SECRET.search(str(name)):
                     found.add(value)
-    user = re.search(r"://([^/@\s]*)@", where.url)
+    found = {value for value in found if len(value) >= _SECRET_CHARACTERS}
+    user = _USER.search(where.url)
     if user:
-        found.update(user.group(1).split(":"))
-    return {value for value in found if len(value) > 3}
+        text = user.group().removeprefix("://").removesuffix("@")
+        found |= {text, *(part for part in text.split(":") if len(part) >= _SECRET_CHARACTERS // 2)} - {""}
+    return found | {unquote(value) for value in found}
 
 
 def identity(info: Mapping[str, Any]) -> str:
@@ -244,7 +302,7 @@ class RemoteFile:
         """
         if start == end:
             return b""
-        with remote_errors("reading", self.path):
+        with remote_errors("reading", self.path), self._still_there(start):
             data = self._fs.cat_file(self._path, start=start, end=end)
         if len(data) != end - start:
             raise SourceChanged(
@@ -278,13 +336,29 @@ class RemoteFile:
         """Raises SourceChanged unless the file is still the one whose header was read."""
         if not self.version:
             return
-        with remote_errors("looking at", self.path):
+        with remote_errors("looking at", self.path), self._still_there(0):
             self._fs.invalidate_cache()
             now = identity(self._fs.info(self._path))
         if now != self.version:
             raise SourceChanged(
                 "the object changed while it was being read; run again when nothing writes to SRC", file=self.path
             )
+
+    @contextlib.contextmanager
+    def _still_there(self, start: int) -> Iterator[None]:
+        """Its header was read, or it was listed: if the store does not know it now, it changed."""
+        try:
+            yield
+        except OSError as error:
+            if isinstance(error, FileNotFoundError):
+                what = "was removed"
+            elif error.errno == errno.EINVAL and "satisf" in str(error):  # "The requested range is not satisfiable"
+                what = f"became shorter than {start:,} bytes"
+            else:
+                raise
+            raise SourceChanged(
+                f"{what} while it was being read; run again when nothing writes to it", file=self.path
+            ) from None
 
     def close(self) -> None:
         """Nothing is kept open."""
@@ -306,7 +380,7 @@ class Upload:
         self.path = path
         fs, target = path.opened()
         part = max(_PART_BYTES, -(-size // _MAX_PARTS))
-        with remote_errors("opening", path):
+        with remote_errors("beginning", path, writes=True):
             self._file: Any = fs.open(target, "wb", block_size=part)
 
     def write(self, data: memoryview) -> None:
@@ -315,7 +389,7 @@ class Upload:
         Raises:
             SystemFailure: the store does not take them.
         """
-        with remote_errors("writing", self.path):
+        with remote_errors("writing", self.path, writes=True):
             self._file.write(data)
 
     def commit(self) -> None:
@@ -324,12 +398,30 @@ class Upload:
         Raises:
             SystemFailure: the store does not take it.
         """
-        with remote_errors("completing", self.path):
+        with remote_errors("completing", self.path, writes=True):
             self._file.close()
 
     def abort(self) -> None:
         """Leaves nothing of it, as far as the store can be reached."""
-        with contextlib.suppress(Exception):  # an error is being told already
-            self._file.discard()
+        in_time(self._file.discard)
         with contextlib.suppress(AttributeError):
             self._file.closed = True  # else the garbage collector would complete it
+
+
+def in_time(act: Callable[[], object]) -> bool:
+    """Whether `act` came to its end without an error, and soon. For clean-up: an error is being told already.
+
+    A store that does not answer is not waited for as long as for work. `act` may still go on afterwards, so it must be
+    harmless at any time.
+    """
+    done = threading.Event()
+
+    def run() -> None:
+        with contextlib.suppress(Exception):
+            act()
+            done.set()
+
+    thread = threading.Thread(target=run, name="tierewrite-cleanup", daemon=True)
+    thread.start()
+    thread.join(_CLEANUP_SECONDS)
+    return done.is_set()

@@ -5,8 +5,9 @@ knows that the rest is half-written: every reader of ours refuses it, and a next
 clears it (`--overwrite`). The configurations come last but one, so that no loader takes the half for the whole. A
 committed checkpoint is never overwritten: it could not be swapped in one step.
 
-The marker names its run. A run that finds another's name there stops and touches nothing more. (Two that start within
-the same instant can each find their own; `verify` tells what came of it.)
+The marker names its run. A run that finds another's name there stops and touches nothing more. Of two that start within
+the same instant one has the marker, where the store can refuse to overwrite an object (S3 and GCS do); elsewhere, and
+where both take over the same killed run, the later one has it, and the other stops at its end.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from types import TracebackType
 
 from tierewrite.checkpoint import INCOMPLETE_NAME, INDEX_NAME, is_half_written
 from tierewrite.errors import SystemFailure, TierewriteError, UsageError, shown
-from tierewrite.remote import FilePath, RemotePath, listing
+from tierewrite.remote import FilePath, RemotePath, in_time, listing
 from tierewrite.sources import RemoteFolder
 
 log = logging.getLogger(__name__)
@@ -37,10 +38,12 @@ class RemoteTarget:
 
     Attributes:
         path: the folder; nothing is there, or what a killed run left.
-        clear: whether what a killed run left may go.
+        left: a killed run left something.
+        clear: whether that may go.
     """
 
     path: RemotePath
+    left: bool = False
     clear: bool = False
 
     @classmethod
@@ -52,10 +55,11 @@ class RemoteTarget:
             SystemFailure: the store cannot be asked.
         """
         if isinstance(src, RemotePath):
-            one, other = f"{src.url}/", f"{dst.url}/"
-            if one == other:
+            (fs, one), (other_fs, other) = src.opened(), dst.opened()
+            one, other = f"{one.rstrip('/')}/", f"{other.rstrip('/')}/"
+            if fs == other_fs and one == other:
                 raise UsageError("SRC and DST are the same folder; write to another one", file=dst)
-            if one.startswith(other) or other.startswith(one):
+            if fs == other_fs and (one.startswith(other) or other.startswith(one)):
                 raise UsageError("one of SRC and DST lies inside of the other; write somewhere else", file=dst)
         there = listing(dst)
         if not there:
@@ -72,7 +76,7 @@ class RemoteTarget:
                 "with --overwrite",
                 file=dst,
             )
-        return cls(dst, clear=not resume)
+        return cls(dst, True, not resume)
 
 
 class RemoteStaging:
@@ -101,7 +105,8 @@ class RemoteStaging:
         }
         try:
             self._marked = True
-            self._marker.write_bytes(json.dumps(text, indent=2).encode() + b"\n")
+            write = self._marker.write_bytes if self.target.left else self._marker.write_new
+            write(json.dumps(text, indent=2).encode() + b"\n")
             self.still_ours()
             if self.target.clear:
                 self._remove(keep=(INCOMPLETE_NAME,))
@@ -163,8 +168,15 @@ class RemoteStaging:
         """Removes what must not stay, the marker last."""
         if self._committed or not self._marked:
             return
+        if not in_time(self.still_ours):
+            if self._marked:
+                log.warning(
+                    "%s cannot be cleaned up: the store does not answer. What is there is marked as half-written: a "
+                    "next run uses it (--resume) or removes it (--overwrite)",
+                    self.folder,
+                )
+            return
         with contextlib.suppress(TierewriteError):  # an error is being told already; the marker stays with the rest
-            self.still_ours()
             self._remove(keep=(INCOMPLETE_NAME,))
             self._marker.unlink(missing_ok=True)
 

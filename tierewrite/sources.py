@@ -33,7 +33,7 @@ from tierewrite.checkpoint import (
     read_header,
 )
 from tierewrite.errors import HeaderError, ShardIndexError, SourceError, TierewriteError, UsageError, shown
-from tierewrite.remote import FilePath, RemoteFile, RemotePath, identity, listing, located
+from tierewrite.remote import FilePath, RemoteFile, RemotePath, identity, listing, located, without_scheme
 
 _CONFIGS = ("config.json", "hf_quant_config.json", "generation_config.json", MANIFEST_NAME, INDEX_NAME)
 _GUESS_BYTES = 100_000
@@ -78,7 +78,7 @@ def fetched(src: PathLike, *, revision: str | None = None, bars: bool = False) -
     if isinstance(path, RemotePath):
         _no_revision(path, revision)
         return path
-    return hub.fetched(src, revision=revision, bars=bars)
+    return hub.fetched(without_scheme(src), revision=revision, bars=bars)
 
 
 def local_only(src: PathLike, doing: str) -> None:
@@ -86,7 +86,7 @@ def local_only(src: PathLike, doing: str) -> None:
     path = located(src)
     if isinstance(path, RemotePath):
         raise UsageError(f"{doing} needs a folder of this machine's; name a DST to write to", file=path)
-    hub.local_only(src, doing)
+    hub.local_only(without_scheme(src), doing)
 
 
 def _no_revision(path: RemotePath, revision: str | None) -> None:
@@ -120,7 +120,10 @@ def open_checkpoint(
         if plain:
             return Checkpoint.open(found, ignore_unindexed=ignore_unindexed)
         return hub.open_checkpoint(
-            src, revision=revision, ignore_unindexed=ignore_unindexed, trust_remote_code=trust_remote_code
+            without_scheme(src),
+            revision=revision,
+            ignore_unindexed=ignore_unindexed,
+            trust_remote_code=trust_remote_code,
         )
     _no_revision(found.base, revision)
     return Mirror(found, python=trust_remote_code).checkpoint(ignore_unindexed)
@@ -140,9 +143,11 @@ class Mirror:
         if not self.infos and not folder.overlay:
             raise SourceError("nothing is there; check the URL", file=folder.base)
         for name in self.infos:
-            if "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
+            # "::" and "?" mean something else in fsspec's URLs.
+            strange = any(sign in name for sign in ("\\", "\0", "::", "?"))
+            if strange or any(part in ("", ".", "..") for part in name.split("/")):
                 raise SourceError(
-                    f"'{shown(name)}' is no name that a file could have in a folder; remove or rename that object",
+                    f"'{shown(name)}' is no name that a file may have in a checkpoint; remove or rename that object",
                     file=folder.base,
                 )
         self.names = sorted({*self.infos, *folder.overlay})
@@ -236,8 +241,7 @@ def remote_header(path: RemotePath, info: Mapping[str, Any], shard: int = 0) -> 
     length = header_length(start[:8], size, path)
     base = 8 + length
     header = start[8:base] if len(start) >= base else start[8:] + file.read(len(start), base)
-    metadata, rows = parse_header(header, size - base, file=path)
-    entries = [TensorEntry(key, dtype, shape, shard, base + a, base + b) for a, b, key, dtype, shape in rows]
+    metadata, entries = parse_header(header, size - base, file=path, shard=shard, base=base)
     return Shard(path.name, path, size, 0, 0, base, metadata, version=identity(info)), entries
 
 
@@ -245,10 +249,7 @@ def header_of(path: FilePath) -> tuple[Shard, list[TensorEntry]]:
     """The header of one file, wherever it is."""
     if isinstance(path, Path):
         return read_header(path)
-    found = listing(path.parent).get(path.name)
-    if found is None:
-        raise SourceError("does not exist", file=path)
-    return remote_header(path, found)
+    return remote_header(path, path.info())
 
 
 @contextlib.contextmanager

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from tierewrite import formats, sources
-from tierewrite.checkpoint import MANIFEST_NAME, Checkpoint, gc_paused, natural_key
-from tierewrite.errors import SourceError, SystemFailure, UsageError, shown
+from tierewrite.checkpoint import MANIFEST_NAME, Checkpoint, gc_paused, natural_key, refuse_half_written
+from tierewrite.errors import SourceError, SystemFailure, UsageError, shown, system_errors
 from tierewrite.manifest import MANIFEST_SCHEMA
 from tierewrite.planning import kind_of
 from tierewrite.readiness.findings import ReadinessReport
@@ -364,7 +364,8 @@ def read_facts(
     """
     where, folder, manifest_path = _found(path)
     if consumer is not None and folder is None:
-        raise UsageError("is a manifest alone; a check for a consumer needs the folder", file=where)
+        what = "is a manifest alone; a check for a consumer needs the folder: give that, or leave out --for"
+        raise UsageError(what, file=where)
     with sources.told_of(where, manifest_path.parent):
         manifest = read_manifest(manifest_path)
         sizes = None if folder is None else _sizes(folder, manifest, manifest_path)
@@ -413,6 +414,8 @@ def _found(path: str | os.PathLike[str]) -> tuple[FilePath, Checkpoint | None, P
         raise UsageError("does not exist; expected the folder that a rewrite wrote, or its manifest", file=where)
     if not where.is_dir():
         return where, None, where
+    with system_errors("listing", where):
+        refuse_half_written(os.listdir(where), where)
     if not (where / MANIFEST_NAME).exists():
         raise UsageError(nothing_said, file=where)
     return where, Checkpoint.open(where, ignore_unindexed=True), where / MANIFEST_NAME
