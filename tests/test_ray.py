@@ -130,7 +130,7 @@ class OneWritten(Progress):
         self.writing = phase == "rewriting"
 
     def advance(self, nbytes: int) -> None:
-        if self.writing:
+        if self.writing and nbytes:
             self.writing = False
             self.back()
 
@@ -202,7 +202,8 @@ def test_progress_adds_up_task_by_task(cluster: Cluster, made: Generated, tmp_pa
             self.phases[phase] = self.now = [total]
 
         def advance(self, nbytes: int) -> None:
-            self.now.append(nbytes)
+            if nbytes:
+                self.now.append(nbytes)
 
     watch = Watch()
     watch.phases = {}
@@ -368,6 +369,23 @@ def test_a_task_that_cannot_be_interrupted_is_killed(
         on_cluster(cluster, made, tmp_path / "out", progress=OneWritten(stop))
     (deaf,) = cluster.marks()
     assert ended(deaf["pid"])
+    assert names_in(tmp_path) == []
+
+
+def test_a_progress_that_raises_stops_a_run_whose_tasks_are_slow(
+    cluster: Cluster, made: Generated, tmp_path: Path
+) -> None:
+    class Impatient(Exception):
+        pass
+
+    class Stop(Progress):
+        def advance(self, nbytes: int) -> None:
+            if cluster.marks():
+                raise Impatient
+
+    cluster.goes_wrong("wait")  # nothing ends
+    with pytest.raises(Impatient):
+        on_cluster(cluster, made, tmp_path / "out", progress=Stop())
     assert names_in(tmp_path) == []
 
 

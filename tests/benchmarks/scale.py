@@ -199,8 +199,9 @@ class Phases(Progress):
         self.now = self.seen[phase] = {"begun": now, "ended": now, "total": total, "tasks": []}
 
     def advance(self, nbytes: int) -> None:
-        self.now["ended"] = time.perf_counter()
-        self.now["tasks"].append(nbytes)
+        if nbytes:
+            self.now["ended"] = time.perf_counter()
+            self.now["tasks"].append(nbytes)
 
 
 def one_run(arguments: dict[str, Any]) -> dict[str, Any]:

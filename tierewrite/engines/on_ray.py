@@ -41,6 +41,7 @@ _HASH_BYTES = (64 << 20, 1 << 30)  # the least and the most that a task hashes
 _TASKS_PER_CPU = 4  # to hash with, at least: a slow node then holds nobody up for long
 _OBJECT_STORE_BYTES = 256 << 20  # of a cluster that is started here: jobs and digests are small
 _CONNECT_SECONDS = 10
+_POLL_SECONDS = 1.0
 _CANCEL_SECONDS = 20  # for a cancelled task to tidy up, before its process is killed
 _ENVIRONMENT = {
     # Ray tries for a quarter of an hour to reach a cluster that is not there: 20 times 41 s.
@@ -66,7 +67,7 @@ class RayEngine:
 
     Args:
         device: "auto", "cpu" or "cuda". With "auto" the GPUs are used if every node has one.
-        progress: told of each task that has ended.
+        progress: told of each task that has ended, and of 0 bytes now and then.
         address: as `ray.init` takes it.
 
     Raises on entry:
@@ -153,7 +154,10 @@ class RayEngine:
                 # A future, since `ray.wait` turns what a signal handler of ours raises into a SystemError.
                 waiting[task.future()] = _Task(task, number)
             while waiting:
-                for ended in wait(waiting, return_when=FIRST_COMPLETED).done:
+                done = wait(waiting, _POLL_SECONDS, FIRST_COMPLETED).done
+                if not done:
+                    self.progress.advance(0)  # who wants to stop the run raises there
+                for ended in done:
                     number = waiting.pop(ended).number
                     results[number] = self._result(ended, jobs[number])
                     self.progress.advance(jobs[number].nbytes)
