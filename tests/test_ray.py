@@ -130,7 +130,7 @@ class OneWritten(Progress):
         self.writing = phase == "rewriting"
 
     def advance(self, nbytes: int) -> None:
-        if self.writing:
+        if self.writing and nbytes:
             self.writing = False
             self.back()
 
@@ -202,7 +202,8 @@ def test_progress_adds_up_task_by_task(cluster: Cluster, made: Generated, tmp_pa
             self.phases[phase] = self.now = [total]
 
         def advance(self, nbytes: int) -> None:
-            self.now.append(nbytes)
+            if nbytes:
+                self.now.append(nbytes)
 
     watch = Watch()
     watch.phases = {}
@@ -371,6 +372,23 @@ def test_a_task_that_cannot_be_interrupted_is_killed(
     assert names_in(tmp_path) == []
 
 
+def test_a_progress_that_raises_stops_a_run_whose_tasks_are_slow(
+    cluster: Cluster, made: Generated, tmp_path: Path
+) -> None:
+    class Impatient(Exception):
+        pass
+
+    class Stop(Progress):
+        def advance(self, nbytes: int) -> None:
+            if cluster.marks():
+                raise Impatient
+
+    cluster.goes_wrong("wait")  # nothing ends
+    with pytest.raises(Impatient):
+        on_cluster(cluster, made, tmp_path / "out", progress=Stop())
+    assert names_in(tmp_path) == []
+
+
 def test_our_own_error_arrives_as_it_was_raised(cluster: Cluster, copied: Naive, tmp_path: Path) -> None:
     src = copied("bart_bf16")
     shard = src / "model.safetensors"
@@ -445,6 +463,23 @@ def test_without_a_cluster_one_is_started_and_ended_and_nothing_is_printed(
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["device"].startswith("Ray, 1 node, ")
     assert contents(tmp_path / "out") == right
+
+
+def test_tasks_share_the_gpus_of_a_cluster_and_do_without_where_cupy_does_not_work(
+    made: Generated, right: dict[str, bytes], tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"ties": made.ties_file, "max_shard_size": SHARD, "engine": "ray"}
+    ray.init(address="local", num_cpus=2, num_gpus=1, object_store_memory=100 << 20, include_dashboard=False)
+    try:
+        report = tierewrite.rewrite(made.path, tmp_path / "out", **options)
+        assert report.device == "Ray, 1 node, 2 CPUs, 1 GPU"
+        assert contents(tmp_path / "out") == right
+        if tierewrite.digest.select("auto").device == "cpu":
+            with pytest.raises(UsageError, match="needs a GPU on which CuPy works"):
+                tierewrite.rewrite(made.path, tmp_path / "none", device="cuda", **options)
+            assert names_in(tmp_path) == ["out"]
+    finally:
+        ray.shutdown()
 
 
 @pytest.fixture

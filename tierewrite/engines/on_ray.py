@@ -41,6 +41,7 @@ _HASH_BYTES = (64 << 20, 1 << 30)  # the least and the most that a task hashes
 _TASKS_PER_CPU = 4  # to hash with, at least: a slow node then holds nobody up for long
 _OBJECT_STORE_BYTES = 256 << 20  # of a cluster that is started here: jobs and digests are small
 _CONNECT_SECONDS = 10
+_POLL_SECONDS = 1.0
 _CANCEL_SECONDS = 20  # for a cancelled task to tidy up, before its process is killed
 _ENVIRONMENT = {
     # Ray tries for a quarter of an hour to reach a cluster that is not there: 20 times 41 s.
@@ -66,7 +67,7 @@ class RayEngine:
 
     Args:
         device: "auto", "cpu" or "cuda". With "auto" the GPUs are used if every node has one.
-        progress: told of each task that has ended.
+        progress: told of each task that has ended, and of 0 bytes now and then.
         address: as `ray.init` takes it.
 
     Raises on entry:
@@ -137,11 +138,9 @@ class RayEngine:
 
     def hash(self, source: Checkpoint, keys: Iterable[str], phase: str) -> dict[str, bytes]:
         keys = list(keys)
-        least, most = _HASH_BYTES
         total = sum(source.tensors[key].nbytes for key in keys)
-        batch = max(least, min(most, total // (_TASKS_PER_CPU * max(1, self._cpus))))
         digests: dict[str, bytes] = {}
-        for result in self.carry_out(hash_jobs(source, keys, batch), phase):
+        for result in self.carry_out(hash_jobs(source, keys, hash_batch(total, self._cpus)), phase):
             digests.update(result.digests)
         return digests
 
@@ -155,7 +154,10 @@ class RayEngine:
                 # A future, since `ray.wait` turns what a signal handler of ours raises into a SystemError.
                 waiting[task.future()] = _Task(task, number)
             while waiting:
-                for ended in wait(waiting, return_when=FIRST_COMPLETED).done:
+                done = wait(waiting, _POLL_SECONDS, FIRST_COMPLETED).done
+                if not done:
+                    self.progress.advance(0)  # who wants to stop the run raises there
+                for ended in done:
                     number = waiting.pop(ended).number
                     results[number] = self._result(ended, jobs[number])
                     self.progress.advance(jobs[number].nbytes)
@@ -204,6 +206,12 @@ class RayEngine:
             left = wait(left, _CANCEL_SECONDS).not_done
         if left:
             log.warning("%d Ray tasks did not end when they were cancelled", len(left))
+
+
+def hash_batch(total: int, cpus: int) -> int:
+    """Bytes for a task to hash, of `total` on so many CPUs."""
+    least, most = _HASH_BYTES
+    return max(least, min(most, total // (_TASKS_PER_CPU * max(1, cpus))))
 
 
 def _on_worker(version: str, device: str, data: bytes) -> Result:
