@@ -29,8 +29,8 @@ from hypothesis import strategies as st
 from tierewrite.checkpoint import (
     DTYPE_BITS,
     Checkpoint,
-    header_length,
     _parse_any,
+    header_length,
     parse_header,
     read_header,
     read_index,

@@ -21,7 +21,9 @@ import pytest
 
 import tierewrite
 from tests.checkpoints import FIXTURES, edit_tensors, read_shard, write_checkpoint
+from tests.hub_server import Hub, Repo
 from tests.s3_server import Store
+from tests.test_hub import Client
 from tests.test_memory import large as sparse
 from tierewrite import remote
 
@@ -201,6 +203,40 @@ def test_dropped_bytes_that_need_no_digest_are_not_read(store: Store, tmp_path: 
     assert spans(store, "src/model.safetensors") == [(base, base + MiB), (base + 4 * MiB, base + 5 * MiB)]
 
 
+@pytest.mark.parametrize(
+    ("what", "requests"),
+    [
+        ("several shards", {"plan": 8, "down": 23, "up": 16, "across": 47, "verify": 40}),
+        ("tensors larger than a buffer", {"plan": 5, "down": 20, "up": 17, "across": 41, "verify": 34}),
+    ],
+)
+def test_requests_and_bytes_are_few(
+    what: str, requests: dict[str, int], copied: Copied, store: Store, tmp_path: Path
+) -> None:
+    case, change = SOURCES[what]
+    src = copied(case) if case else tmp_path / "large"
+    options = change(src)
+    there, ties = store.upload(src), {name: value for name, value in options.items() if name == "ties"}
+    total = sum(path.stat().st_size for path in src.iterdir())
+    # Every header is looked at first, with up to 100,000 bytes; scales and configurations are read twice.
+    most = total + 100_000 * len(list(src.glob("*.safetensors"))) + 300_000
+    runs: dict[str, tuple[Callable[[], object], int]] = {
+        "plan": (lambda: tierewrite.plan(there, **ties), 400_000),
+        "down": (lambda: tierewrite.rewrite(there, tmp_path / "down", **options), most),
+        "up": (lambda: tierewrite.rewrite(src, store.url("up"), **options), 4096),
+        "across": (lambda: tierewrite.rewrite(there, store.url("across"), **options), most),
+        "verify": (lambda: tierewrite.verify(there, store.url("across"), ties_file=ties.get("ties")), 2 * most),
+    }
+    print(f"{what}: {total:,} bytes")
+    for name, (run, bound) in runs.items():
+        store.log.clear()
+        run()
+        sent, received = sum(r.sent for r in store.log), sum(r.received for r in store.log)
+        print(f"{name}: {len(store.log)} requests, {sent:,} bytes read, {received:,} written")
+        assert len(store.log) <= requests[name]
+        assert sent <= bound
+
+
 # --- the other commands
 
 
@@ -320,6 +356,28 @@ def test_tie_that_only_the_bytes_refute_leaves_nothing_or_is_kept(
     tierewrite.rewrite(src, memory("out"), on_mismatch="keep")
     tierewrite.rewrite(src, tmp_path / "out", on_mismatch="keep")
     assert kept(memory("out")) == files(tmp_path / "out")
+
+
+def test_hub_through_its_own_file_system_is_read_by_ranges(naive: Naive, tmp_path: Path) -> None:
+    with Hub() as hub:
+        hub.repos["org/name"] = Repo({"main": naive("qwen3_tied_bf16")})
+        written, planned, refused = Client(hub, tmp_path)(
+            "rewrite hf://org/name out",
+            "plan hf://org/name --json",
+            "plan hf://org/nothing",
+            HF_TOKEN="hf_secret",
+        )
+        shards = hub.shard_requests()
+        tokens = {request.token for request in hub.log if "org/name" in request.path}
+    assert (written.code, planned.code, refused.code) == (0, 0, 4), (written, planned, refused)
+    tierewrite.rewrite(naive("qwen3_tied_bf16"), tmp_path / "here")
+    assert files(tmp_path / "out") == files(tmp_path / "here")
+    assert planned.json() == tierewrite.plan(naive("qwen3_tied_bf16")).to_json()
+    header, data, again = (request.range for request in shards)
+    assert header == again
+    assert data.startswith(f"bytes={headers_end(naive('qwen3_tied_bf16') / 'model.safetensors')}-")
+    assert tokens == {"hf_secret"}
+    assert "hf_secret" not in "".join(done.out + done.err for done in (written, planned, refused))
 
 
 # --- what is refused

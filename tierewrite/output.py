@@ -13,7 +13,7 @@ from tierewrite.checkpoint import Checkpoint
 from tierewrite.confirm import ScaleValues
 from tierewrite.engines import Engine
 from tierewrite.engines.local import LocalEngine
-from tierewrite.errors import TierewriteError, system_errors
+from tierewrite.errors import SourceError, system_errors
 from tierewrite.fill import Fills
 from tierewrite.jobs import Job, Piece, Result
 from tierewrite.planning import Action, OutShard, RewritePlan, needed_for_confirmation
@@ -234,7 +234,7 @@ class Output:
         header = self.headers[index]
         try:
             staged_shard, entries = header_of(path)
-        except TierewriteError:
+        except SourceError:
             return False
         if staged_shard.size != len(header) + shard.nbytes or staged_shard.data_start != len(header):
             return False

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from tierewrite.checkpoint import INCOMPLETE_NAME, INDEX_NAME, is_half_written
-from tierewrite.errors import SystemFailure, TierewriteError, UsageError, shown
+from tierewrite.errors import Interrupted, SourceError, SystemFailure, TierewriteError, UsageError, shown
 from tierewrite.remote import FilePath, RemotePath, in_time, listing
 from tierewrite.sources import RemoteFolder
 
@@ -119,9 +119,7 @@ class RemoteStaging:
         """Raises UsageError if another run has begun to write to the same place."""
         try:
             run = json.loads(self._marker.read_bytes()).get("run")
-        except (TierewriteError, ValueError, AttributeError) as error:
-            if isinstance(error, SystemFailure):
-                raise
+        except (SourceError, ValueError, AttributeError):  # it is gone, or no marker of ours
             run = None
         if run != self.token:
             self._marked = False  # what is there is not ours to remove any more
@@ -155,8 +153,8 @@ class RemoteStaging:
         self._committed = True
         try:
             self._marker.unlink(missing_ok=True)
-        except TierewriteError as error:
-            log.warning("the checkpoint is complete, but %s", error)
+        except (SystemFailure, Interrupted) as error:
+            log.warning("the checkpoint is complete, but its %s may be left: %s", INCOMPLETE_NAME, error)
 
     def _remove(self, keep: tuple[str, ...] = ()) -> None:
         there = listing(self.folder)
