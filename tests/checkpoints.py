@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import resource
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -103,3 +105,16 @@ def edit_tensors(folder: Path, changes: Mapping[str, Tensor | None]) -> None:
         else:
             tensors[name] = value
     write_shard(path, tensors, metadata)
+
+
+def peak_bytes() -> int:
+    """This process's own peak of resident memory.
+
+    On Linux not `ru_maxrss`: that begins with what the parent had when it forked.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        assert found is not None
+        return int(found.group(1)) << 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

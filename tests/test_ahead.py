@@ -102,13 +102,13 @@ def test_a_failure_is_left_to_the_pass_that_needs_the_bytes(
     naive: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = Checkpoint.open(naive("dg_nvfp4_experts_only"))
-    mover = _engine()
+    engine = _engine()
 
-    def fails(*args: object) -> None:
+    def fails(*args: object, **options: object) -> None:
         raise SystemFailure("reading failed", file="x")
 
-    monkeypatch.setattr(mover, "run", fails)
+    monkeypatch.setattr(engine, "transfer", fails)
     known: dict[str, bytes] = {}
-    with ahead.hashing(checkpoint, mover, known):
+    with ahead.hashing(checkpoint, engine, known):
         pass
     assert known == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import resource
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import pytest
 from blake3 import blake3
 
 from tests.checkpoints import FIXTURES, read_tensors, write_checkpoint, write_shard
+from tierewrite import checkpoint
 from tierewrite.checkpoint import Checkpoint, natural_key, read_header, read_index
 from tierewrite.errors import (
     ConfigError,
@@ -207,6 +210,129 @@ def test_a_header_is_refused_for(what: str, folder: Path) -> None:
     assert word in str(caught.value)
     assert caught.value.file == str(folder / SHARD)
     assert caught.value.exit_code == 4
+
+
+# ---------------------------------------------------------------------------------- headers as serializers write them
+
+
+def tensor(name: str = "a", dtype: str = "U8", shape: str = "1", offsets: str = "0,1") -> str:
+    """One member of a header, with `shape` and `offsets` as JSON has them between the brackets."""
+    return f'"{name}":{{"dtype":"{dtype}","shape":[{shape}],"data_offsets":[{offsets}]}}'
+
+
+def fast(text: str, data_bytes: int = 1) -> Any:
+    return checkpoint._parse_serialized(text, data_bytes, 3, 100)
+
+
+def any_form(text: str, data_bytes: int = 1) -> Any:
+    return checkpoint._parse_any(text, data_bytes, None, 3, 100)
+
+
+@pytest.mark.parametrize("path", sorted(FIXTURES.glob("*/*/*.safetensors")), ids=lambda p: f"{p.parent.parent.name}")
+def test_real_headers_take_the_fast_way_and_read_alike(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header, data_bytes = content[8 : 8 + length], len(content) - 8 - length
+    expected = checkpoint._parse_any(header.decode(), data_bytes, path, 3, 8 + length)
+    monkeypatch.delattr(checkpoint, "_parse_any")
+    assert checkpoint.parse_header(header, data_bytes, shard=3, base=8 + length) == expected
+
+
+FAST = {
+    "one tensor": "{" + tensor() + "}",
+    "padding": "{" + tensor() + "}" + " " * 7,
+    "metadata": '{"__metadata__":{"format":"pt"},' + tensor() + "}",
+    "no metadata in it": '{"__metadata__":{},' + tensor() + "}",
+    "metadata that holds JSON": '{"__metadata__":{"a":"{\\"b\\":{\\"dtype\\":1}},"},' + tensor() + "}",
+    "metadata with escapes": '{"__metadata__":{"\\u00e9\\n":"\\\\"},' + tensor() + "}",
+    "metadata with spaces": '{"__metadata__":{ "a" : "b" },' + tensor() + "}",
+    "metadata like a tensor's fields": '{"__metadata__":{"shape":"x","dtype":"y"},' + tensor() + "}",
+    "a scalar": "{" + tensor(shape="") + "}",
+    "an empty name": "{" + tensor("") + "}",
+    "a name that looks like JSON": "{" + tensor("}],[{:,") + "," + tensor("'a':{", shape="0", offsets="1,1") + "}",
+    "names that are fields": "{" + ",".join(tensor(n, shape="0", offsets="0,0") for n in ("dtype", "shape")) + "}",
+    "names of any letters": "{" + tensor("\u00e9\u202e\U0001f600\x7f") + "}",
+    "an unknown dtype": "{" + tensor(dtype="I3", shape="5") + "}",
+    "empty tensors": "{" + ",".join(tensor(n, shape="3,0", offsets="0,0") for n in "abc") + "}",
+    "less than a byte": "{" + tensor(dtype="F4", shape="2") + "}",
+}
+
+
+@pytest.mark.parametrize("what", FAST)
+def test_the_fast_way_is_taken_for(what: str) -> None:
+    size = 0 if what in ("names that are fields", "empty tensors") else 1
+    assert fast(FAST[what], size) is not None
+    assert fast(FAST[what], size) == any_form(FAST[what], size)
+
+
+LEFT = {
+    "a name twice": "{" + tensor() + "," + tensor(offsets="1,1", shape="0") + "}",
+    "a field twice": "{" + tensor().replace('"shape"', '"dtype":"U8","shape"') + "}",
+    "fields in another order": '{"a":{"shape":[1],"dtype":"U8","data_offsets":[0,1]}}',
+    "another field": "{" + tensor().replace('"shape"', '"z":1,"shape"') + "}",
+    "an escape in a name": "{" + tensor("\\u0061") + "," + tensor("a", "U8", "0", "1,1") + "}",
+    "an escape in a dtype": "{" + tensor(dtype="\\u0055\\u0038") + "}",
+    "half a surrogate pair in metadata": '{"__metadata__":{"a":"\\ud800"},' + tensor() + "}",
+    "a control character in a name": "{" + tensor("a\n") + "}",
+    "spaces": json.dumps({"a": ONE}),
+    "a space before": " {" + tensor() + "}",
+    "a line break behind": "{" + tensor() + "}\n",
+    "something behind": "{" + tensor() + "}x",
+    "another object behind": "{" + tensor() + "}{}",
+    "a brace behind": "{" + tensor() + "}}",
+    "no end": "{" + tensor(),
+    "a comma at the end": "{" + tensor() + ",}",
+    "a comma too many": "{" + tensor() + ",," + tensor("b", "U8", "0", "1,1") + "}",
+    "no comma": "{" + tensor() + tensor("b", "U8", "0", "1,1") + "}",
+    "text between": "{" + tensor() + ",1," + tensor("b", "U8", "0", "1,1") + "}",
+    "another value between": "{" + tensor() + ',"c":1,' + tensor("b", "U8", "0", "1,1") + "}",
+    "something before": "{1," + tensor() + "}",
+    "an array": "[" + tensor() + "]",
+    "minus zero": "{" + tensor(offsets="-0,1") + "}",
+    "minus zero as a dimension": "{" + tensor(shape="-0", offsets="0,0") + "}",
+    "a leading zero": "{" + tensor(offsets="0,01") + "}",
+    "a leading zero in a dimension": "{" + tensor(shape="01") + "}",
+    "a fraction": "{" + tensor(offsets="0,1.0") + "}",
+    "other digits": "{" + tensor(offsets="0,\u0661") + "}",
+    "an empty dimension": "{" + tensor(shape="1,,1") + "}",
+    "a comma behind a dimension": "{" + tensor(shape="1,") + "}",
+    "20 digits": "{" + tensor(shape="10000000000000000000,0", offsets="0,1") + "}",
+    "5,000 digits": "{" + tensor(shape="9" * 5000) + "}",
+    "an overflow before a zero": "{" + tensor(shape="9000000000000000000,4,0", offsets="0,0") + "}",
+    "an overflow of an unknown dtype": "{" + tensor(dtype="I3", shape="9000000000000000000,4") + "}",
+    "bits that fill no byte": "{" + tensor(dtype="F4") + "}",
+    "a size that disagrees": "{" + tensor(shape="2") + "}",
+    "offsets backwards": "{" + tensor(shape="0", offsets="1,0") + "}",
+    "a hole": "{" + tensor(shape="0", offsets="0,0") + "," + tensor("b", offsets="1,2") + "}",
+    "an overlap": "{" + tensor() + "," + tensor("b") + "}",
+    "another order than the offsets'": "{" + tensor("b", "U8", "0", "1,1") + "," + tensor() + "}",
+    "trailing bytes": "{" + tensor(shape="0", offsets="0,0") + "}",
+    "no tensor": "{}",
+    "metadata alone": '{"__metadata__":{}}',
+    "metadata last": "{" + tensor() + ',"__metadata__":{}}',
+    "metadata twice": '{"__metadata__":{},"__metadata__":{},' + tensor() + "}",
+    "metadata of null": '{"__metadata__":null,' + tensor() + "}",
+    "metadata of a number": '{"__metadata__":{"a":1},' + tensor() + "}",
+    "metadata with a key twice": '{"__metadata__":{"a":"","a":""},' + tensor() + "}",
+    "metadata that is a tensor": "{" + tensor("__metadata__") + "}",
+    "a tensor called __metadata__ behind": "{" + tensor() + "," + tensor("__metadata__", "U8", "0", "1,1") + "}",
+    "metadata without an end": '{"__metadata__":{"a":"' + tensor() + "}",
+    "deep metadata": '{"__metadata__":' + "[" * 100_000 + "," + tensor() + "}",
+    "nothing": "",
+}
+
+
+@pytest.mark.parametrize("what", LEFT)
+def test_the_fast_way_is_not_taken_for(what: str) -> None:
+    assert fast(LEFT[what]) is None
+
+
+@pytest.mark.parametrize("what", HEADERS)
+def test_what_is_refused_is_never_read_the_fast_way(what: str) -> None:
+    content, _ = HEADERS[what]
+    length = min(int.from_bytes(content[:8], "little"), len(content) - 8)
+    header = content[8 : 8 + max(0, length)].decode(errors="replace").replace(": ", ":").replace(", ", ",")
+    assert fast(header, len(content) - 8 - length) is None
 
 
 @pytest.mark.parametrize("nest", ["[" * 100_000, '{"a":' * 100_000, '{"a":{"z":' + "[" * 200 + "]" * 200 + "}}"])
@@ -629,6 +755,32 @@ def test_nothing_is_ever_opened_for_writing(monkeypatch: pytest.MonkeyPatch, cop
     assert all(flag & os.O_ACCMODE == os.O_RDONLY and not flag & (os.O_CREAT | os.O_TRUNC) for flag in flags)
 
 
+def test_a_pause_of_the_collector_ends_with_nothing_frozen_or_thawed() -> None:
+    class Seen:
+        itself: Any = None
+
+    with checkpoint.gc_paused():
+        assert not gc.isenabled()
+        with checkpoint.gc_paused():
+            pass
+        assert not gc.isenabled()
+        seen = Seen()
+        seen.itself = seen
+        ended = weakref.ref(seen)
+        del seen
+    assert gc.isenabled()
+    gc.collect()
+    assert ended() is None  # garbage of the pause is collected afterwards
+    gc.freeze()
+    try:
+        frozen = gc.get_freeze_count()
+        with checkpoint.gc_paused():
+            pass
+        assert gc.get_freeze_count() > frozen // 2  # other threads may end a few; thawed, there would be none
+    finally:
+        gc.unfreeze()
+
+
 def test_names_sort_as_people_count() -> None:
     names = ["model-10", "model-9", "model-09", "model-1000000000000000000000000000", "model-2b", "model-2a", "model"]
     assert sorted(names, key=natural_key)[:4] == ["model", "model-2a", "model-2b", "model-09"]
@@ -642,7 +794,7 @@ def test_a_header_has_its_own_name_and_number(tmp_path: Path) -> None:
     assert entry.start == shard.data_start == shard.size - 1
 
 
-def test_half_a_million_tensors_open_in_seconds_and_less_than_a_gigabyte(tmp_path: Path) -> None:
+def test_half_a_million_tensors_open_in_less_than_a_gigabyte(tmp_path: Path) -> None:
     header, at = {}, 0
     for i in range(500_000):
         size = 32 * (1 + i % 7)
@@ -655,18 +807,18 @@ def test_half_a_million_tensors_open_in_seconds_and_less_than_a_gigabyte(tmp_pat
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + at)
     code = (
-        "import resource, sys, time\n"
+        "from tests.checkpoints import peak_bytes\n"
         "from tierewrite.checkpoint import Checkpoint\n"
-        "t = time.process_time()\n"
         f"n = len(Checkpoint.open({str(tmp_path)!r}).tensors)\n"
-        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (10 if sys.platform == 'linux' else 20)\n"
-        "print(n, time.process_time() - t, peak)\n"
+        "print(n, peak_bytes())\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=300)
-    count, seconds, megabytes = done.stdout.split()
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=300, cwd=root
+    )
+    count, peak = done.stdout.split()
     assert int(count) == 500_000
-    assert float(seconds) < 15  # 4.4 s of a 2-core machine in 2026; a slow one is no failure
-    assert int(megabytes) < 1_000
+    assert int(peak) < 1_000_000_000
 
 
 def test_a_checkpoint_of_several_shards_is_ordered_by_shard_then_offset(tmp_path: Path) -> None:

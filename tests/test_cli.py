@@ -248,6 +248,74 @@ def test_help_lists_every_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"{code:>3}  " in text
 
 
+@pytest.mark.parametrize("command", sorted(cli.cli.commands))
+def test_help_shows_each_example_on_a_line_of_its_own(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command, "--help") == 0
+    text = capsys.readouterr().out
+    examples = text.partition("\n  Examples:\n")[2].partition("\n\n")[0].splitlines()
+    assert len(examples) >= 2
+    assert all(line.startswith(f"    tierewrite {command} ") for line in examples)
+
+
+def test_plan_and_inspect_say_that_a_canonical_name_of_the_ties_file_is_not_there(
+    naive: Naive, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ties = tmp_path / "ties.json"
+    ties.write_text('{"lm_head.weight": "model.embed_token.weight"}')
+    src = naive("qwen3_tied_bf16")
+    said = "'model.embed_token.weight' is not in the checkpoint; 'lm_head.weight' takes its name"
+    for command in ("plan", "inspect"):
+        assert run(command, src, "--ties", ties) == 0
+        assert said in capsys.readouterr().out
+    assert run("plan", src, "--ties", ties, "--json") == 0
+    assert [said in warning for warning in json.loads(capsys.readouterr().out)["warnings"]] == [True]
+
+
+@pytest.mark.parametrize(("option", "needed"), [("--no-backup", "--in-place"), ("--force", "--for")])
+def test_an_option_without_the_one_that_it_belongs_to_exits_2(
+    option: str, needed: str, naive: Naive, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("rewrite", naive("qwen3_tied_bf16"), tmp_path / "out", option) == 2
+    assert f"{option} goes with {needed}" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["plan", "inspect", "check"])
+def test_a_mistyped_folder_is_one_message_with_what_was_expected(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(command, tmp_path / "nope") == 4
+    wanted = "does not exist; expected a checkpoint folder holding *.safetensors files"
+    assert capsys.readouterr().err == f"tierewrite: {tmp_path}/nope: {wanted}\n"
+    (tmp_path / "naive").mkdir()
+    assert run(command, tmp_path) == 4
+    found = "no *.safetensors file here; found naive; give the folder that holds the shards"
+    assert capsys.readouterr().err == f"tierewrite: {tmp_path}: {found}\n"
+
+
+def test_a_folder_that_may_not_be_read_is_no_wrong_usage(naive: Naive, monkeypatch: pytest.MonkeyPatch) -> None:
+    # root may read everything, so only what click asks is answered with no
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.R_OK)
+    assert run("inspect", naive("qwen3_tied_bf16"), "--no-ties") == 0
+
+
+def test_an_absent_dst_is_named_once_by_verify(
+    naive: Naive, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("verify", naive("qwen3_tied_bf16"), tmp_path / "nope") == 6
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].startswith(f"unreadable: {tmp_path}/nope: does not exist; expected")
+    assert lines[-1] == "1 problem found."
+
+
+def test_a_page_that_is_written_is_said(naive: Naive, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("rewrite", naive("qwen3_tied_bf16"), tmp_path / "out", "-q") == 0
+    assert run("report", tmp_path / "out", "--html", tmp_path / "page.html") == 0
+    assert capsys.readouterr().out == f"{tmp_path}/page.html is written.\n"
+    assert run("report", tmp_path / "out", "--html", tmp_path / "no" / "page.html") == 5
+    assert "name a file in a folder that exists" in capsys.readouterr().err
+
+
 def test_control_characters_in_names_are_shown_escaped(
     copied: Naive, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

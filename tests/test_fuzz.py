@@ -26,7 +26,15 @@ import safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tierewrite.checkpoint import DTYPE_BITS, Checkpoint, _header_length, parse_header, read_header, read_index
+from tierewrite.checkpoint import (
+    DTYPE_BITS,
+    Checkpoint,
+    _parse_any,
+    header_length,
+    parse_header,
+    read_header,
+    read_index,
+)
 from tierewrite.errors import ShardIndexError, SourceError
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -38,14 +46,18 @@ KNOWN = set(DTYPE_BITS)
 
 
 def ours(raw: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]] | None:
-    """The gate's verdict on a file's bytes: tensors with their bytes, or None where refused."""
+    """The gate's verdict on a file's bytes: tensors with their bytes, or None where refused.
+
+    What the fast parser accepts, the one for any header must read alike.
+    """
     try:
-        length = _header_length(raw[:8], len(raw), Path("x"))
-        _, rows = parse_header(raw[8 : 8 + length], len(raw) - 8 - length)
+        length = header_length(raw[:8], len(raw), Path("x"))
+        metadata, entries = parse_header(raw[8 : 8 + length], len(raw) - 8 - length)
     except SourceError:
         return None
+    assert (metadata, entries) == _parse_any(raw[8 : 8 + length].decode(), len(raw) - 8 - length, None, 0, 0)
     data = memoryview(raw)[8 + length :]
-    return {name: (dtype, shape, bytes(data[start:end])) for start, end, name, dtype, shape in rows}
+    return {e.name: (e.dtype, e.shape, bytes(data[e.start : e.end])) for e in entries}
 
 
 def theirs(raw: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]] | None:

@@ -18,7 +18,7 @@ from tests.defects import CONTROLS, DECODER, DEFECTS, ENCODER, Defect, Draft, ma
 from tierewrite import readiness
 from tierewrite.errors import ConfigError, SourceError, UsageError
 from tierewrite.readiness import Finding, ReadinessReport, check
-from tierewrite.readiness.mends import consistent_ignore, mend_ignore_lists
+from tierewrite.readiness.mends import consistent_ignore, mended_ignore_lists
 from tierewrite.readiness.subject import Backbone, Folder
 from tierewrite.readiness.vllm import VllmSubject
 from tierewrite.readiness.vllm_quant import Ignore
@@ -253,7 +253,10 @@ IGNORE_DEFECTS = [d for d in DEFECTS if d.mended and (d.finding or "").startswit
 def test_consistent_ignore_list_mends_the_pattern(defect: Defect, good: Good, tmp_path: Path) -> None:
     defect.make(good(defect.base), tmp_path / "variant")
     before = Draft.read(tmp_path / "variant")
-    assert mend_ignore_lists(tmp_path / "variant")
+    contents, sentences = mended_ignore_lists(tmp_path / "variant")
+    assert len(contents) == len(sentences) > 0
+    for name, data in contents.items():
+        (tmp_path / "variant" / name).write_bytes(data)
     assert check(tmp_path / "variant", "vllm").ids() <= TINY
     after = Draft.read(tmp_path / "variant")
     assert after.hf_quant is not None
@@ -271,7 +274,7 @@ OTHERS = [d for d in DEFECTS if not d.mended and not (d.finding or "").startswit
 @pytest.mark.parametrize("defect", OTHERS, ids=lambda d: d.name)
 def test_ignore_lists_stay_where_they_are_not_at_fault(defect: Defect, good: Good, tmp_path: Path) -> None:
     defect.make(good(defect.base), tmp_path / "variant")
-    assert mend_ignore_lists(tmp_path / "variant") == ()
+    assert mended_ignore_lists(tmp_path / "variant") == ({}, ())
 
 
 @pytest.mark.parametrize("base", ["dg_nvfp4", "dg_nvfp4_experts_only", "dg_nvfp4_sharded", "dg_fp8"])

@@ -19,7 +19,7 @@ from tests.checkpoints import FIXTURES
 from tierewrite import ties as ties_room
 from tierewrite.errors import EXIT_SOURCE, EXIT_USAGE, ConfigError, Interrupted, TieFileError
 from tierewrite.names import on_disk
-from tierewrite.ties import Tie, TieMap, parameters_of
+from tierewrite.ties import Scopes, Tie, TieMap, _matches, _tail_of, parameters_of
 
 QWEN = json.loads((FIXTURES / "qwen3_tied_bf16" / "naive" / "config.json").read_text())
 BART = json.loads((FIXTURES / "bart_bf16" / "naive" / "config.json").read_text())
@@ -623,3 +623,45 @@ def test_unpacked_experts_speak_of_the_fused_parameters() -> None:
     plain = [f"mlp.experts.{e}.{p}_proj.weight" for e in (0, 1) for p in ("up", "down")]
     assert "mlp.experts.gate_up_proj" not in parameters_of(plain)
     assert {"mlp.experts.up_proj", "mlp.experts.down_proj"} <= set(parameters_of(plain))
+
+
+# --- what only saves time
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"a\.(?:[^.]+\.)*weight",
+        r"a.*\.weight",
+        r"a.b.(weight|bias)",
+        r"a.b.weight|a.b.bias",
+        r"a\.\w\.\weight",
+        r"a\.b\.\x77eight",
+        r"a\.[b].w?",
+        r"a\.b\.w[a-z]+",
+        r"a\.b\.weight(?<=weight)",
+        r"(a)\.(b)\..*t",
+        r".*",
+        r"a\.b",
+    ],
+)
+def test_a_pattern_finds_what_it_finds_without_the_look_at_its_end(pattern: str) -> None:
+    names = sorted(f"{a}.{b}.{leaf}" for a in "ab" for b in "bc" for leaf in ("weight", "bias", "w", "xeight", "weigh"))
+    names += [f"{name}.{below}" for name in names for below in ("weight", "x")]
+    plain = re.compile(f"(?:{pattern})(?=\\.|\\Z)")
+    assert _matches(pattern, names, None, TieFileError) == [name for name in names if plain.match(name)]
+
+
+def test_the_end_of_a_pattern_is_known_where_nothing_can_change_it() -> None:
+    def tail(pattern: str) -> str:
+        return _tail_of(re.compile(pattern), pattern)
+
+    assert tail(r"a.layers\.(?:[^.]+\.)*per_expert_scale") == "per_expert_scale"
+    for pattern in (r"a|b", r"\weight", r"a\x41b", r"a.b?", r"a(b)", r"a.b{2}", r"(?i)a.b", r"(?x)a b"):
+        assert tail(pattern) == "", pattern
+
+
+def test_a_scope_is_what_some_key_lies_below() -> None:
+    scopes = Scopes(["a.b.c", "a.bb", "d", ".e", "f..g", "h."])
+    paths = ("", "a", "a.b", "a.b.c", "a.bb", "b", "d", ".e", "e", "f", "f.", "h", "h.", "z")
+    assert {path for path in paths if path in scopes} == {"a", "a.b", "f", "f.", "h"}

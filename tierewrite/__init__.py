@@ -28,6 +28,10 @@ _WHERE = {
     "check": "readiness",
     "ReadinessReport": "readiness",
     "NotReady": "errors",
+    "batch": "batching",
+    "BatchReport": "batching",
+    "BatchResult": "batching",
+    "BatchInterrupted": "batching",
     "Progress": "engines",
     "Report": "report",
     "RewritePlan": "planning",
@@ -49,6 +53,9 @@ _WHERE = {
 }
 
 __all__ = [
+    "BatchInterrupted",
+    "BatchReport",
+    "BatchResult",
     "ConfigError",
     "HeaderError",
     "Inspection",
@@ -71,6 +78,7 @@ __all__ = [
     "Verification",
     "VerificationFailed",
     "__version__",
+    "batch",
     "check",
     "dedupe_state_dict",
     "inspect",
@@ -82,6 +90,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from tierewrite.batching import BatchInterrupted, BatchReport, BatchResult, batch
     from tierewrite.engines import Progress
     from tierewrite.errors import (
         ConfigError,

@@ -22,11 +22,13 @@ import errno
 import gc
 import json
 import math
+import operator
 import os
 import re
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -43,6 +45,8 @@ from tierewrite.errors import (
 from tierewrite.remote import FilePath, RemotePath
 
 INDEX_NAME = "model.safetensors.index.json"
+WANTED = "expected a checkpoint folder holding *.safetensors files"
+_MEND_JSON = "correct it, or copy it from the original model"
 MANIFEST_NAME = "tierewrite.json"
 INCOMPLETE_NAME = "tierewrite.incomplete.json"
 """Stands in a store that cannot rename for as long as a rewrite writes there; the index comes last."""
@@ -76,6 +80,10 @@ def gc_paused() -> Iterator[None]:
         yield
     finally:
         if running:
+            if not gc.get_freeze_count():
+                # What was made meanwhile counts as old from here on: the next allocation would scan it all.
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 
@@ -184,7 +192,7 @@ class Checkpoint:
     @property
     def total_bytes(self) -> int:
         """Sum of all tensors' bytes."""
-        return sum(entry.nbytes for entry in self.tensors.values())
+        return sum(entry.end - entry.start for entry in self.tensors.values())
 
     @classmethod
     @gc_paused()
@@ -203,9 +211,12 @@ class Checkpoint:
             HeaderError, ShardIndexError, ConfigError, SourceError: something is wrong in the folder.
             SystemFailure: the system does not let us read it.
         """
-        root = _resolve(Path(path))
+        try:
+            root = _resolve(Path(path))
+        except SourceError as e:
+            raise SourceError(f"{e.args[0]}; {WANTED}", file=path) from None
         if not root.is_dir():
-            raise SourceError("not a folder; expected a checkpoint folder holding *.safetensors files", file=path)
+            raise SourceError(f"not a folder; {WANTED}", file=path)
         return cls.assembled(
             root,
             _list_dir(root),
@@ -261,7 +272,7 @@ class Checkpoint:
         else:
             names, strays = sorted(local, key=natural_key), []
             if not names:
-                raise SourceError(f"no *.safetensors file here; {_what_is_here(top)}", file=origin or root)
+                raise SourceError(f"no *.safetensors file here; {what_is_here(top)}", file=origin or root)
 
         shards: list[Shard] = []
         tensors: dict[str, TensorEntry] = {}
@@ -269,17 +280,18 @@ class Checkpoint:
         for number, name in enumerate(names):
             shard, entries = header(name, number)
             shards.append(shard)
-            for entry in entries:
-                earlier = tensors.setdefault(entry.name, entry)
-                if earlier is not entry:
-                    raise ShardIndexError(
-                        f"also stored in {shown(shards[earlier.shard].name)}; expected each name in one shard only. "
-                        "Remove the copy that is not meant",
-                        file=root / name,
-                        tensor=entry.name,
-                    )
-                if weight_map is not None and entry.name not in weight_map:
-                    unindexed.append(entry)
+            held = {entry.name: entry for entry in entries}
+            if not tensors.keys().isdisjoint(held):
+                key = next(key for key in held if key in tensors)
+                raise ShardIndexError(
+                    f"also stored in {shown(shards[tensors[key].shard].name)}; expected each name in one shard only",
+                    file=root / name,
+                    tensor=key,
+                    advice="remove the copy that is not meant",
+                )
+            tensors.update(held)
+            if weight_map is not None and not held.keys() <= weight_map.keys():
+                unindexed.extend(entry for entry in entries if entry.name not in weight_map)
         if weight_map is not None:
             _check_against_index(weight_map, tensors, shards, index_path)
             if unindexed:
@@ -288,10 +300,11 @@ class Checkpoint:
                 if not ignore_unindexed:
                     raise ShardIndexError(
                         f"holds {len(unindexed)} tensors that {INDEX_NAME} lacks: {listed}{more}. Loaders would not "
-                        "read them; add them to the index, or pass --ignore-unindexed to leave them out",
+                        "read them",
                         file=root / shards[unindexed[0].shard].name,
                         tensor=unindexed[0].name,
                         details={"unindexed": [entry.name for entry in unindexed]},
+                        advice="add them to the index, or pass --ignore-unindexed to leave them out",
                     )
                 for entry in unindexed:
                     del tensors[entry.name]
@@ -302,11 +315,11 @@ class Checkpoint:
             twice = [entry.name for entry in entries if entry.name in tensors]
             if twice:
                 raise ShardIndexError(
-                    f"is not in {INDEX_NAME}, yet holds {len(twice)} of its tensors; remove the file, or the index if "
-                    "the file is what counts",
+                    f"is not in {INDEX_NAME}, yet holds {len(twice)} of its tensors",
                     file=root / name,
                     tensor=twice[0],
                     details={"overlap": twice},
+                    advice="remove the file, or the index if the file is what counts",
                 )
             warnings.append(f"{shown(name)} is not in {INDEX_NAME}: copied as it is, its tensors are not looked at")
         if not tensors:
@@ -382,12 +395,8 @@ def read_header(
         header = _read(fd, length, given)
     if len(header) != length:
         raise SourceChanged(f"shrank to {8 + len(header)} bytes while its header was read", file=given)
-    metadata, rows = parse_header(header, info.st_size - 8 - length, file=given)
-    del header
     base = 8 + length
-    entries = [
-        TensorEntry(key, dtype, shape, shard, base + start, base + end) for start, end, key, dtype, shape in rows
-    ]
+    metadata, entries = parse_header(header, info.st_size - base, file=given, shard=shard, base=base)
     found = Shard(
         given.name if name is None else name,
         resolved,
@@ -407,7 +416,7 @@ def header_length(prefix: bytes, size: int, file: object) -> int:
         raise HeaderError(f"has {len(prefix)} bytes; a safetensors file has at least 8", file=file)
     length = int.from_bytes(prefix, "little")
     if prefix == b"version ":
-        raise HeaderError("is a Git LFS pointer, not the file itself; run `git lfs pull`", file=file)
+        raise HeaderError("is a Git LFS pointer, not the file itself", file=file, advice="run `git lfs pull`")
     if length > MAX_HEADER_BYTES:
         raise HeaderError(f"says its header has {length} bytes; the format allows {MAX_HEADER_BYTES}", file=file)
     if length > size - 8:
@@ -415,20 +424,20 @@ def header_length(prefix: bytes, size: int, file: object) -> int:
     return length
 
 
-_Row = tuple[int, int, str, str, tuple[int, ...]]  # start, end, name, dtype, shape
-
-
-def parse_header(header: bytes, data_bytes: int, *, file: object = None) -> tuple[dict[str, str], list[_Row]]:
+def parse_header(
+    header: bytes, data_bytes: int, *, file: object = None, shard: int = 0, base: int = 0
+) -> tuple[dict[str, str], list[TensorEntry]]:
     """Validate a header's JSON against the number of data bytes that follow it.
 
     Args:
         header: the JSON, without the length field.
         data_bytes: bytes of the file after the header.
         file: named in errors.
+        shard: the number that the entries carry.
+        base: offset of the first data byte in the file.
 
     Returns:
-        `__metadata__`, and (start, end, name, dtype, shape) per tensor, ordered by offset; offsets are
-        relative to the first data byte.
+        `__metadata__`, and the tensors, ordered by offset.
 
     Raises:
         HeaderError: anything that the module's docstring lists.
@@ -437,6 +446,81 @@ def parse_header(header: bytes, data_bytes: int, *, file: object = None) -> tupl
         text = header.decode("utf-8")
     except UnicodeDecodeError as e:
         raise HeaderError(f"header is not UTF-8 at byte {8 + e.start}", file=file) from None
+    found = _parse_serialized(text, data_bytes, shard, base)
+    return _parse_any(text, data_bytes, file, shard, base) if found is None else found
+
+
+_CHARACTERS = r'[^"\\\x00-\x1f]*'
+_NUMBER = "(?:0|[1-9][0-9]{0,18})"  # 19 digits fit 64 bits
+_TENSOR = re.compile(
+    rf'"({_CHARACTERS})":{{"dtype":("{_CHARACTERS}","shape":\[[0-9,]*\]),'
+    rf'"data_offsets":\[({_NUMBER}),({_NUMBER})\]}}(?:,(?=")|\Z)'
+)
+_TENSOR_FRAME = len('"":{"dtype":,"data_offsets":[,]},')  # what of a tensor is in no group
+_KIND = re.compile(rf'"({_CHARACTERS})","shape":\[((?:{_NUMBER}(?:,{_NUMBER})*)?)\]')
+_METADATA = '{"__metadata__":'
+
+
+def _parse_serialized(
+    text: str, data_bytes: int, shard: int, base: int
+) -> tuple[dict[str, str], list[TensorEntry]] | None:
+    """What `_parse_any` returns, in a third of the time, for a valid header in the form that serializers write:
+    compact, metadata first or absent, tensors in the order of their offsets. None for anything else.
+
+    The matches are the whole header, since their lengths add up to its length.
+    """
+    close = text.rfind("}")
+    if not text.startswith("{") or text[close + 1 :].strip(" "):
+        return None
+    metadata: Any = {}
+    at = 1
+    if text.startswith(_METADATA):
+        try:
+            metadata, at = _STRICT.raw_decode(text, len(_METADATA))
+        except (ValueError, RecursionError):
+            return None
+        if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
+            return None
+        if text[at : at + 1] != "," or _SURROGATE.search(text, 0, at):
+            return None
+        at += 1
+    found = _TENSOR.findall(text, at, close)
+    if not found:
+        return None
+    names, kinds, starts, ends = zip(*found, strict=True)
+    del found
+    covered = sum(sum(map(len, column)) for column in (names, kinds, starts, ends)) + _TENSOR_FRAME * len(names) - 1
+    unique = set(names)
+    if covered != close - at or len(unique) != len(names) or "__metadata__" in unique:
+        return None
+    if starts[0] != "0" or starts[1:] != ends[:-1] or int(ends[-1]) != data_bytes:
+        return None
+    stops = [base + int(end) for end in ends]
+    begins = [base, *stops[:-1]]
+    dtypes: dict[str, str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for kind, size in set(zip(kinds, map(operator.sub, stops, begins), strict=True)):
+        match = _KIND.fullmatch(kind)
+        if match is None or size < 0:
+            return None
+        dtypes[kind] = match[1]
+        shapes[kind] = tuple(map(int, match[2].split(","))) if match[2] else ()
+        try:
+            _check_size(dtypes[kind], shapes[kind], _elements(shapes[kind], None, ""), 0, size, None, "")
+        except HeaderError:
+            return None
+    columns = (names, map(dtypes.__getitem__, kinds), map(shapes.__getitem__, kinds), repeat(shard), begins, stops)
+    return metadata, list(map(TensorEntry._make, zip(*columns, strict=False)))
+
+
+def _parse_any(
+    text: str, data_bytes: int, file: object, shard: int, base: int
+) -> tuple[dict[str, str], list[TensorEntry]]:
+    """`parse_header` for a header of any form.
+
+    Raises:
+        HeaderError: as there.
+    """
     try:
         root = _strict_json(text)
     except _BadJson as e:
@@ -447,9 +531,8 @@ def parse_header(header: bytes, data_bytes: int, *, file: object = None) -> tupl
         raise HeaderError(f"header is {_kind(root)}; expected an object", file=file)
     metadata = _header_metadata(root.pop("__metadata__", None), file)
 
-    rows: list[_Row] = []
+    rows: list[tuple[int, int, str, str, tuple[int, ...]]] = []  # start, end, name, dtype, shape
     shapes: dict[tuple[int, ...], tuple[tuple[int, ...], int]] = {}
-    bits_of = DTYPE_BITS.get
     for name, info in root.items():
         dtype, shape, offsets = info if type(info) is tuple else _tensor_fields(name, info, file)
         if type(dtype) is not str:
@@ -471,20 +554,7 @@ def parse_header(header: bytes, data_bytes: int, *, file: object = None) -> tupl
         known = shapes.get(key)
         if known is None:
             known = shapes[key] = key, _elements(key, file, name)
-        bits = bits_of(dtype)
-        if bits is not None:
-            total = known[1] * bits
-            if total > _U64_MAX:
-                raise HeaderError(f"shape {list(key)[:20]} of {dtype} overflows 64 bits", file=file, tensor=name)
-            if total % 8:
-                raise HeaderError(f"{total} bits of {dtype} are no whole number of bytes", file=file, tensor=name)
-            if end - start != total // 8:
-                raise HeaderError(
-                    f"data_offsets [{start}, {end}] hold {end - start} bytes; "
-                    f"{dtype} {list(key)[:20]} takes {total // 8}",
-                    file=file,
-                    tensor=name,
-                )
+        _check_size(dtype, key, known[1], start, end, file, name)
         rows.append((start, end, name, dtype, known[0]))
 
     rows.sort(key=_by_offset)
@@ -501,11 +571,33 @@ def parse_header(header: bytes, data_bytes: int, *, file: object = None) -> tupl
     if expected != data_bytes:
         what = "truncated" if expected > data_bytes else f"{data_bytes - expected} trailing bytes"
         raise HeaderError(f"{data_bytes} bytes of data, but its tensors end at {expected}: {what}", file=file)
-    return metadata, rows
+    return metadata, [
+        TensorEntry(name, dtype, shape, shard, base + start, base + end) for start, end, name, dtype, shape in rows
+    ]
 
 
-def _by_offset(row: _Row) -> tuple[int, int]:
+def _by_offset(row: tuple[Any, ...]) -> tuple[int, int]:
     return row[0], row[1]
+
+
+def _check_size(
+    dtype: str, shape: tuple[int, ...], elements: int, start: int, end: int, file: object, name: str
+) -> None:
+    """The offsets hold as many bytes as a known dtype and the shape take."""
+    bits = DTYPE_BITS.get(dtype)
+    if bits is None:
+        return
+    total = elements * bits
+    if total > _U64_MAX:
+        raise HeaderError(f"shape {list(shape)[:20]} of {dtype} overflows 64 bits", file=file, tensor=name)
+    if total % 8:
+        raise HeaderError(f"{total} bits of {dtype} are no whole number of bytes", file=file, tensor=name)
+    if end - start != total // 8:
+        raise HeaderError(
+            f"data_offsets [{start}, {end}] hold {end - start} bytes; {dtype} {list(shape)[:20]} takes {total // 8}",
+            file=file,
+            tensor=name,
+        )
 
 
 def _elements(shape: tuple[int, ...], file: object, name: str) -> int:
@@ -635,6 +727,7 @@ def _whole(digits: str) -> int | float:
     return -0.0 if digits == "-0" else int(digits)  # serde_json reads -0 as a fraction
 
 
+_STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 
@@ -663,7 +756,7 @@ def _strict_json(text: str) -> Any:
 def _parsed(text: str) -> Any:
     if "-0" in text:
         return json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant, parse_int=_whole)
-    return json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+    return _STRICT.decode(text)
 
 
 def _refuse_half_pairs(text: str) -> None:
@@ -754,8 +847,9 @@ def _check_shard_link(root: Path, name: str, index_path: Path) -> None:
         raise ShardIndexError(f"names '{shown(name)}', which cannot be found: {e}", file=index_path) from None
     if not _belongs(root, resolved):
         raise ShardIndexError(
-            f"names '{shown(name)}', a link that leaves the folder to {shown(resolved)}; put the file itself there",
+            f"names '{shown(name)}', a link that leaves the folder to {shown(resolved)}",
             file=index_path,
+            advice="put the file itself there",
         )
 
 
@@ -821,19 +915,19 @@ def _read_config(path: Path, warnings: list[str]) -> dict[str, Any]:
     try:
         found = json.loads(raw.decode("utf-8"), object_pairs_hook=pairs_hook)
     except UnicodeDecodeError as e:
-        raise ConfigError(f"is not UTF-8 at byte {e.start}", file=path) from None
+        raise ConfigError(f"is not UTF-8 at byte {e.start}; {_MEND_JSON}", file=path) from None
     except RecursionError:
-        raise ConfigError("is nested too deeply", file=path) from None
+        raise ConfigError(f"is nested too deeply; {_MEND_JSON}", file=path) from None
     except ValueError as e:
-        raise ConfigError(f"is no valid JSON: {e}", file=path) from None
+        raise ConfigError(f"is no valid JSON: {e}; {_MEND_JSON}", file=path) from None
     if type(found) is not dict:
-        raise ConfigError(f"is {_kind(found)}; expected an object", file=path)
+        raise ConfigError(f"is {_kind(found)}; expected an object: {_MEND_JSON}", file=path)
     if repeated:
         warnings.append(f"{path.name}: '{shown(repeated[0])}' comes twice in one object; the last one counts")
     return found
 
 
-def _what_is_here(names: list[str]) -> str:
+def what_is_here(names: list[str]) -> str:
     """What a folder without safetensors holds instead, for the error."""
     if not names:
         return "the folder is empty"
@@ -841,7 +935,8 @@ def _what_is_here(names: list[str]) -> str:
     if weights:
         listed = ", ".join(shown(name) for name in weights[:5])
         return f"found weights in other formats ({listed}): convert them to safetensors first"
-    return f"found {', '.join(shown(name) for name in names[:8])}{' ...' if len(names) > 8 else ''}"
+    listed = ", ".join(shown(name) for name in names[:8])
+    return f"found {listed}{' ...' if len(names) > 8 else ''}; give the folder that holds the shards"
 
 
 def _walk(root: Path, leave_out: set[str], warnings: list[str]) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
@@ -863,7 +958,7 @@ def _walk(root: Path, leave_out: set[str], warnings: list[str]) -> tuple[tuple[S
             info = _stat(resolved, path)
             if stat.S_ISDIR(info.st_mode):
                 if resolved in above:
-                    raise SourceError("is a link to a folder that holds it: a loop", file=path)
+                    raise SourceError("is a link to a folder that holds it, a loop: remove it", file=path)
                 if linked and not _belongs(root, resolved):
                     raise SourceError(
                         f"is a link to the folder {shown(resolved)}, outside of the checkpoint; "
@@ -877,7 +972,8 @@ def _walk(root: Path, leave_out: set[str], warnings: list[str]) -> tuple[tuple[S
                     warnings.append(f"{shown(relative)} is a link to {shown(resolved)}: that file is copied")
                 files.append(SideFile(relative, resolved, info.st_size, info.st_mtime_ns))
             else:
-                raise SourceError(f"is {_mode(info.st_mode)}; only regular files can be copied", file=path)
+                what = f"is {_mode(info.st_mode)}; only regular files can be copied: move it away"
+                raise SourceError(what, file=path)
     return tuple(sorted(files, key=lambda side: side.name)), tuple(sorted(folders))
 
 
@@ -904,13 +1000,14 @@ def _failed(e: OSError | ValueError, path: Path) -> TierewriteError:
     if isinstance(e, ValueError):
         return SourceError("its name holds a NUL character", file=path)
     if e.errno == errno.ELOOP:
-        return SourceError("is a link that leads to itself", file=path)
+        return SourceError("is a link that leads to itself; remove it, or put the file there", file=path)
     if e.errno in (errno.ENOENT, errno.ENOTDIR):
-        what = "is a link to nothing" if path.is_symlink() else "does not exist"
+        what = "is a link to nothing; remove it, or put the file there" if path.is_symlink() else "does not exist"
         return SourceError(what, file=path)
     if e.errno in (errno.ENAMETOOLONG, errno.ENXIO):
         return SourceError(f"cannot be opened: {e.strerror}", file=path)
-    return SystemFailure(f"cannot be read: {e.strerror or e}", file=path)
+    advice = "check its permissions, or read it as another user" if e.errno in (errno.EACCES, errno.EPERM) else None
+    return SystemFailure(f"cannot be read: {e.strerror or e}", file=path, advice=advice)
 
 
 def _resolve(path: Path) -> Path:

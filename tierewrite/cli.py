@@ -17,13 +17,12 @@ import tierewrite
 from tierewrite.errors import (
     EXIT_CODES,
     EXIT_FINDINGS,
-    EXIT_INTERNAL,
     EXIT_OK,
     EXIT_SYSTEM,
     EXIT_USAGE,
     Interrupted,
-    SystemFailure,
     TierewriteError,
+    as_ours,
 )
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 ERROR_SCHEMA = "tierewrite/error/1"
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-_FOLDER = click.Path(path_type=Path)
+_FOLDER = click.Path(readable=False, path_type=Path)  # what cannot be read is for the library to say: exit 5
 _EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:>3}  {text}" for code, text in EXIT_CODES.items())
 
 
@@ -46,7 +45,7 @@ def _options(*decorators: Callable[[_F], _F]) -> Callable[[_F], _F]:
 
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object (see the README).")
-_SOURCE = click.Path()  # text: as a path, ./org/name would become a hub id, and a URL lose a slash
+_SOURCE = click.Path(readable=False)  # text: as a path, ./org/name would become a hub id, and a URL lose a slash
 _source_options = _options(
     click.option(
         "--ties",
@@ -140,6 +139,17 @@ def cli(verbose: int) -> None:
     scales. tierewrite works on the files alone: it learns from the model class which parameters are tied, confirms
     it by hashing the bytes, merges the activation scales, drops the alias names and writes a checkpoint and index
     under canonical names. SRC is never written to; DST appears whole or not at all.
+
+    \b
+    Examples:
+      tierewrite plan exported/                      what would be done
+      tierewrite rewrite exported/ canonical/        do it
+      tierewrite verify exported/ canonical/         prove it
+      tierewrite rewrite --help                      all options of a command, with examples
+
+    \b
+    Completion of commands and options, for the shell's start-up file (or zsh_source, fish_source):
+      eval "$(_TIEREWRITE_COMPLETE=bash_source tierewrite)"
     """
     level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
@@ -198,6 +208,10 @@ def rewrite(
     there and --overwrite starts anew.
     """
     options = _given(options)
+    if no_backup and "in_place" not in options:
+        raise click.UsageError("--no-backup goes with --in-place; leave it out, or add that")
+    if "force" in options and consumer is None:
+        raise click.UsageError("--force goes with --for; leave it out, or add that")
     if consumer is not None:
         from tierewrite.rewriting import FOR_CONSUMER
 
@@ -216,6 +230,112 @@ def rewrite(
         show_report(_console(), report)
     if report.readiness is not None and report.readiness.errors:
         raise click.exceptions.Exit(EXIT_FINDINGS)
+
+
+@cli.command()
+@click.argument("items", type=_SOURCE, nargs=-1, required=True, metavar="FILE|FOLDER...")
+@click.option("--into", type=_SOURCE, metavar="OUT", help="Folder or URL below which every DST is made.")
+@click.option(
+    "--plan-only",
+    is_flag=True,
+    help="Write nothing and read headers only: show what could be saved, the largest saving first. Needs no --into.",
+)
+@click.option(
+    "-j",
+    "--jobs",
+    type=click.IntRange(1, 1024),
+    default=1,
+    show_default=True,
+    help="How many checkpoints at a time. Each already takes all --threads: more than one helps with small ones, with "
+    "stores, and with --engine ray, where all of them share the cluster.",
+)
+@_policy_options
+@_source_options
+@_run_options
+@_engine_options
+@click.option("--resume", is_flag=True, help="Go on from the shards that a killed run finished.")
+@click.option("--verify", is_flag=True, help="Prove each output from its SRC before it appears.")
+@click.option(
+    "--for",
+    "consumer",
+    type=click.Choice(["vllm", "transformers"]),
+    help="Make the choices that this consumer needs, and check each result; see rewrite --help.",
+)
+@click.option("--force", is_flag=True, help="With --for: let a DST appear whatever errors are left.")
+@click.option("--overwrite", is_flag=True, help="Do again what is done, and swap out what a DST holds.")
+@click.option("--no-manifest", is_flag=True, help="Do not write tierewrite.json (a next run then skips nothing).")
+@_quiet_option
+@_json_option
+def batch(
+    items: tuple[str, ...],
+    into: str | None,
+    plan_only: bool,
+    jobs: int,
+    as_json: bool,
+    quiet: bool,
+    no_manifest: bool,
+    **options: Any,
+) -> None:
+    """Rewrite many checkpoints, or scan them for what could be saved (--plan-only).
+
+    One that fails does not stop the others: exit code 6 if any did. A list, an option or two DSTs that cannot be are
+    refused before anything starts (exit 2), a FOLDER without any checkpoint too (exit 4). An interrupt leaves what is
+    finished, and the results so far are shown.
+
+    A FOLDER, or the URL of one, stands for every checkpoint at or below it: each folder that holds an index or a
+    *.safetensors file. Each goes to OUT/<path below FOLDER>; FOLDER itself, if it is one, to OUT/<its name>. What lies
+    below a checkpoint belongs to it. Passed over are hidden folders, X.bak beside X, and OUT. Links are followed, each
+    folder counts once. A hub cache is such a FOLDER; a hub id (org/name) stands for itself.
+
+    A FILE lists checkpoints, one a line: a SRC (folder, URL or hub id; goes to OUT/<its name>), or a JSON object with
+    "src" and, as wanted, "dst" and options for this one: on_mismatch, kv_scales, max_shard_size, unify_fused_scales,
+    fill_missing_scales, fix_ignore, ties, trust_remote_code, ignore_unindexed, revision, overwrite, resume, verify,
+    consumer (as --for), force, manifest. Blank lines and lines that begin with # are left out. Relative paths in a FILE
+    are relative to the folder that FILE is in.
+
+    A DST that an earlier run made of the same SRC, with the same options and the same version of tierewrite, is left
+    as it is (already-done), so that a batch that was stopped can simply be run again. Compared are names and sizes of
+    files, options, ties, times and a few tensors; `tierewrite verify` proves it. A DST with anything else in it fails.
+
+    \b
+    Examples:
+      tierewrite batch models/ --plan-only
+      tierewrite batch ~/.cache/huggingface/hub --plan-only --json | jq '.results[] | [.src, .saved_bytes]'
+      tierewrite batch models/ --into canonical/ --on-mismatch keep
+      tierewrite batch list.txt --into s3://bucket/canonical --engine ray --jobs 4
+      tierewrite batch exports/2024 exports/2025 --into served/ --for vllm --verify
+
+    \b
+    A list:
+      # one a line
+      llama-nvfp4
+      org/name
+      {"src": "s3://bucket/gemma", "dst": "out/gemma", "on_mismatch": "keep"}
+    """
+    options = _given(options)
+    if no_manifest:
+        options["manifest"] = False
+    from tierewrite.batching import BatchInterrupted
+    from tierewrite.views import Bar
+
+    stopped = None
+    with Bar(_console(stderr=True), shown=not (quiet or as_json)) as bar:
+        try:
+            report = tierewrite.batch(
+                items, into=into, plan_only=plan_only, jobs=jobs, progress=bar, **options
+            )
+        except BatchInterrupted as interrupt:
+            stopped, report = interrupt, interrupt.report
+    if as_json:
+        _print_json(report.to_json())
+    elif not quiet:
+        from tierewrite.views import show_batch
+
+        show_batch(_console(), report)
+    if stopped is not None:
+        print(f"tierewrite: {stopped}", file=sys.stderr)
+    if report.exit_code:
+        raise click.exceptions.Exit(report.exit_code)
 
 
 @cli.command()
@@ -263,6 +383,7 @@ def verify(src: str, dst: str, as_json: bool, ties: Path | None, **options: Any)
     Examples:
       tierewrite verify exported/ canonical/
       tierewrite verify s3://bucket/exported s3://bucket/canonical
+      tierewrite verify exported/ canonical/ --json | jq '.problems[] | [.id, .where]'
     """
     result = tierewrite.verify(src, dst, ties_file=ties, **options)
     if as_json:
@@ -287,6 +408,7 @@ def inspect(src: str, as_json: bool, no_ties: bool, **options: Any) -> None:
     Examples:
       tierewrite inspect exported/
       tierewrite inspect s3://bucket/exported --no-ties
+      tierewrite inspect org/name --json | jq .dtypes
     """
     result = tierewrite.inspect(src, declared=not no_ties, **options)
     if as_json:
@@ -342,7 +464,7 @@ def check(checkpoint: str, consumer: str, strict: bool, as_json: bool, **options
         raise click.exceptions.Exit(code)
 
 
-@cli.command("report")
+@cli.command("report", short_help="Show what a rewrite did, here or on a page to pass on.")
 @click.argument("target", type=_SOURCE, metavar="DST|MANIFEST")
 @click.option("--html", type=_FOLDER, metavar="FILE", help="Write one self-contained HTML page.")
 @click.option("--png", type=_FOLDER, metavar="FILE", help="Write its figures and pictures as one PNG.")
@@ -387,6 +509,9 @@ def report_command(
         page.write_html(html)
     if png is not None:
         page.write_png(png)
+    for written in (html, png):
+        if written is not None and not as_json:
+            click.echo(f"{written} is written.")
     if as_json:
         _print_json(page.to_json())
     elif html is None and png is None:
@@ -409,9 +534,9 @@ def _console(stderr: bool = False) -> Console:
 
 
 def _print_json(data: dict[str, Any]) -> None:
-    from tierewrite.jsontext import dumps
+    from tierewrite.jsontext import pieces
 
-    sys.stdout.write(dumps(data, ascii_only=True))
+    sys.stdout.writelines(pieces(data, ascii_only=True))
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
@@ -445,22 +570,14 @@ def run(arguments: list[str]) -> int:
         return EXIT_USAGE
     except (click.Abort, KeyboardInterrupt):
         return _failed(Interrupted(signal.SIGINT), as_json)
-    except TierewriteError as error:
-        return _failed(error, as_json)
     except BrokenPipeError:
         # Whoever read our output has gone; nobody is left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_SYSTEM
-    except OSError as error:
-        return _failed(SystemFailure(f"{error.strerror or error}", file=error.filename), as_json)
-    except MemoryError:
-        return _failed(SystemFailure("out of memory; use fewer --threads or a larger machine"), as_json)
     except Exception as error:
-        logging.getLogger(__name__).debug("internal error", exc_info=True)
-        message = f"internal error: {type(error).__name__}: {error}; this is a bug, please report it (-vv shows where)"
-        failure = TierewriteError(message)
-        failure.exit_code = EXIT_INTERNAL
-        return _failed(failure, as_json)
+        if not isinstance(error, TierewriteError):
+            logging.getLogger(__name__).debug("internal error", exc_info=True)
+        return _failed(as_ours(error), as_json)
 
 
 def main() -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tierewrite.checkpoint import Checkpoint
+from tierewrite.checkpoint import Checkpoint, gc_paused
 from tierewrite.formats import quant_config
 from tierewrite.names import DiskTies
 from tierewrite.planning import Action, RewritePlan
 from tierewrite.reading import read_side_file
 
 
+@gc_paused()
 def ignore_lists(
     checkpoint: Checkpoint, plan: RewritePlan, ties: DiskTies
 ) -> tuple[Mapping[str, bytes], tuple[str, ...]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tierewrite import scales
-from tierewrite.checkpoint import Checkpoint
+from tierewrite.checkpoint import Checkpoint, gc_paused
 from tierewrite.errors import Refused, shown
 from tierewrite.planning import GroupPlan, Merge, RewritePlan
 from tierewrite.reading import read_tensors
@@ -39,6 +39,7 @@ class ScaleValues:
     warnings: tuple[str, ...]
 
 
+@gc_paused()
 def merge_scales(
     checkpoint: Checkpoint,
     plan: RewritePlan,

@@ -29,7 +29,7 @@ EXIT_CODES: dict[int, str] = {
     EXIT_REFUSED: "refused: a declared tie was not confirmed, or a tied module has an unknown companion",
     EXIT_SOURCE: "something is wrong in SRC: headers, index, configs, model class, remote code, file kinds",
     EXIT_SYSTEM: "the system failed: disk full, no permission, I/O error, SRC changed underfoot",
-    EXIT_FINDINGS: "verify or check found something wrong (an unreadable DST included)",
+    EXIT_FINDINGS: "verify or check found something wrong (an unreadable DST too), or one of a batch failed",
     EXIT_SIGINT: "interrupted (SIGINT)",
     EXIT_SIGTERM: "terminated (SIGTERM)",
 }
@@ -54,12 +54,14 @@ class TierewriteError(Exception):
 
     Attributes:
         exit_code: the command line's exit status for it.
+        advice: what to do, where a message of this class does not say it itself.
         file: the file concerned, as text, or None.
         tensor: the tensor (key) concerned, or None.
         details: further facts for --json; JSON-serialisable.
     """
 
     exit_code = EXIT_INTERNAL
+    advice = ""
 
     def __init__(
         self,
@@ -68,8 +70,10 @@ class TierewriteError(Exception):
         file: object | None = None,
         tensor: str | None = None,
         details: dict[str, Any] | None = None,
+        advice: str | None = None,
     ) -> None:
-        super().__init__(message)
+        advice = self.advice if advice is None else advice
+        super().__init__(f"{message}; {advice}" if advice else message)
         self.file = None if file is None else str(file)
         self.tensor = tensor
         self.details = details or {}
@@ -121,9 +125,13 @@ class SourceError(TierewriteError):
 class HeaderError(SourceError):
     """A safetensors file whose header is malformed or disagrees with the file (exit 4)."""
 
+    advice = "download or export this file again"
+
 
 class ShardIndexError(SourceError):
     """`model.safetensors.index.json` is malformed or disagrees with the shards (exit 4)."""
+
+    advice = "download or export the checkpoint again, or correct the index"
 
 
 class ConfigError(SourceError):
@@ -160,7 +168,25 @@ class Interrupted(TierewriteError):
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by signal {signum}; nothing half-done was left behind")
+        self.signum = signum
         self.exit_code = 128 + signum
+
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[int]]:
+        return type(self), (self.signum,)
+
+
+def as_ours(error: Exception) -> TierewriteError:
+    """The error of ours that any exception counts as, where it ends a command or one checkpoint of a batch."""
+    if isinstance(error, TierewriteError):
+        return error
+    if isinstance(error, OSError):
+        advice = "check permissions and the disk"
+        return SystemFailure(f"{error.strerror or error}", file=error.filename, advice=advice)
+    if isinstance(error, MemoryError):
+        return SystemFailure("out of memory; use fewer --threads or a larger machine")
+    return TierewriteError(
+        f"internal error: {type(error).__name__}: {error}; this is a bug, please report it (-vv shows where)"
+    )
 
 
 @contextlib.contextmanager

@@ -212,7 +212,8 @@ class _Remote:
             try:
                 found = self.api.parse_safetensors_file_metadata(self.repo, name, revision=self.commit)
             except errors.SafetensorsParsingError as error:
-                raise HeaderError(f"{_first_line(error)}; download the repository to see more", file=file) from error
+                advice = "download the repository to see more"
+                raise HeaderError(_first_line(error), file=file, advice=advice) from error
             except (TypeError, AttributeError, KeyError, ValueError) as error:
                 if isinstance(error, errors.HfHubHTTPError):
                     raise
@@ -229,14 +230,13 @@ class _Remote:
             header = json.dumps(text, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
         except (TypeError, ValueError) as error:
             raise HeaderError(f"huggingface_hub cannot read its header: {_first_line(error)}", file=file) from error
-        metadata, rows = parse_header(header, data_bytes, file=file)
         size = self.sizes.get(name)
+        base = 8 if size is None else size - data_bytes
+        metadata, entries = parse_header(header, data_bytes, file=file, base=base)
         needed = 8 + len(header) + data_bytes
         if size is not None and not needed <= size <= 8 + MAX_HEADER_BYTES + data_bytes:
             raise HeaderError(f"has {size} bytes; header and tensors take at least {needed}: truncated?", file=file)
-        base = 8 if size is None else size - data_bytes
-        shard = Shard(name, Path(file), base + data_bytes, 0, 0, base, metadata)
-        return shard, [TensorEntry(key, dtype, shape, 0, base + a, base + b) for a, b, key, dtype, shape in rows]
+        return Shard(name, Path(file), base + data_bytes, 0, 0, base, metadata), entries
 
 
 # ------------------------------------------------------------------------------------------------- what goes wrong
@@ -304,8 +304,8 @@ def _translated(error: Exception, repo: str, revision: str | None) -> Tierewrite
     failed = (ConnectionError, TimeoutError, errors.LocalEntryNotFoundError)
     if isinstance(error, failed) or any(type(e).__module__.partition(".")[0] in network for e in _chain(error)):
         return SystemFailure(
-            f"{what} cannot be fetched from {constants.ENDPOINT}: {_cause(error)}. Check the network and try again "
-            "(what has arrived is kept); HF_HUB_OFFLINE=1 takes what is in the cache"
+            f"{here} {what} cannot be fetched from {constants.ENDPOINT}: {_cause(error)}. Check the network and try "
+            "again (what has arrived is kept); HF_HUB_OFFLINE=1 takes what is in the cache"
         )
     if isinstance(error, OSError):
         return SystemFailure(f"{what} cannot be fetched: {error.strerror or _first_line(error)}", file=error.filename)

@@ -6,17 +6,31 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
+
+_LINES = 1000  # encoded at a time: the text of a large plan takes as much memory as the plan
 
 
 def dumps(data: dict[str, Any], ascii_only: bool = False) -> str:
     """`data` as JSON text that ends with a newline; each item of a list of objects stands on a line of its own."""
+    return "".join(pieces(data, ascii_only))
+
+
+def pieces(data: dict[str, Any], ascii_only: bool = False) -> Iterator[str]:
+    """The text of `dumps`, piece by piece."""
     encode = json.JSONEncoder(ensure_ascii=ascii_only).encode
-    members = []
+    yield "{\n"
+    before = " "
     for key, value in data.items():
+        yield f"{before}{encode(key)}: "
         if isinstance(value, list) and value and isinstance(value[0], dict):
-            lines = ",\n  ".join(map(encode, value))
-            members.append(f" {encode(key)}: [\n  {lines}\n ]")
+            between = "[\n  "
+            for at in range(0, len(value), _LINES):
+                yield between + ",\n  ".join(map(encode, value[at : at + _LINES]))
+                between = ",\n  "
+            yield "\n ]"
         else:
-            members.append(f" {encode(key)}: {encode(value)}")
-    return "{\n" + ",\n".join(members) + "\n}\n"
+            yield encode(value)
+        before = ",\n "
+    yield "\n}\n"

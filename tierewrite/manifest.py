@@ -11,6 +11,7 @@ from typing import Any
 
 from blake3 import blake3
 
+from tierewrite.checkpoint import gc_paused
 from tierewrite.jsontext import dumps
 from tierewrite.names import DiskTies
 from tierewrite.planning import Action, RewritePlan
@@ -48,6 +49,7 @@ class Written:
         return data
 
 
+@gc_paused()
 def written_tensors(
     plan: RewritePlan,
     patches: Mapping[str, bytes],
@@ -86,15 +88,21 @@ def written_tensors(
     return result
 
 
-def build_manifest(
-    report: Report, disk: DiskTies, written: Mapping[str, Mapping[str, Written]], version: str
-) -> bytes:
-    """The manifest's JSON text."""
+def ties_on_disk(disk: DiskTies) -> dict[str, str]:
+    """Alias -> canonical, as the manifest has it."""
     ties: dict[str, str] = {}
     for group in disk.groups:
         # One slot: the names on disk, which need no model class to be understood. Unpacked experts: the parameters.
         canonical, *aliases = group.slots[0] if len(group.slots) == 1 else (group.canonical, *group.aliases)
         ties.update((alias, canonical) for alias in aliases)
+    return ties
+
+
+@gc_paused()
+def build_manifest(
+    report: Report, disk: DiskTies, written: Mapping[str, Mapping[str, Written]], version: str
+) -> bytes:
+    """The manifest's JSON text."""
     data = {
         "schema": MANIFEST_SCHEMA,
         "tool": {"name": "tierewrite", "version": version},
@@ -104,7 +112,7 @@ def build_manifest(
             "source": report.ties_source,
             # A ties file's name is the user's, and no part of the content.
             "detail": report.ties_detail if report.ties_source == "class" else "",
-            "map": ties,
+            "map": ties_on_disk(disk),
         },
         "groups": [
             {

@@ -17,15 +17,17 @@ This room refuses nothing. What cannot be paired (one side fused, the other unpa
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
-from .ties import ModelNames, TieMap, scopes_of
+from .ties import ModelNames, Scopes, TieMap
 
 # How a tensor on disk stands for (a part of) a parameter: () for all of it; else the expert's part.
 Part = tuple[Any, ...]
 WHOLE: Part = ()
+
+_UNPACKED = (".weight", ".bias")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ class DiskTies:
     """
 
     groups: tuple[TieGroup, ...]
-    owned: Container[str]
+    owned: Set[str]
     idle: tuple[str, ...]
 
 
@@ -82,20 +84,25 @@ def on_disk(ties: TieMap, keys: Collection[str]) -> DiskTies:
     tied = {name: root for root, names in sides.items() for name in names}
     translator = _Translator(ties.model, tied)
 
+    knows_all = ties.model is not None and bool(ties.model.shapes)
     owned: set[str] = set()
     # Per tied parameter: its parts on disk and the name of each.
     found: dict[str, dict[Part, str]] = {}
     weak: list[str] = []
+    # Modules whose weight is found: their other tensors tell nothing new.
+    settled: set[str] = set()
     for key in translator.in_loading_order(keys):
         place = translator.locate(key)
         if place is None:
             weak.append(key)
             continue
-        owned.add(key)
+        if knows_all:
+            owned.add(key)
         if place[0] in tied:
             found.setdefault(place[0], {}).setdefault(place[1], key)
-    # A companion says that its parameter is there in some form; nearly always its module's weight, found already.
-    settled: set[str] = set()
+        if key.endswith(".weight"):
+            settled.add(key.removesuffix(".weight"))
+    # A companion says that its parameter is there in some form.
     for key in weak:
         parent = key.rpartition(".")[0]
         if parent in settled:
@@ -112,7 +119,7 @@ def on_disk(ties: TieMap, keys: Collection[str]) -> DiskTies:
     groups: list[TieGroup] = []
     idle: list[str] = []
     covered: set[str] = set()
-    scopes = _Scopes(keys)
+    scopes = Scopes(keys)
     for root, names in sides.items():
         parts: dict[Part, None] = {}
         for name in names:
@@ -122,17 +129,21 @@ def on_disk(ties: TieMap, keys: Collection[str]) -> DiskTies:
             continue
         problem = _layout_problem(names, found) or translator.sharing_problem(names, found, tied, covered)
         slots = []
+        on_side: list[Mapping[Part, str]] = [found.get(name, {}) for name in names]
         for part in sorted(parts, key=_part_order):
-            there = {name: found[name][part] for name in names if part in found.get(name, ())}
-            slots.append(tuple(there.get(n) or translator.spell(n, part, scopes, there) for n in names))
+            try:
+                slots.append(tuple([side[part] for side in on_side]))
+            except KeyError:  # not on every side
+                there = {name: side[part] for name, side in zip(names, on_side, strict=True) if part in side}
+                slots.append(tuple(there.get(n) or translator.spell(n, part, scopes, there) for n in names))
         groups.append(TieGroup(root, root, tuple(names[1:]), tuple(origins[root]), tuple(slots), problem))
     idle = [root for root in idle if root not in covered]
-    return DiskTies(tuple(groups), owned if ties.model is not None and ties.model.shapes else (), tuple(idle))
+    return DiskTies(tuple(groups), owned, tuple(idle))
 
 
-def _owned_by(model: ModelNames | None, keys: Collection[str]) -> Container[str]:
+def _owned_by(model: ModelNames | None, keys: Collection[str]) -> Set[str]:
     if model is None or not model.shapes:
-        return ()
+        return frozenset()
     translator = _Translator(model, {})
     return {key for key in translator.in_loading_order(keys) if translator.locate(key) is not None}
 
@@ -185,31 +196,14 @@ def _layout_problem(names: list[str], found: Mapping[str, Mapping[Part, str]]) -
     return f"the sides are laid out differently on disk: {', '.join(names)}"
 
 
-class _Scopes:
-    """How much of a dotted name's path occurs among the keys."""
-
-    def __init__(self, keys: Collection[str]) -> None:
-        self._keys = keys
-        self._scopes: set[str] | None = None
-
-    def _all(self) -> set[str]:
-        if self._scopes is None:
-            self._scopes = scopes_of(self._keys)
-        return self._scopes
-
-    def under(self, prefix: str) -> bool:
-        """Is any key below `prefix`?"""
-        return prefix in self._all()
-
-    def strange(self, name: str) -> int:
-        """Number of trailing path segments of `name` (its own not counted) that no key shares."""
-        scopes = self._all()
-        scope = name.rpartition(".")[0]
-        missing = 0
-        while scope and scope not in scopes:
-            scope = scope.rpartition(".")[0]
-            missing += 1
-        return missing
+def _strange(name: str, scopes: Scopes) -> int:
+    """Number of trailing path segments of `name` (its own not counted) that no key shares."""
+    scope = name.rpartition(".")[0]
+    missing = 0
+    while scope and scope not in scopes:
+        scope = scope.rpartition(".")[0]
+        missing += 1
+    return missing
 
 
 class _Translator:
@@ -226,6 +220,7 @@ class _Translator:
         self._reverse: tuple[list[Any], list[Any]] | None = None
         self._model = model
         self._fused: dict[str, list[str]] | None = None
+        self._fusing: dict[tuple[str, str, str], str | None] = {}
         self._stateful = False
         self._prefix_differs: bool | None = None
         self._rename: Any = None
@@ -252,6 +247,10 @@ class _Translator:
 
     def locate(self, name: str) -> tuple[str, Part] | None:
         """The parameter that the unquantized name `name` is loaded into, and which part of it; None if none."""
+        if self._rename is None:  # names on disk are those in memory: sooner found than remembered
+            if name in self.known:
+                return name, WHOLE
+            return self._unpacked(name) if name.endswith(_UNPACKED) else None
         place = self._memo.get(name, False)
         if place is False:
             place = self._memo[name] = self._locate(name)
@@ -267,8 +266,6 @@ class _Translator:
 
     def _forward(self, name: str) -> tuple[str, str | None]:
         """transformers' `rename_source_key`, with the fallback that loading makes for names that are right already."""
-        if self._rename is None:
-            return name, None
         prefix = self.prefix or None
         texts = self._texts
         if texts is not None:
@@ -305,13 +302,21 @@ class _Translator:
 
     def _unpacked(self, renamed: str) -> tuple[str, Part] | None:
         """`...experts.3.gate_proj.weight` as a part of the fused `...experts.gate_up_proj`."""
-        if not renamed.endswith((".weight", ".bias")):
+        if not renamed.endswith(_UNPACKED):
             return None
         module, _, leaf = renamed.rpartition(".")
         head, _, projection = module.rpartition(".")
         container, _, index = head.rpartition(".")
         if not container or not index.isdecimal() or not index.isascii():
             return None
+        kind = container, projection, leaf
+        if kind not in self._fusing:
+            self._fusing[kind] = self._fused_of(*kind)
+        fused = self._fusing[kind]
+        return None if fused is None else (fused, ("expert", projection, leaf, int(index)))
+
+    def _fused_of(self, container: str, projection: str, leaf: str) -> str | None:
+        """The parameter of `container` that holds the experts' `projection`."""
         candidates = self._fused_leaves(container)
         end = "_bias" if leaf == "bias" else ""
         for fused in candidates:
@@ -319,13 +324,13 @@ class _Translator:
                 continue
             stem = fused[: len(fused) - len(end)]
             if stem == projection:
-                return f"{container}.{fused}", ("expert", projection, leaf, int(index))
+                return f"{container}.{fused}"
         for fused in candidates:
             if end and not fused.endswith(end):
                 continue
             words = fused[: len(fused) - len(end)].split("_")
             if len(words) > 2 and projection in {f"{word}_{words[-1]}" for word in words[:-1]}:
-                return f"{container}.{fused}", ("expert", projection, leaf, int(index))
+                return f"{container}.{fused}"
         return None
 
     def _fused_leaves(self, container: str) -> list[str]:
@@ -357,7 +362,7 @@ class _Translator:
 
     # -- memory -> disk
 
-    def spell(self, parameter: str, part: Part, scopes: _Scopes, beside: Mapping[str, str]) -> str:
+    def spell(self, parameter: str, part: Part, scopes: Scopes, beside: Mapping[str, str]) -> str:
         """The name on disk that `part` of `parameter` would have in this checkpoint.
 
         Of the names that load into it (under hub names, memory names, with and without the base model's prefix), the
@@ -367,7 +372,7 @@ class _Translator:
         spelled = self._spellings(parameter, part, scopes)
         right = {n: name for n, name in enumerate(spelled) if self.locate(name) == (parameter, part)}
         if right:
-            strange = {n: scopes.strange(name) for n, name in right.items()}
+            strange = {n: _strange(name, scopes) for n, name in right.items()}
             least = min(strange.values())
             best = [n for n in right if strange[n] == least]
             if len({right[n] for n in best}) > 1:
@@ -383,13 +388,13 @@ class _Translator:
         container = parameter.rpartition(".")[0]
         return f"{container}.{part[3]}.{part[1]}.{part[2]}" if part[0] == "expert" else parameter
 
-    def _spellings(self, parameter: str, part: Part, scopes: _Scopes) -> list[str]:
+    def _spellings(self, parameter: str, part: Part, scopes: Scopes) -> list[str]:
         """Every way to spell it, in one order for all parameters, the hub's first; names may repeat."""
         stem = f"{self.prefix}." if self.prefix else ""
         if self._prefix_differs is None:
             # The base model's prefix is missing or added in a checkpoint as a whole.
             expected = any(name.startswith(stem) for name in self.known)
-            self._prefix_differs = bool(stem) and scopes.under(self.prefix) != expected
+            self._prefix_differs = bool(stem) and (self.prefix in scopes) != expected
         names = list(self._plain_spellings(parameter, part))
         if self._prefix_differs:
             names += [n.removeprefix(stem) if n.startswith(stem) else stem + n for n in names]

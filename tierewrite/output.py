@@ -114,10 +114,23 @@ class Output:
         written = {piece.key for job in jobs for piece in job.pieces}
         digests = engine.hash(self.checkpoint, wanted - written, "hashing")
         results = engine.carry_out(jobs, "rewriting")
+        self._tidy()
         for result in results:
             digests.update(result.digests)
         self._enter(results)
         return digests
+
+    def _tidy(self) -> None:
+        """Removes from the folder what is no shard of the plan: parts, by workers that died."""
+        if isinstance(self.staging.folder, Path):
+            self._leave_only_planned(self.staging.kept())
+
+    def _leave_only_planned(self, there: Iterable[FilePath]) -> None:
+        planned = set(self.paths)
+        for path in there:
+            if path not in planned:
+                with system_errors("removing what a killed run left", path):
+                    path.unlink()
 
     def _job(self, index: int, wanted: set[str], token: str) -> Job:
         """One output shard as a piece of work that any process can carry out."""
@@ -203,11 +216,7 @@ class Output:
         place is removed.
         """
         there = self.staging.kept()
-        planned = set(self.paths)
-        for path in there:
-            if path not in planned:
-                with system_errors("removing what a killed run left", path):
-                    path.unlink()
+        self._leave_only_planned(there)
         for index, (shard, path) in enumerate(zip(self.plan.shards, self.paths, strict=True)):
             if path not in there:
                 continue

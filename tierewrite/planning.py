@@ -15,6 +15,7 @@ from __future__ import annotations
 import bisect
 import enum
 import math
+import operator
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -42,6 +43,10 @@ class Action(str, enum.Enum):
     DROP = "drop"
     MERGE = "merge"
     REPACK = "repack"
+
+
+# An enum's members take several times as long to look up as a name of the module, and there is one a tensor.
+_KEEP, _RENAME, _DROP, _MERGE = Action.KEEP, Action.RENAME, Action.DROP, Action.MERGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +99,8 @@ class TensorPlan(NamedTuple):
     group: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Merge:
-    """Scales of several sides that become one value.
+class Merge(NamedTuple):
+    """Scales of several sides that become one value (a tuple: there is one an expert).
 
     Attributes:
         target: key in the output.
@@ -199,6 +203,7 @@ class RewritePlan:
     ties_detail: str = ""
     unpaired: tuple[str, ...] = ()
     source_bytes: int = 0
+    source_shards: int = 0
     families: tuple[str, ...] = ()
     expert_scales: tuple[ExpertScales, ...] = ()
     by_id: Mapping[str, GroupPlan] = field(default_factory=dict, repr=False)
@@ -214,6 +219,7 @@ class RewritePlan:
     def planned(self) -> list[GroupPlan]:
         return [group for group in self.groups if group.status == "planned"]
 
+    @gc_paused()
     def to_json(self) -> dict[str, Any]:
         """The object that `tierewrite plan --json` prints (schema tierewrite/plan/1)."""
         return {
@@ -259,6 +265,7 @@ def group_json(group: GroupPlan) -> dict[str, Any]:
     }
 
 
+@gc_paused()
 def plan(
     checkpoint: Checkpoint,
     ties: DiskTies,
@@ -267,6 +274,7 @@ def plan(
     ties_source: str = "none",
     ties_detail: str = "",
     unpaired: tuple[str, ...] = (),
+    warnings: Iterable[str] = (),
     refuted: Mapping[str, str] | None = None,
     separate_kv: Iterable[str] = (),
     repacked: Mapping[str, frozenset[str]] | None = None,
@@ -279,6 +287,7 @@ def plan(
         ties: the declared ties under the names that are on disk.
         policy: the options; defaults to `Policy()`.
         ties_source, ties_detail, unpaired: who declared the ties, for the record.
+        warnings: what reading the checkpoint and asking for its ties had to say.
         refuted: group id -> reason, for groups that their bytes have already refuted: they are kept whole.
         separate_kv: targets of KV-scale merges that are not to be carried out (their biases differ).
         repacked: group id -> modules whose NVFP4 blobs are known to differ by scaling alone.
@@ -288,11 +297,11 @@ def plan(
         A plan in which each tensor of the source occurs once.
     """
     policy = policy or Policy()
-    with gc_paused():
-        drafted = _Planner(
-            checkpoint, ties, policy, refuted or {}, frozenset(separate_kv), repacked or {}, unfillable
-        ).run()
-    return replace(drafted, ties_source=ties_source, ties_detail=ties_detail, unpaired=unpaired)
+    drafted = _Planner(
+        checkpoint, ties, policy, refuted or {}, frozenset(separate_kv), repacked or {}, unfillable
+    ).run()
+    said = tuple(dict.fromkeys((*warnings, *drafted.warnings)))
+    return replace(drafted, ties_source=ties_source, ties_detail=ties_detail, unpaired=unpaired, warnings=said)
 
 
 def kind_of(parameter: str) -> str:
@@ -315,11 +324,15 @@ class _Layout:
     unknown: int = -1
 
 
+_Header = tuple[str, tuple[int, ...]]  # dtype and shape
+
+
 class _Side(NamedTuple):
-    """One side of a slot: the parameter's name, its keys on disk, and what they are."""
+    """One side of a slot: the parameter's name, its keys on disk, their dtypes and shapes, and what they are."""
 
     name: str
     keys: list[str]
+    headers: list[_Header]
     layout: _Layout
 
 
@@ -358,21 +371,27 @@ class _Planner:
         self.separate_kv = separate_kv
         self.repacked = repacked
         self.unfillable = unfillable
-        self.families = formats.detect(checkpoint.config, checkpoint.quant_config, self.entries.keys())
+        last_words = {name.rpartition(".")[2] for name in self.entries}  # all that detection looks at
+        self.families = formats.detect(checkpoint.config, checkpoint.quant_config, last_words)
         self.adjacency = formats.Adjacency(self.entries.keys(), checkpoint.config, checkpoint.quant_config)
         self.canonical_of = (
             {name: slot[0] for group in ties.groups for slot in group.slots for name in slot}
             if self.adjacency.smoothed
             else {}
         )
-        self.sorted_keys = sorted(self.entries)
+        # Looking half a million keys up costs more than all else here: what can be walked in an order is not looked up.
+        self.sorted_entries = sorted(self.entries.values(), key=operator.itemgetter(0))
+        self.sorted_keys = [entry.name for entry in self.sorted_entries]
         # A tied parameter's own name is never a companion of its neighbour (a tied bias beside a tied weight).
         self.tied_names = {name for group in ties.groups for slot in group.slots for name in slot}
-        self.plans = {name: TensorPlan(name, Action.KEEP, name) for name in self.entries}
+        self.reserved = self.tied_names | ties.owned
+        # None until a group decides; what none does is kept, in the end.
+        self.fates: dict[str, TensorPlan | None] = dict.fromkeys(self.entries)
+        self.plans: dict[str, TensorPlan] = {}
         self.layouts: dict[tuple[str, tuple[str, ...]], _Layout] = {}
-        self.mergeable: dict[tuple[tuple[str, tuple[int, ...]], ...], str | None] = {}
-        self.claimed: dict[str, str] = {}
-        self.taken: dict[str, str] = {}
+        self.mergeable: dict[tuple[_Header, ...], str | None] = {}
+        self.planned: set[str] = set()
+        self.taken: set[str] = set()
         self.warnings: list[str] = []
 
     def run(self) -> RewritePlan:
@@ -393,9 +412,9 @@ class _Planner:
                 groups.append(self._group(tie, "unconfirmed", reason=reason))
                 blocked.update(_attention_of(slot[0]) for slot in tie.slots)
                 for key in self._members(tie):
-                    self.plans[key] = TensorPlan(key, Action.KEEP, key, group=tie.id)
+                    self.fates[key] = TensorPlan(key, Action.KEEP, key, group=tie.id)
                 continue
-            self.plans.update(draft.tensors)
+            self.fates.update(draft.tensors)
             for alias, canonical in draft.attention.items():
                 attention.setdefault(alias, {}).setdefault(tie.id, canonical)
             modules = self.repacked.get(tie.id, frozenset())
@@ -404,7 +423,7 @@ class _Planner:
             )
             replaced = set(differing)
             for row in differing:
-                self.plans[row[0]] = self.plans[row[0]]._replace(action=Action.REPACK)
+                self.fates[row[0]] = draft.tensors[row[0]]._replace(action=Action.REPACK)
             groups.append(
                 self._group(
                     tie,
@@ -418,14 +437,15 @@ class _Planner:
         by_id = {group.id: group for group in groups}
         if self.policy.kv_scales == "merge":
             self._kv_scales({a: o for a, o in attention.items() if a not in blocked}, by_id)
+        self.plans = {name: fate or TensorPlan(name, _KEEP, name) for name, fate in self.fates.items()}
         if self.policy.unify_fused_scales:
             self._mark_fused()
         count: Counter[str] = Counter()
         size: Counter[str] = Counter()
-        for plan_ in self.plans.values():
-            if plan_.action is Action.DROP and plan_.group is not None:
-                count[plan_.group] += 1
-                size[plan_.group] += self.entries[plan_.name].nbytes
+        for entry, fate in zip(self.entries.values(), self.plans.values(), strict=True):
+            if fate.action is _DROP and fate.group is not None:
+                count[fate.group] += 1
+                size[fate.group] += entry.end - entry.start
         by_id = {
             name: replace(group, dropped=count[name], dropped_bytes=size[name]) if count[name] else group
             for name, group in by_id.items()
@@ -439,6 +459,7 @@ class _Planner:
             policy=self.policy,
             warnings=tuple(self.warnings),
             source_bytes=self.checkpoint.total_bytes,
+            source_shards=len(self.checkpoint.shards),
             families=self.families,
             by_id=by_id,
         )
@@ -449,13 +470,13 @@ class _Planner:
 
     # -- one parameter as it is on disk --------------------------------------------------------------------------
 
-    def _below(self, prefix: str) -> list[str]:
-        """Keys that begin with `prefix`, by bisection: no list is searched."""
-        start = bisect.bisect_left(self.sorted_keys, prefix)
-        end = start
-        while end < len(self.sorted_keys) and self.sorted_keys[end].startswith(prefix):
+    def _below(self, prefix: str) -> list[TensorEntry]:
+        """The tensors whose keys begin with `prefix`, by bisection: no list is searched."""
+        keys = self.sorted_keys
+        start = end = bisect.bisect_left(keys, prefix)
+        while end < len(keys) and keys[end].startswith(prefix):
             end += 1
-        return self.sorted_keys[start:end]
+        return self.sorted_entries[start:end]
 
     def _side(self, name: str) -> _Side:
         """What the parameter `name` became on disk.
@@ -469,13 +490,14 @@ class _Planner:
         parent, _, leaf = name.rpartition(".")
         stem = f"{parent}." if parent else ""
         if leaf == "weight":
-            keys = self._below(stem) if parent else self._below(leaf)
+            entries = self._below(stem) if parent else self._below(leaf)
         else:
-            keys = [*self._below(f"{name}_"), *self._below(f"{name}.")]
+            entries = [*self._below(f"{name}_"), *self._below(f"{name}.")]
             if name in self.entries:
-                keys.insert(0, name)
-        tied, owned = self.tied_names, self.ties.owned
-        keys = [key for key in keys if key == name or (key not in tied and key not in owned)]
+                entries.insert(0, self.entries[name])
+        reserved = self.reserved
+        entries = [entry for entry in entries if entry.name not in reserved or entry.name == name]
+        keys = [entry.name for entry in entries]
         cut = len(stem)
         suffixes = tuple([key[cut:] for key in keys])
         layout = self.layouts.get((leaf, suffixes))
@@ -486,7 +508,7 @@ class _Planner:
                 f"no known format has the tensor '{keys[layout.unknown]}' (suffix '{suffixes[layout.unknown]}') "
                 f"beside the tied parameter '{name}'"
             )
-        return _Side(name, keys, layout)
+        return _Side(name, keys, [(entry.dtype, entry.shape) for entry in entries], layout)
 
     def _classified(self, leaf: str, suffixes: tuple[str, ...]) -> _Layout:
         exact: dict[str, int] = {}
@@ -523,18 +545,19 @@ class _Planner:
             if side.layout is not first.layout:
                 parts.update(side.layout.ranges)
         for part, (_, companion) in parts.items():
-            keys = tuple([s.keys[s.layout.ranges[part][0]] for s in present if part in s.layout.ranges])
+            found = [(s, s.layout.ranges[part][0]) for s in present if part in s.layout.ranges]
+            keys = tuple([side.keys[index] for side, index in found])
             # The canonical side's own key is the target; where that side lacks it, the name is put together.
             own = first.name == canonical and part in first.layout.ranges
             target = keys[0] if own else self._canonical_key(canonical, part)
-            reason = self._unmergeable(keys)
+            reason = self._unmergeable(keys, tuple([side.headers[index] for side, index in found]))
             if reason is not None:
                 raise _Unconfirmed(reason)
             if len(keys) == 1 and keys[0] == target:
                 draft.tensors[target] = TensorPlan(target, Action.KEEP, target, group=group)
                 continue
             draft.merges.append(Merge(target, keys, companion))
-            self._carry(draft.tensors, keys, target, group, merged=True)
+            _carry(draft.tensors, [(keys, target)], group, merged=True)
         if self.policy.kv_scales == "merge" and len(slot) > 1:
             attention = _attention_of(canonical)
             if attention:
@@ -544,11 +567,30 @@ class _Planner:
         """Weight-derived tensors: the same set on every side, with the same headers."""
         first = present[0]
         exact = first.layout.exact
-        rows = {part: [first.keys[index]] for part, index in exact.items()}
-        entries = self.entries
+        for side in present:
+            if side.layout is not first.layout or side.headers != first.headers:
+                self._compare(present)
+                break
+        rows = list(zip(*[[side.keys[side.layout.exact[part]] for part in exact] for side in present], strict=True))
+        if len(present) > 1:
+            draft.checks.extend(rows)
+        if first.name == canonical:
+            targets = [keys[0] for keys in rows]
+        else:
+            targets = [self._canonical_key(canonical, part) for part in exact]
+        _carry(draft.tensors, zip(rows, targets, strict=True), draft.tie.id)
+
+    def _compare(self, present: list[_Side]) -> None:
+        """The weight-derived tensors of the first side against every other's.
+
+        Raises:
+            _Unconfirmed: with the first difference.
+        """
+        first = present[0]
+        exact = first.layout.exact
         for side in present[1:]:
             other = side.layout.exact
-            if other is not exact and other.keys() != exact.keys():
+            if other.keys() != exact.keys():
                 lacking = sorted(exact.keys() - other.keys())
                 extra = sorted(other.keys() - exact.keys())
                 have = first.keys[exact[lacking[0]]] if lacking else side.keys[other[extra[0]]]
@@ -558,21 +600,11 @@ class _Planner:
                     f"'{name}'"
                 )
             for part, index in other.items():
-                row = rows[part]
-                mine = entries[row[0]]
-                theirs = entries[side.keys[index]]
-                if mine.dtype != theirs.dtype or mine.shape != theirs.shape:
+                if first.headers[exact[part]] != side.headers[index]:
+                    mine, theirs = self.entries[first.keys[exact[part]]], self.entries[side.keys[index]]
                     raise _Unconfirmed(
                         f"'{mine.name}' is {_header_text(mine)} but '{theirs.name}' is {_header_text(theirs)}"
                     )
-                row.append(theirs.name)
-        own = first.name == canonical
-        for part, row in rows.items():
-            keys = tuple(row)
-            if len(keys) > 1:
-                draft.checks.append(keys)
-            target = keys[0] if own else self._canonical_key(canonical, part)
-            self._carry(draft.tensors, keys, target, draft.tie.id)
 
     def _neighbours(self, draft: _Draft, names: list[str]) -> None:
         """In a smoothed checkpoint, what a side's scale was folded into must be one as well."""
@@ -602,38 +634,25 @@ class _Planner:
         canonical = self.canonical_of.get(f"{parent}.weight")
         return key if canonical is None else f"{canonical.rpartition('.')[0]}.{suffix}"
 
-    def _carry(
-        self,
-        into: dict[str, TensorPlan],
-        keys: tuple[str, ...],
-        target: str,
-        group: str,
-        merged: bool = False,
-    ) -> None:
-        """The first of `keys` survives as `target`; the others are dropped."""
-        first = keys[0]
-        if first != target:
-            into[first] = TensorPlan(first, Action.RENAME, target, merged, group)
-        elif merged:
-            into[first] = TensorPlan(first, Action.MERGE, target, True, group)
-        else:
-            into[first] = TensorPlan(first, Action.KEEP, target, False, group)
-        for key in keys[1:]:
-            into[key] = TensorPlan(key, Action.DROP, target, False, group)
-
     def _claim(self, draft: _Draft) -> None:
         """A tensor belongs to one group, and a canonical name to one survivor."""
-        group = draft.tie.id
-        for key, plan_ in draft.tensors.items():
-            other = self.claimed.get(key)
-            if other is not None:
-                raise _Unconfirmed(f"'{key}' already belongs to the tie of '{other}'")
-            if plan_.action is Action.RENAME and (
-                (plan_.target in self.entries and plan_.target not in draft.tensors) or plan_.target in self.taken
-            ):
-                raise _Unconfirmed(f"'{key}' would become '{plan_.target}', a name that another tensor has")
-        self.claimed.update(dict.fromkeys(draft.tensors, group))
-        self.taken.update((p.target, p.name) for p in draft.tensors.values() if p.action is Action.RENAME)
+        renamed = [fate for fate in draft.tensors.values() if fate.action is _RENAME]
+        if renamed or any(map(self.fates.get, draft.tensors)):
+            for key, fate in draft.tensors.items():
+                if self._claimed(key):
+                    raise _Unconfirmed(f"'{key}' already belongs to the tie of '{self._claimed(key)}'")
+                target = fate.target
+                if fate.action is _RENAME and (
+                    (target in self.entries and target not in draft.tensors) or target in self.taken
+                ):
+                    raise _Unconfirmed(f"'{key}' would become '{target}', a name that another tensor has")
+        self.planned.add(draft.tie.id)
+        self.taken.update(fate.target for fate in renamed)
+
+    def _claimed(self, key: str) -> str | None:
+        """The planned group that `key` belongs to; a group that is kept whole claims nothing."""
+        fate = self.fates[key]
+        return fate.group if fate is not None and fate.group in self.planned else None
 
     def _members(self, tie: TieGroup) -> list[str]:
         """Keys that belong to an unconfirmed group: the named parameters and what stands below their modules."""
@@ -645,18 +664,16 @@ class _Planner:
                 else:
                     below = [*self._below(f"{name}_"), *self._below(f"{name}.")]
                 members.extend(
-                    key
-                    for key in below
-                    if key not in self.claimed and key not in self.tied_names and key not in self.ties.owned
+                    entry.name
+                    for entry in below
+                    if entry.name not in self.reserved and not self._claimed(entry.name)
                 )
-                if name in self.entries and name not in self.claimed:
+                if name in self.entries and not self._claimed(name):
                     members.append(name)
         return members
 
-    def _unmergeable(self, keys: Iterable[str]) -> str | None:
+    def _unmergeable(self, keys: Sequence[str], headers: tuple[_Header, ...]) -> str | None:
         """Why the scales `keys` cannot become one, by their headers; None if they can."""
-        entries = [self.entries[key] for key in keys]
-        headers = tuple([(entry.dtype, entry.shape) for entry in entries])
         if headers not in self.mergeable:
             self.mergeable[headers] = scales.mergeable(headers)
         reason = self.mergeable[headers]
@@ -678,6 +695,7 @@ class _Planner:
             if hit is not None:
                 module, rest, companion = hit
                 found.setdefault(module, {})[rest] = (key, companion)
+        claimed = {key for rests in found.values() for key, _ in rests.values() if self._claimed(key)}
         for canonical, owners in sorted(attention.items()):
             sides = next(iter(owners.values()))
             rests = sorted({rest for side in sides for rest in found.get(side, {})})
@@ -706,18 +724,19 @@ class _Planner:
                 owner = self._kv_owner(rest, owners)
                 if keys == (target,) or target in self.separate_kv:
                     continue
+                headers = tuple((self.entries[key].dtype, self.entries[key].shape) for key in keys)
                 if companion.merge is None:
-                    apart = len({(self.entries[key].dtype, self.entries[key].shape) for key in keys}) > 1
+                    apart = len(set(headers)) > 1
                 else:
-                    apart = self._unmergeable(keys) is not None
-                if apart or any(key in self.claimed for key in keys):
+                    apart = self._unmergeable(keys, headers) is not None
+                if apart or not claimed.isdisjoint(keys):
                     self.warnings.append(f"KV scale '{target}' is kept apart: its sides are stored differently")
                     continue
                 # With a bias the zero point moves too: only equal scales and biases stand for each other.
                 merge = Merge(target, keys, companion, kv=True, only_if_equal=scales_ if biases else ())
                 group = by_id[owner]
                 by_id[owner] = replace(group, merges=(*group.merges, merge), status="planned")
-                self._carry(self.plans, keys, target, owner, merged=companion.merge is not None)
+                _carry(self.fates, [(keys, target)], owner, merged=companion.merge is not None)
 
     @staticmethod
     def _kv_owner(rest: str, owners: Iterable[str]) -> str:
@@ -785,12 +804,12 @@ class _Planner:
         if limit is None:
             fullest = [0] * len(self.checkpoint.shards)
             for entry in self.entries.values():
-                fullest[entry.shard] += entry.nbytes
+                fullest[entry.shard] += entry.end - entry.start
             limit = max(fullest, default=0)
         survivors = {
-            plan_.target: self.entries[name]
-            for name, plan_ in self.plans.items()
-            if plan_.action is not Action.DROP
+            fate.target: entry
+            for entry, fate in zip(self.entries.values(), self.plans.values(), strict=True)
+            if fate.action is not _DROP
         }
         added = {name: group for group in expert_scales for name in group.missing}
         for name, group in added.items():
@@ -808,16 +827,33 @@ class _Planner:
         for filename, names in split.filename_to_tensors.items():
             # Wide dtypes first keeps every tensor aligned to its element, as safetensors' own serializer does; within a
             # width the source's order makes neighbours of neighbours, so that runs are copied in one piece.
-            order = sorted(names, key=lambda name: -widths[survivors[name].dtype])
+            by_width: dict[int, list[tuple[str, TensorEntry]]] = {}
+            for name, entry in zip(names, map(survivors.__getitem__, names), strict=True):
+                by_width.setdefault(widths[entry.dtype], []).append((name, entry))
             position = 0
             tensors = []
-            for name in order:
-                entry = survivors[name]
-                end = position + entry.end - entry.start
-                tensors.append(OutTensor(name, entry.name, position, end, name in added))
-                position = end
+            for width in sorted(by_width, reverse=True):
+                for name, entry in by_width[width]:
+                    end = position + entry.end - entry.start
+                    tensors.append(OutTensor(name, entry.name, position, end, name in added))
+                    position = end
             shards.append(OutShard(filename, tuple(tensors)))
         return tuple(shards)
+
+
+def _carry(
+    into: dict[str, TensorPlan] | dict[str, TensorPlan | None],
+    rows: Iterable[tuple[tuple[str, ...], str]],
+    group: str,
+    merged: bool = False,
+) -> None:
+    """Of each row of keys the first survives under the name beside it; the others are dropped."""
+    for keys, target in rows:
+        first = keys[0]
+        action = _RENAME if first != target else _MERGE if merged else _KEEP
+        into[first] = TensorPlan(first, action, target, merged, group)
+        for key in keys[1:]:
+            into[key] = TensorPlan(key, _DROP, target, False, group)
 
 
 def _attention_of(name: str) -> str:

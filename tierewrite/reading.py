@@ -101,7 +101,7 @@ class LocalFile:
             if done == 0:
                 raise SourceChanged(
                     f"the file ends at byte {offset:,}, before the data that its header promises; it was cut while it "
-                    "was being read",
+                    "was being read; run again when it is whole",
                     file=self.shard.path,
                 )
             into = into[done:]

@@ -155,6 +155,7 @@ class Opened:
             ties_source=self.ties.source,
             ties_detail=self.ties.detail,
             unpaired=self.ties.unpaired,
+            warnings=(*self.checkpoint.warnings, *self.ties.warnings),
             refuted=facts.reasons,
             separate_kv=facts.apart,
             repacked=facts.repacked,
@@ -285,7 +286,8 @@ def rewrite(
             which no rewrite can merge, leave no `dst`. See `prepare_for_vllm` for the choices that vLLM needs.
         force: with `consumer`, let the output appear all the same.
         manifest: write `tierewrite.json` with what was done and the digests.
-        progress: told how many bytes have moved.
+        progress: told how many bytes have moved. What its `start` or `advance` raises stops the rewrite, which then
+            leaves nothing behind.
 
     Returns:
         A report of what was done, group by group.
@@ -320,7 +322,6 @@ def rewrite(
         if place != located(src):
             target = _target(place, where, overwrite, resume)
     with select(engine, device=device, threads=threads, progress=progress, ray_address=ray_address) as workers:
-        log.info("hashing on %s", workers.device)
         known: dict[str, bytes] = {}
         listed = listing(swapped) if swapped is not None else {}
         opened = Opened.open(
@@ -407,7 +408,8 @@ def rewrite(
                 text = build_manifest(report, opened.disk, written, tierewrite.__version__)
                 staging.put(MANIFEST_NAME, text)
             if verify:
-                _verify(place, staging, ties, trust_remote_code, ignore_unindexed, fix_ignore)
+                progress.start("proving", checkpoint.total_bytes + planned.total_bytes)
+                _verify(place, staging, ties, trust_remote_code, ignore_unindexed, fix_ignore, progress)
             if consumer is not None:
                 found_ready = replace(_check(staging, consumer, trust_remote_code, force), checkpoint=str(where))
                 report = replace(report, readiness=found_ready)
@@ -474,6 +476,7 @@ def _verify(
     trust_remote_code: bool,
     ignore_unindexed: bool,
     fix_ignore: bool,
+    progress: Progress,
 ) -> None:
     """Proves the staged output from the source.
 
@@ -489,6 +492,7 @@ def _verify(
         trust_remote_code=trust_remote_code,
         ignore_unindexed=ignore_unindexed,
         fix_ignore=fix_ignore,
+        advance=progress.advance,
     )
     if not result.ok:
         first = result.problems[0]

@@ -241,8 +241,7 @@ def remote_header(path: RemotePath, info: Mapping[str, Any], shard: int = 0) -> 
     length = header_length(start[:8], size, path)
     base = 8 + length
     header = start[8:base] if len(start) >= base else start[8:] + file.read(len(start), base)
-    metadata, rows = parse_header(header, size - base, file=path)
-    entries = [TensorEntry(key, dtype, shape, shard, base + a, base + b) for a, b, key, dtype, shape in rows]
+    metadata, entries = parse_header(header, size - base, file=path, shard=shard, base=base)
     return Shard(path.name, path, size, 0, 0, base, metadata, version=identity(info)), entries
 
 

@@ -29,6 +29,7 @@ import warnings
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from importlib import import_module
 from itertools import cycle
 from pathlib import Path
@@ -44,6 +45,8 @@ MAX_LAYERS = 4_096
 MAX_MODULES = 2_000_000
 MAX_BUILD_SECONDS = 60.0
 MAX_CONFIG_DEPTH = 64
+_TIES_WANTED = "expected a JSON object {alias: canonical}"
+_CONFIG_MEND = "mend config.json, or say what is tied with --ties FILE"
 
 _LAYER_KEY = re.compile(r"(layers?|blocks?|stages?|depths?|hidden_layers|modules)$", re.IGNORECASE)
 _COUNT_KEY = re.compile(r"^(num|n)_|_(num|count)$|experts?|labels?$", re.IGNORECASE)
@@ -252,25 +255,24 @@ def parameters_of(keys: Iterable[str]) -> dict[str, None]:
     names: dict[str, None] = {}
     modules: set[str] = set()
     containers: dict[str, set[str]] = {}
-    companions: list[str] = []
+    companions: list[tuple[str, str, str]] = []
     for key in keys:
         parent, _, leaf = key.rpartition(".")
         if leaf == "weight":
             names[key] = None
             modules.add(parent)
-        elif _COMPANION.match(leaf):
-            companions.append(key)
+        elif _is_companion(leaf):
+            companions.append((key, parent, leaf))
         else:
             # A fused MXFP4 parameter is on disk as its blocks (and scales) only, as in gpt-oss.
             names[key.removesuffix("_blocks")] = None
-    for key in companions:
-        parent, _, leaf = key.rpartition(".")
+    companions = [companion for companion in companions if companion[1] not in modules]
+    for _, parent, leaf in companions:
         if _WEIGHT_FORM.match(leaf) and parent not in modules:
             # The weight itself is there in packed form only.
             names[f"{parent}.weight" if parent else "weight"] = None
             modules.add(parent)
-    for key in companions:
-        parent = key.rpartition(".")[0]
+    for key, parent, _ in companions:
         if parent not in modules:
             names[key] = None
     for parent in modules:
@@ -291,6 +293,13 @@ _COMPANION = re.compile(
     r"weight_|q(weight|zeros)$|scales$|qscales$|zeros$|g_idx$|perm$|input_|output_|k_scale$|v_scale$|q_scale$|pre_quant_scale$"
     r"|absmax$|quant_map$|nested_|quant_state|SCB$|.*_(scale|scale_2|scale_inv|zero_point|amax|global_scale)$",
 )
+
+
+@lru_cache(maxsize=4096)
+def _is_companion(leaf: str) -> bool:
+    return _COMPANION.match(leaf) is not None
+
+
 # Leaves that stand for the weight where `weight` itself is missing.
 _WEIGHT_FORM = re.compile(r"weight_packed$|weight_scale|qweight$|weight_q|weight_v$|weight_g$")
 
@@ -304,13 +313,23 @@ def _matcher(pattern: str, file: Path | None, error: type[TieFileError] | type[C
         raise error(f"the tie pattern '{shown(pattern)}' is no regular expression: {exc}", file=file) from exc
 
 
+_TAIL = re.compile(r"(?<![\\A-Za-z0-9_])[A-Za-z0-9_]+\Z")
+
+
+def _tail_of(matcher: re.Pattern[str], pattern: str) -> str:
+    """Text that every match of `pattern` ends with; "" where that takes more than a look. Only a filter for speed."""
+    found = _TAIL.search(pattern)
+    return found[0] if found and "|" not in pattern and matcher.flags == re.UNICODE else ""
+
+
 def _matches(
     pattern: str, ordered: Sequence[str], file: Path | None, error: type[TieFileError] | type[ConfigError]
 ) -> list[str]:
     """The names that `pattern` speaks of, in order: itself and what is below it, or what a regex matches."""
     if _is_regex(pattern):
         matcher = _matcher(pattern, file, error)
-        return [n for n in ordered if matcher.match(n)]
+        tail = _tail_of(matcher, pattern)
+        return [name for name in ordered if tail in name and matcher.match(name)]
     found = []
     at = bisect_left(ordered, pattern)
     if at < len(ordered) and ordered[at] == pattern:
@@ -428,20 +447,22 @@ def _read_ties(path: Path) -> dict[str, str]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:
-        raise TieFileError(f"the ties file cannot be read: {exc}", file=path) from exc
+        why = exc.strerror if isinstance(exc, OSError) and exc.strerror else exc
+        raise TieFileError(f"the ties file cannot be read: {why}; {_TIES_WANTED}", file=path) from exc
 
     def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
         for name, value in items:
             if name in seen and seen[name] != value:
-                raise TieFileError(f"the ties file names the alias '{shown(name)}' twice, with two values", file=path)
+                what = f"the ties file names the alias '{shown(name)}' twice, with two values; leave one of them"
+                raise TieFileError(what, file=path)
             seen[name] = value
         return seen
 
     try:
         data = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as exc:
-        raise TieFileError(f"the ties file is not JSON: {exc}", file=path) from exc
+        raise TieFileError(f"the ties file is not JSON: {exc}; {_TIES_WANTED}", file=path) from exc
     return _checked_mapping(data, path, TieFileError, "the ties file")
 
 
@@ -501,7 +522,7 @@ def _declared(declared: Mapping[str, str], path: Path | None, keys: Collection[s
             details={"idle": list(declared)[:50]},
         )
     warned = [f"{label}: the tie of '{shown(a)}' matches nothing of the checkpoint" for a in idle]
-    scopes = scopes_of(keys)
+    scopes = Scopes(keys)
     for alias, canonical in pairs.items():
         # Only names that the file spells out can be misspelt; what a pattern pairs may well be absent (exporters that
         # keep the first name of shared tensors write no canonical side).
@@ -511,7 +532,7 @@ def _declared(declared: Mapping[str, str], path: Path | None, keys: Collection[s
             if scope and scope not in scopes and scope.rpartition(".")[0] not in scopes:
                 raise TieFileError(
                     f"{what} ties '{shown(alias)}' to '{shown(canonical)}', but the checkpoint has neither that "
-                    f"parameter nor anything under '{shown(scope)}'",
+                    f"parameter nor anything under '{shown(scope)}': correct the name",
                     file=path,
                     tensor=canonical,
                 )
@@ -520,15 +541,20 @@ def _declared(declared: Mapping[str, str], path: Path | None, keys: Collection[s
     return TieMap(ties, "ties-file", str(path or ""), (), tuple(warned), None)
 
 
-def scopes_of(keys: Iterable[str]) -> set[str]:
-    """Every proper prefix, cut at dots, of every key."""
-    found: set[str] = set()
-    for key in keys:
-        prefix = key.rpartition(".")[0]
-        while prefix and prefix not in found:
-            found.add(prefix)
-            prefix = prefix.rpartition(".")[0]
-    return found
+class Scopes:
+    """Which dotted paths there are keys below."""
+
+    def __init__(self, keys: Collection[str]) -> None:
+        self._keys = keys
+
+    @cached_property
+    def _sorted(self) -> list[str]:
+        return sorted(self._keys)
+
+    def __contains__(self, path: str) -> bool:
+        below = f"{path}."
+        at = bisect_left(self._sorted, below)
+        return path != "" and at < len(self._sorted) and self._sorted[at].startswith(below)
 
 
 def _from_config(
@@ -538,7 +564,7 @@ def _from_config(
     if isinstance(declared, (list, tuple)):
         # The legacy form says which names are aliases, not of what: only the class can pair them.
         if not all(isinstance(name, str) for name in declared):
-            raise ConfigError("_tied_weights_keys must hold names", file=file)
+            raise ConfigError(f"_tied_weights_keys holds more than names; {_CONFIG_MEND}", file=file)
         if not declared:
             return None
         asked = _from_class(root, config, trust_remote_code)
@@ -579,7 +605,7 @@ def _check_config(root: Path, config: Any) -> None:
     """Refuse, before transformers sees it, what no real config holds: huge counts, deep nesting, no object."""
     file = root / "config.json"
     if not isinstance(config, dict):
-        raise ConfigError(f"expected a JSON object, found a {type(config).__name__}", file=file)
+        raise ConfigError(f"expected a JSON object, found a {type(config).__name__}; {_CONFIG_MEND}", file=file)
     stack: list[tuple[str, Any, int]] = [("", config, 0)]
     while stack:
         path, value, depth = stack.pop()
@@ -619,7 +645,8 @@ def _versions(config: Mapping[str, Any]) -> str:
         if written
         else "config.json names no transformers_version"
     )
-    return f"{wrote}, {transformers.__version__} is installed; or say what is tied with --ties FILE"
+    here = f"{transformers.__version__} is installed"
+    return f"{wrote}, {here}: install one that fits, or say what is tied with --ties FILE"
 
 
 def _from_class(root: Path, config: dict[str, Any], trust_remote_code: bool) -> TieMap:
@@ -634,14 +661,17 @@ def _from_class(root: Path, config: dict[str, Any], trust_remote_code: bool) -> 
         not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures)
     ):
         raise ConfigError(
-            f"architectures is {shown(json.dumps(architectures))}; expected a list of class names", file=file
+            f"architectures is {shown(json.dumps(architectures))}; expected a list of class names: {_CONFIG_MEND}",
+            file=file,
         )
     model_type = config.get("model_type")
     if model_type is not None and not isinstance(model_type, str):
-        raise ConfigError(f"model_type is {shown(json.dumps(model_type))}; expected a string", file=file)
+        what = f"model_type is {shown(json.dumps(model_type))}; expected a string"
+        raise ConfigError(f"{what}: {_CONFIG_MEND}", file=file)
     auto_map = config.get("auto_map")
     if auto_map is not None and not isinstance(auto_map, dict):
-        raise ConfigError(f"auto_map is {shown(json.dumps(auto_map))}; expected an object", file=file)
+        what = f"auto_map is {shown(json.dumps(auto_map))}; expected an object"
+        raise ConfigError(f"{what}: {_CONFIG_MEND}", file=file)
     if not architectures and not model_type and not auto_map:
         raise ConfigError(
             "names neither architectures nor model_type: nothing says which weights are tied; use --ties FILE",
@@ -800,7 +830,7 @@ def _classes(root: Path, config: dict[str, Any], wanted: str | None, trust_remot
         elif own is not None and not issubclass(config_class, own) and not issubclass(own, config_class):
             raise ConfigError(
                 f"architectures names {shown(wanted)}, which takes a {own.__name__}, but model_type is "
-                f"'{shown(model_type)}' ({config_class.__name__})",
+                f"'{shown(model_type)}' ({config_class.__name__}): {_CONFIG_MEND}",
                 file=file,
             )
     return config_class, model_class, False
@@ -819,7 +849,7 @@ def _remote_classes(
     references = [r[0] if isinstance(r, (list, tuple)) and r else r for r in remote_models.values()]
     if not all(isinstance(r, str) and "." in r for r in references):
         raise ConfigError(
-            f"auto_map is {shown(json.dumps(dict(remote_models)))}; expected 'file.Class' references",
+            f"auto_map is {shown(json.dumps(dict(remote_models)))}; expected 'file.Class' references: {_CONFIG_MEND}",
             file=file,
         )
     chosen = next((r for r in references if wanted is not None and r.rpartition(".")[2] == wanted), references[0])
@@ -884,13 +914,23 @@ def _quiet() -> Iterator[None]:
             logger.propagate = propagate
 
 
+class _TrueHere:
+    """A switch that is on in the thread that made it, and elsewhere what it was."""
+
+    def __init__(self, elsewhere: object) -> None:
+        self._thread, self._elsewhere = threading.get_ident(), elsewhere
+
+    def __bool__(self) -> bool:
+        return bool(self._elsewhere) or threading.get_ident() == self._thread
+
+
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
-    """huggingface_hub behaves as under HF_HUB_OFFLINE=1; its setting is as before afterwards."""
+    """huggingface_hub behaves as under HF_HUB_OFFLINE=1 in this thread; its setting is as before afterwards."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True
+    constants.HF_HUB_OFFLINE = _TrueHere(before)  # another checkpoint of a batch may be downloading
     try:
         yield
     finally:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from tierewrite.checkpoint import Checkpoint, TensorEntry
+from tierewrite.checkpoint import Checkpoint, TensorEntry, gc_paused
 from tierewrite.digest import PIECE, DeviceFailed, Digester, Stream, select
 from tierewrite.digest import Span as DigestSpan
 from tierewrite.digest.spans import Bytes
@@ -64,6 +64,7 @@ class Task:
     nbytes: int
 
 
+@gc_paused()
 def tasks(
     checkpoint: Checkpoint,
     hashed: Iterable[str],
@@ -83,7 +84,7 @@ def tasks(
         elsewhere: source keys whose place in the output is filled by somebody else.
 
     Returns:
-        Large tensors first, since each is one worker's work, then the source in file order.
+        Large tensors first, since each is one worker's work, then the rest, `_mixed`.
     """
     wanted = dict.fromkeys(hashed, (-1, 0))
     want_digest = set(wanted)
@@ -118,7 +119,23 @@ def tasks(
         if batch:
             batches.append(Task(number, tuple(batch), size))
     large.sort(key=lambda task: -task.nbytes)
-    return large + batches
+    return large + _mixed(batches)
+
+
+def _mixed(work: list[Task]) -> list[Task]:
+    """`work` in such an order that neighbours write to different files, or one of them only hashes.
+
+    A file system lets one writer at a time into a file. Of each file's tasks the same share is done at any moment, in
+    the order of the source.
+    """
+    total: dict[int, int] = {}
+    positions: list[tuple[int, int]] = []
+    for task in work:
+        out = max(span.out for span in task.spans)
+        positions.append((out, total.get(out, 0)))
+        total[out] = total.get(out, 0) + task.nbytes
+    share = [position / (total[out] or 1) for out, position in positions]
+    return [work[i] for i in sorted(range(len(work)), key=share.__getitem__)]
 
 
 class Transfer:

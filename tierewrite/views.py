@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import statistics
+import threading
 import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -16,6 +18,7 @@ from tierewrite.engines import Progress
 from tierewrite.errors import shown
 
 if TYPE_CHECKING:
+    from tierewrite.batching import BatchReport, BatchResult
     from tierewrite.inspection import Inspection
     from tierewrite.planning import GroupPlan, RewritePlan
     from tierewrite.readiness import ReadinessReport
@@ -42,7 +45,11 @@ def percent(before: int, after: int) -> str:
 def show_plan(console: Console, plan: RewritePlan) -> None:
     """The summary of a plan."""
     tensors = sum(len(shard.tensors) for shard in plan.shards)
-    console.print(_sizes(plan.source_bytes, len(plan.tensors), None, plan.total_bytes, tensors, len(plan.shards)))
+    console.print(
+        _sizes(
+            plan.source_bytes, len(plan.tensors), plan.source_shards, plan.total_bytes, tensors, len(plan.shards)
+        )
+    )
     _say_ties(console, plan.ties_source, plan.ties_detail, plan.unpaired)
     table = Table("tied parameters", title_justify="left", box=None, pad_edge=False, header_style="bold")
     for name in ("groups", "unconfirmed", "tensors dropped", "bytes dropped"):
@@ -137,7 +144,7 @@ def show_inspection(console: Console, inspection: Inspection) -> None:
                 table.add_row(Text(shown(alias)), Text(shown(group.canonical)), Text(shown(origin)))
         if inspection.disk.groups:
             console.print(table)
-    _say_warnings(console, checkpoint.warnings)
+    _say_warnings(console, (*checkpoint.warnings, *(inspection.ties.warnings if inspection.ties is not None else ())))
 
 
 def show_verification(console: Console, verification: Verification) -> None:
@@ -147,13 +154,15 @@ def show_verification(console: Console, verification: Verification) -> None:
     if counts:
         console.print(Text(", ".join(f"{value:,} {name}" for name, value in counts.items())))
     for problem in verification.problems[:50]:
-        console.print(Text(f"{problem.id}: {shown(problem.where)}: {problem.message}", style="red"))
+        where = shown(problem.where)
+        message = problem.message.removeprefix(f"{where}: ")  # an error's own text begins with its file
+        console.print(Text(f"{problem.id}: {where}: {message}", style="red"))
     if len(verification.problems) > 50:
         console.print(Text(f"... and {len(verification.problems) - 50} more (all of them with --json)", style="red"))
     if verification.ok:
         console.print("DST is what SRC makes.", style="green")
     else:
-        console.print(f"{len(verification.problems)} problems found.", style="red")
+        console.print(f"{_count(len(verification.problems), 'problem')} found.", style="red")
 
 
 def show_readiness(console: Console, report: ReadinessReport) -> None:
@@ -169,18 +178,101 @@ def show_readiness(console: Console, report: ReadinessReport) -> None:
             console.print(Text(f"    mend: {finding.mend}"))
     for note in report.notes:
         console.print(Text(f"note: {note}"))
-    counts = f"{len(report.errors)} errors, {len(report.warnings)} warnings"
+    counts = f"{_count(len(report.errors), 'error')}, {_count(len(report.warnings), 'warning')}"
     verdict = f"{report.consumer} {report.consumer_version}: {counts}"
     console.print(Text(f"{verdict} in {report.tensors:,} tensors", style="red" if report.errors else "green"))
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def show_batch(console: Console, report: BatchReport) -> None:
+    """What became of every checkpoint of a batch."""
+    folder = _common_folder([result.src for result in report.results])
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("checkpoint", overflow="fold", min_width=16)
+    table.add_column("", no_wrap=True)
+    last = ("saved", "unconfirmed") if report.plan_only else ("kept", "scales (median, max)", "time")
+    for name in ("before", "after", "", *last):
+        table.add_column(name, justify="right", no_wrap=True)
+    for result in report.results:
+        cells = [Text(shown(result.src[len(folder) :])), Text(result.status, style=_style(result))]
+        if result.before_bytes is not None and result.after_bytes is not None:
+            change = percent(result.before_bytes, result.after_bytes)
+            cells += map(Text, (size(result.before_bytes), size(result.after_bytes), change))
+        else:
+            cells += [Text()] * 3
+        kept = Text(f"{result.kept:,}" if result.kept else "")
+        if report.plan_only:
+            cells += [Text(size(result.saved_bytes) if result.ok else ""), kept]
+        else:
+            apart = f" ({result.median_ratio:.2f}x, {result.max_ratio:.2f}x)" if result.max_ratio is not None else ""
+            scales = f"{result.merged_scales:,}{apart}" if result.merged_scales else ""
+            cells += [kept, Text(scales), Text(_seconds(result.seconds))]
+        table.add_row(*cells)
+    if folder:
+        console.print(Text(f"In {shown(folder)}:"))
+    console.print(table)
+    for result in report.results:
+        if result.error is not None:
+            console.print(Text(f"{shown(result.src)}: {_reason(result)}", style="red"))
+        elif result.consumer_errors:
+            console.print(Text(f"{shown(result.src)}: {_left_errors(result)}", style="red"))
+    counts = ", ".join(f"{count} {status}" for status, count in report.counts().items() if count)
+    total = f"{size(report.before_bytes)} -> {size(report.after_bytes)}"
+    saved = f"{size(report.before_bytes - report.after_bytes)} {'could be ' if report.plan_only else ''}saved"
+    style = "red" if report.failed else "green"
+    console.print(Text(f"{counts}; {total}, {saved}; {_seconds(report.seconds)}", style=style))
+
+
+def _common_folder(places: Sequence[str]) -> str:
+    """What all of them begin with, up to a slash, so that a table need not say it in every row."""
+    first, last = min(places), max(places)
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return first[: first.rfind("/", 0, same) + 1]
+
+
+def _style(result: BatchResult) -> str:
+    if result.ok:
+        return "yellow" if result.kept else "green"
+    return "red"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:,.0f} min"
+
+
+def _reason(result: BatchResult) -> str:
+    """Why a checkpoint failed, on one line."""
+    assert result.error is not None
+    first, *rest = str(result.error["message"]).split("\n")
+    # A line that ends with a colon says nothing without the first of what follows.
+    return shown(f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first)
+
+
+def _left_errors(result: BatchResult) -> str:
+    return f"written, with {result.consumer_errors} errors left for its consumer (tierewrite check lists them)"
+
+
+def _outcome(result: BatchResult) -> str:
+    """How a checkpoint of a batch ended, on one line."""
+    if result.error is not None:
+        return f"{result.status}: {_reason(result)}"
+    assert result.before_bytes is not None
+    assert result.after_bytes is not None
+    change = f"{size(result.before_bytes)} -> {size(result.after_bytes)}"
+    line = f"{result.status}, {change} ({percent(result.before_bytes, result.after_bytes)})"
+    return f"{line}; {_left_errors(result)}" if result.consumer_errors else line
+
+
 def _sizes(
-    before: int, before_tensors: int, before_shards: int | None, after: int, after_tensors: int, after_shards: int
+    before: int, before_tensors: int, before_shards: int, after: int, after_tensors: int, after_shards: int
 ) -> Table:
     table = Table("", box=None, pad_edge=False, header_style="bold")
     for name in ("tensor bytes", "tensors", "shards"):
         table.add_column(name, justify="right")
-    table.add_row("before", size(before), f"{before_tensors:,}", "" if before_shards is None else str(before_shards))
+    table.add_row("before", size(before), f"{before_tensors:,}", str(before_shards))
     table.add_row("after", f"{size(after)}", f"{after_tensors:,}", str(after_shards))
     table.add_row("", percent(before, after), percent(before_tensors, after_tensors), "")
     return table
@@ -251,6 +343,7 @@ class Bar(Progress):
         self._task: Any = None
         self._visible_from = 0.0
         self._started = False
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Bar:
         return self
@@ -262,19 +355,64 @@ class Bar(Progress):
             self._display.stop()
 
     def start(self, phase: str, total: int) -> None:
-        if self._task is not None:
-            self._display.remove_task(self._task)
-        self._task = self._display.add_task(phase, total=total)
-        self._visible_from = time.monotonic() + 0.5
+        self._task = self.begin(self._task, phase, total)
 
     def advance(self, nbytes: int) -> None:
-        if not self._bars:
-            return
-        if not self._started and time.monotonic() >= self._visible_from:
-            self._started = True
-            self._display.start()
-        self._display.update(self._task, advance=nbytes)
+        self.move(self._task, nbytes)
 
     def note(self, text: str) -> None:
         if self._notes:
             self._console.print(Text(text))
+
+    def part(self, name: str, number: int, total: int) -> Progress:
+        return _Part(self, f"[{number}/{total}] {shown(name)}")
+
+    def begin(self, task: Any, phase: str, total: int) -> Any:
+        """A bar in the place of `task`."""
+        self.end(task)
+        self._visible_from = time.monotonic() + 0.5
+        return self._display.add_task(phase, total=total)
+
+    def move(self, task: Any, nbytes: int) -> None:
+        """The bar `task` grows."""
+        if not self._bars:
+            return
+        with self._lock:
+            if not self._started and time.monotonic() >= self._visible_from:
+                self._started = True
+                self._display.start()
+        self._display.update(task, advance=nbytes)
+
+    def end(self, task: Any) -> None:
+        """Removes the bar `task`."""
+        if task is not None:
+            self._display.remove_task(task)
+
+    def over(self, text: str, ok: bool) -> None:
+        """How a checkpoint ended; that one failed is said whatever else is shown."""
+        if self._notes or not ok:
+            self._console.print(Text(text, style="" if ok else "red"))
+
+
+class _Part(Progress):
+    """One checkpoint of a batch: a bar of its own, and a line when it is over."""
+
+    def __init__(self, bar: Bar, name: str) -> None:
+        self._bar, self._name = bar, name
+        self.shown = bar.shown
+        self._task: Any = None
+
+    def start(self, phase: str, total: int) -> None:
+        # Square brackets would be taken for markup.
+        self._task = self._bar.begin(self._task, f"{escape(self._name)}: {phase}", total)
+
+    def advance(self, nbytes: int) -> None:
+        self._bar.move(self._task, nbytes)
+
+    def note(self, text: str) -> None:
+        self._bar.note(f"{self._name}: {text}")
+
+    def finish(self, result: BatchResult | None) -> None:
+        self._bar.end(self._task)
+        if result is not None:
+            self._bar.over(f"{self._name}: {_outcome(result)}", result.ok)

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from tierewrite.checkpoint import INDEX_NAME, MAX_HEADER_BYTES, Checkpoint, SideFile, TensorEntry
+from tierewrite.checkpoint import INDEX_NAME, MAX_HEADER_BYTES, Checkpoint, SideFile, TensorEntry, gc_paused
 from tierewrite.errors import SourceChanged, SourceError, SystemFailure, UsageError, shown, system_errors
 from tierewrite.planning import OutShard
 from tierewrite.reading import chunks_of, read_side_file
@@ -65,7 +65,7 @@ class Target:
         with system_errors("looking at SRC", src):
             real = src.resolve()
             if not real.name:
-                raise UsageError("SRC is the root of the file system and cannot be swapped", file=src)
+                raise UsageError("SRC is the root of the file system and cannot be swapped; give a DST", file=src)
             kept = real.with_name(real.name + ".bak")
             for moved in (kept, aside_of(real)):
                 if not real.exists() and moved.exists():
@@ -93,16 +93,17 @@ class Target:
             try:
                 real = dst.resolve()
             except RuntimeError as error:  # a loop of symbolic links, before Python 3.13
-                raise UsageError("DST is a loop of symbolic links", file=dst) from error
+                raise UsageError("DST is a loop of symbolic links; choose another folder", file=dst) from error
             if dst.is_symlink() and not real.exists():
-                raise UsageError(f"DST is a link to '{shown(real)}', which does not exist", file=dst)
+                what = f"DST is a link to '{shown(real)}', which does not exist"
+                raise UsageError(what, file=dst, advice="make that folder, or remove the link")
             if isinstance(src, Path):
                 _apart(src, dst, real)
             if not real.name:
-                raise UsageError("DST is the root of the file system", file=dst)
+                raise UsageError("DST is the root of the file system; name a folder in it", file=dst)
             if real.exists():
                 if not real.is_dir():
-                    raise UsageError("DST exists and is not a folder", file=dst)
+                    raise UsageError("DST exists and is not a folder; choose another name", file=dst)
                 if not overwrite and any(real.iterdir()):
                     raise UsageError("DST is not empty; choose another folder, or use --overwrite", file=dst)
         return cls(real, overwrite)
@@ -259,8 +260,9 @@ class Staging:
 
     def put(self, name: str, data: bytes) -> None:
         path = self.path / name
-        with system_errors("writing", path):
-            path.unlink(missing_ok=True)
+        if os.path.lexists(path):
+            with system_errors("replacing", path):
+                path.unlink()
         write_file(path, data)
 
     def view(self) -> Path:
@@ -316,10 +318,10 @@ class Staging:
 
             return out_again
         if not self.target.overwrite:
-            raise UsageError("something was put into DST while this run was working", file=target)
+            raise UsageError("something was put into DST while this run was working; choose another", file=target)
         if backup is not None:
             if os.path.lexists(backup):
-                raise UsageError(f"'{shown(backup)}' appeared while this run was working", file=target)
+                raise UsageError(f"'{shown(backup)}' appeared while this run was working; move it away", file=target)
             # Under the backup's name before the swap: a staging folder would be cleared by the next run.
             os.rename(staged, backup)
             self.path = backup
@@ -443,6 +445,7 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
+@gc_paused()
 def shard_header(shard: OutShard, entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> bytes:
     """The length field and JSON header of an output shard, padded to 8 bytes as safetensors' serializer pads.
 
@@ -481,6 +484,7 @@ def merged_metadata(checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
     return union, warnings
 
 
+@gc_paused()
 def index_bytes(shards: Sequence[OutShard], metadata: Mapping[str, Any] | None) -> bytes:
     """`model.safetensors.index.json`: canonical names, `total_size` in bytes of tensor data, other metadata kept."""
     about = {**(metadata or {}), "total_size": sum(shard.nbytes for shard in shards)}

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from . import generate as generator
-from . import run
+from . import run, scale
 from .generate import ALIAS, CANONICAL, PRESETS, Generated, Recipe, generate
 
 FIXTURE = generator.TEMPLATE
@@ -233,6 +233,43 @@ def test_the_bench_runs_every_comparison_and_keeps_every_sample(tmp_path: Path) 
         assert sample["wall"] > 0
         assert sample["peak"] > 1 << 20
     assert not any(work.iterdir()), "something was left in the working folder"
+
+
+@pytest.mark.parametrize(
+    ("place", "work", "seconds"),
+    [
+        (scale.Place(1, 2), scale.Work([6.0] * 4, 3.0, 1), 4),
+        (scale.Place(2, 1), scale.Work([3.0, 3.0, 2.0, 2.0, 2.0], 1.0, 1), 7),  # the largest first: 3 2 2 and 3 2
+        (scale.Place(4, 1), scale.Work([6.0] * 2, 3.0, 1), 2),  # two have nothing to do
+        (scale.Place(1, 4, network=6.0), scale.Work([6.0] * 4, 3.0, 1), 4),
+        (scale.Place(1, 4, network=6.0), scale.Work([6.0] * 4, 3.0, 2), 8),  # in and out
+        (scale.Place(4, 1, network=6.0, bandwidth=8.0), scale.Work([6.0] * 4, 3.0, 2), 6),
+        (scale.Place(2, 1), scale.Work([], 3.0, 1), 0),
+    ],
+)
+def test_the_model_of_scale_adds_up(place: scale.Place, work: scale.Work, seconds: float) -> None:
+    assert scale.makespan(work, place, 0.0) == pytest.approx(seconds)
+    later = 0.5 * -(-len(work.tasks) // (place.nodes * place.cpus))
+    assert seconds <= scale.makespan(work, place, 0.5) <= seconds + later + 1e-6
+
+
+def test_the_measure_of_scale_runs_and_simulates_again_from_its_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("ray")
+    answer, again = tmp_path / "scale.json", tmp_path / "again.json"
+    options = ["--preset", "tiny", "--measured-shard", "300000", "--repeats", "1", "--work", str(tmp_path)]
+    assert scale.main([*options, "--json", str(answer)]) == 0
+    report = json.loads(answer.read_text())
+    assert report["schema"] == scale.SCHEMA
+    assert [row["run"] for row in report["measured"]] == ["local", "ray, 1 worker", "ray, 2 workers"]
+    assert all(row["wall"] > 0 for row in report["measured"])
+    assert len(report["runs"]["ray, 2 workers"][0]["written"]) > 2
+    assert len(report["simulated"]) == 12
+    assert scale.main(["--from", str(answer), "--json", str(again)]) == 0
+    assert json.loads(again.read_text())["simulated"] == report["simulated"]
+    assert "| 64 | " in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again.json", "scale.json"]
 
 
 def test_a_run_that_fails_is_reported_with_its_own_words(tmp_path: Path) -> None:

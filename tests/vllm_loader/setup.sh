@@ -16,8 +16,7 @@ fi
 rm -f "$venv/.stamp"
 "$python" -m venv --clear "$venv"
 "$venv/bin/pip" install -q --no-deps -r "$here/requirements.txt"
-cd "$here"
-"$venv/bin/python" -c 'import shim, vllm.model_executor.models.diffusion_gemma, vllm
+PYTHONPATH=$here "$venv/bin/python" -c 'import shim, vllm.model_executor.models.diffusion_gemma, vllm
 print("ok: vllm", vllm.__version__, "torch", shim.torch.__version__)'
 # Last, so that a build that was cut short is built anew.
 printf '%s\n' "$stamp" >"$venv/.stamp"

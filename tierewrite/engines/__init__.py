@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tierewrite.checkpoint import Checkpoint
 from tierewrite.errors import UsageError
 from tierewrite.jobs import Job, Result
+
+if TYPE_CHECKING:
+    from tierewrite.batching import BatchResult
 
 ENGINES = ("local", "ray")
 
@@ -35,6 +38,13 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Something a person should know before it happens."""
+
+    def part(self, name: str, number: int, total: int) -> Progress:
+        """The checkpoint `name` of a batch begins, the `number`-th of `total`. Returns who is told of it."""
+        return self
+
+    def finish(self, result: BatchResult | None) -> None:
+        """What `part` began is over; None if the batch was interrupted."""
 
 
 class Engine(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -13,14 +14,33 @@ from tierewrite.engines import Progress
 from tierewrite.jobs import Job, Result, carry_out
 from tierewrite.transfer import Task, Transfer, default_threads, tasks
 
+log = logging.getLogger(__name__)
+
 
 class LocalEngine:
-    """See `tierewrite.engines.Engine`. What it learns of a failing GPU it keeps from one pass to the next."""
+    """See `tierewrite.engines.Engine`. What it learns of a failing GPU it keeps from one pass to the next.
+
+    Importing CuPy and preparing the GPUs takes a second or two, in which headers are read and the plan is made.
+    """
 
     def __init__(self, device: str = "auto", threads: int | None = None, progress: Progress | None = None) -> None:
-        self.digester = digest.select(device, threads=1)
         self.threads = threads
         self.progress = progress or Progress()
+        self._digester: digest.Digester | None = None
+        self._selecting: ThreadPoolExecutor | None = None
+        if device == "cpu":
+            self._digester = digest.select(device, threads=1)
+            return
+        self._selecting = ThreadPoolExecutor(1, thread_name_prefix="tierewrite-device")
+        self._selected = self._selecting.submit(digest.select, device, threads=1)
+
+    @property
+    def digester(self) -> digest.Digester:
+        """Where hashing happens. Raises what `digest.select` raises."""
+        if self._digester is None:
+            self._digester = self._selected.result()
+            log.info("hashing on %s", self._digester.description)
+        return self._digester
 
     @property
     def device(self) -> str:
@@ -30,7 +50,8 @@ class LocalEngine:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        return None
+        if self._selecting is not None:
+            self._selecting.shutdown(wait=True, cancel_futures=True)
 
     def hash(self, source: Checkpoint, keys: Iterable[str], phase: str) -> dict[str, bytes]:
         return self.transfer(source, tasks(source, keys), phase)
@@ -60,7 +81,7 @@ class LocalEngine:
         try:
             return transfer.run(work)
         finally:
-            self.digester = transfer.digester
+            self._digester = transfer.digester
 
     def carry_out(self, jobs: Sequence[Job], phase: str) -> list[Result]:
         self.progress.start(phase, sum(job.nbytes for job in jobs))

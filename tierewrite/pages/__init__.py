@@ -128,7 +128,8 @@ def _write(path: Path, data: bytes) -> None:
         os.replace(staged, path)
         staged = None
     except OSError as e:
-        raise SystemFailure(f"cannot be written: {e.strerror or e}", file=path) from None
+        advice = "name a file in a folder that exists and may be written to"
+        raise SystemFailure(f"cannot be written: {e.strerror or e}", file=path, advice=advice) from None
     finally:
         if staged is not None:
             with contextlib.suppress(OSError):

@@ -364,7 +364,8 @@ def read_facts(
     """
     where, folder, manifest_path = _found(path)
     if consumer is not None and folder is None:
-        raise UsageError("is a manifest alone; a check for a consumer needs the folder", file=where)
+        what = "is a manifest alone; a check for a consumer needs the folder: give that, or leave out --for"
+        raise UsageError(what, file=where)
     with sources.told_of(where, manifest_path.parent):
         manifest = read_manifest(manifest_path)
         sizes = None if folder is None else _sizes(folder, manifest, manifest_path)

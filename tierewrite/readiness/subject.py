@@ -24,6 +24,7 @@ import numpy as np
 from tierewrite import formats
 from tierewrite.checkpoint import (
     INDEX_NAME,
+    WANTED,
     Checkpoint,
     Shard,
     TensorEntry,
@@ -31,6 +32,7 @@ from tierewrite.checkpoint import (
     read_header,
     read_index,
     refuse_half_written,
+    what_is_here,
 )
 from tierewrite.errors import ConfigError, SourceError, TierewriteError, UsageError
 from tierewrite.names import WHOLE, Part, on_disk, places
@@ -103,7 +105,8 @@ class Folder:
         else:
             root = where = place
             if not root.is_dir():
-                raise SourceError("not a folder; expected a checkpoint folder holding *.safetensors files", file=root)
+                what = "not a folder" if os.path.lexists(root) else "does not exist"
+                raise SourceError(f"{what}; {WANTED}", file=root)
             top = [p.name for p in root.iterdir()]
         refuse_half_written(top, where)
         there = sorted((n for n in top if n.endswith(".safetensors")), key=natural_key)
@@ -121,7 +124,7 @@ class Folder:
         else:
             names = there
         if not there:
-            raise SourceError("no *.safetensors file here", file=where)
+            raise SourceError(f"no *.safetensors file here; {what_is_here(sorted(top))}", file=where)
         shards: list[Shard] = []
         entries: dict[str, TensorEntry] = {}
         repeated: dict[str, list[TensorEntry]] = {}
@@ -171,7 +174,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
-        raise ConfigError(f"is no valid JSON: {e}", file=path) from None
+        raise ConfigError(f"is no valid JSON: {e}; correct it, or copy it from the original model", file=path) from None
     except OSError as e:
         raise SourceError(f"cannot be read: {e.strerror or e}", file=path) from None
     if not isinstance(found, dict):
