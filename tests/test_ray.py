@@ -570,8 +570,8 @@ def kinds() -> list[type[TierewriteError]]:
 
 @pytest.mark.parametrize("kind", kinds(), ids=lambda kind: kind.__name__)
 def test_errors_survive_the_way_from_a_worker(kind: type[TierewriteError]) -> None:
-    if kind is Interrupted:
-        error: TierewriteError = Interrupted(15)
+    if issubclass(kind, Interrupted):
+        error: TierewriteError = Interrupted(15) if kind is Interrupted else tierewrite.BatchInterrupted(15, None)  # type: ignore[arg-type]
     else:
         error = kind("what happened", file="a/file", tensor="a.tensor", details={"groups": [1]})
     again = pickle.loads(pickle.dumps(error))

@@ -85,6 +85,9 @@ class TierewriteError(Exception):
         message = super().__str__()
         return f"{', '.join(where)}: {message}" if where else message
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (type(self), self.args, self.__dict__)
+
     def to_json(self) -> dict[str, Any]:
         """The error as a JSON object (the `error` member of a command's --json output)."""
         return {
@@ -95,6 +98,14 @@ class TierewriteError(Exception):
             "tensor": self.tensor,
             "details": self.details,
         }
+
+
+def _again(kind: type[TierewriteError], args: tuple[Any, ...], state: dict[str, Any]) -> TierewriteError:
+    """An error that was sent from another process. Its class is not called: it would give its advice twice."""
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(state)
+    return error
 
 
 class UsageError(TierewriteError):
@@ -170,9 +181,6 @@ class Interrupted(TierewriteError):
         super().__init__(f"stopped by signal {signum}; nothing half-done was left behind")
         self.signum = signum
         self.exit_code = 128 + signum
-
-    def __reduce__(self) -> tuple[type[Interrupted], tuple[int]]:
-        return type(self), (self.signum,)
 
 
 def as_ours(error: Exception) -> TierewriteError:
