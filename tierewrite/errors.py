@@ -78,6 +78,10 @@ class TierewriteError(Exception):
         self.tensor = tensor
         self.details = details or {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As it is, on its way from another process: the constructor of a kind may take, or add, something else.
+        return _again, (type(self), self.args, self.__dict__)
+
     def __str__(self) -> str:
         where = [shown(self.file)] if self.file is not None else []
         if self.tensor is not None:
@@ -95,6 +99,12 @@ class TierewriteError(Exception):
             "tensor": self.tensor,
             "details": self.details,
         }
+
+
+def _again(kind: type[TierewriteError], args: tuple[Any, ...], attributes: dict[str, Any]) -> TierewriteError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(attributes)
+    return error
 
 
 class UsageError(TierewriteError):
@@ -168,11 +178,7 @@ class Interrupted(TierewriteError):
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by signal {signum}; nothing half-done was left behind")
-        self.signum = signum
         self.exit_code = 128 + signum
-
-    def __reduce__(self) -> tuple[type[Interrupted], tuple[int]]:
-        return type(self), (self.signum,)
 
 
 def as_ours(error: Exception) -> TierewriteError:
