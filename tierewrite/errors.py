@@ -101,7 +101,7 @@ class TierewriteError(Exception):
 
 
 def _again(kind: type[TierewriteError], args: tuple[Any, ...], state: dict[str, Any]) -> TierewriteError:
-    """An error that was sent from another process. Its class is not called: it would give its advice twice."""
+    """An error that was sent from another process. Its class is not called: it may take, or add, something else."""
     error = kind.__new__(kind)
     error.args = args
     error.__dict__.update(state)
@@ -179,7 +179,6 @@ class Interrupted(TierewriteError):
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by signal {signum}; nothing half-done was left behind")
-        self.signum = signum
         self.exit_code = 128 + signum
 
 

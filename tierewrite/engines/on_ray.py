@@ -255,7 +255,7 @@ def _counted(number: int, what: str) -> str:
 
 def _connect(ray: Any, address: str | None) -> None:
     """Connects this process to a cluster, see `RayEngine`. Raises SystemFailure, Interrupted."""
-    failed = f"there is no Ray cluster at '{address or os.environ.get('RAY_ADDRESS') or 'this machine'}'"
+    failed = f"cannot connect to a Ray cluster at '{address or os.environ.get('RAY_ADDRESS') or 'this machine'}'"
     advice = (
         "start one with `ray start --head`, give the address that it prints (HOST:PORT) with --ray-address, or leave "
         "--ray-address and RAY_ADDRESS out for a new one on this machine"
@@ -267,17 +267,16 @@ def _connect(ray: Any, address: str | None) -> None:
                 raise SystemFailure(f"{failed}: nothing answers at {found}; {advice}")
             log.info("the latest Ray cluster of this machine, at %s, is gone; starting a new one", found)
             found = None
-        options: dict[str, Any] = {"address": found, "logging_level": logging.ERROR, "log_to_driver": False}
+        # Where nobody named the cluster Ray is to find it by itself: only then it takes the token that lies ready here.
+        options: dict[str, Any] = {"address": found if was_named else None}
         if found is None:
-            options |= {
-                "address": "local",
-                "include_dashboard": False,
-                "object_store_memory": _OBJECT_STORE_BYTES,
-            }
+            options = {"address": "local", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
         with _own_signals():
-            ray.init(**options)
+            ray.init(**options, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError, OSError, ray.exceptions.RayError) as error:
         said = " ".join(str(error).split())
+        if "AuthToken" in str(error.__cause__):
+            advice = "it asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
         raise SystemFailure(f"{failed}: {type(error).__name__}: {said}; {advice}") from error
 
 
