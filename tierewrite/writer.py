@@ -35,6 +35,9 @@ from tierewrite.sources import RemoteFolder
 
 log = logging.getLogger(__name__)
 
+_WRITE_BYTES = 256 << 10
+"""Of one system call, at most. The page cache takes pages as large as the call, up to megabytes, and these are the ones
+that a virtual machine's host has to give back first: calls of 8 MiB took three times as long, on 2 cores and ext4."""
 WRITEBACK_BYTES = 1 << 20
 """From this many bytes on the disk is told to begin."""
 _RENAME_EXCHANGE = 2
@@ -530,7 +533,7 @@ def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
     """Writes all of `data` at `offset`; a short write is continued."""
     view = memoryview(data)
     while view:
-        done = os.pwrite(fd, view, offset)
+        done = os.pwrite(fd, view[:_WRITE_BYTES], offset)
         view = view[done:]
         offset += done
 
