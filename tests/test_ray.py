@@ -23,6 +23,7 @@ import pytest
 import tierewrite
 from tests.benchmarks.generate import PRESETS, Generated, generate
 from tests.checkpoints import edit_tensors, read_tensors
+from tests.s3_server import Store
 from tierewrite import engines, errors
 from tierewrite.engines import Progress, on_ray
 from tierewrite.errors import Interrupted, SourceChanged, SystemFailure, TierewriteError, UsageError
@@ -582,6 +583,18 @@ def test_help_and_a_local_rewrite_import_no_ray(made: Generated, tmp_path: Path)
         )
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         subprocess.run([sys.executable, "-c", code, *argv], env=environment, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_workers_read_from_a_store_and_write_to_it(
+    store: Store, made: Generated, right: dict[str, bytes], ray_folder: Path
+) -> None:
+    source = store.upload(made.path)
+    target = store.url("out")
+    options = {"ties": made.ties_file, "max_shard_size": SHARD}
+    # A cluster of its own: its workers get the endpoint from this process's environment.
+    tierewrite.rewrite(source, target, engine="ray", ray_address="local", **options)
+    assert store.objects("out") == right
+    assert tierewrite.verify(source, target, ties_file=made.ties_file).ok
 
 
 # ------------------------------------------------------------------------------------------------- what travels
