@@ -458,3 +458,20 @@ def test_unindexed_tensors_are_left_out_on_request_and_the_result_proved(copied:
     assert run("rewrite", src, tmp_path / "out", "--ignore-unindexed", "--verify", "-q") == 0
     assert name not in read_tensors(tmp_path / "out")
     assert run("verify", src, tmp_path / "out", "--ignore-unindexed") == 0
+
+
+@pytest.mark.parametrize(("options", "shown"), [((), False), (("-v",), True)])
+def test_what_libraries_log_is_shown_on_request_only(options: tuple[str, ...], shown: bool, tmp_path: Path) -> None:
+    code = (
+        "import logging, sys; from tierewrite import cli, errors;"
+        "import tierewrite.rewriting as rewriting;"
+        "library = logging.getLogger('gcsfs');"
+        "rewriting.plan = lambda *a, **o: (library.error('out of retries'), logging.getLogger('tierewrite.x')"
+        ".warning('ours'));"
+        "sys.exit(cli.run(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *options, "plan", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert "WARNING tierewrite.x: ours" in done.stderr
+    assert ("ERROR gcsfs: out of retries" in done.stderr) is shown

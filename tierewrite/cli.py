@@ -152,7 +152,11 @@ def cli(verbose: int) -> None:
       eval "$(_TIEREWRITE_COMPLETE=bash_source tierewrite)"
     """
     level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    # What libraries log of a failure, tracebacks and all, our error says in a line.
+    handler.addFilter(lambda record: verbose > 0 or record.name.partition(".")[0] == "tierewrite")
+    logging.basicConfig(handlers=[handler])
     # Not the root: the libraries that talk to stores log requests with their signatures.
     logging.getLogger("tierewrite").setLevel(level)
 
