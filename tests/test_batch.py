@@ -22,7 +22,7 @@ import tierewrite
 from tests.checkpoints import FIXTURES, digests, right_answer, write_shard
 from tests.conftest import snapshot
 from tests.hub_server import Hub, Repo
-from tierewrite import already, checkpoint, cli, collection, hub, reading, rewriting, ties
+from tierewrite import already, checkpoint, cli, collection, digest, hub, reading, rewriting, ties
 from tierewrite.batching import BATCH_SCHEMA, BatchInterrupted, BatchReport, BatchResult
 from tierewrite.errors import Interrupted, SourceError, UsageError
 
@@ -1167,3 +1167,15 @@ def test_bars_of_several_at_a_time_on_a_terminal(tmp_path: Path) -> None:
     assert "[1/2] [b]a: rewriting" in text
     assert "[2/2] b: rewriting" in text
     assert "[1/2] [b]a: rewritten, 4.00 KiB -> 1.00 KiB (-75.0%)" in text
+
+
+def test_a_device_that_is_not_there_ends_the_batch_before_anything_starts(tmp_path: Path) -> None:
+    try:
+        digest.select("cuda")
+    except UsageError:
+        pass
+    else:
+        pytest.skip("a GPU works here")
+    with pytest.raises(UsageError, match="cuda"):
+        tierewrite.batch([FIXTURES / "qwen3_tied_bf16"], into=tmp_path / "out", device="cuda")
+    assert not (tmp_path / "out").exists()
