@@ -19,11 +19,10 @@ from typing import NamedTuple
 
 from tierewrite.checkpoint import Checkpoint, TensorEntry, gc_paused
 from tierewrite.digest import PIECE, DeviceFailed, Digester, Stream, select
-from tierewrite.digest import Span as DigestSpan
-from tierewrite.digest.spans import Bytes
+from tierewrite.digest.spans import Bytes, Row
 from tierewrite.errors import SourceChanged, system_errors
 from tierewrite.planning import OutShard
-from tierewrite.reading import SourceFile, open_source, runs_of
+from tierewrite.reading import SourceFile, open_source
 from tierewrite.writer import WRITEBACK_BYTES, flush, part, start_writeback, write_all
 
 log = logging.getLogger(__name__)
@@ -287,44 +286,29 @@ class Transfer:
     def _batch(self, task: Task, number: int, array: Bytes, stream: Stream) -> None:
         """Tensors that fit into a buffer together: read, hand over for hashing, write meanwhile."""
         buffer = array.data
-        spans = task.spans
-        self._sources[task.shard].read_runs(runs_of([(span.start, span.end) for span in spans]), buffer)
-        place = 0
-        wanted: list[DigestSpan] = []
-        for span in spans:
-            length = span.end - span.start
-            if span.hashed:
-                wanted.append(DigestSpan(number, place, length, length, 0))
-            number += 1
-            place += length
-        ticket = stream.update(array, wanted) if wanted else None
+        steps = _steps(task, number, self.patches if self._outs else {})
+        self._sources[task.shard].read_runs(steps.reads, buffer)
+        ticket = stream.update(array, steps.hashed) if steps.hashed else None
         if self._outs:
-            if ticket is not None and any(span.key in self.patches for span in spans):
+            if ticket is not None and steps.patched:
                 ticket.wait()  # the buffer is about to be changed
-            self._write(spans, buffer)
+            self._patch(steps.patched, buffer)
+            for out, start, end, position in steps.writes:
+                self._flush(out, buffer[start:end], position)
         if ticket is not None:
             ticket.wait()
-        self.advance(place)
+        self.advance(task.nbytes)
 
-    def _write(self, spans: Sequence[Span], buffer: memoryview) -> None:
-        """Writes what survives; neighbours in the output are one write."""
-        place = run_start = 0
-        run_out, run_position, run_end = -1, 0, 0
-        for span in spans:
-            length = span.end - span.start
-            if span.out >= 0 and (patch := self.patches.get(span.key)) is not None:
-                if buffer[place : place + length] != self.originals.get(span.key, patch):
-                    raise SourceChanged(
-                        "a scale changed while the checkpoint was rewritten; run again when nothing writes to SRC",
-                        tensor=span.key,
-                    )
-                buffer[place : place + length] = patch
-            if span.out != run_out or span.position != run_end:
-                self._flush(run_out, buffer[run_start:place], run_position)
-                run_start, run_out, run_position = place, span.out, span.position
-            run_end = span.position + length
-            place += length
-        self._flush(run_out, buffer[run_start:place], run_position)
+    def _patch(self, patched: Sequence[tuple[str, int, int]], buffer: memoryview) -> None:
+        """Puts the merged values in the place of what was read, which has to be what they were merged from."""
+        for key, start, end in patched:
+            patch = self.patches[key]
+            if buffer[start:end] != self.originals.get(key, patch):
+                raise SourceChanged(
+                    "a scale changed while the checkpoint was rewritten; run again when nothing writes to SRC",
+                    tensor=key,
+                )
+            buffer[start:end] = patch
 
     def _flush(self, out: int, data: memoryview, position: int) -> None:
         if data and out in self._outs:
@@ -345,11 +329,60 @@ class Transfer:
             length = min(BUFFER_BYTES, total - position)
             piece = buffer[:length]
             source.read_runs([(span.start + position, span.start + position + length)], piece)
-            ticket = stream.update(array, [DigestSpan(number, 0, length, total, position)]) if span.hashed else None
+            ticket = stream.update(array, [(number, 0, length, total, position)]) if span.hashed else None
             self._flush(span.out, piece, span.position + position)
             if ticket is not None:
                 ticket.wait()
             self.advance(length)
+
+
+class _Steps(NamedTuple):
+    """What is to be done with a task that fits into a buffer.
+
+    Attributes:
+        reads: runs of the source (start, end); the buffer holds them one after the other.
+        hashed: the tensors whose digests are wanted.
+        patched: those whose bytes are replaced: key, start and end in the buffer.
+        writes: runs of the buffer: index of the output shard, start, end, and position in that file.
+    """
+
+    reads: list[tuple[int, int]]
+    hashed: list[Row]
+    patched: list[tuple[str, int, int]]
+    writes: list[tuple[int, int, int, int]]
+
+
+def _steps(task: Task, number: int, patches: Collection[str]) -> _Steps:
+    """All that the workers need to know of a task, in one loop: while it runs, none of the others gets on.
+
+    Args:
+        number: of the first span's tensor, for the digests.
+        patches: keys whose bytes are replaced.
+    """
+    steps = _Steps([], [], [], [])
+    read_start = read_end = task.spans[0].start
+    place = run_start = run_position = run_end = 0
+    run_out = -1
+    for tensor, (key, start, end, hashed, out, position) in enumerate(task.spans, number):
+        length = end - start
+        if start != read_end:
+            steps.reads.append((read_start, read_end))
+            read_start = start
+        read_end = end
+        if hashed:
+            steps.hashed.append((tensor, place, length, length, 0))
+        if out != run_out or (position != run_end and out >= 0):
+            if run_out >= 0:
+                steps.writes.append((run_out, run_start, place, run_position))
+            run_start, run_out, run_position = place, out, position
+        run_end = position + length
+        if key in patches and out >= 0:
+            steps.patched.append((key, place, place + length))
+        place += length
+    steps.reads.append((read_start, read_end))
+    if run_out >= 0:
+        steps.writes.append((run_out, run_start, place, run_position))
+    return steps
 
 
 def _outs_of(task: Task) -> set[int]:
