@@ -6,7 +6,6 @@ It holds nothing that two runs on the same input and options could differ in: no
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from blake3 import blake3
@@ -20,35 +19,6 @@ from tierewrite.report import MergedScale, Report
 MANIFEST_SCHEMA = "tierewrite/manifest/1"
 
 
-@dataclass(frozen=True)
-class Written:
-    """A tensor of the output that stands for source tensors of a group, for the manifest.
-
-    Attributes:
-        sources: the source keys that it stands for, the carrying one first.
-        action: keep, rename, merge or repack.
-        blake3: digest of its bytes in the output, 32 bytes.
-        scale: for a merged one, how the value came about.
-    """
-
-    sources: tuple[str, ...]
-    action: str
-    blake3: bytes
-    scale: MergedScale | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        data: dict[str, Any] = {
-            "from": list(self.sources),
-            "action": self.action,
-            "merged": self.scale is not None,
-            "blake3": self.blake3.hex(),
-        }
-        if self.scale is not None:
-            data["ratio"] = self.scale.ratio
-            data["calibrated"] = self.scale.calibrated
-        return data
-
-
 @gc_paused()
 def written_tensors(
     plan: RewritePlan,
@@ -56,8 +26,8 @@ def written_tensors(
     reencoded: Mapping[str, bytes],
     merged: Mapping[str, tuple[str, MergedScale]],
     known: Mapping[str, bytes],
-) -> dict[str, dict[str, Written]]:
-    """Per group, the output tensors that stand for several source tensors or have a new name.
+) -> dict[str, dict[str, Any]]:
+    """Per group, as JSON, the output tensors that stand for several source tensors or have a new name.
 
     Args:
         patches: source key -> the bytes that were written in its place.
@@ -65,26 +35,36 @@ def written_tensors(
         merged: target -> (group id, how the value came about).
         known: source key -> digest.
     """
+    keep, drop, repack = Action.KEEP, Action.DROP, Action.REPACK  # looked up once: there are as many as tensors
+    words = {action: action.value for action in Action}
     sources: dict[str, list[str]] = {}
-    for tensor in plan.tensors.values():
-        if tensor.action is Action.DROP:
-            sources.setdefault(tensor.target, []).append(tensor.name)
-    result: dict[str, dict[str, Written]] = {}
-    for tensor in plan.tensors.values():
-        others = sources.get(tensor.target, [])
-        action = tensor.action
-        if action is Action.REPACK and tensor.name not in reencoded:
-            action = Action.KEEP if tensor.name == tensor.target else Action.RENAME  # it had the right scale already
-        if tensor.group is None or action is Action.DROP or (action is Action.KEEP and not others):
+    for name, action, target, _, _ in plan.tensors.values():
+        if action is drop:
+            sources.setdefault(target, []).append(name)
+    result: dict[str, dict[str, Any]] = {}
+    for name, action, target, _, group in plan.tensors.values():
+        if group is None or action is drop:
             continue
-        _, scale = merged.get(tensor.target, (None, None))
-        data = patches.get(tensor.name)
-        if tensor.name in reencoded:
-            digest = reencoded[tensor.name]
-        else:
-            digest = known[tensor.name] if data is None else blake3(data).digest()
-        written = Written((tensor.name, *others), action.value, digest, scale)
-        result.setdefault(tensor.group, {})[tensor.target] = written
+        others = sources.get(target, [])
+        if action is repack and name not in reencoded:
+            action = keep if name == target else Action.RENAME  # it had the right scale already
+        if action is keep and not others:
+            continue
+        digest = reencoded.get(name)
+        if digest is None:
+            data = patches.get(name)
+            digest = known[name] if data is None else blake3(data).digest()
+        tensor: dict[str, Any] = {
+            "from": [name, *others],  # the carrying one first
+            "action": words[action],
+            "merged": target in merged,
+            "blake3": digest.hex(),
+        }
+        if target in merged:
+            _, scale = merged[target]
+            tensor["ratio"] = scale.ratio
+            tensor["calibrated"] = scale.calibrated
+        result.setdefault(group, {})[target] = tensor
     return result
 
 
@@ -100,7 +80,7 @@ def ties_on_disk(disk: DiskTies) -> dict[str, str]:
 
 @gc_paused()
 def build_manifest(
-    report: Report, disk: DiskTies, written: Mapping[str, Mapping[str, Written]], version: str
+    report: Report, disk: DiskTies, written: Mapping[str, Mapping[str, Any]], version: str
 ) -> bytes:
     """The manifest's JSON text."""
     data = {
@@ -121,9 +101,7 @@ def build_manifest(
                 "aliases": list(entry.group.aliases),
                 "status": entry.status,
                 "reason": entry.group.reason,
-                "tensors": {
-                    target: tensor.to_json() for target, tensor in written.get(entry.group.id, {}).items()
-                },
+                "tensors": written.get(entry.group.id, {}),
             }
             for entry in report.groups
         ],

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,28 +86,30 @@ def tasks(
     Returns:
         Large tensors first, since each is one worker's work, then the rest, `_mixed`.
     """
-    wanted = dict.fromkeys(hashed, (-1, 0))
-    want_digest = set(wanted)
+    nowhere = (-1, 0)
+    places: dict[str, tuple[int, int]] = {}
     for index, shard in enumerate(shards):
         if index in finished:
             continue
-        for tensor in shard.tensors:
-            if tensor.source not in elsewhere and not tensor.added:
-                wanted[tensor.source] = (index, data_starts[index] + tensor.start)
+        begin = data_starts[index]
+        for _, source, start, _, added in shard.tensors:
+            if source not in elsewhere and not added:
+                places[source] = (index, begin + start)
+    want_digest = set(hashed)
     by_shard: list[list[TensorEntry]] = [[] for _ in checkpoint.shards]
-    for key in wanted:
+    for key in (*places, *(want_digest - places.keys())):
         entry = checkpoint.tensors[key]
         by_shard[entry.shard].append(entry)
     large: list[Task] = []
     batches: list[Task] = []
     for number, entries in enumerate(by_shard):
-        entries.sort(key=lambda entry: entry.start)
+        entries.sort(key=attrgetter("start"))
         batch: list[Span] = []
         size = 0
-        for entry in entries:
-            out, position = wanted[entry.name]
-            span = Span(entry.name, entry.start, entry.end, entry.name in want_digest, out, position)
-            length = entry.end - entry.start
+        for key, _, _, _, start, end in entries:
+            out, position = places.get(key, nowhere)
+            span = Span(key, start, end, key in want_digest, out, position)
+            length = end - start
             if length > BUFFER_BYTES:
                 large.append(Task(number, (span,), length))
                 continue

@@ -179,14 +179,19 @@ def sorted_modules(tensors: Mapping[str, tuple[int, ...]]) -> tuple[frozenset[st
     """
     quantized: set[str] = set()
     plain: set[str] = set()
+    companions: dict[str, bool] = {}  # suffix -> whether it makes its module a quantized one
     for key, shape in tensors.items():
         module, _, suffix = key.rpartition(".")
         if suffix == "weight":
             if len(shape) > 1:
                 plain.add(module)
             continue
-        companion = classify("weight", suffix)
-        if companion is not None and companion.role in (Role.WEIGHT, Role.ADJACENT):
+        quantizes = companions.get(suffix)
+        if quantizes is None:
+            companion = classify("weight", suffix)
+            quantizes = companion is not None and companion.role in (Role.WEIGHT, Role.ADJACENT)
+            companions[suffix] = quantizes
+        if quantizes:
             quantized.add(module)
     return frozenset(quantized), frozenset(plain - quantized)
 
