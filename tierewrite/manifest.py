@@ -5,16 +5,15 @@ It holds nothing that two runs on the same input and options could differ in: no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from blake3 import blake3
 
 from tierewrite.checkpoint import gc_paused
-from tierewrite.jsontext import dumps
+from tierewrite.jsontext import JsonText, dumps, encode
 from tierewrite.names import DiskTies
 from tierewrite.planning import Action, RewritePlan
-from tierewrite.report import MergedScale, Report
+from tierewrite.report import GroupReport, MergedScale, Report
 
 MANIFEST_SCHEMA = "tierewrite/manifest/1"
 
@@ -26,8 +25,8 @@ def written_tensors(
     reencoded: Mapping[str, bytes],
     merged: Mapping[str, tuple[str, MergedScale]],
     known: Mapping[str, bytes],
-) -> dict[str, dict[str, Any]]:
-    """Per group, as JSON, the output tensors that stand for several source tensors or have a new name.
+) -> dict[str, list[str]]:
+    """Per group, as JSON text, the output tensors that stand for several source tensors or have a new name.
 
     Args:
         patches: source key -> the bytes that were written in its place.
@@ -36,12 +35,12 @@ def written_tensors(
         known: source key -> digest.
     """
     keep, drop, repack = Action.KEEP, Action.DROP, Action.REPACK  # looked up once: there are as many as tensors
-    words = {action: action.value for action in Action}
+    words = {action: encode(action.value) for action in Action}
     sources: dict[str, list[str]] = {}
     for name, action, target, _, _ in plan.tensors.values():
         if action is drop:
             sources.setdefault(target, []).append(name)
-    result: dict[str, dict[str, Any]] = {}
+    result: dict[str, list[str]] = {}
     for name, action, target, _, group in plan.tensors.values():
         if group is None or action is drop:
             continue
@@ -54,17 +53,18 @@ def written_tensors(
         if digest is None:
             data = patches.get(name)
             digest = known[name] if data is None else blake3(data).digest()
-        tensor: dict[str, Any] = {
-            "from": [name, *others],  # the carrying one first
-            "action": words[action],
-            "merged": target in merged,
-            "blake3": digest.hex(),
-        }
+        how = "false"
+        more = ""
         if target in merged:
             _, scale = merged[target]
-            tensor["ratio"] = scale.ratio
-            tensor["calibrated"] = scale.calibrated
-        result.setdefault(group, {})[target] = tensor
+            how = "true"
+            more = f', "ratio": {encode(scale.ratio)}, "calibrated": {encode(scale.calibrated)}'
+        origin = ", ".join(map(encode, (name, *others)))  # the carrying one first
+        text = (
+            f'{encode(target)}: {{"from": [{origin}], "action": {words[action]}, "merged": {how}, '
+            f'"blake3": "{digest.hex()}"{more}}}'
+        )
+        result.setdefault(group, []).append(text)
     return result
 
 
@@ -80,9 +80,13 @@ def ties_on_disk(disk: DiskTies) -> dict[str, str]:
 
 @gc_paused()
 def build_manifest(
-    report: Report, disk: DiskTies, written: Mapping[str, Mapping[str, Any]], version: str
+    report: Report, disk: DiskTies, written: Mapping[str, Sequence[str]], version: str
 ) -> bytes:
-    """The manifest's JSON text."""
+    """The manifest's JSON text.
+
+    Args:
+        written: what `written_tensors` gives.
+    """
     data = {
         "schema": MANIFEST_SCHEMA,
         "tool": {"name": "tierewrite", "version": version},
@@ -94,16 +98,19 @@ def build_manifest(
             "detail": report.ties_detail if report.ties_source == "class" else "",
             "map": ties_on_disk(disk),
         },
-        "groups": [
-            {
-                "id": entry.group.id,
-                "canonical": entry.group.canonical,
-                "aliases": list(entry.group.aliases),
-                "status": entry.status,
-                "reason": entry.group.reason,
-                "tensors": written.get(entry.group.id, {}),
-            }
-            for entry in report.groups
-        ],
+        "groups": [_group_text(entry, written.get(entry.group.id, ())) for entry in report.groups],
     }
     return dumps(data).encode()
+
+
+def _group_text(entry: GroupReport, tensors: Sequence[str]) -> JsonText:
+    about = encode(
+        {
+            "id": entry.group.id,
+            "canonical": entry.group.canonical,
+            "aliases": list(entry.group.aliases),
+            "status": entry.status,
+            "reason": entry.group.reason,
+        }
+    )
+    return JsonText(f'{about[:-1]}, "tensors": {{{", ".join(tensors)}}}}}')

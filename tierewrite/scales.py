@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +27,10 @@ _F64 = npt.NDArray[np.float64]
 _Bool = npt.NDArray[np.bool_]
 
 
-@dataclass(frozen=True, slots=True)
-class Side:
-    """One side's scale: its key, dtype as in the safetensors header, shape, and little-endian bytes."""
+class Side(NamedTuple):
+    """One side's scale: its key, dtype as in the safetensors header, shape, and little-endian bytes.
+
+    A tuple, as `Merged`: there is one an expert."""
 
     key: str
     dtype: str
@@ -36,8 +38,7 @@ class Side:
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Merged:
+class Merged(NamedTuple):
     """One scale for all sides.
 
     Attributes:

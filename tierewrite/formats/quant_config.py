@@ -215,14 +215,18 @@ def inconsistencies(
     """
     pairs = tuple(dict.fromkeys(pairs))
     quantized, plain = frozenset(quantized), frozenset(plain)
-    modules = dict.fromkeys(name for pair in pairs for name in pair)
+    aliases: dict[str, list[tuple[str, str]]] = {}
+    for pair in pairs:
+        for name in pair:
+            aliases.setdefault(name, []).append(pair)
+    modules = dict.fromkeys((*aliases, *plain))
     found: list[Inconsistency] = []
+    known: list[tuple[list[Any], Callable[[str], str], _Entries]] = []  # ModelOpt writes the same list into both files
     for file, path, values, language in _lists(config, quant_config):
-        entries = _Entries(values, language, {**modules, **dict.fromkeys(plain)})
-        aliases: dict[str, list[tuple[str, str]]] = {}
-        for pair in pairs:
-            for name in pair:
-                aliases.setdefault(name, []).append(pair)
+        entries = next((e for v, spoken, e in known if v == values and spoken is language), None)
+        if entries is None:
+            entries = _Entries(values, language, modules)
+            known.append((values, language, entries))
         for entry, covered in entries.covers.items():
             excluded: list[tuple[str, str]] = []
             missing: list[tuple[str, str]] = []
