@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from json.encoder import encode_basestring
 from typing import Any
+
+encode = json.JSONEncoder(ensure_ascii=False).encode
+"""One value as `dumps` writes it."""
+quoted = encode_basestring
+"""`encode` for a string, at a third of the cost."""
 
 
 class JsonText(str):
     """An item of a list that is JSON text already: half a million small objects take seconds to build and encode."""
 
-
-encode = json.JSONEncoder(ensure_ascii=False).encode
-"""One value as `dumps` writes it."""
 
 _LINES = 1000  # encoded at a time: the text of a large plan takes as much memory as the plan
 

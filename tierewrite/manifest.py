@@ -6,11 +6,12 @@ It holds nothing that two runs on the same input and options could differ in: no
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 
 from blake3 import blake3
 
 from tierewrite.checkpoint import gc_paused
-from tierewrite.jsontext import JsonText, dumps, encode
+from tierewrite.jsontext import JsonText, dumps, encode, quoted
 from tierewrite.names import DiskTies
 from tierewrite.planning import Action, RewritePlan
 from tierewrite.report import GroupReport, MergedScale, Report
@@ -35,7 +36,6 @@ def written_tensors(
         known: source key -> digest.
     """
     keep, drop, repack = Action.KEEP, Action.DROP, Action.REPACK  # looked up once: there are as many as tensors
-    words = {action: encode(action.value) for action in Action}
     sources: dict[str, list[str]] = {}
     for name, action, target, _, _ in plan.tensors.values():
         if action is drop:
@@ -58,10 +58,11 @@ def written_tensors(
         if target in merged:
             _, scale = merged[target]
             how = "true"
-            more = f', "ratio": {encode(scale.ratio)}, "calibrated": {encode(scale.calibrated)}'
-        origin = ", ".join(map(encode, (name, *others)))  # the carrying one first
+            ratio = repr(scale.ratio) if scale.ratio is not None and isfinite(scale.ratio) else encode(scale.ratio)
+            more = f', "ratio": {ratio}, "calibrated": {"true" if scale.calibrated else "false"}'
+        origin = ", ".join(map(quoted, (name, *others)))  # the carrying one first
         text = (
-            f'{encode(target)}: {{"from": [{origin}], "action": {words[action]}, "merged": {how}, '
+            f'{quoted(target)}: {{"from": [{origin}], "action": {quoted(action)}, "merged": {how}, '
             f'"blake3": "{digest.hex()}"{more}}}'
         )
         result.setdefault(group, []).append(text)
@@ -104,13 +105,9 @@ def build_manifest(
 
 
 def _group_text(entry: GroupReport, tensors: Sequence[str]) -> JsonText:
-    about = encode(
-        {
-            "id": entry.group.id,
-            "canonical": entry.group.canonical,
-            "aliases": list(entry.group.aliases),
-            "status": entry.status,
-            "reason": entry.group.reason,
-        }
+    group = entry.group
+    return JsonText(
+        f'{{"id": {quoted(group.id)}, "canonical": {quoted(group.canonical)}, '
+        f'"aliases": [{", ".join(map(quoted, group.aliases))}], "status": {quoted(entry.status)}, '
+        f'"reason": {"null" if group.reason is None else quoted(group.reason)}, "tensors": {{{", ".join(tensors)}}}}}'
     )
-    return JsonText(f'{about[:-1]}, "tensors": {{{", ".join(tensors)}}}}}')

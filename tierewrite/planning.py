@@ -442,10 +442,10 @@ class _Planner:
             self._mark_fused()
         count: Counter[str] = Counter()
         size: Counter[str] = Counter()
-        for entry, fate in zip(self.entries.values(), self.plans.values(), strict=True):
-            if fate.action is _DROP and fate.group is not None:
-                count[fate.group] += 1
-                size[fate.group] += entry.end - entry.start
+        for entry, (_, action, _, _, owner) in zip(self.entries.values(), self.plans.values(), strict=True):
+            if action is _DROP and owner is not None:
+                count[owner] += 1
+                size[owner] += entry.end - entry.start
         by_id = {
             name: replace(group, dropped=count[name], dropped_bytes=size[name]) if count[name] else group
             for name, group in by_id.items()
@@ -496,8 +496,8 @@ class _Planner:
             if name in self.entries:
                 entries.insert(0, self.entries[name])
         reserved = self.reserved
-        entries = [entry for entry in entries if entry.name not in reserved or entry.name == name]
-        keys = [entry.name for entry in entries]
+        entries = [entry for entry in entries if (key := entry[0]) not in reserved or key == name]
+        keys = [entry[0] for entry in entries]
         cut = len(stem)
         suffixes = tuple([key[cut:] for key in keys])
         layout = self.layouts.get((leaf, suffixes))
@@ -508,7 +508,7 @@ class _Planner:
                 f"no known format has the tensor '{keys[layout.unknown]}' (suffix '{suffixes[layout.unknown]}') "
                 f"beside the tied parameter '{name}'"
             )
-        return _Side(name, keys, [(entry.dtype, entry.shape) for entry in entries], layout)
+        return _Side(name, keys, [entry[1:3] for entry in entries], layout)
 
     def _classified(self, leaf: str, suffixes: tuple[str, ...]) -> _Layout:
         exact: dict[str, int] = {}

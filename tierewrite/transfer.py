@@ -253,7 +253,7 @@ class Transfer:
         numbered: list[tuple[Task, int]] = []
         for task in work:
             numbered.append((task, len(keys)))
-            keys.extend(span.key for span in task.spans)
+            keys.extend([span.key for span in task.spans])
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="tierewrite")
         with self.digester.stream(BUFFER_BYTES) as stream:
             buffers = threading.local()
@@ -284,7 +284,7 @@ class Transfer:
             finally:
                 stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
-        digests.update((keys[number], digest) for number, digest in found.items())
+        digests.update(zip(map(keys.__getitem__, found), found.values(), strict=True))
 
     def _batch(self, task: Task, number: int, array: Bytes, stream: Stream) -> None:
         """Tensors that fit into a buffer together: read, hand over for hashing, write meanwhile."""

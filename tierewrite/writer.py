@@ -28,6 +28,7 @@ from typing import Any, Protocol
 
 from tierewrite.checkpoint import INDEX_NAME, MAX_HEADER_BYTES, Checkpoint, SideFile, TensorEntry, gc_paused
 from tierewrite.errors import SourceChanged, SourceError, SystemFailure, UsageError, shown, system_errors
+from tierewrite.jsontext import quoted
 from tierewrite.planning import OutShard
 from tierewrite.reading import chunks_of, read_side_file
 from tierewrite.remote import FilePath, RemotePath, Upload
@@ -464,7 +465,7 @@ def shard_header(shard: OutShard, entries: Mapping[str, TensorEntry], metadata: 
         if kind is None:
             kind = f'"dtype":{encode(entry.dtype)},"shape":{encode(entry.shape)}'
             kinds[entry.dtype, entry.shape] = kind
-        rows.append(f'{encode(name)}:{{{kind},"data_offsets":[{start},{end}]}}')
+        rows.append(f'{quoted(name)}:{{{kind},"data_offsets":[{start},{end}]}}')
     text = f"{{{','.join(rows)}}}".encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:

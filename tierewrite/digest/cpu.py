@@ -131,7 +131,7 @@ class CpuStream:
                 self._digests[tensor] = hasher.digest()
                 del self._hashers[tensor]
         found = self._digester._views([view[start : start + length] for _, start, length, _, _ in whole])
-        self._digests.update(zip((row[0] for row in whole), found, strict=True))
+        self._digests.update(zip([row[0] for row in whole], found, strict=True))
         return _Done()
 
     def finish(self) -> dict[int, bytes]:
