@@ -18,7 +18,7 @@ import math
 import operator
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -567,11 +567,19 @@ class _Planner:
         """Weight-derived tensors: the same set on every side, with the same headers."""
         first = present[0]
         exact = first.layout.exact
+        layout = first.layout
         for side in present:
-            if side.layout is not first.layout or side.headers != first.headers:
+            if side.layout is not layout or side.headers != first.headers:
                 self._compare(present)
                 break
-        rows = list(zip(*[[side.keys[side.layout.exact[part]] for part in exact] for side in present], strict=True))
+        indices = list(exact.values())
+        columns = [
+            [side.keys[index] for index in indices]
+            if side.layout is layout
+            else [side.keys[side.layout.exact[part]] for part in exact]
+            for side in present
+        ]
+        rows = list(zip(*columns, strict=True))
         if len(present) > 1:
             draft.checks.extend(rows)
         if first.name == canonical:
@@ -798,8 +806,6 @@ class _Planner:
     # -- where the survivors stand -------------------------------------------------------------------------------
 
     def _layout(self, expert_scales: tuple[ExpertScales, ...]) -> tuple[OutShard, ...]:
-        from huggingface_hub.serialization import split_state_dict_into_shards_factory
-
         limit = self.policy.max_shard_size
         if limit is None:
             fullest = [0] * len(self.checkpoint.shards)
@@ -816,19 +822,14 @@ class _Planner:
             survivors[name] = self.entries[next(iter(group.members.values()))]
         if not survivors:
             return (OutShard("model.safetensors", ()),)
-        split = split_state_dict_into_shards_factory(
-            survivors,
-            get_storage_size=lambda entry: entry.end - entry.start,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=limit,
-        )
         widths = _element_sizes(survivors.values())
         shards = []
-        for filename, names in split.filename_to_tensors.items():
+        for filename, names in _files(survivors, limit).items():
             # Wide dtypes first keeps every tensor aligned to its element, as safetensors' own serializer does; within a
             # width the source's order makes neighbours of neighbours, so that runs are copied in one piece.
             by_width: dict[int, list[tuple[str, TensorEntry]]] = {}
-            for name, entry in zip(names, map(survivors.__getitem__, names), strict=True):
+            for name in names:
+                entry = survivors[name]
                 by_width.setdefault(widths[entry.dtype], []).append((name, entry))
             position = 0
             tensors = []
@@ -854,6 +855,20 @@ def _carry(
         into[first] = TensorPlan(first, action, target, merged, group)
         for key in keys[1:]:
             into[key] = TensorPlan(key, _DROP, target, False, group)
+
+
+def _files(survivors: Mapping[str, TensorEntry], limit: int) -> Mapping[str, Collection[str]]:
+    """File name -> names, as Hugging Face's own splitting has it, which is asked only where there is more than one."""
+    if sum([entry.end - entry.start for entry in survivors.values()]) <= limit:
+        return {"model.safetensors": survivors.keys()}
+    from huggingface_hub.serialization import split_state_dict_into_shards_factory
+
+    return split_state_dict_into_shards_factory(
+        survivors,
+        get_storage_size=lambda entry: entry.end - entry.start,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=limit,
+    ).filename_to_tensors
 
 
 def _attention_of(name: str) -> str:
