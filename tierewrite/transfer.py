@@ -362,30 +362,33 @@ def _steps(task: Task, number: int, patches: Collection[str]) -> _Steps:
         number: of the first span's tensor, for the digests.
         patches: keys whose bytes are replaced.
     """
-    steps = _Steps([], [], [], [])
+    reads: list[tuple[int, int]] = []
+    rows: list[Row] = []
+    patched: list[tuple[str, int, int]] = []
+    writes: list[tuple[int, int, int, int]] = []
     read_start = read_end = task.spans[0].start
     place = run_start = run_position = run_end = 0
     run_out = -1
     for tensor, (key, start, end, hashed, out, position) in enumerate(task.spans, number):
         length = end - start
         if start != read_end:
-            steps.reads.append((read_start, read_end))
+            reads.append((read_start, read_end))
             read_start = start
         read_end = end
         if hashed:
-            steps.hashed.append((tensor, place, length, length, 0))
+            rows.append((tensor, place, length, length, 0))
         if out != run_out or (position != run_end and out >= 0):
             if run_out >= 0:
-                steps.writes.append((run_out, run_start, place, run_position))
+                writes.append((run_out, run_start, place, run_position))
             run_start, run_out, run_position = place, out, position
         run_end = position + length
         if key in patches and out >= 0:
-            steps.patched.append((key, place, place + length))
+            patched.append((key, place, place + length))
         place += length
-    steps.reads.append((read_start, read_end))
+    reads.append((read_start, read_end))
     if run_out >= 0:
-        steps.writes.append((run_out, run_start, place, run_position))
-    return steps
+        writes.append((run_out, run_start, place, run_position))
+    return _Steps(reads, rows, patched, writes)
 
 
 def _outs_of(task: Task) -> set[int]:
