@@ -17,7 +17,10 @@ quoted = encode_basestring
 
 
 class JsonText(str):
-    """An item of a list that is JSON text already: half a million small objects take seconds to build and encode."""
+    """An item of a list that is JSON text already, as `encode` writes it.
+
+    Half a million small objects take seconds to build and to encode.
+    """
 
 
 _LINES = 1000  # encoded at a time: the text of a large plan takes as much memory as the plan
