@@ -25,10 +25,9 @@ def ignore_lists(
         SourceChanged: a config is not what was read when the source was opened.
         SystemFailure: reading failed.
     """
+    drop, tensors = Action.DROP, checkpoint.tensors
     shapes = {
-        tensor.target: checkpoint.tensors[tensor.name].shape
-        for tensor in plan.tensors.values()
-        if tensor.action is not Action.DROP
+        target: tensors[name].shape for name, action, target, _, _ in plan.tensors.values() if action is not drop
     }
     quantized, plain = quant_config.sorted_modules(shapes)
     pairs = [

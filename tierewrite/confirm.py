@@ -67,7 +67,7 @@ def merge_scales(
     jobs = [
         (
             [
-                scales.Side(key, checkpoint.tensors[key].dtype, checkpoint.tensors[key].shape, data[key])
+                scales.Side(key, *checkpoint.tensors[key][1:3], data[key])
                 for key in merge.keys
             ],
             merge.companion,

@@ -7,7 +7,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from json.encoder import encode_basestring
 from typing import Any
+
+encode = json.JSONEncoder(ensure_ascii=False).encode
+"""One value as `dumps` writes it."""
+quoted = encode_basestring
+"""`encode` for a string, at a third of the cost."""
+
+
+class JsonText(str):
+    """An item of a list that is JSON text already, as `encode` writes it.
+
+    Half a million small objects take seconds to build and to encode.
+    """
+
 
 _LINES = 1000  # encoded at a time: the text of a large plan takes as much memory as the plan
 
@@ -19,18 +33,19 @@ def dumps(data: dict[str, Any], ascii_only: bool = False) -> str:
 
 def pieces(data: dict[str, Any], ascii_only: bool = False) -> Iterator[str]:
     """The text of `dumps`, piece by piece."""
-    encode = json.JSONEncoder(ensure_ascii=ascii_only).encode
+    to_text = json.JSONEncoder(ensure_ascii=ascii_only).encode
     yield "{\n"
     before = " "
     for key, value in data.items():
-        yield f"{before}{encode(key)}: "
-        if isinstance(value, list) and value and isinstance(value[0], dict):
+        yield f"{before}{to_text(key)}: "
+        if isinstance(value, list) and value and isinstance(value[0], (dict, JsonText)):
+            line = str if isinstance(value[0], JsonText) else to_text
             between = "[\n  "
             for at in range(0, len(value), _LINES):
-                yield between + ",\n  ".join(map(encode, value[at : at + _LINES]))
+                yield between + ",\n  ".join(map(line, value[at : at + _LINES]))
                 between = ",\n  "
             yield "\n ]"
         else:
-            yield encode(value)
+            yield to_text(value)
         before = ",\n "
     yield "\n}\n"

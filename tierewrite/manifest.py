@@ -5,48 +5,18 @@ It holds nothing that two runs on the same input and options could differ in: no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from math import isfinite
 
 from blake3 import blake3
 
 from tierewrite.checkpoint import gc_paused
-from tierewrite.jsontext import dumps
+from tierewrite.jsontext import JsonText, dumps, encode, quoted
 from tierewrite.names import DiskTies
 from tierewrite.planning import Action, RewritePlan
-from tierewrite.report import MergedScale, Report
+from tierewrite.report import GroupReport, MergedScale, Report
 
 MANIFEST_SCHEMA = "tierewrite/manifest/1"
-
-
-@dataclass(frozen=True)
-class Written:
-    """A tensor of the output that stands for source tensors of a group, for the manifest.
-
-    Attributes:
-        sources: the source keys that it stands for, the carrying one first.
-        action: keep, rename, merge or repack.
-        blake3: digest of its bytes in the output, 32 bytes.
-        scale: for a merged one, how the value came about.
-    """
-
-    sources: tuple[str, ...]
-    action: str
-    blake3: bytes
-    scale: MergedScale | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        data: dict[str, Any] = {
-            "from": list(self.sources),
-            "action": self.action,
-            "merged": self.scale is not None,
-            "blake3": self.blake3.hex(),
-        }
-        if self.scale is not None:
-            data["ratio"] = self.scale.ratio
-            data["calibrated"] = self.scale.calibrated
-        return data
 
 
 @gc_paused()
@@ -56,8 +26,8 @@ def written_tensors(
     reencoded: Mapping[str, bytes],
     merged: Mapping[str, tuple[str, MergedScale]],
     known: Mapping[str, bytes],
-) -> dict[str, dict[str, Written]]:
-    """Per group, the output tensors that stand for several source tensors or have a new name.
+) -> dict[str, list[str]]:
+    """Per group, as JSON text, the output tensors that stand for several source tensors or have a new name.
 
     Args:
         patches: source key -> the bytes that were written in its place.
@@ -65,26 +35,37 @@ def written_tensors(
         merged: target -> (group id, how the value came about).
         known: source key -> digest.
     """
+    keep, drop, repack = Action.KEEP, Action.DROP, Action.REPACK  # looked up once: there are as many as tensors
     sources: dict[str, list[str]] = {}
-    for tensor in plan.tensors.values():
-        if tensor.action is Action.DROP:
-            sources.setdefault(tensor.target, []).append(tensor.name)
-    result: dict[str, dict[str, Written]] = {}
-    for tensor in plan.tensors.values():
-        others = sources.get(tensor.target, [])
-        action = tensor.action
-        if action is Action.REPACK and tensor.name not in reencoded:
-            action = Action.KEEP if tensor.name == tensor.target else Action.RENAME  # it had the right scale already
-        if tensor.group is None or action is Action.DROP or (action is Action.KEEP and not others):
+    for name, action, target, _, _ in plan.tensors.values():
+        if action is drop:
+            sources.setdefault(target, []).append(name)
+    result: dict[str, list[str]] = {}
+    for name, action, target, _, group in plan.tensors.values():
+        if group is None or action is drop:
             continue
-        _, scale = merged.get(tensor.target, (None, None))
-        data = patches.get(tensor.name)
-        if tensor.name in reencoded:
-            digest = reencoded[tensor.name]
-        else:
-            digest = known[tensor.name] if data is None else blake3(data).digest()
-        written = Written((tensor.name, *others), action.value, digest, scale)
-        result.setdefault(tensor.group, {})[tensor.target] = written
+        others = sources.get(target, [])
+        if action is repack and name not in reencoded:
+            action = keep if name == target else Action.RENAME  # it had the right scale already
+        if action is keep and not others:
+            continue
+        digest = reencoded.get(name)
+        if digest is None:
+            data = patches.get(name)
+            digest = known[name] if data is None else blake3(data).digest()
+        how = "false"
+        more = ""
+        if target in merged:
+            _, scale = merged[target]
+            how = "true"
+            ratio = repr(scale.ratio) if scale.ratio is not None and isfinite(scale.ratio) else encode(scale.ratio)
+            more = f', "ratio": {ratio}, "calibrated": {"true" if scale.calibrated else "false"}'
+        origin = ", ".join(map(quoted, (name, *others)))  # the carrying one first
+        text = (
+            f'{quoted(target)}: {{"from": [{origin}], "action": {quoted(action)}, "merged": {how}, '
+            f'"blake3": "{digest.hex()}"{more}}}'
+        )
+        result.setdefault(group, []).append(text)
     return result
 
 
@@ -100,9 +81,13 @@ def ties_on_disk(disk: DiskTies) -> dict[str, str]:
 
 @gc_paused()
 def build_manifest(
-    report: Report, disk: DiskTies, written: Mapping[str, Mapping[str, Written]], version: str
+    report: Report, disk: DiskTies, written: Mapping[str, Sequence[str]], version: str
 ) -> bytes:
-    """The manifest's JSON text."""
+    """The manifest's JSON text.
+
+    Args:
+        written: what `written_tensors` gives.
+    """
     data = {
         "schema": MANIFEST_SCHEMA,
         "tool": {"name": "tierewrite", "version": version},
@@ -114,18 +99,15 @@ def build_manifest(
             "detail": report.ties_detail if report.ties_source == "class" else "",
             "map": ties_on_disk(disk),
         },
-        "groups": [
-            {
-                "id": entry.group.id,
-                "canonical": entry.group.canonical,
-                "aliases": list(entry.group.aliases),
-                "status": entry.status,
-                "reason": entry.group.reason,
-                "tensors": {
-                    target: tensor.to_json() for target, tensor in written.get(entry.group.id, {}).items()
-                },
-            }
-            for entry in report.groups
-        ],
+        "groups": [_group_text(entry, written.get(entry.group.id, ())) for entry in report.groups],
     }
     return dumps(data).encode()
+
+
+def _group_text(entry: GroupReport, tensors: Sequence[str]) -> JsonText:
+    group = entry.group
+    return JsonText(
+        f'{{"id": {quoted(group.id)}, "canonical": {quoted(group.canonical)}, '
+        f'"aliases": [{", ".join(map(quoted, group.aliases))}], "status": {quoted(entry.status)}, '
+        f'"reason": {"null" if group.reason is None else quoted(group.reason)}, "tensors": {{{", ".join(tensors)}}}}}'
+    )

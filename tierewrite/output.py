@@ -273,11 +273,15 @@ class Output:
 def digests_wanted(plan: RewritePlan) -> set[str]:
     """What has to be confirmed, and what the manifest gives digests of."""
     wanted = needed_for_confirmation(plan.groups)
-    stands_for = {t.target for t in plan.tensors.values() if t.action is Action.DROP}
+    drop, rename, merge = Action.DROP, Action.RENAME, Action.MERGE  # looked up once: there are as many as tensors
+    stands_for = {target for _, action, target, _, _ in plan.tensors.values() if action is drop}
     wanted.update(
-        t.name
-        for t in plan.tensors.values()
-        if t.action is Action.RENAME
-        or (t.action in (Action.KEEP, Action.REPACK) and (t.target in stands_for or t.name != t.target))
+        [
+            name
+            for name, action, target, _, _ in plan.tensors.values()
+            if action is not drop
+            and action is not merge
+            and (action is rename or target in stands_for or name != target)
+        ]
     )
     return wanted

@@ -18,7 +18,7 @@ import math
 import operator
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -442,10 +442,10 @@ class _Planner:
             self._mark_fused()
         count: Counter[str] = Counter()
         size: Counter[str] = Counter()
-        for entry, fate in zip(self.entries.values(), self.plans.values(), strict=True):
-            if fate.action is _DROP and fate.group is not None:
-                count[fate.group] += 1
-                size[fate.group] += entry.end - entry.start
+        for entry, (_, action, _, _, owner) in zip(self.entries.values(), self.plans.values(), strict=True):
+            if action is _DROP and owner is not None:
+                count[owner] += 1
+                size[owner] += entry.end - entry.start
         by_id = {
             name: replace(group, dropped=count[name], dropped_bytes=size[name]) if count[name] else group
             for name, group in by_id.items()
@@ -496,8 +496,8 @@ class _Planner:
             if name in self.entries:
                 entries.insert(0, self.entries[name])
         reserved = self.reserved
-        entries = [entry for entry in entries if entry.name not in reserved or entry.name == name]
-        keys = [entry.name for entry in entries]
+        entries = [entry for entry in entries if (key := entry[0]) not in reserved or key == name]
+        keys = [entry[0] for entry in entries]
         cut = len(stem)
         suffixes = tuple([key[cut:] for key in keys])
         layout = self.layouts.get((leaf, suffixes))
@@ -508,7 +508,7 @@ class _Planner:
                 f"no known format has the tensor '{keys[layout.unknown]}' (suffix '{suffixes[layout.unknown]}') "
                 f"beside the tied parameter '{name}'"
             )
-        return _Side(name, keys, [(entry.dtype, entry.shape) for entry in entries], layout)
+        return _Side(name, keys, [entry[1:3] for entry in entries], layout)
 
     def _classified(self, leaf: str, suffixes: tuple[str, ...]) -> _Layout:
         exact: dict[str, int] = {}
@@ -567,11 +567,19 @@ class _Planner:
         """Weight-derived tensors: the same set on every side, with the same headers."""
         first = present[0]
         exact = first.layout.exact
+        layout = first.layout
         for side in present:
-            if side.layout is not first.layout or side.headers != first.headers:
+            if side.layout is not layout or side.headers != first.headers:
                 self._compare(present)
                 break
-        rows = list(zip(*[[side.keys[side.layout.exact[part]] for part in exact] for side in present], strict=True))
+        indices = list(exact.values())
+        columns = [
+            [side.keys[index] for index in indices]
+            if side.layout is layout
+            else [side.keys[side.layout.exact[part]] for part in exact]
+            for side in present
+        ]
+        rows = list(zip(*columns, strict=True))
         if len(present) > 1:
             draft.checks.extend(rows)
         if first.name == canonical:
@@ -798,8 +806,6 @@ class _Planner:
     # -- where the survivors stand -------------------------------------------------------------------------------
 
     def _layout(self, expert_scales: tuple[ExpertScales, ...]) -> tuple[OutShard, ...]:
-        from huggingface_hub.serialization import split_state_dict_into_shards_factory
-
         limit = self.policy.max_shard_size
         if limit is None:
             fullest = [0] * len(self.checkpoint.shards)
@@ -816,19 +822,14 @@ class _Planner:
             survivors[name] = self.entries[next(iter(group.members.values()))]
         if not survivors:
             return (OutShard("model.safetensors", ()),)
-        split = split_state_dict_into_shards_factory(
-            survivors,
-            get_storage_size=lambda entry: entry.end - entry.start,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=limit,
-        )
         widths = _element_sizes(survivors.values())
         shards = []
-        for filename, names in split.filename_to_tensors.items():
+        for filename, names in _files(survivors, limit).items():
             # Wide dtypes first keeps every tensor aligned to its element, as safetensors' own serializer does; within a
             # width the source's order makes neighbours of neighbours, so that runs are copied in one piece.
             by_width: dict[int, list[tuple[str, TensorEntry]]] = {}
-            for name, entry in zip(names, map(survivors.__getitem__, names), strict=True):
+            for name in names:
+                entry = survivors[name]
                 by_width.setdefault(widths[entry.dtype], []).append((name, entry))
             position = 0
             tensors = []
@@ -854,6 +855,20 @@ def _carry(
         into[first] = TensorPlan(first, action, target, merged, group)
         for key in keys[1:]:
             into[key] = TensorPlan(key, _DROP, target, False, group)
+
+
+def _files(survivors: Mapping[str, TensorEntry], limit: int) -> Mapping[str, Collection[str]]:
+    """File name -> names, as Hugging Face's own splitting has it, which is asked only where there is more than one."""
+    if sum([entry.end - entry.start for entry in survivors.values()]) <= limit:
+        return {"model.safetensors": survivors.keys()}
+    from huggingface_hub.serialization import split_state_dict_into_shards_factory
+
+    return split_state_dict_into_shards_factory(
+        survivors,
+        get_storage_size=lambda entry: entry.end - entry.start,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=limit,
+    ).filename_to_tensors
 
 
 def _attention_of(name: str) -> str:

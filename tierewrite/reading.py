@@ -6,6 +6,7 @@ import logging
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import Protocol
 
 from tierewrite.checkpoint import Checkpoint, Shard, SideFile, TensorEntry
@@ -148,7 +149,7 @@ def read_tensors(checkpoint: Checkpoint, keys: Iterable[str]) -> dict[str, bytes
         entry = checkpoint.tensors[key]
         by_shard.setdefault(entry.shard, []).append(entry)
     for number, entries in by_shard.items():
-        entries.sort(key=lambda entry: entry.start)
+        entries.sort(key=attrgetter("start"))
         remote = isinstance(checkpoint.shards[number].path, RemotePath)
         gap, most = (1 << 20, 2 * _REMOTE_BYTES) if remote else (_GAP_BYTES, _RUN_BYTES)
         with open_source(checkpoint.shards[number]) as source:

@@ -160,7 +160,6 @@ def _why_apart(checkpoint: Checkpoint, first: Blob, other: Blob) -> str | None:
 
 def reencodings(checkpoint: Checkpoint, plan: RewritePlan) -> Reencodings:
     """What the plan encodes anew, with the new scales. Reads the scales only."""
-    by_target = {t.target: t.name for t in plan.tensors.values() if t.action is not Action.DROP}
     jobs: dict[str, Reencoding] = {}
     warnings: list[str] = []
     for group in plan.planned():
@@ -172,6 +171,7 @@ def reencodings(checkpoint: Checkpoint, plan: RewritePlan) -> Reencodings:
             target = plan.tensors[first.weight].target.rpartition(".")[0]
             jobs[target] = Reencoding(target, first, tuple(others), new.astype("<f4").tobytes(), "mismatch")
     if plan.policy.unify_fused_scales:
+        by_target = {t.target: t.name for t in plan.tensors.values() if t.action is not Action.DROP}
         targets = {target: checkpoint.tensors[name] for target, name in by_target.items()}
         for modules in fused_sets(targets):
             warnings.extend(_unify(checkpoint, modules, by_target, jobs))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tierewrite.checkpoint import Checkpoint
 from tierewrite.planning import GroupPlan, Policy, RewritePlan, group_json
@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 REPORT_SCHEMA = "tierewrite/report/1"
 
 
-@dataclass(frozen=True, slots=True)
-class MergedScale:
-    """One scale that stands for several sides.
+class MergedScale(NamedTuple):
+    """One scale that stands for several sides (a tuple: there is one an expert).
 
     Attributes:
         target: its key in the output.

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +27,10 @@ _F64 = npt.NDArray[np.float64]
 _Bool = npt.NDArray[np.bool_]
 
 
-@dataclass(frozen=True, slots=True)
-class Side:
-    """One side's scale: its key, dtype as in the safetensors header, shape, and little-endian bytes."""
+class Side(NamedTuple):
+    """One side's scale: its key, dtype as in the safetensors header, shape, and little-endian bytes.
+
+    A tuple, as `Merged`: there is one an expert."""
 
     key: str
     dtype: str
@@ -36,8 +38,7 @@ class Side:
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Merged:
+class Merged(NamedTuple):
     """One scale for all sides.
 
     Attributes:
@@ -253,6 +254,11 @@ def _merge_alike(jobs: Sequence[tuple[Sequence[Side], Companion]]) -> list[Merge
     calibrated: list[bool] = np.asarray(any_valid.any(axis=1)).tolist()
     same = (valid & (values == stored)) | ~any_valid
     whole = np.asarray(same.all(axis=2) & valid.any(axis=2))
+    if all(side.dtype == dtype for side in first):
+        raw = np.stack([np.frombuffer(column, np.uint8).reshape(len(jobs), -1) for column in columns])
+        equal: list[bool] = (raw == raw[0]).all(axis=(0, 2)).tolist()
+    else:
+        equal = [False] * len(jobs)
     source = np.where(whole.any(axis=0), whole.argmax(axis=0), -1).tolist()
     partial = np.asarray((~valid).any(axis=2))
     touched: list[bool] = np.asarray(partial.any(axis=0)).tolist()
@@ -265,7 +271,7 @@ def _merge_alike(jobs: Sequence[tuple[Sequence[Side], Companion]]) -> list[Merge
             calibrated=calibrated[at],
             taken_from=sides[source[at]].key if source[at] >= 0 else None,
             ratio=ratio if ratio > 0 else None,
-            equal=all(side.data == sides[0].data and side.dtype == dtype for side in sides),
+            equal=equal[at],
             invalid=tuple([side.key for s, side in enumerate(sides) if partial[s, at]]) if touched[at] else (),
         )
         for at, ((sides, _), ratio) in enumerate(zip(jobs, ratios.tolist(), strict=True))

@@ -14,16 +14,16 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
 from tierewrite.checkpoint import Checkpoint, TensorEntry, gc_paused
 from tierewrite.digest import PIECE, DeviceFailed, Digester, Stream, select
-from tierewrite.digest import Span as DigestSpan
-from tierewrite.digest.spans import Bytes
+from tierewrite.digest.spans import Bytes, Row
 from tierewrite.errors import SourceChanged, system_errors
 from tierewrite.planning import OutShard
-from tierewrite.reading import SourceFile, open_source, runs_of
+from tierewrite.reading import SourceFile, open_source
 from tierewrite.writer import WRITEBACK_BYTES, flush, part, start_writeback, write_all
 
 log = logging.getLogger(__name__)
@@ -86,28 +86,30 @@ def tasks(
     Returns:
         Large tensors first, since each is one worker's work, then the rest, `_mixed`.
     """
-    wanted = dict.fromkeys(hashed, (-1, 0))
-    want_digest = set(wanted)
+    nowhere = (-1, 0)
+    places: dict[str, tuple[int, int]] = {}
     for index, shard in enumerate(shards):
         if index in finished:
             continue
-        for tensor in shard.tensors:
-            if tensor.source not in elsewhere and not tensor.added:
-                wanted[tensor.source] = (index, data_starts[index] + tensor.start)
+        begin = data_starts[index]
+        for _, source, start, _, added in shard.tensors:
+            if source not in elsewhere and not added:
+                places[source] = (index, begin + start)
+    want_digest = set(hashed)
     by_shard: list[list[TensorEntry]] = [[] for _ in checkpoint.shards]
-    for key in wanted:
+    for key in (*places, *(want_digest - places.keys())):
         entry = checkpoint.tensors[key]
         by_shard[entry.shard].append(entry)
     large: list[Task] = []
     batches: list[Task] = []
     for number, entries in enumerate(by_shard):
-        entries.sort(key=lambda entry: entry.start)
+        entries.sort(key=attrgetter("start"))
         batch: list[Span] = []
         size = 0
-        for entry in entries:
-            out, position = wanted[entry.name]
-            span = Span(entry.name, entry.start, entry.end, entry.name in want_digest, out, position)
-            length = entry.end - entry.start
+        for key, _, _, _, start, end in entries:
+            out, position = places.get(key, nowhere)
+            span = Span(key, start, end, key in want_digest, out, position)
+            length = end - start
             if length > BUFFER_BYTES:
                 large.append(Task(number, (span,), length))
                 continue
@@ -251,7 +253,7 @@ class Transfer:
         numbered: list[tuple[Task, int]] = []
         for task in work:
             numbered.append((task, len(keys)))
-            keys.extend(span.key for span in task.spans)
+            keys.extend([span.key for span in task.spans])
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="tierewrite")
         with self.digester.stream(BUFFER_BYTES) as stream:
             buffers = threading.local()
@@ -282,49 +284,34 @@ class Transfer:
             finally:
                 stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
-        digests.update((keys[number], digest) for number, digest in found.items())
+        digests.update(zip(map(keys.__getitem__, found), found.values(), strict=True))
 
     def _batch(self, task: Task, number: int, array: Bytes, stream: Stream) -> None:
         """Tensors that fit into a buffer together: read, hand over for hashing, write meanwhile."""
         buffer = array.data
-        spans = task.spans
-        self._sources[task.shard].read_runs(runs_of([(span.start, span.end) for span in spans]), buffer)
-        place = 0
-        wanted: list[DigestSpan] = []
-        for span in spans:
-            length = span.end - span.start
-            if span.hashed:
-                wanted.append(DigestSpan(number, place, length, length, 0))
-            number += 1
-            place += length
-        ticket = stream.update(array, wanted) if wanted else None
+        steps = _steps(task, number, self.patches if self._outs else {})
+        self._sources[task.shard].read_runs(steps.reads, buffer)
+        ticket = stream.update(array, steps.hashed) if steps.hashed else None
         if self._outs:
-            if ticket is not None and any(span.key in self.patches for span in spans):
+            if ticket is not None and steps.patched:
                 ticket.wait()  # the buffer is about to be changed
-            self._write(spans, buffer)
+            self._patch(steps.patched, buffer)
+            for out, start, end, position in steps.writes:
+                self._flush(out, buffer[start:end], position)
         if ticket is not None:
             ticket.wait()
-        self.advance(place)
+        self.advance(task.nbytes)
 
-    def _write(self, spans: Sequence[Span], buffer: memoryview) -> None:
-        """Writes what survives; neighbours in the output are one write."""
-        place = run_start = 0
-        run_out, run_position, run_end = -1, 0, 0
-        for span in spans:
-            length = span.end - span.start
-            if span.out >= 0 and (patch := self.patches.get(span.key)) is not None:
-                if buffer[place : place + length] != self.originals.get(span.key, patch):
-                    raise SourceChanged(
-                        "a scale changed while the checkpoint was rewritten; run again when nothing writes to SRC",
-                        tensor=span.key,
-                    )
-                buffer[place : place + length] = patch
-            if span.out != run_out or span.position != run_end:
-                self._flush(run_out, buffer[run_start:place], run_position)
-                run_start, run_out, run_position = place, span.out, span.position
-            run_end = span.position + length
-            place += length
-        self._flush(run_out, buffer[run_start:place], run_position)
+    def _patch(self, patched: Sequence[tuple[str, int, int]], buffer: memoryview) -> None:
+        """Puts the merged values in the place of what was read, which has to be what they were merged from."""
+        for key, start, end in patched:
+            patch = self.patches[key]
+            if buffer[start:end] != self.originals.get(key, patch):
+                raise SourceChanged(
+                    "a scale changed while the checkpoint was rewritten; run again when nothing writes to SRC",
+                    tensor=key,
+                )
+            buffer[start:end] = patch
 
     def _flush(self, out: int, data: memoryview, position: int) -> None:
         if data and out in self._outs:
@@ -345,11 +332,63 @@ class Transfer:
             length = min(BUFFER_BYTES, total - position)
             piece = buffer[:length]
             source.read_runs([(span.start + position, span.start + position + length)], piece)
-            ticket = stream.update(array, [DigestSpan(number, 0, length, total, position)]) if span.hashed else None
+            ticket = stream.update(array, [(number, 0, length, total, position)]) if span.hashed else None
             self._flush(span.out, piece, span.position + position)
             if ticket is not None:
                 ticket.wait()
             self.advance(length)
+
+
+class _Steps(NamedTuple):
+    """What is to be done with a task that fits into a buffer.
+
+    Attributes:
+        reads: runs of the source (start, end); the buffer holds them one after the other.
+        hashed: the tensors whose digests are wanted.
+        patched: those whose bytes are replaced: key, start and end in the buffer.
+        writes: runs of the buffer: index of the output shard, start, end, and position in that file.
+    """
+
+    reads: list[tuple[int, int]]
+    hashed: list[Row]
+    patched: list[tuple[str, int, int]]
+    writes: list[tuple[int, int, int, int]]
+
+
+def _steps(task: Task, number: int, patches: Collection[str]) -> _Steps:
+    """All that the workers need to know of a task, in one loop: while it runs, none of the others gets on.
+
+    Args:
+        number: of the first span's tensor, for the digests.
+        patches: keys whose bytes are replaced.
+    """
+    reads: list[tuple[int, int]] = []
+    rows: list[Row] = []
+    patched: list[tuple[str, int, int]] = []
+    writes: list[tuple[int, int, int, int]] = []
+    read_start = read_end = task.spans[0].start
+    place = run_start = run_position = run_end = 0
+    run_out = -1
+    for tensor, (key, start, end, hashed, out, position) in enumerate(task.spans, number):
+        length = end - start
+        if start != read_end:
+            reads.append((read_start, read_end))
+            read_start = start
+        read_end = end
+        if hashed:
+            rows.append((tensor, place, length, length, 0))
+        if out != run_out or (position != run_end and out >= 0):
+            if run_out >= 0:
+                writes.append((run_out, run_start, place, run_position))
+            run_start, run_out, run_position = place, out, position
+        run_end = position + length
+        if key in patches and out >= 0:
+            patched.append((key, place, place + length))
+        place += length
+    reads.append((read_start, read_end))
+    if run_out >= 0:
+        writes.append((run_out, run_start, place, run_position))
+    return _Steps(reads, rows, patched, writes)
 
 
 def _outs_of(task: Task) -> set[int]:

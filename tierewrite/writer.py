@@ -28,6 +28,7 @@ from typing import Any, Protocol
 
 from tierewrite.checkpoint import INDEX_NAME, MAX_HEADER_BYTES, Checkpoint, SideFile, TensorEntry, gc_paused
 from tierewrite.errors import SourceChanged, SourceError, SystemFailure, UsageError, shown, system_errors
+from tierewrite.jsontext import quoted
 from tierewrite.planning import OutShard
 from tierewrite.reading import chunks_of, read_side_file
 from tierewrite.remote import FilePath, RemotePath, Upload
@@ -455,15 +456,17 @@ def shard_header(shard: OutShard, entries: Mapping[str, TensorEntry], metadata: 
     Raises:
         UsageError: the header would be longer than the format allows.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    for tensor in shard.tensors:
-        entry = entries[tensor.source]
-        header[tensor.name] = {
-            "dtype": entry.dtype,
-            "shape": entry.shape,
-            "data_offsets": (tensor.start, tensor.end),
-        }
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+    rows = [f'"__metadata__":{encode(dict(metadata))}'] if metadata else []
+    kinds: dict[tuple[str, tuple[int, ...]], str] = {}  # the text of dtype and shape: there are few
+    for name, source, start, end, _ in shard.tensors:
+        entry = entries[source]
+        kind = kinds.get(entry[1:3])
+        if kind is None:
+            kind = f'"dtype":{encode(entry.dtype)},"shape":{encode(entry.shape)}'
+            kinds[entry.dtype, entry.shape] = kind
+        rows.append(f'{quoted(name)}:{{{kind},"data_offsets":[{start},{end}]}}')
+    text = f"{{{','.join(rows)}}}".encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
         raise UsageError(

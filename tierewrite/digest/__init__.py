@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from tierewrite.digest.spans import CHUNK, PIECE, Bytes, Columns, Span, cut, layout
+from tierewrite.digest.spans import CHUNK, PIECE, Bytes, Columns, Row, Span, cut, layout
 from tierewrite.errors import SystemFailure, UsageError
 
 __all__ = [
@@ -61,12 +61,12 @@ class Stream(Protocol):
 
     buffer_size: int
 
-    def update(self, buffer: Bytes, spans: Sequence[Span] | Columns) -> Ticket:
+    def update(self, buffer: Bytes, spans: Sequence[Row] | Columns) -> Ticket:
         """Takes the tensors and pieces in a buffer of at most `buffer_size` bytes.
 
         Args:
             buffer: uint8 (n,), host memory. Its bytes must stay until the ticket is waited for.
-            spans: Span tuples, or the same as int64 (m, 5).
+            spans: Span tuples, plain ones with the same fields, or int64 (m, 5).
 
         Raises:
             ValueError: spans that break the rules of `spans.Ledger`.

@@ -27,7 +27,7 @@ from blake3 import blake3
 
 from tierewrite.digest import DeviceFailed
 from tierewrite.digest.kernels import SOURCE
-from tierewrite.digest.spans import CHUNK, PIECE, Bytes, Columns, Ledger, Row, Span, host_bytes, layout
+from tierewrite.digest.spans import CHUNK, PIECE, Bytes, Columns, Ledger, Row, host_bytes, layout
 from tierewrite.digest.tree import combine
 
 _THREADS = 128  # a block of either kernel
@@ -461,7 +461,7 @@ class CudaStream:
                 done=cupy.cuda.Event(disable_timing=True),
             )
 
-    def update(self, buffer: Bytes, spans: Sequence[Span] | Columns) -> _Copied:
+    def update(self, buffer: Bytes, spans: Sequence[Row] | Columns) -> _Copied:
         view = host_bytes(buffer)
         if len(view) > self.buffer_size:
             raise ValueError(f"a buffer of {len(view)} bytes: this stream takes up to {self.buffer_size}")

@@ -22,6 +22,7 @@ the tensor's first byte. A power of two of chunks, so each piece is a whole subt
 Bytes = npt.NDArray[np.uint8]
 Columns = npt.NDArray[np.int64]
 Row = tuple[int, int, int, int, int]
+"""The fields of a `Span`, in their order: a plain tuple costs a fraction of a named one."""
 
 
 class Span(NamedTuple):
@@ -82,7 +83,7 @@ class Ledger:
         self._seen: set[int] = set()
         self._open: dict[int, tuple[int, int]] = {}  # tensor -> (bytes so far, bytes in all)
 
-    def take(self, spans: Sequence[Span] | Columns, size: int) -> tuple[list[Row], list[Row]]:
+    def take(self, spans: Sequence[Row] | Columns, size: int) -> tuple[list[Row], list[Row]]:
         """Enters the spans of one buffer of `size` bytes.
 
         Returns:

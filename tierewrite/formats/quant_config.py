@@ -179,14 +179,19 @@ def sorted_modules(tensors: Mapping[str, tuple[int, ...]]) -> tuple[frozenset[st
     """
     quantized: set[str] = set()
     plain: set[str] = set()
+    companions: dict[str, bool] = {}  # suffix -> whether it makes its module a quantized one
     for key, shape in tensors.items():
         module, _, suffix = key.rpartition(".")
         if suffix == "weight":
             if len(shape) > 1:
                 plain.add(module)
             continue
-        companion = classify("weight", suffix)
-        if companion is not None and companion.role in (Role.WEIGHT, Role.ADJACENT):
+        quantizes = companions.get(suffix)
+        if quantizes is None:
+            companion = classify("weight", suffix)
+            quantizes = companion is not None and companion.role in (Role.WEIGHT, Role.ADJACENT)
+            companions[suffix] = quantizes
+        if quantizes:
             quantized.add(module)
     return frozenset(quantized), frozenset(plain - quantized)
 
@@ -210,14 +215,18 @@ def inconsistencies(
     """
     pairs = tuple(dict.fromkeys(pairs))
     quantized, plain = frozenset(quantized), frozenset(plain)
-    modules = dict.fromkeys(name for pair in pairs for name in pair)
+    aliases: dict[str, list[tuple[str, str]]] = {}
+    for pair in pairs:
+        for name in pair:
+            aliases.setdefault(name, []).append(pair)
+    modules = dict.fromkeys((*aliases, *plain))
     found: list[Inconsistency] = []
+    known: list[tuple[list[Any], Callable[[str], str], _Entries]] = []  # ModelOpt writes the same list into both files
     for file, path, values, language in _lists(config, quant_config):
-        entries = _Entries(values, language, {**modules, **dict.fromkeys(plain)})
-        aliases: dict[str, list[tuple[str, str]]] = {}
-        for pair in pairs:
-            for name in pair:
-                aliases.setdefault(name, []).append(pair)
+        entries = next((e for v, spoken, e in known if v == values and spoken is language), None)
+        if entries is None:
+            entries = _Entries(values, language, modules)
+            known.append((values, language, entries))
         for entry, covered in entries.covers.items():
             excluded: list[tuple[str, str]] = []
             missing: list[tuple[str, str]] = []
