@@ -286,9 +286,12 @@ def _address_of(ray: Any, address: str | None) -> tuple[str | None, bool]:
     Raises:
         ConnectionError, ValueError: Ray does not know.
     """
-    from ray._private.services import canonicalize_bootstrap_address
-
     named = address or os.environ.get("RAY_ADDRESS") or None
+    try:
+        from ray._private.services import canonicalize_bootstrap_address
+    except ImportError:  # a Ray that keeps it elsewhere: then only a named cluster is joined
+        named = None if named in ("auto", "local") else named
+        return named, named is not None
     if named is not None and "://" in named:
         return named, True
     return canonicalize_bootstrap_address(named), named not in (None, "auto")
@@ -319,8 +322,11 @@ def _environment() -> Iterator[None]:
 @contextlib.contextmanager
 def _news_logged() -> Iterator[None]:
     """Logs what befalls the cluster (a node died): Ray prints it on standard output, whatever it was told."""
-    from ray._private import worker
-
+    try:
+        from ray._private import worker
+    except ImportError:  # a Ray that keeps it elsewhere: then its news are printed
+        yield
+        return
     plain = getattr(worker, "print_to_stdstream", None)
 
     def logged(data: Mapping[str, Any], *args: Any, **options: Any) -> None:
