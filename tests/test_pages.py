@@ -655,3 +655,11 @@ def test_sides_infinitely_far_apart_are_drawn_at_the_end_of_the_axis(tmp_path: P
     page = tierewrite.report_page(path)
     assert "∞×" in page.html()
     assert page.png().startswith(b"\x89PNG")
+
+
+def test_an_error_about_a_manifest_alone_names_it(tmp_path: Path) -> None:
+    path = tmp_path / "tierewrite.json"
+    path.write_text("{")
+    with pytest.raises(errors.SourceError) as error:
+        tierewrite.report_page(path)
+    assert error.value.file == str(path)

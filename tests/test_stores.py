@@ -574,3 +574,21 @@ def test_peak_is_far_below_a_file(store: Store, tmp_path: Path) -> None:
         print(f"{arguments[0]}: {used / MiB:.0f} MiB above the {baseline / MiB:.0f} MiB of a small one")
         assert used < 100 * MiB
     assert all(part.received < 32 * MiB for part in store.asked("part"))
+
+
+def test_what_is_wrong_with_a_config_names_its_url(tmp_path: Path) -> None:
+    source = FIXTURES / "qwen3_tied_bf16" / "naive"
+    memory = MemoryFileSystem()
+    for path in source.iterdir():
+        memory.pipe_file(f"/wrong/{path.name}", path.read_bytes())
+    config = json.loads((source / "config.json").read_text())
+    memory.pipe_file("/wrong/config.json", json.dumps({**config, "model_type": 7}).encode())
+    for call in (
+        lambda: tierewrite.plan("memory://wrong"),
+        lambda: tierewrite.inspect("memory://wrong"),
+        lambda: tierewrite.verify("memory://wrong", "memory://wrong"),
+        lambda: tierewrite.rewrite("memory://wrong", tmp_path / "out"),
+    ):
+        with pytest.raises(tierewrite.ConfigError, match="model_type") as error:
+            call()
+        assert error.value.file == "memory://wrong/config.json"

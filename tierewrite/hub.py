@@ -17,7 +17,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
@@ -169,25 +169,15 @@ class _Remote:
             root = path.parents[name.count("/")]
         top = sorted({name.partition("/")[0] for name in self.sizes})
         shards = [n for n in self.sizes if "/" not in n and n.endswith(".safetensors") and not n.startswith(".")]
-        # All of them will be asked for, one after the other; asked together they take one round trip, not one each.
-        with ThreadPoolExecutor(_PARALLEL, thread_name_prefix="hub") as pool:
-            waiting = {name: pool.submit(self.header, name) for name in shards}
-
-            def header(name: str, number: int) -> tuple[Shard, list[TensorEntry]]:
-                shard, entries = waiting[name].result() if name in waiting else self.header(name)
-                return shard, [entry._replace(shard=number) for entry in entries]
-
-            try:
-                return Checkpoint.assembled(
-                    root,
-                    top,
-                    self._indexed,
-                    header,
-                    lambda listed, warnings: self._others(listed),
-                    ignore_unindexed=ignore_unindexed,
-                )
-            finally:
-                pool.shutdown(cancel_futures=True)
+        with asked_together(shards, self.header) as header:
+            return Checkpoint.assembled(
+                root,
+                top,
+                self._indexed,
+                header,
+                lambda listed, warnings: self._others(listed),
+                ignore_unindexed=ignore_unindexed,
+            )
 
     def _indexed(self, name: str) -> None:
         if name not in self.sizes:
@@ -196,8 +186,7 @@ class _Remote:
     def _others(self, listed: set[str]) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
         names = [name for name in self.sizes if name not in listed]
         sides = [SideFile(name, Path(self.name(name)), self.sizes[name] or 0, 0) for name in names]
-        folders = {"/".join(parts[:i]) for parts in (n.split("/") for n in self.sizes) for i in range(1, len(parts))}
-        return tuple(sides), tuple(sorted(folders))
+        return tuple(sides), folders_of(self.sizes)
 
     def header(self, name: str) -> tuple[Shard, list[TensorEntry]]:
         """The header of one file, by huggingface_hub's own call, through the gate for headers.
@@ -237,6 +226,35 @@ class _Remote:
         if size is not None and not needed <= size <= 8 + MAX_HEADER_BYTES + data_bytes:
             raise HeaderError(f"has {size} bytes; header and tensors take at least {needed}: truncated?", file=file)
         return Shard(name, Path(file), base + data_bytes, 0, 0, base, metadata), entries
+
+
+_Header = tuple[Shard, list[TensorEntry]]
+
+
+@contextlib.contextmanager
+def asked_together(
+    names: Iterable[str], header: Callable[[str], _Header]
+) -> Iterator[Callable[[str, int], _Header]]:
+    """A function (name, number) that gives a header by `header`; those of `names` are on their way already.
+
+    All of them will be asked for, one after the other; asked together they take one round trip, not one each.
+    """
+    with ThreadPoolExecutor(_PARALLEL, thread_name_prefix="headers") as pool:
+        waiting = {name: pool.submit(header, name) for name in names}
+
+        def numbered(name: str, number: int) -> _Header:
+            shard, entries = waiting[name].result() if name in waiting else header(name)
+            return shard, [entry._replace(shard=number) for entry in entries] if number else entries
+
+        try:
+            yield numbered
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def folders_of(names: Iterable[str]) -> tuple[str, ...]:
+    """The folders that files of these names lie in, sorted."""
+    return tuple(sorted({"/".join(parts[:i]) for parts in (n.split("/") for n in names) for i in range(1, len(parts))}))
 
 
 # ------------------------------------------------------------------------------------------------- what goes wrong

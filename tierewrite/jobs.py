@@ -26,11 +26,10 @@ from tierewrite.checkpoint import Checkpoint, Shard, TensorEntry
 from tierewrite.digest import DeviceFailed, Digester, select
 from tierewrite.digest import Span as DigestSpan
 from tierewrite.digest.spans import Bytes
-from tierewrite.errors import SourceChanged
 from tierewrite.reading import SourceFile, open_source, runs_of
 from tierewrite.reencode import Moved, Reencoding, encoded
 from tierewrite.remote import FilePath
-from tierewrite.transfer import BUFFER_BYTES
+from tierewrite.transfer import BUFFER_BYTES, put_patch
 from tierewrite.writer import Sink, open_sink
 
 _AHEAD = 3  # buffers: one being written, the others being read
@@ -297,12 +296,7 @@ class _Work:
             elif (new := self.job.patches.get(piece.key)) is not None:
                 if hashed is not None:
                     hashed()  # the buffer is about to be changed
-                if data[here] != self.job.originals.get(piece.key, new):
-                    raise SourceChanged(
-                        "a scale changed while the checkpoint was rewritten; run again when nothing writes to SRC",
-                        tensor=piece.key,
-                    )
-                data[here] = new
+                put_patch(piece.key, data[here], new, self.job.originals)
         sink.write(data[begun:place])
 
     def _encode(self, piece: Piece, sink: Sink) -> None:

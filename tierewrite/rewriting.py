@@ -131,7 +131,8 @@ class Opened:
             src, revision=revision, ignore_unindexed=ignore_unindexed, trust_remote_code=trust_remote_code
         )
         keys = checkpoint.tensors.keys()
-        with meanwhile(checkpoint) if meanwhile is not None and ties is None else nullcontext():
+        busy = meanwhile(checkpoint) if meanwhile is not None and ties is None else nullcontext()
+        with sources.told_of(checkpoint.origin, checkpoint.root), busy:
             tie_map = TieMap.resolve(
                 checkpoint.root,
                 checkpoint.config,

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,11 +150,11 @@ class Mirror:
                     f"'{shown(name)}' is no name that a file may have in a checkpoint; remove or rename that object",
                     file=folder.base,
                 )
-        self.names = sorted({*self.infos, *folder.overlay})
-        self.top = sorted({name.partition("/")[0] for name in self.names})
+        names = sorted({*self.infos, *folder.overlay})
+        self.top = sorted({name.partition("/")[0] for name in names})
         self.root = Path(tempfile.mkdtemp(prefix="tierewrite-"))
         self._kept = weakref.finalize(self, shutil.rmtree, self.root, ignore_errors=True)
-        wanted = [name for name in self.names if name in _CONFIGS or (python and name.endswith(".py"))]
+        wanted = [name for name in names if name in _CONFIGS or (python and name.endswith(".py"))]
         with ThreadPoolExecutor(_PARALLEL, thread_name_prefix="remote") as pool:
             for name, data in zip(wanted, pool.map(self._small, wanted), strict=True):
                 path = self.root / name
@@ -185,21 +185,11 @@ class Mirror:
                 copies=self,
             )
 
-    @contextlib.contextmanager
-    def headers(self, names: Iterable[str]) -> Iterator[Any]:
-        """A function (name, number) that gives a header; those of `names` are on their way already."""
-        # Asked for together they take one round trip, not one each.
-        with ThreadPoolExecutor(_PARALLEL, thread_name_prefix="remote") as pool:
-            waiting = {name: pool.submit(self.header, name) for name in names}
-
-            def header(name: str, number: int) -> tuple[Shard, list[TensorEntry]]:
-                shard, entries = waiting[name].result() if name in waiting else self.header(name)
-                return shard, [entry._replace(shard=number) for entry in entries] if number else entries
-
-            try:
-                yield header
-            finally:
-                pool.shutdown(cancel_futures=True)
+    def headers(
+        self, names: Iterable[str]
+    ) -> contextlib.AbstractContextManager[Callable[[str, int], tuple[Shard, list[TensorEntry]]]]:
+        """A function (name, number) that gives a header; see `hub.asked_together`."""
+        return hub.asked_together(names, self.header)
 
     def header(self, name: str) -> tuple[Shard, list[TensorEntry]]:
         """The header of one file. Raises what `remote_header` raises."""
@@ -221,8 +211,7 @@ class Mirror:
             if name not in listed:
                 status = (self.root / name).stat()
                 sides.append(SideFile(name, self.root / name, status.st_size, status.st_mtime_ns))
-        folders = {"/".join(parts[:i]) for parts in (n.split("/") for n in self.infos) for i in range(1, len(parts))}
-        return tuple(sorted(sides, key=lambda side: side.name)), tuple(sorted(folders))
+        return tuple(sorted(sides, key=lambda side: side.name)), hub.folders_of(self.infos)
 
 
 def remote_header(path: RemotePath, info: Mapping[str, Any], shard: int = 0) -> tuple[Shard, list[TensorEntry]]:
@@ -254,10 +243,11 @@ def header_of(path: FilePath) -> tuple[Shard, list[TensorEntry]]:
 
 @contextlib.contextmanager
 def told_of(origin: FilePath | None, root: Path) -> Iterator[None]:
-    """Inside, errors about a copy in `root` name the remote file instead."""
+    """Inside, errors about a copy in `root` name the remote file instead, if `origin` is remote."""
     try:
         yield
     except TierewriteError as error:
-        if origin is not None and error.file is not None and error.file.startswith(str(root)):
+        remote = isinstance(origin, RemotePath)
+        if remote and error.file is not None and error.file.startswith(str(root)):
             error.file = f"{origin}{error.file.removeprefix(str(root))}"
         raise

@@ -305,13 +305,7 @@ class Transfer:
     def _patch(self, patched: Sequence[tuple[str, int, int]], buffer: memoryview) -> None:
         """Puts the merged values in the place of what was read, which has to be what they were merged from."""
         for key, start, end in patched:
-            patch = self.patches[key]
-            if buffer[start:end] != self.originals.get(key, patch):
-                raise SourceChanged(
-                    "a scale changed while the checkpoint was rewritten; run again when nothing writes to SRC",
-                    tensor=key,
-                )
-            buffer[start:end] = patch
+            put_patch(key, buffer[start:end], self.patches[key], self.originals)
 
     def _flush(self, out: int, data: memoryview, position: int) -> None:
         if data and out in self._outs:
@@ -389,6 +383,19 @@ def _steps(task: Task, number: int, patches: Collection[str]) -> _Steps:
     if run_out >= 0:
         writes.append((run_out, run_start, place, run_position))
     return _Steps(reads, rows, patched, writes)
+
+
+def put_patch(key: str, place: memoryview, patch: bytes, originals: Mapping[str, bytes]) -> None:
+    """Puts `patch` in the place of what was read of the tensor `key`.
+
+    Raises:
+        SourceChanged: what was read is not what the patch was computed from (`originals`).
+    """
+    if place != originals.get(key, patch):
+        raise SourceChanged(
+            "a scale changed while the checkpoint was rewritten; run again when nothing writes to SRC", tensor=key
+        )
+    place[:] = patch
 
 
 def _outs_of(task: Task) -> set[int]:

@@ -183,13 +183,16 @@ def _declarations(
         if not pairs and manifest["ties"]["source"] == "none":
             return
     try:
-        yield TieMap.resolve(
-            source.root,
-            source.config,
-            keys=source.tensors.keys(),
-            ties_file=None if ties_file is None else Path(ties_file),
-            trust_remote_code=trust_remote_code,
-        )
+        with sources.told_of(source.origin, source.root):
+            asked = TieMap.resolve(
+                source.root,
+                source.config,
+                keys=source.tensors.keys(),
+                ties_file=None if ties_file is None else Path(ties_file),
+                trust_remote_code=trust_remote_code,
+            )
     except SourceError:
         if ties_file is not None or manifest is None:
             raise  # with a manifest there is somebody else to ask: its ties were tried and stand
+    else:
+        yield asked
