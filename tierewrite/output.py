@@ -24,11 +24,11 @@ from tierewrite.remote import FilePath
 from tierewrite.report import ShardSize
 from tierewrite.sources import header_of
 from tierewrite.transfer import tasks
-from tierewrite.writer import Staged, create, part, shard_header, write_all
+from tierewrite.writer import PartFiles, Staged, create, part, shard_header, write_all
 
 
 class Output:
-    """The output shards of a plan in a folder.
+    """The output shards of a plan in a folder. A context manager.
 
     Args:
         checkpoint: the source.
@@ -68,9 +68,24 @@ class Output:
         self.staging = staging
         self.paths: list[FilePath] = [staging.folder / shard.name for shard in plan.shards]
         self.finished: set[int] = set()
+        self._files: PartFiles | None = None
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._files is not None:
+            self._files.close()
+
+    def durable(self) -> None:
+        """Waits until all shards are on the disk, under their names. Raises SystemFailure."""
+        if self._files is not None:
+            self._files.durable()
 
     def write(self, engine: Engine, known: dict[str, bytes]) -> None:
         """Writes what is not finished; the digests that confirm the groups go into `known`.
+
+        The disk may still be at it afterwards: see `durable`.
 
         Raises:
             SourceChanged, SystemFailure: as `Engine.carry_out`.
@@ -83,11 +98,10 @@ class Output:
 
     def _in_one_pass(self, engine: LocalEngine, wanted: set[str]) -> dict[str, bytes]:
         """Each byte of the source is read once, in its order, and goes to its place in any of the shards."""
-        outputs: list[Path | None] = []
+        paths: dict[int, Path] = {}
         for index, (shard, header, path) in enumerate(zip(self.plan.shards, self.headers, self.paths, strict=True)):
             assert isinstance(path, Path)
             if index in self.finished:
-                outputs.append(None)
                 continue
             with system_errors("creating", path):
                 fd = create(part(path))
@@ -96,14 +110,15 @@ class Output:
                     os.ftruncate(fd, len(header) + shard.nbytes)
                 finally:
                     os.close(fd)
-            outputs.append(path)
+            paths[index] = path
         starts = [len(header) for header in self.headers]
         self._reencode(starts)
         self._add(starts)
         work = tasks(
             self.checkpoint, wanted, self.plan.shards, starts, self.finished, self.anew.copied_elsewhere
         )
-        return engine.transfer(self.checkpoint, work, "rewriting", outputs, self.patches, self.originals)
+        self._files = PartFiles(paths)
+        return engine.transfer(self.checkpoint, work, "rewriting", self._files, self.patches, self.originals)
 
     def _by_jobs(self, engine: Engine, wanted: set[str]) -> dict[str, bytes]:
         """Each shard is a job by itself; what is in none of them is hashed first."""
@@ -259,6 +274,7 @@ class Output:
 
     def remove(self) -> None:
         """Removes the shards: the plan did not hold."""
+        self.durable()
         for path in self.paths:
             path.unlink()
 

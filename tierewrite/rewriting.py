@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
@@ -349,7 +349,7 @@ def rewrite(
             kept = f", and the original stays as '{target.backup}'" if target.backup else ""
             progress.note(f"in place: {needed:,} bytes are needed beside SRC until the swap{kept}")
         facts = Facts()
-        with _staging(target, resume) as staging:
+        with _staging(target, resume) as staging, ExitStack() as outputs:
             while True:
                 side_file_clashes(checkpoint, planned.shards)
                 values = merge_scales(checkpoint, planned)
@@ -363,7 +363,9 @@ def rewrite(
                     planned = opened.plan(policy, facts)
                     continue
                 anew = reencodings(checkpoint, planned)
-                output = Output(checkpoint, planned, values, anew, fills, staging, metadata)
+                output = outputs.enter_context(
+                    Output(checkpoint, planned, values, anew, fills, staging, metadata)
+                )
                 if resume:
                     output.keep_finished(workers, known)
                 output.write(workers, known)
@@ -373,8 +375,12 @@ def rewrite(
                 facts.learn(checkpoint, planned, known, found)
                 output.remove()
                 planned = opened.plan(policy, facts)
-            staging.put(INDEX_NAME, index_bytes(planned.shards, checkpoint.index_metadata))
+            # All that takes long to work out comes first: the disk is still at work.
+            index = index_bytes(planned.shards, checkpoint.index_metadata)
             configs, config_warnings = ignore_lists(checkpoint, planned, opened.disk)
+            written = written_tensors(planned, output.patches, output.digests, values.merged, known) if manifest else {}
+            output.durable()
+            staging.put(INDEX_NAME, index)
             progress.start("copying other files", side_bytes)
             copy_side_files(checkpoint.side_files, checkpoint.directories, staging, progress.advance, configs)
             if consumer == "vllm" and policy.fix_ignore:
@@ -405,7 +411,6 @@ def rewrite(
                 ),
             )
             if manifest:
-                written = written_tensors(planned, output.patches, output.digests, values.merged, known)
                 text = build_manifest(report, opened.disk, written, tierewrite.__version__)
                 staging.put(MANIFEST_NAME, text)
             if verify:

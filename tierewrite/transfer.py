@@ -15,16 +15,15 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from operator import attrgetter
-from pathlib import Path
 from typing import NamedTuple
 
 from tierewrite.checkpoint import Checkpoint, TensorEntry, gc_paused
 from tierewrite.digest import PIECE, DeviceFailed, Digester, Stream, select
 from tierewrite.digest.spans import Bytes, Row
-from tierewrite.errors import SourceChanged, system_errors
+from tierewrite.errors import SourceChanged
 from tierewrite.planning import OutShard
 from tierewrite.reading import SourceFile, open_source
-from tierewrite.writer import WRITEBACK_BYTES, flush, part, start_writeback, write_all
+from tierewrite.writer import PartFiles
 
 log = logging.getLogger(__name__)
 
@@ -146,8 +145,8 @@ class Transfer:
     Args:
         checkpoint: the source; its shards are opened read-only.
         digester: where hashing happens.
-        outputs: the output shards to write, in the order of the plan (None: not to be written). Each is created by
-            the caller as `part(path)`, header included, and gets its own name once it is complete and flushed.
+        outputs: the output shards to write, by number, headers included. Each is flushed once it is complete; whoever
+            made them waits for that.
         patches: source key -> bytes to write instead of the source's (merged scales); same length.
         originals: source key -> the bytes that the merge was computed from; a difference means SRC changed.
         threads: number of workers.
@@ -158,7 +157,7 @@ class Transfer:
         self,
         checkpoint: Checkpoint,
         digester: Digester,
-        outputs: Sequence[Path | None] = (),
+        outputs: PartFiles | None = None,
         patches: Mapping[str, bytes] | None = None,
         originals: Mapping[str, bytes] | None = None,
         threads: int | None = None,
@@ -172,13 +171,12 @@ class Transfer:
         self.threads = threads or default_threads()
         self.advance = advance
         self._sources: list[SourceFile] = []
-        self._outs: dict[int, int] = {}
         self._missing: dict[int, int] = {}
         self._done: set[Task] = set()
         self._lock = threading.Lock()
 
     def run(self, work: Sequence[Task]) -> dict[str, bytes]:
-        """Carries out all of `work` and flushes the outputs.
+        """Carries out all of `work`; then the outputs are complete, and being flushed.
 
         A GPU that fails midway is replaced by the CPU, with a warning; the output is the same.
 
@@ -193,58 +191,41 @@ class Transfer:
         try:
             for shard in self.checkpoint.shards:
                 self._sources.append(open_source(shard))
-            for index, path in enumerate(self.outputs):
-                if path is not None:
-                    with system_errors("opening", path):
-                        self._outs[index] = os.open(part(path), os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            self._missing = dict.fromkeys(self._outs, 0)
-            for task in work:
-                for index in _outs_of(task):
-                    self._missing[index] += 1
+            if self.outputs is not None:
+                self._missing = dict.fromkeys(self.outputs.incomplete(), 0)
+                for task in work:
+                    for index in _outs_of(task):
+                        self._missing[index] += 1
             try:
                 self._pass(work, digests)
             except DeviceFailed as error:
                 log.warning("the GPU failed (%s); the CPU goes on", error)
                 self.digester = select("cpu", threads=1)
-                # Writing again what is already written does no harm: every span knows its place. Shards that are
-                # finished are closed, and their spans are only hashed.
+                # What is done already is only hashed: its file may be complete.
                 left = [task for task in work if any(s.hashed and s.key not in digests for s in task.spans)]
                 left += [task for task in work if not any(s.hashed for s in task.spans)]
                 self._pass(left, digests)
-            for index in list(self._outs):  # those without any tensor
-                self._finish(index)
+            if self.outputs is not None:
+                for index in self.outputs.incomplete():  # those without any tensor
+                    self.outputs.complete(index)
             for source in self._sources:
                 source.finish()
         finally:
             for source in self._sources:
                 source.close()
-            for fd in self._outs.values():
-                os.close(fd)
-            self._sources, self._outs = [], {}
+            self._sources = []
         return digests
 
     def _completed(self, task: Task) -> None:
-        """Enters a task as done; a shard that lacks nothing any more is finished at once, while others go on."""
-        complete = []
+        """Enters a task as done; a shard that lacks nothing any more is complete."""
         with self._lock:
             if task in self._done:
                 return
             self._done.add(task)
             for index in _outs_of(task):
                 self._missing[index] -= 1
-                if self._missing[index] == 0:
-                    complete.append(index)
-        for index in complete:
-            self._finish(index)
-
-    def _finish(self, index: int) -> None:
-        """Flushes a complete output shard and gives it its own name."""
-        path = self.outputs[index]
-        assert path is not None
-        with system_errors("flushing", path):
-            flush(self._outs[index])
-            os.close(self._outs.pop(index))
-            os.rename(part(path), path)
+                if self._missing[index] == 0 and self.outputs is not None:
+                    self.outputs.complete(index)
 
     def _pass(self, work: Sequence[Task], digests: dict[str, bytes]) -> None:
         """One go at `work` on the present digester; what is known goes into `digests`, also when it fails."""
@@ -289,15 +270,15 @@ class Transfer:
     def _batch(self, task: Task, number: int, array: Bytes, stream: Stream) -> None:
         """Tensors that fit into a buffer together: read, hand over for hashing, write meanwhile."""
         buffer = array.data
-        steps = _steps(task, number, self.patches if self._outs else {})
+        steps = _steps(task, number, self.patches if self.outputs else {})
         self._sources[task.shard].read_runs(steps.reads, buffer)
         ticket = stream.update(array, steps.hashed) if steps.hashed else None
-        if self._outs:
+        if self.outputs is not None and task not in self._done:
             if ticket is not None and steps.patched:
                 ticket.wait()  # the buffer is about to be changed
             self._patch(steps.patched, buffer)
             for out, start, end, position in steps.writes:
-                self._flush(out, buffer[start:end], position)
+                self.outputs.write(out, buffer[start:end], position)
         if ticket is not None:
             ticket.wait()
         self.advance(task.nbytes)
@@ -306,13 +287,6 @@ class Transfer:
         """Puts the merged values in the place of what was read, which has to be what they were merged from."""
         for key, start, end in patched:
             put_patch(key, buffer[start:end], self.patches[key], self.originals)
-
-    def _flush(self, out: int, data: memoryview, position: int) -> None:
-        if data and out in self._outs:
-            with system_errors("writing", self.outputs[out]):
-                write_all(self._outs[out], data, position)
-            if len(data) >= WRITEBACK_BYTES:
-                start_writeback(self._outs[out], position, len(data))
 
     def _large(self, task: Task, number: int, array: Bytes, stream: Stream, stop: threading.Event) -> None:
         """One tensor larger than the buffer, piece by piece."""
@@ -327,7 +301,8 @@ class Transfer:
             piece = buffer[:length]
             source.read_runs([(span.start + position, span.start + position + length)], piece)
             ticket = stream.update(array, [(number, 0, length, total, position)]) if span.hashed else None
-            self._flush(span.out, piece, span.position + position)
+            if self.outputs is not None and span.out >= 0 and task not in self._done:
+                self.outputs.write(span.out, piece, span.position + position)
             if ticket is not None:
                 ticket.wait()
             self.advance(length)

@@ -21,6 +21,7 @@ import stat
 import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -39,8 +40,10 @@ log = logging.getLogger(__name__)
 _WRITE_BYTES = 256 << 10
 """Of one system call, at most. The page cache takes pages as large as the call, up to megabytes, and these are the ones
 that a virtual machine's host has to give back first: calls of 8 MiB took three times as long, on 2 cores and ext4."""
-WRITEBACK_BYTES = 1 << 20
-"""From this many bytes on the disk is told to begin."""
+_WRITEBACK_BYTES = 128 << 20
+"""The disk is told to begin whenever so much has gathered in a file: it is asked for large pieces by few."""
+_FLUSHERS = 2
+"""Threads that wait for the disk."""
 _RENAME_EXCHANGE = 2
 _SYNC_FILE_RANGE_WRITE = 2
 
@@ -525,11 +528,11 @@ def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
     return function
 
 
-def start_writeback(fd: int, offset: int, length: int) -> None:
-    """Lets the disk begin with these bytes now, so that the flush at the end finds little left; only a hint."""
+def _start_writeback(fd: int) -> None:
+    """Lets the disk begin with all that a file has in memory, so that a flush finds little left; only a hint."""
     function = _sync_file_range()
     if function is not None:
-        function(fd, offset, length, _SYNC_FILE_RANGE_WRITE)
+        function(fd, 0, 0, _SYNC_FILE_RANGE_WRITE)  # 0 bytes: to its end
 
 
 def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
@@ -565,6 +568,97 @@ class Sink(Protocol):
         """Leaves nothing of it."""
 
 
+@dataclass
+class _Growing:
+    """A file that is being written, and the thread that waits for the disk."""
+
+    path: Path
+    fd: int
+    gathered: int = 0  # bytes written since the disk was told to begin
+    waiting: Future[None] | None = None
+
+
+class PartFiles:
+    """New files that threads write in any order, each `part(path)` until it is complete and flushed.
+
+    Whoever writes waits for the page cache only: a few threads of its own keep the disk at work, and flush. A context
+    manager; files that are not durable when it ends keep the name of a part.
+
+    Args:
+        paths: by number; the parts exist already.
+
+    Raises:
+        SystemFailure: one cannot be opened.
+    """
+
+    def __init__(self, paths: Mapping[int, Path]) -> None:
+        self._files: dict[int, _Growing] = {}
+        self._lock = threading.Lock()
+        self._finishing: list[Future[None]] = []
+        self._given_up = False
+        self._pool = ThreadPoolExecutor(_FLUSHERS, thread_name_prefix="tierewrite-flush")
+        try:
+            for number, path in paths.items():
+                with system_errors("opening", path):
+                    fd = os.open(part(path), os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                self._files[number] = _Growing(path, fd)
+        except BaseException:
+            self.close()
+            raise
+
+    def incomplete(self) -> list[int]:
+        """The numbers of the files that are not complete yet."""
+        return list(self._files)
+
+    def write(self, number: int, data: memoryview, position: int) -> None:
+        """Writes to a file that is not complete. Raises SystemFailure."""
+        file = self._files[number]
+        with system_errors("writing", file.path):
+            write_all(file.fd, data, position)
+        with self._lock:
+            file.gathered += len(data)
+            if file.gathered < _WRITEBACK_BYTES or not (file.waiting is None or file.waiting.done()):
+                return
+            file.gathered = 0
+            file.waiting = self._pool.submit(_start_writeback, file.fd)
+
+    def complete(self, number: int) -> None:
+        """All of a file is written: it is flushed, and gets its own name, while others go on."""
+        file = self._files.pop(number)
+        self._finishing.append(self._pool.submit(self._finish, file))
+
+    def _finish(self, file: _Growing) -> None:
+        try:
+            if file.waiting is not None:
+                file.waiting.result()  # it began before this did
+            if self._given_up:
+                return
+            with system_errors("flushing", file.path):
+                flush(file.fd)
+                os.rename(part(file.path), file.path)
+        finally:
+            os.close(file.fd)
+
+    def durable(self) -> None:
+        """Waits until all files that are complete are on the disk, under their names. Raises SystemFailure."""
+        for future in self._finishing:
+            future.result()
+
+    def close(self) -> None:
+        """Waits for the threads, and lets go of the files. Idempotent."""
+        self._given_up = True
+        self._pool.shutdown(wait=True)
+        for file in self._files.values():
+            os.close(file.fd)
+        self._files.clear()
+
+    def __enter__(self) -> PartFiles:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
 class LocalSink:
     """A new file of this machine's, flushed before it is complete.
 
@@ -575,16 +669,18 @@ class LocalSink:
 
     def __init__(self, path: Path, under: Path | None = None) -> None:
         self.path, self.under = path, under or path
-        self._size = 0
+        self._size = self._gathered = 0
         with system_errors("creating", path):
             self._fd = create(self.under)
 
     def write(self, data: memoryview) -> None:
         with system_errors("writing", self.path):
             write_all(self._fd, data, self._size)
-        if len(data) >= WRITEBACK_BYTES:
-            start_writeback(self._fd, self._size, len(data))
         self._size += len(data)
+        self._gathered += len(data)
+        if self._gathered >= _WRITEBACK_BYTES:
+            _start_writeback(self._fd)
+            self._gathered = 0
 
     def commit(self) -> None:
         with system_errors("flushing", self.path):

@@ -6,13 +6,13 @@ import logging
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from pathlib import Path
 
 from tierewrite import digest
 from tierewrite.checkpoint import Checkpoint
 from tierewrite.engines import Progress
 from tierewrite.jobs import Job, Result, carry_out
 from tierewrite.transfer import Task, Transfer, default_threads, tasks
+from tierewrite.writer import PartFiles
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class LocalEngine:
         source: Checkpoint,
         work: Sequence[Task],
         phase: str,
-        outputs: Sequence[Path | None] = (),
+        outputs: PartFiles | None = None,
         patches: Mapping[str, bytes] | None = None,
         originals: Mapping[str, bytes] | None = None,
         progress: Progress | None = None,
