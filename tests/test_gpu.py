@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import tierewrite
 from tests.checkpoints import FIXTURES, digests, read_tensors, right_answer
 from tierewrite import digest
+from tierewrite.checkpoint import Checkpoint
+from tierewrite.digest.cpu import CpuDigester, CpuStream
+from tierewrite.engines.local import LocalEngine
 from tierewrite.errors import UsageError
 
 Naive = Callable[[str], Path]
@@ -39,8 +45,84 @@ def test_output_is_byte_identical_on_a_gpu(case: str, naive: Naive, tmp_path: Pa
 @pytest.mark.gpu
 @pytest.mark.usefixtures("_cuda")
 def test_auto_takes_the_gpu_and_says_so(naive: Naive, tmp_path: Path) -> None:
-    report = tierewrite.rewrite(naive("qwen3_tied_bf16"), tmp_path / "out")
-    assert "CPU" not in report.device
+    with LocalEngine() as engine:
+        engine._selected.result()  # so small a checkpoint would else be hashed before the GPU is ready
+        checkpoint = Checkpoint.open(naive("qwen3_tied_bf16"))
+        found = engine.hash(checkpoint, list(checkpoint.tensors), "hashing")
+        assert "CPU" not in engine.device
+        assert "CuPy" in engine.device
+    with LocalEngine("cpu") as engine:
+        assert engine.hash(checkpoint, list(checkpoint.tensors), "hashing") == found
+
+
+class Late:
+    """A GPU that gets ready once the CPU has hashed `buffers` buffers."""
+
+    device = "cuda"
+    description = "a GPU that is late"
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, buffers: int) -> None:
+        self.inner = CpuDigester(threads=1)
+        self.used = 0
+        ready = threading.Event()
+        update, lock, left = CpuStream.update, threading.Lock(), [buffers]
+
+        def counted(stream: CpuStream, *arguments: Any) -> Any:
+            with lock:
+                left[0] -= 1
+                if left[0] == 0:
+                    ready.set()
+                    time.sleep(0.2)  # now it is
+            return update(stream, *arguments)
+
+        monkeypatch.setattr(CpuStream, "update", counted)
+        select = digest.select
+
+        def choose(device: str, **more: Any) -> Any:
+            if device == "cpu":
+                return select(device, **more)
+            ready.wait(60)
+            return self
+
+        monkeypatch.setattr(digest, "select", choose)
+
+    def host_buffer(self, nbytes: int) -> Any:
+        return self.inner.host_buffer(nbytes)
+
+    def stream(self, size: int) -> digest.Stream:
+        self.used += 1
+        return self.inner.stream(size)
+
+
+@pytest.mark.parametrize("buffers", [1, 2, 5])
+def test_the_cpu_hashes_until_the_gpu_is_ready(
+    buffers: int, naive: Naive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = Late(monkeypatch, buffers)
+    monkeypatch.setattr("tierewrite.transfer.BUFFER_BYTES", 1 << 20)
+    monkeypatch.setattr("tierewrite.transfer._RUNS_PER_TASK", 16)
+    report = tierewrite.rewrite(naive("dg_nvfp4_sharded"), tmp_path / "out", threads=1)
+    assert digests(tmp_path / "out") == right_answer("dg_nvfp4_sharded")
+    assert late.used >= 1
+    assert report.device == "CPU, 1 thread, then a GPU that is late"
+
+
+def test_a_gpu_that_is_asked_for_is_waited_for(
+    naive: Naive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = Late(monkeypatch, 0)
+    select = digest.select
+
+    def choose(device: str, **more: Any) -> Any:
+        if device == "cuda":
+            time.sleep(0.3)
+            return late
+        return select(device, **more)
+
+    monkeypatch.setattr(digest, "select", choose)
+    report = tierewrite.rewrite(naive("dg_nvfp4_sharded"), tmp_path / "out", device="cuda")
+    assert report.device == "a GPU that is late"
+    assert digests(tmp_path / "out") == right_answer("dg_nvfp4_sharded")
 
 
 class Failing:

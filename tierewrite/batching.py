@@ -241,7 +241,7 @@ def batch(
             # Held for as long as the batch runs: what is wrong with it ends the batch before anything starts, and a
             # cluster that would be started for one rewrite is there for all of them.
             engine = kept.enter_context(select(**{"engine": "local", **run_options}))
-            log.info("hashing on %s", engine.device)
+            log.info("hashing begins on %s", engine.device)
             kept.enter_context(_parents_of(found))
         return _Batch(found, plan_only, jobs, run_options, progress or Progress()).run()
 

@@ -11,7 +11,7 @@ from blake3 import blake3
 
 from tierewrite.checkpoint import Checkpoint
 from tierewrite.confirm import ScaleValues
-from tierewrite.engines import Engine
+from tierewrite.engines import Engine, Progress
 from tierewrite.engines.local import LocalEngine
 from tierewrite.errors import SourceError, system_errors
 from tierewrite.fill import Fills
@@ -77,10 +77,11 @@ class Output:
         if self._files is not None:
             self._files.close()
 
-    def durable(self) -> None:
+    def durable(self, progress: Progress) -> None:
         """Waits until all shards are on the disk, under their names. Raises SystemFailure."""
         if self._files is not None:
-            self._files.durable()
+            progress.start("flushing to the disk", sum(shard.nbytes for shard in self.sizes()))
+            self._files.durable(progress.advance)
 
     def write(self, engine: Engine, known: dict[str, bytes]) -> None:
         """Writes what is not finished; the digests that confirm the groups go into `known`.
@@ -273,10 +274,15 @@ class Output:
         )
 
     def remove(self) -> None:
-        """Removes the shards: the plan did not hold."""
-        self.durable()
+        """Removes the shards, flushed or not: the plan did not hold."""
+        if self._files is not None:
+            self._files.close()
         for path in self.paths:
-            path.unlink()
+            if isinstance(path, Path):
+                part(path).unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
+            else:
+                path.unlink()
 
     def sizes(self) -> list[ShardSize]:
         """Names and sizes of the files, header included."""

@@ -379,7 +379,7 @@ def rewrite(
             index = index_bytes(planned.shards, checkpoint.index_metadata)
             configs, config_warnings = ignore_lists(checkpoint, planned, opened.disk)
             written = written_tensors(planned, output.patches, output.digests, values.merged, known) if manifest else {}
-            output.durable()
+            output.durable(progress)
             staging.put(INDEX_NAME, index)
             progress.start("copying other files", side_bytes)
             copy_side_files(checkpoint.side_files, checkpoint.directories, staging, progress.advance, configs)

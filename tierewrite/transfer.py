@@ -144,19 +144,22 @@ class Transfer:
 
     Args:
         checkpoint: the source; its shards are opened read-only.
-        digester: where hashing happens.
+        digester: gives where hashing happens, for the next task: it may change while tasks are carried out.
         outputs: the output shards to write, by number, headers included. Each is flushed once it is complete; whoever
             made them waits for that.
         patches: source key -> bytes to write instead of the source's (merged scales); same length.
         originals: source key -> the bytes that the merge was computed from; a difference means SRC changed.
         threads: number of workers.
         advance: called with a number of bytes after each piece, from any thread.
+
+    Attributes:
+        failed: whether a GPU failed.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        digester: Digester,
+        digester: Callable[[], Digester],
         outputs: PartFiles | None = None,
         patches: Mapping[str, bytes] | None = None,
         originals: Mapping[str, bytes] | None = None,
@@ -170,6 +173,7 @@ class Transfer:
         self.originals = originals or {}
         self.threads = threads or default_threads()
         self.advance = advance
+        self.failed = False
         self._sources: list[SourceFile] = []
         self._missing: dict[int, int] = {}
         self._done: set[Task] = set()
@@ -200,10 +204,14 @@ class Transfer:
                 self._pass(work, digests)
             except DeviceFailed as error:
                 log.warning("the GPU failed (%s); the CPU goes on", error)
-                self.digester = select("cpu", threads=1)
+                cpu = select("cpu", threads=1)
+                self.digester, self.failed = lambda: cpu, True
                 # What is done already is only hashed: its file may be complete.
-                left = [task for task in work if any(s.hashed and s.key not in digests for s in task.spans)]
-                left += [task for task in work if not any(s.hashed for s in task.spans)]
+                left = [
+                    task
+                    for task in work
+                    if task not in self._done or any(s.hashed and s.key not in digests for s in task.spans)
+                ]
                 self._pass(left, digests)
             if self.outputs is not None:
                 for index in self.outputs.incomplete():  # those without any tensor
@@ -236,36 +244,37 @@ class Transfer:
             numbered.append((task, len(keys)))
             keys.extend([span.key for span in task.spans])
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="tierewrite")
-        with self.digester.stream(BUFFER_BYTES) as stream:
-            buffers = threading.local()
+        with _Lanes(self.digester) as lanes:
 
             def carry_out(task: Task, number: int) -> None:
                 if stop.is_set():
                     return
-                if not hasattr(buffers, "array"):
-                    buffers.array = self.digester.host_buffer(BUFFER_BYTES)
+                stream, buffer = lanes.mine()
                 if task.nbytes > BUFFER_BYTES:
-                    self._large(task, number, buffers.array, stream, stop)
+                    self._large(task, number, buffer, stream, stop)
                 else:
-                    self._batch(task, number, buffers.array, stream)
+                    self._batch(task, number, buffer, stream)
                 if not stop.is_set():
                     self._completed(task)
 
+            found: dict[int, bytes] = {}
             try:
                 futures = [pool.submit(carry_out, task, number) for task, number in numbered]
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
                 for future in done:
                     future.result()
-                found = stream.finish()
+                for stream in lanes.streams():
+                    found.update(stream.finish())
             except DeviceFailed:
                 stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
-                digests.update((keys[number], digest) for number, digest in stream.salvage().items())
+                for stream in lanes.streams():
+                    found.update(stream.salvage())
                 raise
             finally:
                 stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
-        digests.update(zip(map(keys.__getitem__, found), found.values(), strict=True))
+                digests.update(zip(map(keys.__getitem__, found), found.values(), strict=True))
 
     def _batch(self, task: Task, number: int, array: Bytes, stream: Stream) -> None:
         """Tensors that fit into a buffer together: read, hand over for hashing, write meanwhile."""
@@ -306,6 +315,38 @@ class Transfer:
             if ticket is not None:
                 ticket.wait()
             self.advance(length)
+
+
+class _Lanes:
+    """The streams of one pass, one for each digester that came to work, and a buffer for each thread."""
+
+    def __init__(self, digester: Callable[[], Digester]) -> None:
+        self._digester = digester
+        self._streams: dict[Digester, Stream] = {}
+        self._local = threading.local()
+        self._lock = threading.Lock()
+
+    def mine(self) -> tuple[Stream, Bytes]:
+        """The stream that takes the next task, and this thread's buffer for it. Raises DeviceFailed."""
+        digester = self._digester()
+        if getattr(self._local, "digester", None) is not digester:
+            with self._lock:
+                stream = self._streams.get(digester)
+                if stream is None:
+                    stream = self._streams[digester] = digester.stream(BUFFER_BYTES)
+            self._local.buffer = digester.host_buffer(BUFFER_BYTES)
+            self._local.stream, self._local.digester = stream, digester
+        return self._local.stream, self._local.buffer
+
+    def streams(self) -> list[Stream]:
+        return list(self._streams.values())
+
+    def __enter__(self) -> _Lanes:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for stream in self._streams.values():
+            stream.close()
 
 
 class _Steps(NamedTuple):

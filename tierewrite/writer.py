@@ -594,7 +594,7 @@ class PartFiles:
     def __init__(self, paths: Mapping[int, Path]) -> None:
         self._files: dict[int, _Growing] = {}
         self._lock = threading.Lock()
-        self._finishing: list[Future[None]] = []
+        self._finishing: list[Future[int]] = []
         self._given_up = False
         self._pool = ThreadPoolExecutor(_FLUSHERS, thread_name_prefix="tierewrite-flush")
         try:
@@ -627,22 +627,31 @@ class PartFiles:
         file = self._files.pop(number)
         self._finishing.append(self._pool.submit(self._finish, file))
 
-    def _finish(self, file: _Growing) -> None:
+    def _finish(self, file: _Growing) -> int:
+        """Returns the bytes of the file."""
         try:
             if file.waiting is not None:
                 file.waiting.result()  # it began before this did
             if self._given_up:
-                return
+                return 0
             with system_errors("flushing", file.path):
                 flush(file.fd)
                 os.rename(part(file.path), file.path)
+                return os.fstat(file.fd).st_size
         finally:
             os.close(file.fd)
 
-    def durable(self) -> None:
-        """Waits until all files that are complete are on the disk, under their names. Raises SystemFailure."""
+    def durable(self, advance: Callable[[int], None] = lambda n: None) -> None:
+        """Waits until all files that are complete are on the disk, under their names.
+
+        Args:
+            advance: called with the bytes of each.
+
+        Raises:
+            SystemFailure: flushing failed.
+        """
         for future in self._finishing:
-            future.result()
+            advance(future.result())
 
     def close(self) -> None:
         """Waits for the threads, and lets go of the files. Idempotent."""

@@ -20,31 +20,41 @@ log = logging.getLogger(__name__)
 class LocalEngine:
     """See `tierewrite.engines.Engine`. What it learns of a failing GPU it keeps from one pass to the next.
 
-    Importing CuPy and preparing the GPUs takes a second or two, in which headers are read and the plan is made.
+    Importing CuPy and preparing the GPUs takes a second or two, in which headers are read and the plan is made; with
+    "auto" the CPU hashes until they are ready.
     """
 
     def __init__(self, device: str = "auto", threads: int | None = None, progress: Progress | None = None) -> None:
         self.threads = threads
         self.progress = progress or Progress()
-        self._digester: digest.Digester | None = None
+        self._wait = device == "cuda"
+        self._cpu = digest.select("cpu", threads=1)
+        self._digester: digest.Digester | None = self._cpu if device == "cpu" else None
+        self._used: dict[str, None] = {}  # descriptions, in the order of their first use
         self._selecting: ThreadPoolExecutor | None = None
-        if device == "cpu":
-            self._digester = digest.select(device, threads=1)
-            return
-        self._selecting = ThreadPoolExecutor(1, thread_name_prefix="tierewrite-device")
-        self._selected = self._selecting.submit(digest.select, device, threads=1)
-
-    @property
-    def digester(self) -> digest.Digester:
-        """Where hashing happens. Raises what `digest.select` raises."""
         if self._digester is None:
+            self._selecting = ThreadPoolExecutor(1, thread_name_prefix="tierewrite-device")
+            self._selected = self._selecting.submit(digest.select, device, threads=1)
+
+    def _now(self) -> digest.Digester:
+        if self._digester is None:
+            if not (self._wait or self._selected.done()):
+                return self._cpu
             self._digester = self._selected.result()
-            log.info("hashing on %s", self._digester.description)
         return self._digester
+
+    def digester(self) -> digest.Digester:
+        """Where hashing happens now. Raises what `digest.select` raises."""
+        now = self._now()
+        if now.description not in self._used:
+            self._used[now.description] = None
+            log.info("hashing on %s", now.description)
+        return now
 
     @property
     def device(self) -> str:
-        return self.digester.description
+        now = self._now()
+        return now.description if now.device == "cpu" or not self._used else ", then ".join(self._used)
 
     def __enter__(self) -> LocalEngine:
         return self
@@ -81,13 +91,14 @@ class LocalEngine:
         try:
             return transfer.run(work)
         finally:
-            self._digester = transfer.digester
+            if transfer.failed:
+                self._digester = self._cpu
 
     def carry_out(self, jobs: Sequence[Job], phase: str) -> list[Result]:
         self.progress.start(phase, sum(job.nbytes for job in jobs))
         stop = threading.Event()
         with ThreadPoolExecutor(self.threads or default_threads(), thread_name_prefix="tierewrite") as pool:
-            futures = [pool.submit(carry_out, job, self.digester, self.progress.advance, stop) for job in jobs]
+            futures = [pool.submit(carry_out, job, self.digester(), self.progress.advance, stop) for job in jobs]
             try:
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
                 for future in futures:
