@@ -108,7 +108,7 @@ _run_options = _options(
         type=click.Choice(["auto", "cpu", "cuda"]),
         default="auto",
         show_default=True,
-        help="Where the hashing happens; the output is the same.",
+        help="Where the hashing happens; the output is the same. auto: a GPU that works, the CPU until it is ready.",
     ),
     click.option("--threads", type=click.IntRange(1, 256), help="Workers. Default: one a core, at most 8."),
 )
