@@ -450,21 +450,22 @@ def parse_header(
     return _parse_any(text, data_bytes, file, shard, base) if found is None else found
 
 
-_CHARACTERS = r'[^"\\\x00-\x1f]*'
 _NUMBER = "(?:0|[1-9][0-9]{0,18})"  # 19 digits fit 64 bits
+# `[^"]` is passed over at a glance, a class of several characters is not: what else no name may hold is looked for in
+# all names at once. The start of a tensor may be anything here, since it must be the end of the one before.
 _TENSOR = re.compile(
-    rf'"({_CHARACTERS})":{{"dtype":("{_CHARACTERS}","shape":\[[0-9,]*\]),'
-    rf'"data_offsets":\[({_NUMBER}),({_NUMBER})\]}}(?:,(?=")|\Z)'
+    rf'"([^"]*)":{{"dtype":("[^"]*","shape":\[[0-9,]*\]),"data_offsets":\[([^,]*),({_NUMBER})\]}}(?:,(?=")|\Z)'
 )
 _TENSOR_FRAME = len('"":{"dtype":,"data_offsets":[,]},')  # what of a tensor is in no group
-_KIND = re.compile(rf'"({_CHARACTERS})","shape":\[((?:{_NUMBER}(?:,{_NUMBER})*)?)\]')
+_KIND = re.compile(rf'"([^"\\\x00-\x1f]*)","shape":\[((?:{_NUMBER}(?:,{_NUMBER})*)?)\]')
+_NOT_PLAIN = "\\" + "".join(map(chr, range(0x20)))  # begins an escape, or is not allowed in a string
 _METADATA = '{"__metadata__":'
 
 
 def _parse_serialized(
     text: str, data_bytes: int, shard: int, base: int
 ) -> tuple[dict[str, str], list[TensorEntry]] | None:
-    """What `_parse_any` returns, in a third of the time, for a valid header in the form that serializers write:
+    """What `_parse_any` returns, in a quarter of the time, for a valid header in the form that serializers write:
     compact, metadata first or absent, tensors in the order of their offsets. None for anything else.
 
     The matches are the whole header, since their lengths add up to its length.
@@ -489,13 +490,16 @@ def _parse_serialized(
         return None
     names, kinds, starts, ends = zip(*found, strict=True)
     del found
-    covered = sum(sum(map(len, column)) for column in (names, kinds, starts, ends)) + _TENSOR_FRAME * len(names) - 1
+    covered = sum(len("".join(column)) for column in (names, kinds, starts, ends)) + _TENSOR_FRAME * len(names) - 1
     unique = set(names)
     if covered != close - at or len(unique) != len(names) or "__metadata__" in unique:
         return None
     if starts[0] != "0" or starts[1:] != ends[:-1] or int(ends[-1]) != data_bytes:
         return None
-    stops = [base + int(end) for end in ends]
+    all_names = "".join(names)
+    if any(character in all_names for character in _NOT_PLAIN):
+        return None
+    stops = list(map(base.__add__, map(int, ends)))
     begins = [base, *stops[:-1]]
     dtypes: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -510,7 +514,8 @@ def _parse_serialized(
         except HeaderError:
             return None
     columns = (names, map(dtypes.__getitem__, kinds), map(shapes.__getitem__, kinds), repeat(shard), begins, stops)
-    return metadata, list(map(TensorEntry._make, zip(*columns, strict=False)))
+    # What `TensorEntry._make` does, without a call of Python's an entry.
+    return metadata, list(map(tuple.__new__, repeat(TensorEntry), zip(*columns, strict=False)))
 
 
 def _parse_any(

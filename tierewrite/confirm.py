@@ -61,32 +61,28 @@ def merge_scales(
     apart = frozenset(
         merge.target
         for _, merge in work
-        if any(data[key] != data[row[0]] for row in merge.only_if_equal for key in row[1:])
+        if merge.only_if_equal
+        and any(data[key] != data[row[0]] for row in merge.only_if_equal for key in row[1:])
     )
-    todo = [(group, merge) for group, merge in work if merge.target not in apart]
+    todo = [
+        (group, merge)
+        for group, merge in work
+        if merge.companion.merge is not None and merge.target not in apart
+    ]
+    tensors = checkpoint.tensors
     jobs = [
-        (
-            [
-                scales.Side(key, *checkpoint.tensors[key][1:3], data[key])
-                for key in merge.keys
-            ],
-            merge.companion,
-        )
+        ([scales.Side(key, *tensors[key][1:3], data[key]) for key in merge.keys], merge.companion)
         for _, merge in todo
-        if merge.companion.merge is not None
     ]
     try:
-        results = iter(scales.merge_many(jobs))
+        results = scales.merge_many(jobs)
     except ValueError as error:
         raise Refused(f"{error}; store that scale in the other side's dtype, or use --on-mismatch keep") from error
     patches: dict[str, bytes] = {}
     originals: dict[str, bytes] = {}
     merged: dict[str, tuple[str, MergedScale]] = {}
     warnings: list[str] = []
-    for group, merge in todo:
-        if merge.companion.merge is None:
-            continue
-        result = next(results)
+    for (group, merge), result in zip(todo, results, strict=True):
         carrier = merge.keys[0]
         originals[carrier] = data[carrier]
         patches[carrier] = result.data

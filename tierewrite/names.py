@@ -87,7 +87,7 @@ def on_disk(ties: TieMap, keys: Collection[str]) -> DiskTies:
     knows_all = ties.model is not None and bool(ties.model.shapes)
     owned: set[str] = set()
     # Per tied parameter: its parts on disk and the name of each.
-    found: dict[str, dict[Part, str]] = {}
+    found: dict[str, dict[Part, str]] = {name: {} for name in tied}
     weak: list[str] = []
     # Modules whose weight is found: their other tensors tell nothing new.
     settled: set[str] = set()
@@ -98,10 +98,11 @@ def on_disk(ties: TieMap, keys: Collection[str]) -> DiskTies:
             continue
         if knows_all:
             owned.add(key)
-        if place[0] in tied:
-            found.setdefault(place[0], {}).setdefault(place[1], key)
+        parameter, part = place
+        if parameter in tied:
+            found[parameter].setdefault(part, key)
         if key.endswith(".weight"):
-            settled.add(key.removesuffix(".weight"))
+            settled.add(key[: -len(".weight")])
     # A companion says that its parameter is there in some form.
     for key in weak:
         parent = key.rpartition(".")[0]
@@ -111,7 +112,7 @@ def on_disk(ties: TieMap, keys: Collection[str]) -> DiskTies:
             place = translator.locate(name)
             if place is not None:
                 if place[0] in tied:
-                    found.setdefault(place[0], {}).setdefault(place[1], name)
+                    found[place[0]].setdefault(place[1], name)
                 if name == f"{parent}.weight":
                     settled.add(parent)
                 break
@@ -123,17 +124,18 @@ def on_disk(ties: TieMap, keys: Collection[str]) -> DiskTies:
     for root, names in sides.items():
         parts: dict[Part, None] = {}
         for name in names:
-            parts.update(dict.fromkeys(found.get(name, ())))
+            parts.update(dict.fromkeys(found[name]))
         if not parts:
             idle.append(root)
             continue
         problem = _layout_problem(names, found) or translator.sharing_problem(names, found, tied, covered)
-        slots = []
-        on_side: list[Mapping[Part, str]] = [found.get(name, {}) for name in names]
-        for part in sorted(parts, key=_part_order):
-            try:
-                slots.append(tuple([side[part] for side in on_side]))
-            except KeyError:  # not on every side
+        ordered = sorted(parts, key=_part_order)
+        on_side = [found[name] for name in names]
+        slots: list[tuple[str, ...]] = []
+        if all(len(side) == len(parts) for side in on_side):  # every part is on every side
+            slots.extend(zip(*[map(side.__getitem__, ordered) for side in on_side], strict=True))
+        else:
+            for part in ordered:
                 there = {name: side[part] for name, side in zip(names, on_side, strict=True) if part in side}
                 slots.append(tuple(there.get(n) or translator.spell(n, part, scopes, there) for n in names))
         groups.append(TieGroup(root, root, tuple(names[1:]), tuple(origins[root]), tuple(slots), problem))
@@ -186,7 +188,7 @@ def _part_order(part: Part) -> tuple[Any, ...]:
 
 def _layout_problem(names: list[str], found: Mapping[str, Mapping[Part, str]]) -> str | None:
     """Why the sides cannot be compared: one is whole on disk, another in parts of its own kind."""
-    kinds = [{part[:1] for part in found[name]} for name in names if found.get(name)]
+    kinds = [{part and part[0] for part in found[name]} for name in names if found.get(name)]
     if all(kind == kinds[0] for kind in kinds):
         return None
     whole = [n for n in names if WHOLE in found.get(n, ())]
@@ -262,7 +264,7 @@ class _Translator:
             if pattern is None:
                 return renamed, WHOLE
             return renamed, self._converted_part(name, renamed, pattern)
-        return self._unpacked(renamed)
+        return self._unpacked(renamed) if renamed.endswith(_UNPACKED) else None
 
     def _forward(self, name: str) -> tuple[str, str | None]:
         """transformers' `rename_source_key`, with the fallback that loading makes for names that are right already."""
@@ -302,17 +304,16 @@ class _Translator:
 
     def _unpacked(self, renamed: str) -> tuple[str, Part] | None:
         """`...experts.3.gate_proj.weight` as a part of the fused `...experts.gate_up_proj`."""
-        if not renamed.endswith(_UNPACKED):
+        path = renamed.rsplit(".", 3)
+        if len(path) < 4:
             return None
-        module, _, leaf = renamed.rpartition(".")
-        head, _, projection = module.rpartition(".")
-        container, _, index = head.rpartition(".")
+        container, index, projection, leaf = path
         if not container or not index.isdecimal() or not index.isascii():
             return None
         kind = container, projection, leaf
-        if kind not in self._fusing:
-            self._fusing[kind] = self._fused_of(*kind)
-        fused = self._fusing[kind]
+        fused = self._fusing.get(kind, "")
+        if fused == "":
+            fused = self._fusing[kind] = self._fused_of(*kind)
         return None if fused is None else (fused, ("expert", projection, leaf, int(index)))
 
     def _fused_of(self, container: str, projection: str, leaf: str) -> str | None:

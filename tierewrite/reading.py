@@ -152,21 +152,23 @@ def read_tensors(checkpoint: Checkpoint, keys: Iterable[str]) -> dict[str, bytes
         entries.sort(key=attrgetter("start"))
         remote = isinstance(checkpoint.shards[number].path, RemotePath)
         gap, most = (1 << 20, 2 * _REMOTE_BYTES) if remote else (_GAP_BYTES, _RUN_BYTES)
+        reads: list[list[TensorEntry]] = []
+        base = end = 0
+        for entry in entries:
+            if reads and entry.start - end < gap and entry.end - base < most:
+                reads[-1].append(entry)
+            else:
+                reads.append([entry])
+                base = entry.start
+            end = entry.end
         with open_source(checkpoint.shards[number]) as source:
-            first = 0
-            for i in range(1, len(entries) + 1):
-                if (
-                    i < len(entries)
-                    and entries[i].start - entries[i - 1].end < gap
-                    and entries[i].end - entries[first].start < most
-                ):
-                    continue
-                base = entries[first].start
-                data = bytearray(entries[i - 1].end - base)
-                source.read_runs([(base, base + len(data))], memoryview(data))
-                for entry in entries[first:i]:
-                    result[entry.name] = bytes(data[entry.start - base : entry.end - base])
-                first = i
+            for together in reads:
+                base, end = together[0].start, max(map(attrgetter("end"), together))  # an empty one may come last
+                buffer = bytearray(end - base)
+                source.read_runs([(base, end)], memoryview(buffer))
+                data = bytes(buffer)  # a slice of it is final; one of the buffer would be copied once more
+                for entry in together:
+                    result[entry.name] = data[entry.start - base : entry.end - base]
     return result
 
 
