@@ -449,6 +449,13 @@ def test_wildcard_that_covers_more_keeps_what_is_not_quantized() -> None:
     assert fixed(config, CONFIG, findings) == config_with(MODELOPT, "ignore", "enc.vision.a", "enc.vision.b")
 
 
+def test_what_takes_an_entrys_place_has_an_order_of_its_own() -> None:
+    config = config_with(MODELOPT, "ignore", "enc*")
+    plain = {f"enc.vision.{letter}" for letter in "fbdace"}  # a set has another order in each process
+    (finding,) = inconsistencies(config, {}, PAIRS[:1], {"dec.layers.1.q"}, plain)
+    assert finding.replacement == tuple(f"enc.vision.{letter}" for letter in "abcdef")
+
+
 def test_entry_that_names_an_alias_whose_canonical_is_plain_gains_the_canonical() -> None:
     quant_config = {"quantization": {"exclude_modules": ["enc.layers.1.router*", "lm_head"]}}
     (finding,) = inconsistencies({}, quant_config, PAIRS, {"dec.layers.1.q"}, {"dec.layers.1.router"})

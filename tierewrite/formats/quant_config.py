@@ -219,7 +219,7 @@ def inconsistencies(
     for pair in pairs:
         for name in pair:
             aliases.setdefault(name, []).append(pair)
-    modules = dict.fromkeys((*aliases, *plain))
+    modules = dict.fromkeys((*aliases, *sorted(plain)))  # the order of what is written in an entry's place
     found: list[Inconsistency] = []
     known: list[tuple[list[Any], Callable[[str], str], _Entries]] = []  # ModelOpt writes the same list into both files
     for file, path, values, language in _lists(config, quant_config):
