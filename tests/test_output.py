@@ -14,6 +14,9 @@ import tierewrite
 from tests.checkpoints import digests, right_answer
 from tests.conftest import snapshot
 from tierewrite import writer
+from tierewrite.checkpoint import Checkpoint
+from tierewrite.planning import OutShard, OutTensor
+from tierewrite.transfer import tasks
 
 Naive = Callable[[str], Path]
 
@@ -185,3 +188,10 @@ def test_stray_file_with_the_name_of_an_output_shard_is_refused(copied: Naive, t
     with pytest.raises(tierewrite.SourceError, match="name of a shard of the output"):
         tierewrite.rewrite(src, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("hashed", [["nobody"], []])
+def test_work_on_a_tensor_that_the_source_does_not_have_is_an_error(naive: Naive, hashed: list[str]) -> None:
+    shard = OutShard("model.safetensors", (OutTensor("a", "nobody", 0, 1),))
+    with pytest.raises(KeyError, match="nobody"):
+        tasks(Checkpoint.open(naive("dg_bf16")), hashed, () if hashed else (shard,), (8,))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from tierewrite.checkpoint import Checkpoint, gc_paused
 from tierewrite.formats import quant_config
 from tierewrite.names import DiskTies
-from tierewrite.planning import Action, RewritePlan
+from tierewrite.planning import RewritePlan
 from tierewrite.reading import read_side_file
 
 
@@ -25,11 +25,13 @@ def ignore_lists(
         SourceChanged: a config is not what was read when the source was opened.
         SystemFailure: reading failed.
     """
-    drop, tensors = Action.DROP, checkpoint.tensors
-    shapes = {
-        target: tensors[name].shape for name, action, target, _, _ in plan.tensors.values() if action is not drop
-    }
-    quantized, plain = quant_config.sorted_modules(shapes)
+    tensors = checkpoint.tensors
+    quantized, plain = quant_config.sorted_modules(
+        (name, tensors[source].shape)
+        for shard in plan.shards
+        for name, source, _, _, added in shard.tensors
+        if not added
+    )
     pairs = [
         (alias.removesuffix(".weight"), canonical.removesuffix(".weight"))
         for group in ties.groups

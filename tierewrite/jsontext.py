@@ -39,10 +39,12 @@ def pieces(data: dict[str, Any], ascii_only: bool = False) -> Iterator[str]:
     for key, value in data.items():
         yield f"{before}{to_text(key)}: "
         if isinstance(value, list) and value and isinstance(value[0], (dict, JsonText)):
-            line = str if isinstance(value[0], JsonText) else to_text
+            done = isinstance(value[0], JsonText)
             between = "[\n  "
             for at in range(0, len(value), _LINES):
-                yield between + ",\n  ".join(map(line, value[at : at + _LINES]))
+                some = value[at : at + _LINES]
+                yield between
+                yield ",\n  ".join(some if done else map(to_text, some))
                 between = ",\n  "
             yield "\n ]"
         else:

@@ -13,7 +13,7 @@ from blake3 import blake3
 from tierewrite.checkpoint import gc_paused
 from tierewrite.jsontext import JsonText, dumps, encode, quoted
 from tierewrite.names import DiskTies
-from tierewrite.planning import Action, RewritePlan
+from tierewrite.planning import Action, RewritePlan, TensorPlan
 from tierewrite.report import GroupReport, MergedScale, Report
 
 MANIFEST_SCHEMA = "tierewrite/manifest/1"
@@ -36,18 +36,22 @@ def written_tensors(
         known: source key -> digest.
     """
     keep, drop, repack = Action.KEEP, Action.DROP, Action.REPACK  # looked up once: there are as many as tensors
-    sources: dict[str, list[str]] = {}
-    for name, action, target, _, _ in plan.tensors.values():
-        if action is drop:
-            sources.setdefault(target, []).append(name)
-    result: dict[str, list[str]] = {}
-    for name, action, target, _, group in plan.tensors.values():
-        if group is None or action is drop:
-            continue
-        others = sources.get(target, [])
+    dropped: dict[str, str] = {}  # target -> the first name that was dropped for it
+    further: dict[str, list[str]] = {}  # target -> the others, where there are more than two sides
+    stay: list[TensorPlan] = []
+    for fate in plan.tensors.values():
+        if fate.action is drop:
+            if dropped.setdefault(fate.target, fate.name) is not fate.name:
+                further.setdefault(fate.target, []).append(fate.name)
+        elif fate.group is not None:
+            stay.append(fate)
+    result: dict[str, list[str]] = {fate.group: [] for fate in stay if fate.group is not None}
+    for name, action, target, _, group in stay:
+        assert group is not None
         if action is repack and name not in reencoded:
             action = keep if name == target else Action.RENAME  # it had the right scale already
-        if action is keep and not others:
+        twin = dropped.get(target)
+        if action is keep and twin is None:
             continue
         digest = reencoded.get(name)
         if digest is None:
@@ -55,17 +59,23 @@ def written_tensors(
             digest = known[name] if data is None else blake3(data).digest()
         how = "false"
         more = ""
-        if target in merged:
-            _, scale = merged[target]
+        value = merged.get(target)
+        if value is not None:
+            _, _, ratio, calibrated, _, _ = value[1]
             how = "true"
-            ratio = repr(scale.ratio) if scale.ratio is not None and isfinite(scale.ratio) else encode(scale.ratio)
-            more = f', "ratio": {ratio}, "calibrated": {"true" if scale.calibrated else "false"}'
-        origin = ", ".join(map(quoted, (name, *others)))  # the carrying one first
-        text = (
-            f'{quoted(target)}: {{"from": [{origin}], "action": {quoted(action)}, "merged": {how}, '
+            shown = repr(ratio) if ratio is not None and isfinite(ratio) else encode(ratio)
+            more = f', "ratio": {shown}, "calibrated": {"true" if calibrated else "false"}'
+        did = '"keep"' if action is keep else quoted(action)
+        key = quoted(target)
+        origin = key if name == target else quoted(name)  # the carrying one first
+        if twin is not None:
+            origin = f"{origin}, {quoted(twin)}"
+            if target in further:
+                origin = ", ".join((origin, *map(quoted, further[target])))
+        result[group].append(
+            f'{key}: {{"from": [{origin}], "action": {did}, "merged": {how}, '
             f'"blake3": "{digest.hex()}"{more}}}'
         )
-        result.setdefault(group, []).append(text)
     return result
 
 

@@ -91,7 +91,7 @@ class Output:
         Raises:
             SourceChanged, SystemFailure: as `Engine.carry_out`.
         """
-        wanted = {key for key in digests_wanted(self.plan) if key not in known}
+        wanted = digests_wanted(self.plan) - known.keys()
         if isinstance(engine, LocalEngine) and isinstance(self.staging.folder, Path):
             known.update(self._in_one_pass(engine, wanted))
         else:
@@ -295,15 +295,14 @@ class Output:
 def digests_wanted(plan: RewritePlan) -> set[str]:
     """What has to be confirmed, and what the manifest gives digests of."""
     wanted = needed_for_confirmation(plan.groups)
-    drop, rename, merge = Action.DROP, Action.RENAME, Action.MERGE  # looked up once: there are as many as tensors
-    stands_for = {target for _, action, target, _, _ in plan.tensors.values() if action is drop}
-    wanted.update(
-        [
-            name
-            for name, action, target, _, _ in plan.tensors.values()
-            if action is not drop
-            and action is not merge
-            and (action is rename or target in stands_for or name != target)
-        ]
-    )
+    drop, merge = Action.DROP, Action.MERGE  # looked up once: there are as many as tensors
+    fates = plan.tensors.values()
+    # Few, where most is tied: a set of what all that is dropped stands for would cost more than the rest.
+    others = {
+        fate.target: fate.name
+        for fate in fates
+        if fate.name not in wanted and fate.action is not drop and fate.action is not merge
+    }
+    wanted.update([name for target, name in others.items() if name != target])
+    wanted.update([others[fate.target] for fate in fates if fate.action is drop and fate.target in others])
     return wanted

@@ -14,10 +14,10 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from operator import attrgetter
+from operator import itemgetter
 from typing import NamedTuple
 
-from tierewrite.checkpoint import Checkpoint, TensorEntry, gc_paused
+from tierewrite.checkpoint import Checkpoint, gc_paused
 from tierewrite.digest import PIECE, DeviceFailed, Digester, Stream, select
 from tierewrite.digest.spans import Bytes, Row
 from tierewrite.errors import SourceChanged
@@ -92,27 +92,32 @@ def tasks(
             continue
         begin = data_starts[index]
         for _, source, start, _, added in shard.tensors:
-            if source not in elsewhere and not added:
+            if not added and source not in elsewhere:
                 places[source] = (index, begin + start)
     want_digest = set(hashed)
-    by_shard: list[list[TensorEntry]] = [[] for _ in checkpoint.shards]
-    for key in (*places, *(want_digest - places.keys())):
-        entry = checkpoint.tensors[key]
-        by_shard[entry.shard].append(entry)
+    by_shard: list[list[tuple[str, int, int, bool, int, int]]] = [[] for _ in checkpoint.shards]
+    # All are walked, in their order: looking up those that are wanted, in a set's order, takes longer.
+    for key, _, _, number, start, end in checkpoint.tensors.values():
+        wanted = key in want_digest
+        if wanted:
+            want_digest.remove(key)
+        out, position = places.pop(key, nowhere)
+        if wanted or out >= 0:
+            by_shard[number].append((key, start, end, wanted, out, position))
+    if want_digest or places:
+        raise KeyError(next(iter(want_digest or places)))
     large: list[Task] = []
     batches: list[Task] = []
-    for number, entries in enumerate(by_shard):
-        entries.sort(key=attrgetter("start"))
+    for number, rows in enumerate(by_shard):
+        rows.sort(key=itemgetter(1))
         batch: list[Span] = []
         size = 0
-        for key, _, _, _, start, end in entries:
-            out, position = places.get(key, nowhere)
-            span = Span(key, start, end, key in want_digest, out, position)
-            length = end - start
-            if length > BUFFER_BYTES:
-                large.append(Task(number, (span,), length))
-                continue
-            if batch and (size + length > BUFFER_BYTES or len(batch) >= _RUNS_PER_TASK):
+        for span in map(Span._make, rows):
+            length = span[2] - span[1]
+            if size + length > BUFFER_BYTES or len(batch) == _RUNS_PER_TASK:
+                if length > BUFFER_BYTES:
+                    large.append(Task(number, (span,), length))
+                    continue
                 batches.append(Task(number, tuple(batch), size))
                 batch, size = [], 0
             batch.append(span)
@@ -132,7 +137,7 @@ def _mixed(work: list[Task]) -> list[Task]:
     total: dict[int, int] = {}
     positions: list[tuple[int, int]] = []
     for task in work:
-        out = max(span.out for span in task.spans)
+        out = max([span.out for span in task.spans])
         positions.append((out, total.get(out, 0)))
         total[out] = total.get(out, 0) + task.nbytes
     share = [position / (total[out] or 1) for out, position in positions]
@@ -391,9 +396,10 @@ def _steps(task: Task, number: int, patches: Collection[str]) -> _Steps:
             if run_out >= 0:
                 writes.append((run_out, run_start, place, run_position))
             run_start, run_out, run_position = place, out, position
-        run_end = position + length
-        if key in patches and out >= 0:
-            patched.append((key, place, place + length))
+        if out >= 0:
+            run_end = position + length
+            if key in patches:
+                patched.append((key, place, place + length))
         place += length
     reads.append((read_start, read_end))
     if run_out >= 0:

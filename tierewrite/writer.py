@@ -23,6 +23,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -497,10 +498,11 @@ def merged_metadata(checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
 def index_bytes(shards: Sequence[OutShard], metadata: Mapping[str, Any] | None) -> bytes:
     """`model.safetensors.index.json`: canonical names, `total_size` in bytes of tensor data, other metadata kept."""
     about = {**(metadata or {}), "total_size": sum(shard.nbytes for shard in shards)}
-    weight_map = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
+    files = [(tensor.name, file) for shard in shards for file in [quoted(shard.name)] for tensor in shard.tensors]
+    files.sort(key=itemgetter(0))
     head = json.dumps({"metadata": about}, indent=2, sort_keys=True, ensure_ascii=False).removesuffix("\n}")
     # What json.dumps(indent=2) prints, ten times as fast: the C encoder does not indent.
-    rows = json.dumps(weight_map, sort_keys=True, ensure_ascii=False, separators=(",\n    ", ": "))[1:-1]
+    rows = ",\n    ".join([f"{quoted(name)}: {file}" for name, file in files])
     body = f"{{\n    {rows}\n  }}" if rows else "{}"
     return f'{head},\n  "weight_map": {body}\n}}\n'.encode()
 

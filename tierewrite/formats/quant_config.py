@@ -139,6 +139,13 @@ def _parts(file: str, root: Mapping[str, Any]) -> Iterable[tuple[tuple[str, ...]
                     yield (*path, name, "quantization"), deeper
 
 
+def _beginning(entry: str, language: Callable[[str], str]) -> str:
+    """What every name that the entry covers begins with, as far as that is plain to see."""
+    if language in (fnmatch.translate, _wildcard_and_below):
+        return re.split(r"[*?[]", entry, maxsplit=1)[0]
+    return entry if language is _exact_or_regex and not entry.startswith("re:") else ""
+
+
 def _compiled(pattern: str) -> re.Pattern[str] | None:
     try:
         return re.compile(pattern)
@@ -157,10 +164,11 @@ class _Entries:
         }
         self.covers: dict[str, list[str]] = {entry: [] for entry in patterns}
         self.covered: set[str] = set()
-        # One combined pass first: most modules are covered by nothing.
+        # Most modules are covered by nothing: their beginning tells, or else one combined pass.
+        beginnings = tuple({_beginning(entry, language) for entry in patterns})
         anything = _compiled("|".join(f"(?:{pattern.pattern})" for pattern in patterns.values()))
-        for module in modules if patterns else ():
-            if anything is not None and not anything.match(module):
+        for module in modules:
+            if not module.startswith(beginnings) or (anything is not None and not anything.match(module)):
                 continue
             for entry, pattern in patterns.items():
                 if pattern.match(module):
@@ -168,11 +176,11 @@ class _Entries:
                     self.covered.add(module)
 
 
-def sorted_modules(tensors: Mapping[str, tuple[int, ...]]) -> tuple[frozenset[str], frozenset[str]]:
+def sorted_modules(tensors: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[frozenset[str], frozenset[str]]:
     """The modules of a checkpoint as `inconsistencies` wants them: (quantized, plain).
 
     Args:
-        tensors: key -> shape, of what is (or will be) on disk.
+        tensors: key and shape of each that is (or will be) on disk.
 
     Returns:
         Modules that hold a companion of a quantized weight, and those that hold a matrix `weight` and none.
@@ -180,7 +188,7 @@ def sorted_modules(tensors: Mapping[str, tuple[int, ...]]) -> tuple[frozenset[st
     quantized: set[str] = set()
     plain: set[str] = set()
     companions: dict[str, bool] = {}  # suffix -> whether it makes its module a quantized one
-    for key, shape in tensors.items():
+    for key, shape in tensors:
         module, _, suffix = key.rpartition(".")
         if suffix == "weight":
             if len(shape) > 1:
@@ -213,16 +221,19 @@ def inconsistencies(
         plain: modules whose weight in the result is not, matrices only (a norm is never quantized and never
             listed).
     """
+    lists = list(_lists(config, quant_config))
+    if not lists:
+        return ()
     pairs = tuple(dict.fromkeys(pairs))
     quantized, plain = frozenset(quantized), frozenset(plain)
     aliases: dict[str, list[tuple[str, str]]] = {}
     for pair in pairs:
         for name in pair:
             aliases.setdefault(name, []).append(pair)
-    modules = dict.fromkeys((*aliases, *plain))
+    modules = dict.fromkeys((*aliases, *sorted(plain)))  # the order of what is written in an entry's place
     found: list[Inconsistency] = []
     known: list[tuple[list[Any], Callable[[str], str], _Entries]] = []  # ModelOpt writes the same list into both files
-    for file, path, values, language in _lists(config, quant_config):
+    for file, path, values, language in lists:
         entries = next((e for v, spoken, e in known if v == values and spoken is language), None)
         if entries is None:
             entries = _Entries(values, language, modules)
