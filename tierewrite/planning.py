@@ -19,7 +19,7 @@ import operator
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, chain, cycle, repeat
+from itertools import accumulate, chain, repeat
 from typing import Any, NamedTuple, TypeVar, cast
 
 from tierewrite import formats, scales
@@ -331,8 +331,8 @@ _first = operator.itemgetter(0)
 _header_of = operator.itemgetter(1, 2)
 """Dtype and shape of an entry."""
 
-_TOGETHER = 256
-"""Slots that are planned together, at most: where one of them is unlike the first, each is planned alone."""
+_TOGETHER = (256, 16, 1)
+"""How many slots are planned together: fewer where one of them is unlike the first, or refuted by its headers."""
 
 
 class _Column(NamedTuple):
@@ -434,15 +434,7 @@ class _Planner:
             reason = self.refuted.get(tie.id) or tie.problem
             if reason is None:
                 try:
-                    for at in range(0, len(tie.slots), _TOGETHER):
-                        some = tie.slots[at : at + _TOGETHER]
-                        try:
-                            self._slots(draft, some)
-                        except _Unconfirmed:
-                            if len(some) == 1:
-                                raise
-                            for slot in some:  # taken one by one, they say what is wrong, if anything is
-                                self._slots(draft, (slot,))
+                    self._slots(draft, tie.slots)
                     self._claim(draft)
                 except _Unconfirmed as error:
                     reason = str(error)
@@ -480,19 +472,7 @@ class _Planner:
         self.plans = cast("dict[str, TensorPlan]", self.fates)
         if self.policy.unify_fused_scales:
             self._mark_fused()
-        shard_bytes = [0] * len(self.checkpoint.shards)
-        survivors: dict[str, TensorEntry] = {}
-        dropped: dict[str | None, list[int]] = {name: [] for name in by_id}
-        for entry, (_, action, target, _, owner) in zip(self.entries.values(), self.plans.values(), strict=True):
-            _, _, _, shard, start, end = entry
-            shard_bytes[shard] += end - start
-            if action is _DROP:
-                dropped[owner].append(end - start)
-            else:
-                survivors[target] = entry
-        for name, group in by_id.items():
-            if sizes := dropped[name]:
-                by_id[name] = replace(group, dropped=len(sizes), dropped_bytes=sum(sizes))
+        survivors, shard_bytes = self._counted(by_id)
         expert_scales = self._expert_scales() if self.policy.fill_missing_scales else ()
         return RewritePlan(
             expert_scales=expert_scales,
@@ -506,6 +486,23 @@ class _Planner:
             families=self.families,
             by_id=by_id,
         )
+
+    def _counted(self, by_id: dict[str, GroupPlan]) -> tuple[dict[str, TensorEntry], list[int]]:
+        """Writes into the groups what is dropped; returns output key -> entry of all else, and each shard's bytes."""
+        shard_bytes = [0] * len(self.checkpoint.shards)
+        survivors: dict[str, TensorEntry] = {}
+        dropped: dict[str | None, list[int]] = {name: [] for name in by_id}
+        for entry, (_, action, target, _, owner) in zip(self.entries.values(), self.plans.values(), strict=True):
+            _, _, _, shard, start, end = entry
+            shard_bytes[shard] += end - start
+            if action is _DROP:
+                dropped[owner].append(end - start)
+            else:
+                survivors[target] = entry
+        for name, group in by_id.items():
+            if sizes := dropped[name]:
+                by_id[name] = replace(group, dropped=len(sizes), dropped_bytes=sum(sizes))
+        return survivors, shard_bytes
 
     @staticmethod
     def _group(tie: TieGroup, status: str, **more: Any) -> GroupPlan:
@@ -612,7 +609,23 @@ class _Planner:
         suffix = leaf + part[1:] if part.startswith("*") else part
         return f"{parent}.{suffix}" if parent else suffix
 
-    def _slots(self, draft: _Draft, slots: Sequence[tuple[str, ...]]) -> None:
+    def _slots(self, draft: _Draft, slots: Sequence[tuple[str, ...]], sizes: Sequence[int] = _TOGETHER) -> None:
+        """Plans all `slots`, as many together as the first of `sizes` says.
+
+        Raises:
+            _Unconfirmed: headers refute one of them: the first.
+        """
+        size, *smaller = sizes
+        for at in range(0, len(slots), size):
+            some = slots[at : at + size]
+            try:
+                self._together(draft, some)
+            except _Unconfirmed:
+                if len(some) == 1:
+                    raise
+                self._slots(draft, some, smaller)
+
+    def _together(self, draft: _Draft, slots: Sequence[tuple[str, ...]]) -> None:
         """Plans slots that are alike, as the thousands of a mixture of experts are: by columns, which is faster.
 
         Raises:
@@ -932,12 +945,15 @@ def _in_turn(columns: Iterable[Iterable[_T]]) -> list[_T]:
 
 def _fates(rows: Sequence[_Rows], group: str) -> dict[str, TensorPlan]:
     """The plans of all keys in `rows`, slot by slot."""
-    names = _in_turn(keys for row in rows for keys in row.keys)
-    targets = _in_turn(row.targets for row in rows for _ in row.keys)
-    actions = [action for row in rows for action in (row.action, *repeat(_DROP, len(row.keys) - 1))]
-    merged = [flag for row in rows for flag in (row.merged, *repeat(False, len(row.keys) - 1))]
-    made = map(TensorPlan._make, zip(names, cycle(actions), targets, cycle(merged), repeat(group), strict=False))
-    return dict(zip(names, made, strict=True))
+    columns = [
+        zip(keys, repeat(action), row.targets, repeat(merged), repeat(group), strict=False)
+        for row in rows
+        for keys, action, merged in [
+            (row.keys[0], row.action, row.merged),
+            *((others, _DROP, False) for others in row.keys[1:]),
+        ]
+    ]
+    return {plan_[0]: plan_ for plan_ in _in_turn([map(TensorPlan._make, column) for column in columns])}
 
 
 def _files(survivors: Mapping[str, TensorEntry], limit: int) -> Mapping[str, Collection[str]]:
