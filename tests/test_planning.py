@@ -86,7 +86,8 @@ def test_slots_planned_together_come_out_as_one_by_one(
     made = tensors()
     change(made)
     slots = [(f"{module('a', expert)}.weight", f"{module('b', expert)}.weight") for expert in range(EXPERTS)]
-    slots.append(slots[5])  # a tensor in two slots
+    slots.insert(20, slots[5][::-1])  # a tensor in two slots: the later one decides
+    slots.append(slots[6])
     together = planned(tmp_path, made, slots, owned)
     monkeypatch.setattr(planning._Planner, "_slots", one_by_one)
     alone = planned(tmp_path, made, slots, owned)

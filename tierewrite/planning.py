@@ -658,10 +658,7 @@ class _Planner:
             else:
                 rows.append(_Rows(keys, targets, _MERGE if keys[0] == targets else _RENAME, merged=True))
                 merges.append(map(Merge, targets, zip(*keys, strict=True), repeat(companion)))
-        tensors = _fates(rows, draft.tie.id)
-        if len(slots) > 1 and len(tensors) < sum(len(row.keys) for row in rows) * len(slots):
-            raise _Unconfirmed("a tensor is in several slots")  # the last of them decides, when they are taken in turn
-        draft.tensors.update(tensors)
+        draft.tensors.update(_fates(rows, draft.tie.id))
         draft.checks.extend(checks)
         draft.merges.extend(_in_turn(merges))
         if first is not columns[0] or len(present) > 1:
