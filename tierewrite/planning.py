@@ -17,10 +17,10 @@ import enum
 import math
 import operator
 import re
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from itertools import accumulate, chain, repeat
+from typing import Any, NamedTuple, TypeVar, cast
 
 from tierewrite import formats, scales
 from tierewrite.checkpoint import Checkpoint, TensorEntry, gc_paused
@@ -28,6 +28,8 @@ from tierewrite.formats import Companion, Role
 from tierewrite.names import DiskTies, TieGroup
 
 PLAN_SCHEMA = "tierewrite/plan/1"
+
+_T = TypeVar("_T")
 
 
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.([^.]+)\.([^.]+)")
@@ -324,16 +326,45 @@ class _Layout:
     unknown: int = -1
 
 
-_Header = tuple[str, tuple[int, ...]]  # dtype and shape
+_Header = tuple[str, tuple[int, ...]]
+_first = operator.itemgetter(0)
+_header_of = operator.itemgetter(1, 2)
+"""Dtype and shape of an entry."""
+
+_TOGETHER = (256, 16, 1)
+"""How many slots are planned together: fewer where one of them is unlike the first, or refuted by its headers."""
 
 
-class _Side(NamedTuple):
-    """One side of a slot: the parameter's name, its keys on disk, their dtypes and shapes, and what they are."""
+class _Column(NamedTuple):
+    """One side of the slots that are planned together; each slot has the same suffixes there.
 
-    name: str
-    keys: list[str]
-    headers: list[_Header]
+    Attributes:
+        names: the parameter's name in each slot.
+        keys: for each suffix, its key in each slot.
+        headers: for each suffix, dtype and shape in each slot.
+        layout: what the suffixes are.
+    """
+
+    names: Sequence[str]
+    keys: list[list[str]]
+    headers: list[list[_Header]]
     layout: _Layout
+
+
+class _Rows(NamedTuple):
+    """Tensors of which one survives, in each slot.
+
+    Attributes:
+        keys: for each side, its key in each slot; the first side's survives.
+        targets: the survivor's key in the output, in each slot.
+        action: what becomes of the survivor.
+        merged: whether a merged value takes its place.
+    """
+
+    keys: list[list[str]]
+    targets: list[str]
+    action: Action
+    merged: bool = False
 
 
 class _Unconfirmed(Exception):
@@ -380,11 +411,11 @@ class _Planner:
             else {}
         )
         # Looking half a million keys up costs more than all else here: what can be walked in an order is not looked up.
-        self.sorted_entries = sorted(self.entries.values(), key=operator.itemgetter(0))
-        self.sorted_keys = [entry.name for entry in self.sorted_entries]
+        self.sorted_entries = sorted(self.entries.values(), key=_first)
+        self.sorted_keys = [entry[0] for entry in self.sorted_entries]
         # A tied parameter's own name is never a companion of its neighbour (a tied bias beside a tied weight).
-        self.tied_names = {name for group in ties.groups for slot in group.slots for name in slot}
-        self.reserved = self.tied_names | ties.owned
+        self.reserved = {name for group in ties.groups for slot in group.slots for name in slot}
+        self.reserved |= ties.owned
         # None until a group decides; what none does is kept, in the end.
         self.fates: dict[str, TensorPlan | None] = dict.fromkeys(self.entries)
         self.plans: dict[str, TensorPlan] = {}
@@ -403,8 +434,7 @@ class _Planner:
             reason = self.refuted.get(tie.id) or tie.problem
             if reason is None:
                 try:
-                    for slot in tie.slots:
-                        self._slot(draft, slot)
+                    self._slots(draft, tie.slots)
                     self._claim(draft)
                 except _Unconfirmed as error:
                     reason = str(error)
@@ -437,32 +467,42 @@ class _Planner:
         by_id = {group.id: group for group in groups}
         if self.policy.kv_scales == "merge":
             self._kv_scales({a: o for a, o in attention.items() if a not in blocked}, by_id)
-        self.plans = {name: fate or TensorPlan(name, _KEEP, name) for name, fate in self.fates.items()}
+        undecided = [name for name, fate in self.fates.items() if fate is None]
+        self.fates.update(zip(undecided, map(TensorPlan, undecided, repeat(_KEEP), undecided), strict=True))
+        self.plans = cast("dict[str, TensorPlan]", self.fates)
         if self.policy.unify_fused_scales:
             self._mark_fused()
-        count: Counter[str] = Counter()
-        size: Counter[str] = Counter()
-        for entry, (_, action, _, _, owner) in zip(self.entries.values(), self.plans.values(), strict=True):
-            if action is _DROP and owner is not None:
-                count[owner] += 1
-                size[owner] += entry.end - entry.start
-        by_id = {
-            name: replace(group, dropped=count[name], dropped_bytes=size[name]) if count[name] else group
-            for name, group in by_id.items()
-        }
+        survivors, shard_bytes = self._counted(by_id)
         expert_scales = self._expert_scales() if self.policy.fill_missing_scales else ()
         return RewritePlan(
             expert_scales=expert_scales,
             tensors=self.plans,
             groups=tuple(by_id.values()),
-            shards=self._layout(expert_scales),
+            shards=self._layout(survivors, expert_scales, max(shard_bytes, default=0)),
             policy=self.policy,
             warnings=tuple(self.warnings),
-            source_bytes=self.checkpoint.total_bytes,
+            source_bytes=sum(shard_bytes),
             source_shards=len(self.checkpoint.shards),
             families=self.families,
             by_id=by_id,
         )
+
+    def _counted(self, by_id: dict[str, GroupPlan]) -> tuple[dict[str, TensorEntry], list[int]]:
+        """Writes into the groups what is dropped; returns output key -> entry of all else, and each shard's bytes."""
+        shard_bytes = [0] * len(self.checkpoint.shards)
+        survivors: dict[str, TensorEntry] = {}
+        dropped: dict[str | None, list[int]] = {name: [] for name in by_id}
+        for entry, (_, action, target, _, owner) in zip(self.entries.values(), self.plans.values(), strict=True):
+            _, _, _, shard, start, end = entry
+            shard_bytes[shard] += end - start
+            if action is _DROP:
+                dropped[owner].append(end - start)
+            else:
+                survivors[target] = entry
+        for name, group in by_id.items():
+            if sizes := dropped[name]:
+                by_id[name] = replace(group, dropped=len(sizes), dropped_bytes=sum(sizes))
+        return survivors, shard_bytes
 
     @staticmethod
     def _group(tie: TieGroup, status: str, **more: Any) -> GroupPlan:
@@ -478,7 +518,7 @@ class _Planner:
             end += 1
         return self.sorted_entries[start:end]
 
-    def _side(self, name: str) -> _Side:
+    def _side(self, name: str) -> tuple[list[TensorEntry], _Layout]:
         """What the parameter `name` became on disk.
 
         A part is the same on every side of a tie: the suffix below the module, with the parameter's own last word
@@ -497,18 +537,58 @@ class _Planner:
                 entries.insert(0, self.entries[name])
         reserved = self.reserved
         entries = [entry for entry in entries if (key := entry[0]) not in reserved or key == name]
-        keys = [entry[0] for entry in entries]
         cut = len(stem)
-        suffixes = tuple([key[cut:] for key in keys])
+        suffixes = tuple([entry[0][cut:] for entry in entries])
         layout = self.layouts.get((leaf, suffixes))
         if layout is None:
             layout = self.layouts[leaf, suffixes] = self._classified(leaf, suffixes)
         if layout.unknown >= 0:
             raise _Unconfirmed(
-                f"no known format has the tensor '{keys[layout.unknown]}' (suffix '{suffixes[layout.unknown]}') "
-                f"beside the tied parameter '{name}'"
+                f"no known format has the tensor '{entries[layout.unknown].name}' (suffix "
+                f"'{suffixes[layout.unknown]}') beside the tied parameter '{name}'"
             )
-        return _Side(name, keys, [entry[1:3] for entry in entries], layout)
+        return entries, layout
+
+    def _column(self, names: Sequence[str]) -> _Column:
+        """What the parameters `names`, one side of as many slots, became on disk.
+
+        Raises:
+            _Unconfirmed: as `_side` does for the first; or another is unlike the first.
+        """
+        entries, layout = self._side(names[0])
+        count = len(entries)
+        if len(names) > 1:
+            entries = self._alike(names, [entry.name for entry in entries])
+        keys = [entry[0] for entry in entries]
+        headers = list(map(_header_of, entries))
+        return _Column(
+            names, [keys[i::count] for i in range(count)], [headers[i::count] for i in range(count)], layout
+        )
+
+    def _alike(self, names: Sequence[str], first: Sequence[str]) -> list[TensorEntry]:
+        """The tensors below the weights `names`, one after the other.
+
+        Args:
+            first: the keys below the first: every other has to have the same suffixes, and none that is reserved.
+
+        Raises:
+            _Unconfirmed: one has not.
+        """
+        stems = [name.removesuffix("weight") for name in names]
+        suffixes = [key[len(stems[0]) :] for key in first]
+        count = len(first)
+        starts = [bisect.bisect_left(self.sorted_keys, stem) for stem in stems]
+        entries = [entry for start in starts for entry in self.sorted_entries[start : start + count]]
+        following = [self.sorted_keys[start + count : start + count + 1] for start in starts]
+        keys = [stem + suffix for stem in stems for suffix in suffixes]
+        if (
+            not all(name.endswith(".weight") for name in names)
+            or [entry[0] for entry in entries] != keys
+            or any(key.startswith(stem) for stem, more in zip(stems, following, strict=True) for key in more)
+            or any(not self.reserved.isdisjoint(keys[i::count]) for i in range(count) if suffixes[i] != "weight")
+        ):
+            raise _Unconfirmed(f"'{names[0]}' and the other {len(names) - 1} are not alike")
+        return entries
 
     def _classified(self, leaf: str, suffixes: tuple[str, ...]) -> _Layout:
         exact: dict[str, int] = {}
@@ -529,67 +609,84 @@ class _Planner:
         suffix = leaf + part[1:] if part.startswith("*") else part
         return f"{parent}.{suffix}" if parent else suffix
 
-    def _slot(self, draft: _Draft, slot: tuple[str, ...]) -> None:
-        present = [side for side in map(self._side, slot) if side.layout.exact]
+    def _slots(self, draft: _Draft, slots: Sequence[tuple[str, ...]], sizes: Sequence[int] = _TOGETHER) -> None:
+        """Plans all `slots`, as many together as the first of `sizes` says.
+
+        Raises:
+            _Unconfirmed: headers refute one of them: the first.
+        """
+        size, *smaller = sizes
+        for at in range(0, len(slots), size):
+            some = slots[at : at + size]
+            try:
+                self._together(draft, some)
+            except _Unconfirmed:
+                if len(some) == 1:
+                    raise
+                self._slots(draft, some, smaller)
+
+    def _together(self, draft: _Draft, slots: Sequence[tuple[str, ...]]) -> None:
+        """Plans slots that are alike, as the thousands of a mixture of experts are: by columns, which is faster.
+
+        Raises:
+            _Unconfirmed: headers refute one of them, or several are not alike. Nothing is planned then.
+        """
+        columns = [self._column(names) for names in zip(*slots, strict=True)]
+        present = [column for column in columns if column.layout.exact]
         if not present:
             return
-        canonical = slot[0]
         first = present[0]
-        group = draft.tie.id
-        if first.name != canonical or len(present) > 1:
+        self._compare(present)
+        rows = []
+        for part in first.layout.exact:
+            keys = [column.keys[column.layout.exact[part]] for column in present]
+            targets = self._targets(columns[0], first, part, keys[0])
+            rows.append(_Rows(keys, targets, _KEEP if keys[0] == targets else _RENAME))
+        checks = self._checks(rows, present) if len(present) > 1 else []
+        merges = []
+        ranges = {part: companion for column in present for part, (_, companion) in column.layout.ranges.items()}
+        for part, companion in ranges.items():
+            found = [(column, column.layout.ranges[part][0]) for column in present if part in column.layout.ranges]
+            keys = [column.keys[index] for column, index in found]
+            for headers in set(zip(*[column.headers[index] for column, index in found], strict=True)):
+                reason = self._unmergeable([column[0] for column in keys], headers)
+                if reason is not None:
+                    raise _Unconfirmed(reason)
+            targets = self._targets(columns[0], found[0][0], part, keys[0])
+            if len(keys) == 1 and keys[0] == targets:
+                rows.append(_Rows(keys, targets, _KEEP))
+            else:
+                rows.append(_Rows(keys, targets, _MERGE if keys[0] == targets else _RENAME, merged=True))
+                merges.append(map(Merge, targets, zip(*keys, strict=True), repeat(companion)))
+        draft.tensors.update(_fates(rows, draft.tie.id))
+        draft.checks.extend(checks)
+        draft.merges.extend(_in_turn(merges))
+        if first is not columns[0] or len(present) > 1:
             draft.touched = True
-        self._weights(draft, canonical, present)
-        self._neighbours(draft, [side.name for side in present])
-        parts = dict(first.layout.ranges)
-        for side in present[1:]:
-            if side.layout is not first.layout:
-                parts.update(side.layout.ranges)
-        for part, (_, companion) in parts.items():
-            found = [(s, s.layout.ranges[part][0]) for s in present if part in s.layout.ranges]
-            keys = tuple([side.keys[index] for side, index in found])
-            # The canonical side's own key is the target; where that side lacks it, the name is put together.
-            own = first.name == canonical and part in first.layout.ranges
-            target = keys[0] if own else self._canonical_key(canonical, part)
-            reason = self._unmergeable(keys, tuple([side.headers[index] for side, index in found]))
-            if reason is not None:
-                raise _Unconfirmed(reason)
-            if len(keys) == 1 and keys[0] == target:
-                draft.tensors[target] = TensorPlan(target, Action.KEEP, target, group=group)
-                continue
-            draft.merges.append(Merge(target, keys, companion))
-            _carry(draft.tensors, [(keys, target)], group, merged=True)
-        if self.policy.kv_scales == "merge" and len(slot) > 1:
-            attention = _attention_of(canonical)
-            if attention:
-                draft.attention[attention] = tuple(_attention_of(name) for name in slot)
+        if self.policy.kv_scales == "merge" and len(columns) > 1:
+            for slot in slots:
+                attention = _attention_of(slot[0])
+                if attention:
+                    draft.attention[attention] = tuple(map(_attention_of, slot))
 
-    def _weights(self, draft: _Draft, canonical: str, present: list[_Side]) -> None:
-        """Weight-derived tensors: the same set on every side, with the same headers."""
-        first = present[0]
-        exact = first.layout.exact
-        layout = first.layout
-        for side in present:
-            if side.layout is not layout or side.headers != first.headers:
-                self._compare(present)
-                break
-        indices = list(exact.values())
-        columns = [
-            [side.keys[index] for index in indices]
-            if side.layout is layout
-            else [side.keys[side.layout.exact[part]] for part in exact]
-            for side in present
-        ]
-        rows = list(zip(*columns, strict=True))
-        if len(present) > 1:
-            draft.checks.extend(rows)
-        if first.name == canonical:
-            targets = [keys[0] for keys in rows]
-        else:
-            targets = [self._canonical_key(canonical, part) for part in exact]
-        _carry(draft.tensors, zip(rows, targets, strict=True), draft.tie.id)
+    def _targets(self, canonical: _Column, survivor: _Column, part: str, keys: list[str]) -> list[str]:
+        """The output's keys for the `keys` of `survivor`: its own if it is the canonical side, else put together."""
+        return keys if survivor is canonical else [self._canonical_key(name, part) for name in canonical.names]
 
-    def _compare(self, present: list[_Side]) -> None:
-        """The weight-derived tensors of the first side against every other's.
+    def _checks(self, rows: Sequence[_Rows], present: Sequence[_Column]) -> list[tuple[str, ...]]:
+        """What must be equal, slot by slot: weight-derived tensors, and in a smoothed checkpoint their neighbours."""
+        exact = [zip(*row.keys, strict=True) for row in rows]
+        if not self.adjacency.smoothed:
+            return _in_turn(exact)
+        checks: list[tuple[str, ...]] = []
+        sides = zip(*[column.names for column in present], strict=True)
+        for names, of_slot in zip(sides, zip(*exact, strict=True), strict=True):
+            checks.extend(of_slot)
+            checks.extend(self._neighbours(names))
+        return checks
+
+    def _compare(self, present: Sequence[_Column]) -> None:
+        """The weight-derived tensors of the first side, the same set with the same headers, against every other's.
 
         Raises:
             _Unconfirmed: with the first difference.
@@ -601,23 +698,21 @@ class _Planner:
             if other.keys() != exact.keys():
                 lacking = sorted(exact.keys() - other.keys())
                 extra = sorted(other.keys() - exact.keys())
-                have = first.keys[exact[lacking[0]]] if lacking else side.keys[other[extra[0]]]
-                name = side.name if lacking else first.name
+                have = first.keys[exact[lacking[0]]][0] if lacking else side.keys[other[extra[0]]][0]
+                name = side.names[0] if lacking else first.names[0]
                 raise _Unconfirmed(
-                    f"'{first.name}' and '{side.name}' are stored differently: '{have}' has no twin on the side of "
-                    f"'{name}'"
+                    f"'{first.names[0]}' and '{side.names[0]}' are stored differently: '{have}' has no twin on the "
+                    f"side of '{name}'"
                 )
             for part, index in other.items():
                 if first.headers[exact[part]] != side.headers[index]:
-                    mine, theirs = self.entries[first.keys[exact[part]]], self.entries[side.keys[index]]
+                    mine, theirs = self.entries[first.keys[exact[part]][0]], self.entries[side.keys[index][0]]
                     raise _Unconfirmed(
                         f"'{mine.name}' is {_header_text(mine)} but '{theirs.name}' is {_header_text(theirs)}"
                     )
 
-    def _neighbours(self, draft: _Draft, names: list[str]) -> None:
+    def _neighbours(self, names: Sequence[str]) -> Iterator[tuple[str, str]]:
         """In a smoothed checkpoint, what a side's scale was folded into must be one as well."""
-        if not self.adjacency.smoothed:
-            return
         first, *others = (
             {self._untied(key): key for key in self.adjacency.of(name.rpartition(".")[0])} for name in names
         )
@@ -632,7 +727,7 @@ class _Planner:
                         f"'{twin}' is {_header_text(mine)} but '{key}' is {_header_text(theirs)}, and both were "
                         f"smoothed together with '{names[0]}'"
                     )
-                draft.checks.append((twin, key))
+                yield twin, key
 
     def _untied(self, key: str) -> str:
         """The canonical name of a tied parameter or of its companion; any other key as it is."""
@@ -644,7 +739,7 @@ class _Planner:
 
     def _claim(self, draft: _Draft) -> None:
         """A tensor belongs to one group, and a canonical name to one survivor."""
-        renamed = [fate for fate in draft.tensors.values() if fate.action is _RENAME]
+        renamed = [target for _, action, target, _, _ in draft.tensors.values() if action is _RENAME]
         if renamed or any(map(self.fates.get, draft.tensors)):
             for key, fate in draft.tensors.items():
                 if self._claimed(key):
@@ -655,7 +750,7 @@ class _Planner:
                 ):
                     raise _Unconfirmed(f"'{key}' would become '{target}', a name that another tensor has")
         self.planned.add(draft.tie.id)
-        self.taken.update(fate.target for fate in renamed)
+        self.taken.update(renamed)
 
     def _claimed(self, key: str) -> str | None:
         """The planned group that `key` belongs to; a group that is kept whole claims nothing."""
@@ -744,7 +839,13 @@ class _Planner:
                 merge = Merge(target, keys, companion, kv=True, only_if_equal=scales_ if biases else ())
                 group = by_id[owner]
                 by_id[owner] = replace(group, merges=(*group.merges, merge), status="planned")
-                _carry(self.fates, [(keys, target)], owner, merged=companion.merge is not None)
+                row = _Rows(
+                    [[key] for key in keys],
+                    [target],
+                    _RENAME if keys[0] != target else _KEEP if companion.merge is None else _MERGE,
+                    companion.merge is not None,
+                )
+                self.fates.update(_fates([row], owner))
 
     @staticmethod
     def _kv_owner(rest: str, owners: Iterable[str]) -> str:
@@ -805,18 +906,11 @@ class _Planner:
 
     # -- where the survivors stand -------------------------------------------------------------------------------
 
-    def _layout(self, expert_scales: tuple[ExpertScales, ...]) -> tuple[OutShard, ...]:
-        limit = self.policy.max_shard_size
-        if limit is None:
-            fullest = [0] * len(self.checkpoint.shards)
-            for entry in self.entries.values():
-                fullest[entry.shard] += entry.end - entry.start
-            limit = max(fullest, default=0)
-        survivors = {
-            fate.target: entry
-            for entry, fate in zip(self.entries.values(), self.plans.values(), strict=True)
-            if fate.action is not _DROP
-        }
+    def _layout(
+        self, survivors: dict[str, TensorEntry], expert_scales: tuple[ExpertScales, ...], fullest: int
+    ) -> tuple[OutShard, ...]:
+        """The output's shards, of `survivors` and of the scales that are added; `fullest` limits them by default."""
+        limit = fullest if self.policy.max_shard_size is None else self.policy.max_shard_size
         added = {name: group for group in expert_scales for name in group.missing}
         for name, group in added.items():
             survivors[name] = self.entries[next(iter(group.members.values()))]
@@ -827,39 +921,41 @@ class _Planner:
         for filename, names in _files(survivors, limit).items():
             # Wide dtypes first keeps every tensor aligned to its element, as safetensors' own serializer does; within a
             # width the source's order makes neighbours of neighbours, so that runs are copied in one piece.
-            by_width: dict[int, list[tuple[str, TensorEntry]]] = {}
-            for name in names:
-                entry = survivors[name]
-                by_width.setdefault(widths[entry.dtype], []).append((name, entry))
-            position = 0
-            tensors = []
-            for width in sorted(by_width, reverse=True):
-                for name, entry in by_width[width]:
-                    end = position + entry.end - entry.start
-                    tensors.append(OutTensor(name, entry.name, position, end, name in added))
-                    position = end
+            rows = [
+                (widths[dtype], name, source, end - start)
+                for name in names
+                for source, dtype, _, _, start, end in [survivors[name]]
+            ]
+            rows.sort(key=_first, reverse=True)
+            ordered = [row[1] for row in rows]
+            ends = list(accumulate([row[3] for row in rows]))
+            columns = (ordered, [row[2] for row in rows], [0, *ends[:-1]], ends, map(added.__contains__, ordered))
+            tensors = map(OutTensor._make, zip(*columns, strict=True))
             shards.append(OutShard(filename, tuple(tensors)))
         return tuple(shards)
 
 
-def _carry(
-    into: dict[str, TensorPlan] | dict[str, TensorPlan | None],
-    rows: Iterable[tuple[tuple[str, ...], str]],
-    group: str,
-    merged: bool = False,
-) -> None:
-    """Of each row of keys the first survives under the name beside it; the others are dropped."""
-    for keys, target in rows:
-        first = keys[0]
-        action = _RENAME if first != target else _MERGE if merged else _KEEP
-        into[first] = TensorPlan(first, action, target, merged, group)
-        for key in keys[1:]:
-            into[key] = TensorPlan(key, _DROP, target, False, group)
+def _in_turn(columns: Iterable[Iterable[_T]]) -> list[_T]:
+    """The first of each column, then the second of each, and so on."""
+    return list(chain.from_iterable(zip(*columns, strict=True)))
+
+
+def _fates(rows: Sequence[_Rows], group: str) -> dict[str, TensorPlan]:
+    """The plans of all keys in `rows`, slot by slot."""
+    columns = [
+        zip(keys, repeat(action), row.targets, repeat(merged), repeat(group), strict=False)
+        for row in rows
+        for keys, action, merged in [
+            (row.keys[0], row.action, row.merged),
+            *((others, _DROP, False) for others in row.keys[1:]),
+        ]
+    ]
+    return {plan_[0]: plan_ for plan_ in _in_turn([map(TensorPlan._make, column) for column in columns])}
 
 
 def _files(survivors: Mapping[str, TensorEntry], limit: int) -> Mapping[str, Collection[str]]:
     """File name -> names, as Hugging Face's own splitting has it, which is asked only where there is more than one."""
-    if sum([entry.end - entry.start for entry in survivors.values()]) <= limit:
+    if sum([end - start for _, _, _, _, start, end in survivors.values()]) <= limit:
         return {"model.safetensors": survivors.keys()}
     from huggingface_hub.serialization import split_state_dict_into_shards_factory
 
@@ -883,10 +979,10 @@ def _header_text(entry: TensorEntry) -> str:
 def _element_sizes(entries: Iterable[TensorEntry]) -> dict[str, int]:
     """Bytes an element of each dtype (0 for less than one): derived, so that a new dtype needs no table."""
     sizes: dict[str, int] = {}
-    for entry in entries:
-        if not sizes.get(entry.dtype):
-            count = math.prod(entry.shape)
-            sizes[entry.dtype] = (entry.end - entry.start) // count if count else 0
+    for _, dtype, shape, _, start, end in entries:
+        if not sizes.get(dtype):
+            count = math.prod(shape)
+            sizes[dtype] = (end - start) // count if count else 0
     return sizes
 
 
