@@ -1,114 +1,111 @@
-"""Hashing while the model class is asked: a guess that saves time and decides nothing."""
+"""Reading while the model class is asked: it changes when bytes are read, and nothing else."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from blake3 import blake3
 
-from tests.checkpoints import FIXTURES, read_tensors
+from tests.checkpoints import digests, right_answer
 from tierewrite import ahead, rewrite
-from tierewrite import transfer as transfer_room
 from tierewrite.checkpoint import Checkpoint
-from tierewrite.engines.local import LocalEngine
-from tierewrite.errors import SystemFailure
-from tierewrite.transfer import Task, Transfer
 
-CASES = [path.parent.name for path in sorted(FIXTURES.glob("dg_*/naive"))]
+Naive = Callable[[str], Path]
 
-
-def _engine() -> LocalEngine:
-    return LocalEngine("cpu", 2)
+pytestmark = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice on reading")
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_what_is_tied_on_both_sides_is_guessed_from_the_headers(case: str, naive: Callable[[str], Path]) -> None:
-    checkpoint = Checkpoint.open(naive(case))
-    expected: set[str] = set()
-    for key, entry in checkpoint.tensors.items():
-        other = checkpoint.tensors.get(key.replace("model.decoder.layers.", "model.encoder.language_model.layers."))
-        if other not in (None, entry) and (other.dtype, other.shape) == (entry.dtype, entry.shape):
-            expected |= {key, other.name}
-    assert expected
-    assert expected <= set(ahead.probably_tied(checkpoint))
+def _finished() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "tierewrite-ahead":
+            thread.join()
 
 
-def test_tensors_that_are_alike_in_name_only_are_not_hashed_ahead(tmp_path: Path) -> None:
-    import torch
-    from safetensors.torch import save_file
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    """What the kernel is asked to read: file name, start and end."""
+    calls: list[tuple[str, int, int]] = []
+    advise = os.posix_fadvise
 
-    tensors = {
-        "a.layers.0.weight": torch.ones(4),
-        "b.layers.0.weight": torch.ones(5),
-        "shared.weight": torch.ones(3),
-        "lm_head.weight": torch.ones(3),
-        "norm.weight": torch.ones(4),
-        "norm.bias": torch.ones(3),
-    }
-    save_file(tensors, tmp_path / "model.safetensors")
-    assert sorted(ahead.probably_tied(Checkpoint.open(tmp_path))) == ["lm_head.weight", "shared.weight"]
+    def noted(fd: int, start: int, length: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        calls.append((os.path.basename(os.readlink(f"/proc/self/fd/{fd}")), start, start + length))
+        advise(fd, start, length, advice)
 
-
-def test_what_is_hashed_ahead_has_the_digest_of_its_bytes(naive: Callable[[str], Path]) -> None:
-    source = naive("dg_nvfp4_experts_only")
-    checkpoint = Checkpoint.open(source)
-    known: dict[str, bytes] = {}
-    with ahead.hashing(checkpoint, _engine(), known):
-        for thread in threading.enumerate():
-            if thread.name == "tierewrite-ahead":
-                thread.join()
-    data = {name: content for name, (_, _, content) in read_tensors(source).items()}
-    assert known.keys() == set(ahead.probably_tied(checkpoint))
-    assert known == {name: blake3(data[name]).digest() for name in known}
+    monkeypatch.setattr(os, "posix_fadvise", noted)
+    return calls
 
 
-def test_nothing_is_hashed_twice_and_the_output_is_the_same(
-    naive: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_every_byte_of_every_shard_is_asked_for_once(
+    naive: Naive, asked: list[tuple[str, int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = naive("dg_nvfp4_experts_only")
-    hashed: list[str] = []
-    run = Transfer.run
-
-    def noted(self: Transfer, work: Iterable[Task]) -> dict[str, bytes]:
-        work = list(work)
-        hashed.extend(span.key for task in work for span in task.spans if span.hashed)
-        return run(self, work)
-
-    monkeypatch.setattr(transfer_room.Transfer, "run", noted)
-    rewrite(source, tmp_path / "ahead", device="cpu")
-    assert len(hashed) == len(set(hashed))
-    assert set(ahead.probably_tied(Checkpoint.open(source))) <= set(hashed)
-
-    monkeypatch.setattr(ahead, "probably_tied", lambda checkpoint: [])
-    rewrite(source, tmp_path / "plain", device="cpu")
-    names = sorted(path.name for path in (tmp_path / "ahead").iterdir())
-    assert names == sorted(path.name for path in (tmp_path / "plain").iterdir())
-    for name in names:
-        if name != "tierewrite.json":  # it names DST
-            assert (tmp_path / "ahead" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    monkeypatch.setattr(ahead, "_STEP", 4096)
+    checkpoint = Checkpoint.open(naive("dg_nvfp4_sharded"))
+    assert len(checkpoint.shards) > 1
+    with ahead.reading(checkpoint):
+        _finished()
+    for shard in checkpoint.shards:
+        ranges = [(start, end) for name, start, end in asked if name == shard.name]
+        assert [start for start, _ in ranges] == list(range(0, shard.size, 4096))
+        assert ranges[-1][1] >= shard.size
+    assert {name for name, _, _ in asked} == {shard.name for shard in checkpoint.shards}
 
 
-def test_the_threads_are_gone_when_the_class_has_answered_and_when_it_failed(naive: Callable[[str], Path]) -> None:
-    checkpoint = Checkpoint.open(naive("dg_nvfp4_experts_only"))
-    with pytest.raises(KeyError), ahead.hashing(checkpoint, _engine(), {}):
+def test_no_more_is_asked_for_than_a_share_of_the_memory(
+    naive: Naive, asked: list[tuple[str, int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ahead, "_STEP", 4096)
+    monkeypatch.setattr(ahead, "_memory", lambda: ahead._SHARE * 10_000)
+    with ahead.reading(Checkpoint.open(naive("dg_nvfp4_sharded"))):
+        _finished()
+    assert [end - start for _, start, end in asked] == [4096, 4096]
+
+
+def test_it_ends_with_the_body_that_answers_or_fails(
+    naive: Naive, asked: list[tuple[str, int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ahead, "_STEP", 512)
+    checkpoint = Checkpoint.open(naive("dg_nvfp4_sharded"))
+    first, go_on = threading.Event(), threading.Event()
+    noted = os.posix_fadvise
+
+    def held(fd: int, start: int, length: int, advice: int) -> None:
+        noted(fd, start, length, advice)
+        first.set()
+        go_on.wait(60)
+
+    monkeypatch.setattr(os, "posix_fadvise", held)
+
+    def fail_once_it_reads() -> None:
+        assert first.wait(60)
+        threading.Timer(0.2, go_on.set).start()
         raise KeyError
-    assert not [t for t in threading.enumerate() if t.name.startswith("tierewrite")]
+
+    with pytest.raises(KeyError), ahead.reading(checkpoint):
+        fail_once_it_reads()
+    assert len(asked) == 1
+    assert not [thread for thread in threading.enumerate() if thread.name == "tierewrite-ahead"]
 
 
-def test_a_failure_is_left_to_the_pass_that_needs_the_bytes(
-    naive: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+def test_a_file_that_went_away_is_left_to_the_pass_that_needs_it(
+    naive: Naive, tmp_path: Path, asked: list[tuple[str, int, int]]
 ) -> None:
-    checkpoint = Checkpoint.open(naive("dg_nvfp4_experts_only"))
-    engine = _engine()
+    checkpoint = Checkpoint.open(Path(shutil.copytree(naive("dg_nvfp4_sharded"), tmp_path / "source")))
+    for shard in checkpoint.shards:
+        assert isinstance(shard.path, Path)
+        shard.path.unlink()
+    with ahead.reading(checkpoint):
+        _finished()
+    assert asked == []
 
-    def fails(*args: object, **options: object) -> None:
-        raise SystemFailure("reading failed", file="x")
 
-    monkeypatch.setattr(engine, "transfer", fails)
-    known: dict[str, bytes] = {}
-    with ahead.hashing(checkpoint, engine, known):
-        pass
-    assert known == {}
+def test_a_rewrite_that_asks_the_class_reads_ahead(
+    naive: Naive, tmp_path: Path, asked: list[tuple[str, int, int]]
+) -> None:
+    rewrite(naive("dg_nvfp4_experts_only"), tmp_path / "out", device="cpu")
+    assert {name for name, _, _ in asked} == {"model.safetensors"}
+    assert digests(tmp_path / "out") == right_answer("dg_nvfp4_experts_only")

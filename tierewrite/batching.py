@@ -14,7 +14,6 @@ import contextlib
 import logging
 import os
 import statistics
-import sys
 import threading
 import time
 from collections import Counter
@@ -332,7 +331,6 @@ class _Batch:
 
     def _at_a_time(self) -> None:
         pool = ThreadPoolExecutor(self.jobs, thread_name_prefix="tierewrite-batch")
-        interval = sys.getswitchinterval()  # `ahead` changes it and changes it back, which in turns leaves it changed
         try:
             futures = [pool.submit(self._carry_out, index) for index in range(len(self.items))]
             wait(futures)
@@ -341,7 +339,6 @@ class _Batch:
         finally:
             self.stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
-            sys.setswitchinterval(interval)
 
     def _report(self, interrupt: Interrupted | None) -> BatchReport:
         results: list[BatchResult] = []

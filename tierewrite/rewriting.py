@@ -324,22 +324,20 @@ def rewrite(
         if place != located(src):
             target = _target(place, where, overwrite, resume)
     with select(engine, device=device, threads=threads, progress=progress, ray_address=ray_address) as workers:
-        known: dict[str, bytes] = {}
         listed = listing(swapped) if swapped is not None else {}
         opened = Opened.open(
             place,
             ties=ties,
             trust_remote_code=trust_remote_code,
             ignore_unindexed=ignore_unindexed,
-            meanwhile=lambda checkpoint: ahead.hashing(checkpoint, workers, known),
+            meanwhile=ahead.reading if engine == "local" else None,
         )
         checkpoint = opened.checkpoint
         planned = opened.plan(policy)
         if policy.on_mismatch != "keep" and planned.unconfirmed():
             # Nothing will be written, but the list of what is not confirmed has to be complete.
-            wanted = needed_for_confirmation(planned.groups) - known.keys()
-            known.update(workers.hash(checkpoint, wanted, "hashing"))
-            raise refusal(planned.groups, refuted(checkpoint, planned, known))
+            digests = workers.hash(checkpoint, needed_for_confirmation(planned.groups), "hashing")
+            raise refusal(planned.groups, refuted(checkpoint, planned, digests))
         metadata, warnings = merged_metadata(checkpoint)
         side_bytes = sum(side.size for side in checkpoint.side_files)
         needed = planned.total_bytes + side_bytes
@@ -349,6 +347,7 @@ def rewrite(
             assert isinstance(target, Target)
             kept = f", and the original stays as '{target.backup}'" if target.backup else ""
             progress.note(f"in place: {needed:,} bytes are needed beside SRC until the swap{kept}")
+        known: dict[str, bytes] = {}
         facts = Facts()
         with _staging(target, resume) as staging, ExitStack() as outputs:
             while True:
