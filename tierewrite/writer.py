@@ -22,7 +22,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
@@ -576,6 +576,7 @@ class _Growing:
 
     path: Path
     fd: int
+    writing: threading.Lock = field(default_factory=threading.Lock)
     gathered: int = 0  # bytes written since the disk was told to begin
     waiting: Future[None] | None = None
 
@@ -615,7 +616,8 @@ class PartFiles:
     def write(self, number: int, data: memoryview, position: int) -> None:
         """Writes to a file that is not complete. Raises SystemFailure."""
         file = self._files[number]
-        with system_errors("writing", file.path):
+        # The kernel lets one writer at a time into a file, and the others spin: here they sleep.
+        with file.writing, system_errors("writing", file.path):
             write_all(file.fd, data, position)
         with self._lock:
             file.gathered += len(data)
