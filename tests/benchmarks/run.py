@@ -469,17 +469,15 @@ def grow(bench: Bench, presets: Sequence[str], options: argparse.Namespace, what
     found: list[Finding] = []
     if what == "tensors":
         few, many = (results[preset] for preset in presets)
-        for case in ("tierewrite --ties", "tierewrite"):
+        for case, beyond in (("tierewrite --ties", ""), ("tierewrite", ""), ("tierewrite", "imports")):
             costs = []
             for by_case in (few, many):
-                if case not in by_case or by_case[case].failed:
+                if any(name not in by_case or by_case[name].failed for name in (case, beyond or case)):
                     break
-                if case == "tierewrite" and by_case["imports"].failed:
-                    break
-                without = by_case["imports"].median("wall") if case == "tierewrite" else 0.0
+                without = by_case[beyond].median("wall") if beyond else 0.0
                 costs.append(by_case[case].median("wall") - without)
             if len(costs) == 2 and costs[0] > 0:
-                label = f"{case}: 10 times the tensors at the same bytes"
+                label = f"{case}{beyond and ' beyond the '}{beyond}: 10 times the tensors at the same bytes"
                 found.append(Finding(label, costs[1] / costs[0], "x", GOAL_GROWTH))
         show_findings(bench.console, found)
     for subject in subjects.values():
