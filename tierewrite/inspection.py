@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tierewrite import formats, sources
@@ -129,14 +128,7 @@ def inspect(
     keys = checkpoint.tensors.keys()
     tie_map = disk = None
     if declared:
-        with sources.told_of(checkpoint.origin, checkpoint.root):
-            tie_map = TieMap.resolve(
-                checkpoint.root,
-                checkpoint.config,
-                keys=keys,
-                ties_file=None if ties is None else Path(ties),
-                trust_remote_code=trust_remote_code,
-            )
+        tie_map = TieMap.of(checkpoint, ties, trust_remote_code)
         disk = on_disk(tie_map, keys)
     families = formats.detect(checkpoint.config, checkpoint.quant_config, keys)
     return Inspection(checkpoint, families, tie_map, disk)

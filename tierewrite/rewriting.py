@@ -130,17 +130,9 @@ class Opened:
         checkpoint = sources.open_checkpoint(
             src, revision=revision, ignore_unindexed=ignore_unindexed, trust_remote_code=trust_remote_code
         )
-        keys = checkpoint.tensors.keys()
-        busy = meanwhile(checkpoint) if meanwhile is not None and ties is None else nullcontext()
-        with sources.told_of(checkpoint.origin, checkpoint.root), busy:
-            tie_map = TieMap.resolve(
-                checkpoint.root,
-                checkpoint.config,
-                keys=keys,
-                ties_file=None if ties is None else Path(ties),
-                trust_remote_code=trust_remote_code,
-            )
-        return cls(checkpoint, tie_map, on_disk(tie_map, keys))
+        with meanwhile(checkpoint) if meanwhile is not None and ties is None else nullcontext():
+            tie_map = TieMap.of(checkpoint, ties, trust_remote_code)
+        return cls(checkpoint, tie_map, on_disk(tie_map, checkpoint.tensors.keys()))
 
     def plan(
         self,

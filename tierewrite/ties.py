@@ -22,6 +22,7 @@ import contextlib
 import io
 import json
 import logging
+import os
 import re
 import threading
 import time
@@ -35,7 +36,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import Checkpoint
 from .errors import ConfigError, Interrupted, TieFileError, shown
+from .sources import told_of
 
 # A count in a config (layers, experts, labels ...) above this is no real model's. The largest models today have a few
 # hundred layers and under a thousand experts.
@@ -161,6 +164,20 @@ class TieMap:
             if result is not None:
                 return result
         return _from_class(root, config, trust_remote_code)
+
+    @classmethod
+    def of(
+        cls, checkpoint: Checkpoint, ties_file: str | os.PathLike[str] | None = None, trust_remote_code: bool = False
+    ) -> TieMap:
+        """The ties of an open checkpoint, wherever it lies. Arguments and errors as of `resolve`."""
+        with told_of(checkpoint.origin, checkpoint.root):
+            return cls.resolve(
+                checkpoint.root,
+                checkpoint.config,
+                keys=checkpoint.tensors.keys(),
+                ties_file=None if ties_file is None else Path(ties_file),
+                trust_remote_code=trust_remote_code,
+            )
 
     @classmethod
     def from_model(cls, model: Any) -> TieMap:

@@ -32,7 +32,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tierewrite import sources
@@ -183,14 +182,7 @@ def _declarations(
         if not pairs and manifest["ties"]["source"] == "none":
             return
     try:
-        with sources.told_of(source.origin, source.root):
-            asked = TieMap.resolve(
-                source.root,
-                source.config,
-                keys=source.tensors.keys(),
-                ties_file=None if ties_file is None else Path(ties_file),
-                trust_remote_code=trust_remote_code,
-            )
+        asked = TieMap.of(source, ties_file, trust_remote_code)
     except SourceError:
         if ties_file is not None or manifest is None:
             raise  # with a manifest there is somebody else to ask: its ties were tried and stand
