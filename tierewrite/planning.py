@@ -357,14 +357,17 @@ class _Rows(NamedTuple):
     Attributes:
         keys: for each side, its key in each slot; the first side's survives.
         targets: the survivor's key in the output, in each slot.
-        action: what becomes of the survivor.
         merged: whether a merged value takes its place.
     """
 
     keys: list[list[str]]
     targets: list[str]
-    action: Action
     merged: bool = False
+
+    @property
+    def action(self) -> Action:
+        """What becomes of the survivor."""
+        return _RENAME if self.keys[0] != self.targets else _MERGE if self.merged else _KEEP
 
 
 class _Unconfirmed(Exception):
@@ -641,7 +644,7 @@ class _Planner:
         for part in first.layout.exact:
             keys = [column.keys[column.layout.exact[part]] for column in present]
             targets = self._targets(columns[0], first, part, keys[0])
-            rows.append(_Rows(keys, targets, _KEEP if keys[0] == targets else _RENAME))
+            rows.append(_Rows(keys, targets))
         checks = self._checks(rows, present) if len(present) > 1 else []
         merges = []
         ranges = {part: companion for column in present for part, (_, companion) in column.layout.ranges.items()}
@@ -653,10 +656,9 @@ class _Planner:
                 if reason is not None:
                     raise _Unconfirmed(reason)
             targets = self._targets(columns[0], found[0][0], part, keys[0])
-            if len(keys) == 1 and keys[0] == targets:
-                rows.append(_Rows(keys, targets, _KEEP))
-            else:
-                rows.append(_Rows(keys, targets, _MERGE if keys[0] == targets else _RENAME, merged=True))
+            merged = len(keys) > 1 or keys[0] != targets
+            rows.append(_Rows(keys, targets, merged))
+            if merged:
                 merges.append(map(Merge, targets, zip(*keys, strict=True), repeat(companion)))
         draft.tensors.update(_fates(rows, draft.tie.id))
         draft.checks.extend(checks)
@@ -839,12 +841,7 @@ class _Planner:
                 merge = Merge(target, keys, companion, kv=True, only_if_equal=scales_ if biases else ())
                 group = by_id[owner]
                 by_id[owner] = replace(group, merges=(*group.merges, merge), status="planned")
-                row = _Rows(
-                    [[key] for key in keys],
-                    [target],
-                    _RENAME if keys[0] != target else _KEEP if companion.merge is None else _MERGE,
-                    companion.merge is not None,
-                )
+                row = _Rows([[key] for key in keys], [target], companion.merge is not None)
                 self.fates.update(_fates([row], owner))
 
     @staticmethod
