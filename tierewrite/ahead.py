@@ -45,23 +45,19 @@ def reading(checkpoint: Checkpoint) -> Iterator[None]:
 
     def work() -> None:
         left = _memory() // _SHARE
-        for path in paths:
-            try:
+        try:
+            for path in paths:
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            except OSError as error:
-                log.debug("reading ahead ended early: %s", error)
-                return
-            try:
-                for start in range(0, os.fstat(fd).st_size, _STEP):
-                    if over.is_set() or left < _STEP:
-                        return
-                    os.posix_fadvise(fd, start, _STEP, os.POSIX_FADV_WILLNEED)
-                    left -= _STEP
-            except OSError as error:
-                log.debug("reading ahead ended early: %s", error)
-                return
-            finally:
-                os.close(fd)
+                try:
+                    for start in range(0, os.fstat(fd).st_size, _STEP):
+                        if over.is_set() or left < _STEP:
+                            return
+                        os.posix_fadvise(fd, start, _STEP, os.POSIX_FADV_WILLNEED)
+                        left -= _STEP
+                finally:
+                    os.close(fd)
+        except OSError as error:
+            log.debug("reading ahead ended early: %s", error)
 
     thread = threading.Thread(target=work, name="tierewrite-ahead", daemon=True)
     thread.start()

@@ -284,7 +284,7 @@ class Transfer:
     def _batch(self, task: Task, number: int, array: Bytes, stream: Stream) -> None:
         """Tensors that fit into a buffer together: read, hand over for hashing, write meanwhile."""
         buffer = array.data
-        steps = _steps(task, number, self.patches if self.outputs else {})
+        steps = _steps(task, number, self.patches if self.outputs is not None else {})
         self._sources[task.shard].read_runs(steps.reads, buffer)
         ticket = stream.update(array, steps.hashed) if steps.hashed else None
         if self.outputs is not None and task not in self._done:

@@ -74,11 +74,9 @@ class LocalEngine:
         outputs: PartFiles | None = None,
         patches: Mapping[str, bytes] | None = None,
         originals: Mapping[str, bytes] | None = None,
-        progress: Progress | None = None,
     ) -> dict[str, bytes]:
         """Carries out `work` in one pass; returns the digests. Raises what `Transfer.run` raises."""
-        progress = progress or self.progress
-        progress.start(phase, sum(task.nbytes for task in work))
+        self.progress.start(phase, sum(task.nbytes for task in work))
         transfer = Transfer(
             source,
             self.digester,
@@ -86,7 +84,7 @@ class LocalEngine:
             patches,
             originals,
             threads=self.threads,
-            advance=progress.advance,
+            advance=self.progress.advance,
         )
         try:
             return transfer.run(work)
