@@ -27,7 +27,7 @@ def ignore_lists(
     """
     tensors = checkpoint.tensors
     quantized, plain = quant_config.sorted_modules(
-        (name, tensors[source].shape)
+        (name, tensors[source][2])
         for shard in plan.shards
         for name, source, _, _, added in shard.tensors
         if not added

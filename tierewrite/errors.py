@@ -42,10 +42,15 @@ def shown(name: object) -> str:
     Names over 300 characters are cut in the middle.
     """
     text = str(name)
-    out = "".join(
-        c.encode("unicode_escape").decode("ascii") if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c
-        for c in text
-    )
+    if text.isascii() and text.isprintable():  # nearly every name there is
+        out = text
+    else:
+        out = "".join(
+            c.encode("unicode_escape").decode("ascii")
+            if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+            else c
+            for c in text
+        )
     return out if len(out) <= 300 else f"{out[:180]}...{out[-100:]}"
 
 

@@ -40,12 +40,13 @@ def written_tensors(
     further: dict[str, list[str]] = {}  # target -> the others, where there are more than two sides
     stay: list[TensorPlan] = []
     for fate in plan.tensors.values():
-        if fate.action is drop:
-            if dropped.setdefault(fate.target, fate.name) is not fate.name:
-                further.setdefault(fate.target, []).append(fate.name)
-        elif fate.group is not None:
+        name, action, target, _, group = fate
+        if action is drop:
+            if dropped.setdefault(target, name) is not name:
+                further.setdefault(target, []).append(name)
+        elif group is not None:
             stay.append(fate)
-    result: dict[str, list[str]] = {fate.group: [] for fate in stay if fate.group is not None}
+    result: dict[str, list[str]] = {group.id: [] for group in plan.groups}
     for name, action, target, _, group in stay:
         assert group is not None
         if action is repack and name not in reencoded:

@@ -26,6 +26,7 @@ from tierewrite import formats, scales
 from tierewrite.checkpoint import Checkpoint, TensorEntry, gc_paused
 from tierewrite.formats import Companion, Role
 from tierewrite.names import DiskTies, TieGroup
+from tierewrite.rows import rows_of
 
 PLAN_SCHEMA = "tierewrite/plan/1"
 
@@ -471,7 +472,8 @@ class _Planner:
         if self.policy.kv_scales == "merge":
             self._kv_scales({a: o for a, o in attention.items() if a not in blocked}, by_id)
         undecided = [name for name, fate in self.fates.items() if fate is None]
-        self.fates.update(zip(undecided, map(TensorPlan, undecided, repeat(_KEEP), undecided), strict=True))
+        kept = zip(undecided, repeat(_KEEP), undecided, repeat(False), repeat(None), strict=False)
+        self.fates.update(zip(undecided, rows_of(TensorPlan, kept), strict=True))
         self.plans = cast("dict[str, TensorPlan]", self.fates)
         if self.policy.unify_fused_scales:
             self._mark_fused()
@@ -659,7 +661,10 @@ class _Planner:
             merged = len(keys) > 1 or keys[0] != targets
             rows.append(_Rows(keys, targets, merged))
             if merged:
-                merges.append(map(Merge, targets, zip(*keys, strict=True), repeat(companion)))
+                sides = zip(*keys, strict=True)
+                merges.append(
+                    rows_of(Merge, zip(targets, sides, repeat(companion), repeat(False), repeat(()), strict=False))
+                )
         draft.tensors.update(_fates(rows, draft.tie.id))
         draft.checks.extend(checks)
         draft.merges.extend(_in_turn(merges))
@@ -927,8 +932,7 @@ class _Planner:
             ordered = [row[1] for row in rows]
             ends = list(accumulate([row[3] for row in rows]))
             columns = (ordered, [row[2] for row in rows], [0, *ends[:-1]], ends, map(added.__contains__, ordered))
-            tensors = map(OutTensor._make, zip(*columns, strict=True))
-            shards.append(OutShard(filename, tuple(tensors)))
+            shards.append(OutShard(filename, tuple(rows_of(OutTensor, zip(*columns, strict=True)))))
         return tuple(shards)
 
 
@@ -947,7 +951,7 @@ def _fates(rows: Sequence[_Rows], group: str) -> dict[str, TensorPlan]:
             *((others, _DROP, False) for others in row.keys[1:]),
         ]
     ]
-    return {plan_[0]: plan_ for plan_ in _in_turn([map(TensorPlan._make, column) for column in columns])}
+    return {plan_[0]: plan_ for plan_ in _in_turn([rows_of(TensorPlan, column) for column in columns])}
 
 
 def _files(survivors: Mapping[str, TensorEntry], limit: int) -> Mapping[str, Collection[str]]:

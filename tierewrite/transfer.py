@@ -11,9 +11,11 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import accumulate
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -23,6 +25,7 @@ from tierewrite.digest.spans import Bytes, Row
 from tierewrite.errors import SourceChanged
 from tierewrite.planning import OutShard
 from tierewrite.reading import SourceFile, open_source
+from tierewrite.rows import rows_of
 from tierewrite.writer import PartFiles
 
 log = logging.getLogger(__name__)
@@ -56,11 +59,18 @@ class Task:
     """Spans of one source shard, ascending; together at most a buffer, unless there is only one.
 
     Equal and hashed by identity: a task is one piece of work.
+
+    Attributes:
+        shard: index of the source shard.
+        spans: what to read of it.
+        nbytes: of all spans.
+        outs: the output shards that it writes to.
     """
 
     shard: int
     spans: tuple[Span, ...]
     nbytes: int
+    outs: frozenset[int]
 
 
 @gc_paused()
@@ -110,20 +120,16 @@ def tasks(
     batches: list[Task] = []
     for number, rows in enumerate(by_shard):
         rows.sort(key=itemgetter(1))
-        batch: list[Span] = []
-        size = 0
-        for span in map(Span._make, rows):
-            length = span[2] - span[1]
-            if size + length > BUFFER_BYTES or len(batch) == _RUNS_PER_TASK:
-                if length > BUFFER_BYTES:
-                    large.append(Task(number, (span,), length))
-                    continue
-                batches.append(Task(number, tuple(batch), size))
-                batch, size = [], 0
-            batch.append(span)
-            size += length
-        if batch:
-            batches.append(Task(number, tuple(batch), size))
+        before = [0, *accumulate([end - start for _, start, end, _, _, _ in rows])]  # bytes, of each
+        at = 0
+        while at < len(rows):
+            full = bisect_right(before, before[at] + BUFFER_BYTES, at) - 1
+            stop = max(at + 1, min(full, at + _RUNS_PER_TASK))
+            some = rows[at:stop]
+            outs = frozenset([out for _, _, _, _, out, _ in some]) - {-1}
+            task = Task(number, tuple(rows_of(Span, some)), before[stop] - before[at], outs)
+            (large if task.nbytes > BUFFER_BYTES else batches).append(task)
+            at = stop
     large.sort(key=lambda task: -task.nbytes)
     return large + _mixed(batches)
 
@@ -137,7 +143,7 @@ def _mixed(work: list[Task]) -> list[Task]:
     total: dict[int, int] = {}
     positions: list[tuple[int, int]] = []
     for task in work:
-        out = max([span.out for span in task.spans])
+        out = max(task.outs, default=-1)
         positions.append((out, total.get(out, 0)))
         total[out] = total.get(out, 0) + task.nbytes
     share = [position / (total[out] or 1) for out, position in positions]
@@ -203,7 +209,7 @@ class Transfer:
             if self.outputs is not None:
                 self._missing = dict.fromkeys(self.outputs.incomplete(), 0)
                 for task in work:
-                    for index in _outs_of(task):
+                    for index in task.outs:
                         self._missing[index] += 1
             try:
                 self._pass(work, digests)
@@ -235,7 +241,7 @@ class Transfer:
             if task in self._done:
                 return
             self._done.add(task)
-            for index in _outs_of(task):
+            for index in task.outs:
                 self._missing[index] -= 1
                 if self._missing[index] == 0 and self.outputs is not None:
                     self.outputs.complete(index)
@@ -418,11 +424,6 @@ def put_patch(key: str, place: memoryview, patch: bytes, originals: Mapping[str,
             "a scale changed while the checkpoint was rewritten; run again when nothing writes to SRC", tensor=key
         )
     place[:] = patch
-
-
-def _outs_of(task: Task) -> set[int]:
-    """The output shards that a task writes to."""
-    return {span.out for span in task.spans if span.out >= 0}
 
 
 def default_threads() -> int:

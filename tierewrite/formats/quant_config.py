@@ -166,7 +166,7 @@ class _Entries:
         self.covered: set[str] = set()
         # Most modules are covered by nothing: their beginning tells, or else one combined pass.
         beginnings = tuple({_beginning(entry, language) for entry in patterns})
-        anything = _compiled("|".join(f"(?:{pattern.pattern})" for pattern in patterns.values()))
+        anything = _compiled("|".join(f"(?:{p.pattern})" for p in patterns.values())) if "" in beginnings else None
         for module in modules:
             if not module.startswith(beginnings) or (anything is not None and not anything.match(module)):
                 continue
