@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import tierewrite
 from tests.checkpoints import digests, right_answer
 from tests.conftest import snapshot
-from tierewrite import writer
-from tierewrite.checkpoint import Checkpoint
+from tierewrite import transfer, writer
+from tierewrite.checkpoint import Checkpoint, Shard, TensorEntry
 from tierewrite.planning import OutShard, OutTensor
-from tierewrite.transfer import tasks
+from tierewrite.transfer import Span, tasks
 
 Naive = Callable[[str], Path]
 
@@ -195,3 +198,53 @@ def test_work_on_a_tensor_that_the_source_does_not_have_is_an_error(naive: Naive
     shard = OutShard("model.safetensors", (OutTensor("a", "nobody", 0, 1),))
     with pytest.raises(KeyError, match="nobody"):
         tasks(Checkpoint.open(naive("dg_bf16")), hashed, () if hashed else (shard,), (8,))
+
+
+_FULL, _MOST = 100, 4
+_SOME = st.tuples(st.sampled_from([0, 0, 1, 30, 50, 99, 100, 101, 250]), st.booleans(), st.sampled_from([-1, 0, 1]))
+
+
+@given(st.lists(st.lists(_SOME, max_size=20), min_size=1, max_size=3))
+def test_tasks_hold_every_span_once_in_order_and_are_as_full_as_they_may(
+    shards: list[list[tuple[int, bool, int]]],
+) -> None:
+    # Lengths from nothing to more than a buffer; each tensor is hashed or not, and goes to the output 0, 1 or to none.
+    entries: dict[str, TensorEntry] = {}
+    wanted: dict[int, list[Span]] = {}
+    hashed: list[str] = []
+    outs: tuple[list[OutTensor], ...] = ([], [])
+    ends = [0, 0]
+    for number, tensors in enumerate(shards):
+        at = 8
+        for index, (length, is_hashed, out) in enumerate(tensors):
+            key = f"{number}.{index}"
+            entries[key] = TensorEntry(key, "U8", (length,), number, at, at + length)
+            if is_hashed:
+                hashed.append(key)
+            if is_hashed or out >= 0:
+                position = 1000 * (out + 1) + ends[out] if out >= 0 else 0
+                wanted.setdefault(number, []).append(Span(key, at, at + length, is_hashed, out, position))
+            if out >= 0:
+                outs[out].append(OutTensor(key, key, ends[out], ends[out] + length))
+                ends[out] += length
+            at += length
+    files = tuple(Shard(str(n), Path(str(n)), 0, 0, 0, 8, {}) for n in range(len(shards)))
+    shards_out = [OutShard(str(n), tuple(tensors)) for n, tensors in enumerate(outs)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transfer, "BUFFER_BYTES", _FULL)
+        patch.setattr(transfer, "_RUNS_PER_TASK", _MOST)
+        found = tasks(Checkpoint.of(Path(), files, entries), hashed, shards_out, [1000, 2000])
+    sizes = [task.nbytes for task in found]
+    large = [size for size in sizes if size > _FULL]
+    assert sizes[: len(large)] == sorted(large, reverse=True), "the large ones come first"
+    for task in found:
+        assert task.nbytes == sum(span.end - span.start for span in task.spans)
+        assert task.outs == {span.out for span in task.spans if span.out >= 0}
+        assert len(task.spans) == 1 or (task.nbytes <= _FULL and len(task.spans) <= _MOST)
+    for number in range(len(shards)):
+        mine = [task for task in found if task.shard == number]
+        mine.sort(key=lambda task: int(task.spans[0].key.partition(".")[2]))
+        assert [span for task in mine for span in task.spans] == wanted.get(number, [])
+        for one, following in itertools.pairwise(mine):
+            next_length = following.spans[0].end - following.spans[0].start
+            assert one.nbytes + next_length > _FULL or len(one.spans) == _MOST, "the next one had no room"
