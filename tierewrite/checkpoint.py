@@ -491,13 +491,13 @@ def _parse_serialized(
         return None
     names, kinds, starts, ends = zip(*found, strict=True)
     del found
-    covered = sum(len("".join(column)) for column in (names, kinds, starts, ends)) + _TENSOR_FRAME * len(names) - 1
+    all_names, *others = ("".join(column) for column in (names, kinds, starts, ends))
+    covered = len(all_names) + sum(map(len, others)) + _TENSOR_FRAME * len(names) - 1
     unique = set(names)
     if covered != close - at or len(unique) != len(names) or "__metadata__" in unique:
         return None
     if starts[0] != "0" or starts[1:] != ends[:-1] or int(ends[-1]) != data_bytes:
         return None
-    all_names = "".join(names)
     if any(character in all_names for character in _NOT_PLAIN):
         return None
     stops = list(map(base.__add__, map(int, ends)))
@@ -883,12 +883,10 @@ def _check_against_index(
 ) -> None:
     """Every key of the index must be in the shard that the index says."""
     files = [shard.name for shard in shards]
-    if [files[tensors[key][3]] for key in weight_map if key in tensors] == [*weight_map.values()]:
-        return
     for key, name in weight_map.items():
         entry = tensors.get(key)
-        if entry is None or shards[entry.shard].name != name:
-            where = "no shard holds it" if entry is None else f"it is in {shown(shards[entry.shard].name)}"
+        if entry is None or files[entry[3]] != name:
+            where = "no shard holds it" if entry is None else f"it is in {shown(files[entry.shard])}"
             raise ShardIndexError(f"listed as in {shown(name)}, but {where}", file=index_path, tensor=key)
 
 

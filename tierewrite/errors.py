@@ -42,16 +42,14 @@ def shown(name: object) -> str:
     Names over 300 characters are cut in the middle.
     """
     text = str(name)
-    if text.isascii() and text.isprintable():  # nearly every name there is
-        out = text
-    else:
-        out = "".join(
+    if not text.isprintable():  # nearly every name is: none of its characters is of the categories below
+        text = "".join(
             c.encode("unicode_escape").decode("ascii")
             if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")
             else c
             for c in text
         )
-    return out if len(out) <= 300 else f"{out[:180]}...{out[-100:]}"
+    return text if len(text) <= 300 else f"{text[:180]}...{text[-100:]}"
 
 
 class TierewriteError(Exception):

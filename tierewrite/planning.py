@@ -472,8 +472,7 @@ class _Planner:
         if self.policy.kv_scales == "merge":
             self._kv_scales({a: o for a, o in attention.items() if a not in blocked}, by_id)
         undecided = [name for name, fate in self.fates.items() if fate is None]
-        kept = zip(undecided, repeat(_KEEP), undecided, repeat(False), repeat(None), strict=False)
-        self.fates.update(zip(undecided, rows_of(TensorPlan, kept), strict=True))
+        self.fates.update(zip(undecided, map(TensorPlan, undecided, repeat(_KEEP), undecided), strict=True))
         self.plans = cast("dict[str, TensorPlan]", self.fates)
         if self.policy.unify_fused_scales:
             self._mark_fused()
@@ -661,10 +660,7 @@ class _Planner:
             merged = len(keys) > 1 or keys[0] != targets
             rows.append(_Rows(keys, targets, merged))
             if merged:
-                sides = zip(*keys, strict=True)
-                merges.append(
-                    rows_of(Merge, zip(targets, sides, repeat(companion), repeat(False), repeat(()), strict=False))
-                )
+                merges.append(map(Merge, targets, zip(*keys, strict=True), repeat(companion)))
         draft.tensors.update(_fates(rows, draft.tie.id))
         draft.checks.extend(checks)
         draft.merges.extend(_in_turn(merges))
