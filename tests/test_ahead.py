@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import digests, right_answer
-from tierewrite import ahead, rewrite
-from tierewrite.checkpoint import Checkpoint
+from tierewrite import rewrite
+from tierewrite.source import read_ahead
+from tierewrite.source.folder import open_folder
 
 Naive = Callable[[str], Path]
 
@@ -43,10 +44,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
 def test_every_byte_of_every_shard_is_asked_for_once(
     naive: Naive, asked: list[tuple[str, int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ahead, "_STEP", 4096)
-    checkpoint = Checkpoint.open(naive("dg_nvfp4_sharded"))
+    monkeypatch.setattr(read_ahead, "_STEP", 4096)
+    checkpoint = open_folder(naive("dg_nvfp4_sharded"))
     assert len(checkpoint.shards) > 1
-    with ahead.reading(checkpoint):
+    with read_ahead.reading(checkpoint):
         _finished()
     for shard in checkpoint.shards:
         ranges = [(start, end) for name, start, end in asked if name == shard.name]
@@ -58,9 +59,9 @@ def test_every_byte_of_every_shard_is_asked_for_once(
 def test_no_more_is_asked_for_than_a_share_of_the_memory(
     naive: Naive, asked: list[tuple[str, int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ahead, "_STEP", 4096)
-    monkeypatch.setattr(ahead, "_memory", lambda: ahead._SHARE * 10_000)
-    with ahead.reading(Checkpoint.open(naive("dg_nvfp4_sharded"))):
+    monkeypatch.setattr(read_ahead, "_STEP", 4096)
+    monkeypatch.setattr(read_ahead, "_memory", lambda: read_ahead._SHARE * 10_000)
+    with read_ahead.reading(open_folder(naive("dg_nvfp4_sharded"))):
         _finished()
     assert [end - start for _, start, end in asked] == [4096, 4096]
 
@@ -68,8 +69,8 @@ def test_no_more_is_asked_for_than_a_share_of_the_memory(
 def test_it_ends_with_the_body_that_answers_or_fails(
     naive: Naive, asked: list[tuple[str, int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ahead, "_STEP", 512)
-    checkpoint = Checkpoint.open(naive("dg_nvfp4_sharded"))
+    monkeypatch.setattr(read_ahead, "_STEP", 512)
+    checkpoint = open_folder(naive("dg_nvfp4_sharded"))
     first, go_on = threading.Event(), threading.Event()
     noted = os.posix_fadvise
 
@@ -85,7 +86,7 @@ def test_it_ends_with_the_body_that_answers_or_fails(
         threading.Timer(0.2, go_on.set).start()
         raise KeyError
 
-    with pytest.raises(KeyError), ahead.reading(checkpoint):
+    with pytest.raises(KeyError), read_ahead.reading(checkpoint):
         fail_once_it_reads()
     assert len(asked) == 1
     assert not [thread for thread in threading.enumerate() if thread.name == "tierewrite-ahead"]
@@ -94,11 +95,11 @@ def test_it_ends_with_the_body_that_answers_or_fails(
 def test_a_file_that_went_away_is_left_to_the_pass_that_needs_it(
     naive: Naive, tmp_path: Path, asked: list[tuple[str, int, int]]
 ) -> None:
-    checkpoint = Checkpoint.open(Path(shutil.copytree(naive("dg_nvfp4_sharded"), tmp_path / "source")))
+    checkpoint = open_folder(Path(shutil.copytree(naive("dg_nvfp4_sharded"), tmp_path / "source")))
     for shard in checkpoint.shards:
         assert isinstance(shard.path, Path)
         shard.path.unlink()
-    with ahead.reading(checkpoint):
+    with read_ahead.reading(checkpoint):
         _finished()
     assert asked == []
 

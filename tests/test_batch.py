@@ -22,9 +22,12 @@ import tierewrite
 from tests.checkpoints import FIXTURES, digests, right_answer, write_shard
 from tests.conftest import snapshot
 from tests.hub_server import Hub, Repo
-from tierewrite import already, checkpoint, cli, collection, digest, hub, reading, rewriting, ties
-from tierewrite.batching import BATCH_SCHEMA, BatchInterrupted, BatchReport, BatchResult
+from tierewrite import cli, digest, rewriting
+from tierewrite.batches import collection, done_before
+from tierewrite.batches.run import BATCH_SCHEMA, BatchInterrupted, BatchReport, BatchResult
 from tierewrite.errors import Interrupted, SourceError, UsageError
+from tierewrite.source import bytes, folder, hub
+from tierewrite.ties import tie_map
 
 ROOT = Path(__file__).parent.parent
 TIES = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -225,7 +228,7 @@ def test_a_class_that_is_asked_offline_keeps_no_other_thread_from_the_hub(monkey
     from huggingface_hub import constants, is_offline_mode
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with ThreadPoolExecutor(1) as other, ties._offline():
+    with ThreadPoolExecutor(1) as other, tie_map._offline():
         assert is_offline_mode()
         assert not other.submit(lambda: bool(is_offline_mode())).result()
     assert constants.HF_HUB_OFFLINE is False
@@ -351,9 +354,9 @@ def test_plan_only_reads_headers_only(models: Path, monkeypatch: pytest.MonkeyPa
     def never(*_: Any) -> Any:
         raise AssertionError("tensor data was read")
 
-    monkeypatch.setattr(checkpoint.os, "read", counted)
+    monkeypatch.setattr(folder.os, "read", counted)
     for name in ("open_source", "_pread_into"):
-        monkeypatch.setattr(reading, name, never)
+        monkeypatch.setattr(bytes, name, never)
     report = tierewrite.batch(models, plan_only=True)
     assert not report.failed
     shards = {path: count for path, count in read.items() if path.endswith(".safetensors")}
@@ -505,7 +508,7 @@ def test_a_folder_that_the_system_cannot_list_is_an_item_that_fails(
         return call
 
     monkeypatch.setattr(collection.os, "scandir", failing(os.scandir))
-    monkeypatch.setattr(checkpoint.os, "listdir", failing(os.listdir))
+    monkeypatch.setattr(folder.os, "listdir", failing(os.listdir))
     report = tierewrite.batch(tmp_path / "models", into=tmp_path / "out", ties=ties_file)
     assert [(one.status, one.exit_code) for one in report.results] == [("rewritten", 0), ("failed", 5)]
 
@@ -886,7 +889,7 @@ def test_a_dst_that_somebody_else_filled_fails_as_in_rewrite(tmp_path: Path, tie
     ],
 )
 def test_times_of_stores(info: dict[str, Any], seconds: float | None) -> None:
-    assert already._time(info) == seconds
+    assert done_before._time(info) == seconds
 
 
 # --------------------------------------------------------------------------------------------------- stores, hub
@@ -1149,7 +1152,7 @@ def test_bars_of_several_at_a_time_on_a_terminal(tmp_path: Path) -> None:
 
     from rich.console import Console
 
-    from tierewrite.views import Bar
+    from tierewrite.cli.tables import Bar
 
     screen = StringIO()
     result = BatchResult("[b]a", "d", "rewritten", 0, before_bytes=4096, after_bytes=1024)

@@ -23,8 +23,6 @@ import pytest
 from blake3 import blake3
 
 from tests.checkpoints import FIXTURES, read_tensors, write_checkpoint, write_shard
-from tierewrite import checkpoint
-from tierewrite.checkpoint import Checkpoint, natural_key, read_header, read_index
 from tierewrite.errors import (
     ConfigError,
     HeaderError,
@@ -34,6 +32,11 @@ from tierewrite.errors import (
     SystemFailure,
     shown,
 )
+from tierewrite.source import header as header_room
+from tierewrite.source import table
+from tierewrite.source.folder import natural_key, open_folder
+from tierewrite.source.header import read_header
+from tierewrite.source.index import read_index
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model.safetensors"
@@ -69,7 +72,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("case", [p.parent.name for p in sorted(FIXTURES.glob("*/naive"))])
 def test_a_real_checkpoint_opens_with_the_bytes_that_are_there(case: str) -> None:
     root = FIXTURES / case / "naive"
-    opened = Checkpoint.open(root)
+    opened = open_folder(root)
     tensors = read_tensors(root)
     found = {
         e.name: (e.dtype, list(e.shape), opened.shards[e.shard].path.read_bytes()[e.start : e.end])
@@ -87,7 +90,7 @@ def test_a_real_checkpoint_opens_with_the_bytes_that_are_there(case: str) -> Non
 def test_several_files_without_an_index_are_all_read(tmp_path: Path) -> None:
     for i in (10, 9, 1):
         put(tmp_path, f"part-{i}.safetensors", {f"t{i}": ONE}, b"x")
-    opened = Checkpoint.open(tmp_path)
+    opened = open_folder(tmp_path)
     assert [s.name for s in opened.shards] == ["part-1.safetensors", "part-9.safetensors", "part-10.safetensors"]
     assert list(opened.tensors) == ["t1", "t9", "t10"]
     assert opened.index_metadata is None
@@ -95,7 +98,7 @@ def test_several_files_without_an_index_are_all_read(tmp_path: Path) -> None:
 
 def test_dotfiles_are_no_shards_but_side_files(folder: Path) -> None:
     (folder / "._model.safetensors").write_bytes(b"AppleDouble")
-    opened = Checkpoint.open(folder)
+    opened = open_folder(folder)
     assert [s.name for s in opened.shards] == [SHARD]
     assert [s.name for s in opened.side_files] == ["._model.safetensors"]
 
@@ -103,7 +106,7 @@ def test_dotfiles_are_no_shards_but_side_files(folder: Path) -> None:
 def test_an_unknown_dtype_is_accepted_where_the_offsets_tile_the_file(tmp_path: Path) -> None:
     header = {"b": ONE | {"data_offsets": [3, 4]}, "a": {"dtype": "I4", "shape": [5], "data_offsets": [0, 3]}}
     put(tmp_path, SHARD, header, b"abcd")
-    a = Checkpoint.open(tmp_path).tensors["a"]
+    a = open_folder(tmp_path).tensors["a"]
     assert (a.dtype, a.shape, a.nbytes) == ("I4", (5,), 3)
 
 
@@ -112,10 +115,10 @@ def test_a_dtype_of_less_than_a_byte_is_counted_in_bits(
     dtype: str, shape: list[int], size: int, tmp_path: Path
 ) -> None:
     put(tmp_path, SHARD, {"a": {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}, b"x" * size)
-    assert Checkpoint.open(tmp_path).tensors["a"].nbytes == size
+    assert open_folder(tmp_path).tensors["a"].nbytes == size
     put(tmp_path, SHARD, {"a": {"dtype": dtype, "shape": [*shape, 8], "data_offsets": [0, size]}}, b"x" * size)
     with pytest.raises(HeaderError):
-        Checkpoint.open(tmp_path)
+        open_folder(tmp_path)
 
 
 def test_zero_dimensions_empty_tensors_and_odd_names_are_tensors(tmp_path: Path) -> None:
@@ -127,13 +130,13 @@ def test_zero_dimensions_empty_tensors_and_odd_names_are_tensors(tmp_path: Path)
         "__metadata__": None,
     }
     put(tmp_path, SHARD, header, b"x")
-    assert Checkpoint.open(tmp_path).tensors.keys() == {"", "s", "\0", "é\u202e"}
+    assert open_folder(tmp_path).tensors.keys() == {"", "s", "\0", "é\u202e"}
 
 
 def test_metadata_of_shard_and_index_are_kept(tmp_path: Path) -> None:
     put(tmp_path, "a.safetensors", {"a": ONE, "__metadata__": {"format": "pt", "x": ""}}, b"x")
     index(tmp_path, {"a": "a.safetensors"}, metadata={"total_size": 1, "dtype": 1, "shape": 2, "data_offsets": 3})
-    opened = Checkpoint.open(tmp_path)
+    opened = open_folder(tmp_path)
     assert opened.shards[0].metadata == {"format": "pt", "x": ""}
     assert opened.index_metadata == {"total_size": 1, "dtype": 1, "shape": 2, "data_offsets": 3}
     assert opened.warnings == ()
@@ -206,7 +209,7 @@ def test_a_header_is_refused_for(what: str, folder: Path) -> None:
     content, word = HEADERS[what]
     (folder / SHARD).write_bytes(content)
     with pytest.raises(HeaderError, match=None) as caught:
-        Checkpoint.open(folder)
+        open_folder(folder)
     assert word in str(caught.value)
     assert caught.value.file == str(folder / SHARD)
     assert caught.value.exit_code == 4
@@ -221,11 +224,11 @@ def tensor(name: str = "a", dtype: str = "U8", shape: str = "1", offsets: str = 
 
 
 def fast(text: str, data_bytes: int = 1) -> Any:
-    return checkpoint._parse_serialized(text, data_bytes, 3, 100)
+    return header_room._parse_serialized(text, data_bytes, 3, 100)
 
 
 def any_form(text: str, data_bytes: int = 1) -> Any:
-    return checkpoint._parse_any(text, data_bytes, None, 3, 100)
+    return header_room._parse_any(text, data_bytes, None, 3, 100)
 
 
 @pytest.mark.parametrize("path", sorted(FIXTURES.glob("*/*/*.safetensors")), ids=lambda p: f"{p.parent.parent.name}")
@@ -233,9 +236,9 @@ def test_real_headers_take_the_fast_way_and_read_alike(path: Path, monkeypatch: 
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header, data_bytes = content[8 : 8 + length], len(content) - 8 - length
-    expected = checkpoint._parse_any(header.decode(), data_bytes, path, 3, 8 + length)
-    monkeypatch.delattr(checkpoint, "_parse_any")
-    assert checkpoint.parse_header(header, data_bytes, shard=3, base=8 + length) == expected
+    expected = header_room._parse_any(header.decode(), data_bytes, path, 3, 8 + length)
+    monkeypatch.delattr(header_room, "_parse_any")
+    assert header_room.parse_header(header, data_bytes, shard=3, base=8 + length) == expected
 
 
 FAST = {
@@ -344,13 +347,13 @@ def test_what_is_refused_is_never_read_the_fast_way(what: str) -> None:
 def test_a_nesting_bomb_is_refused(nest: str, folder: Path) -> None:
     (folder / SHARD).write_bytes(raw(nest.encode()))
     with pytest.raises(HeaderError):
-        Checkpoint.open(folder)
+        open_folder(folder)
 
 
 def test_the_error_names_the_tensor_and_escapes_what_a_terminal_would_obey(folder: Path) -> None:
     (folder / SHARD).write_bytes(raw({"\x1b[2J\u202e": ONE | {"shape": [2]}}, b"x"))
     with pytest.raises(HeaderError) as caught:
-        Checkpoint.open(folder)
+        open_folder(folder)
     assert caught.value.tensor == "\x1b[2J\u202e"
     assert "\x1b" not in str(caught.value)
     assert "\u202e" not in str(caught.value)
@@ -364,7 +367,7 @@ def test_memory_is_bounded_by_the_header_whatever_it_says(folder: Path) -> None:
     )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(HeaderError):
-        Checkpoint.open(folder)
+        open_folder(folder)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024 * (
         1 if sys.platform == "linux" else 1024
     )
@@ -403,7 +406,7 @@ def test_an_index_is_refused_for(what: str, folder: Path) -> None:
     (folder / "sub").mkdir()
     shutil.copy(folder / SHARD, folder / "sub")
     with pytest.raises(ShardIndexError) as caught:
-        Checkpoint.open(folder)
+        open_folder(folder)
     assert caught.value.exit_code == 4
     assert caught.value.file == str(folder / INDEX)
 
@@ -421,16 +424,16 @@ def test_a_key_in_another_shard_than_the_index_says_is_refused(folder: Path) -> 
     put(folder, "b.safetensors", {"b": ONE}, b"x")
     index(folder, {"a": "b.safetensors", "b": SHARD})
     with pytest.raises(ShardIndexError, match=r"it is in model\.safetensors"):
-        Checkpoint.open(folder)
+        open_folder(folder)
 
 
 def test_tensors_that_the_index_lacks_are_refused_or_left_out_on_request(tmp_path: Path) -> None:
     put(tmp_path, SHARD, {"a": ONE, "b": ONE | {"data_offsets": [1, 2]}}, b"xy")
     index(tmp_path, {"b": SHARD})
     with pytest.raises(ShardIndexError, match="ignore-unindexed") as caught:
-        Checkpoint.open(tmp_path)
+        open_folder(tmp_path)
     assert caught.value.details == {"unindexed": ["a"]}
-    opened = Checkpoint.open(tmp_path, ignore_unindexed=True)
+    opened = open_folder(tmp_path, ignore_unindexed=True)
     assert list(opened.tensors) == ["b"]
     assert any("'a'" in warning for warning in opened.warnings)
 
@@ -441,14 +444,14 @@ def test_one_key_in_two_shards_is_refused(indexed: bool, folder: Path) -> None:
     if indexed:
         index(folder, {"a": SHARD, "b": "second.safetensors"})
     with pytest.raises(ShardIndexError, match=r"also stored in model\.safetensors") as caught:
-        Checkpoint.open(folder, ignore_unindexed=True)
+        open_folder(folder, ignore_unindexed=True)
     assert caught.value.tensor == "a"
 
 
 def test_a_stray_file_beside_an_index_is_a_side_file_with_a_warning(folder: Path) -> None:
     put(folder, "stray.safetensors", {"z": ONE}, b"x")
     index(folder, {"a": SHARD})
-    opened = Checkpoint.open(folder)
+    opened = open_folder(folder)
     assert list(opened.tensors) == ["a"]
     assert [s.name for s in opened.side_files] == ["stray.safetensors"]
     assert any("stray.safetensors" in warning for warning in opened.warnings)
@@ -458,16 +461,16 @@ def test_a_stray_file_with_keys_of_the_index_is_refused_and_so_is_a_broken_one(f
     put(folder, "stray.safetensors", {"z": ONE, "a": ONE | {"data_offsets": [1, 2]}}, b"xy")
     index(folder, {"a": SHARD})
     with pytest.raises(ShardIndexError) as caught:
-        Checkpoint.open(folder)
+        open_folder(folder)
     assert caught.value.details == {"overlap": ["a"]}
     (folder / "stray.safetensors").write_bytes(b"nonsense")
     with pytest.raises(HeaderError):
-        Checkpoint.open(folder)
+        open_folder(folder)
 
 
 def test_a_wrong_total_size_is_only_a_warning(folder: Path) -> None:
     index(folder, {"a": SHARD}, metadata={"total_size": 10**400})
-    assert any("total_size" in warning for warning in Checkpoint.open(folder).warnings)
+    assert any("total_size" in warning for warning in open_folder(folder).warnings)
 
 
 # ----------------------------------------------------------------------------------------------------------- links
@@ -484,7 +487,7 @@ def test_a_hub_cache_snapshot_is_followed_to_its_blobs(tmp_path: Path) -> None:
         blob = cache / "blobs" / blake3(content).hexdigest()
         blob.write_bytes(content)
         (snapshot / name).symlink_to(Path("../..") / "blobs" / blob.name)
-    opened = Checkpoint.open(snapshot)
+    opened = open_folder(snapshot)
     assert opened.shards[0].name == SHARD
     assert opened.shards[0].path.parent == cache / "blobs"
     assert [s.name for s in opened.side_files] == ["card.md", "config.json"]
@@ -495,7 +498,7 @@ def test_without_an_index_a_link_is_followed_to_a_file_anywhere(folder: Path, tm
     linked = tmp_path / "linked"
     linked.mkdir()
     (linked / SHARD).symlink_to(folder / SHARD)
-    assert Checkpoint.open(linked).shards[0].path == folder / SHARD
+    assert open_folder(linked).shards[0].path == folder / SHARD
 
 
 def test_an_indexed_name_that_leaves_the_folder_through_a_link_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -504,7 +507,7 @@ def test_an_indexed_name_that_leaves_the_folder_through_a_link_is_refused(folder
     (linked / SHARD).symlink_to(folder / SHARD)
     index(linked, {"a": SHARD})
     with pytest.raises(ShardIndexError, match="leaves the folder"):
-        Checkpoint.open(linked)
+        open_folder(linked)
 
 
 def test_an_indexed_name_may_be_a_link_within_the_folder(folder: Path) -> None:
@@ -512,12 +515,12 @@ def test_an_indexed_name_may_be_a_link_within_the_folder(folder: Path) -> None:
     (folder / SHARD).rename(folder / "data" / "blob")
     (folder / SHARD).symlink_to("data/blob")
     index(folder, {"a": SHARD})
-    assert Checkpoint.open(folder).shards[0].path == folder / "data" / "blob"
+    assert open_folder(folder).shards[0].path == folder / "data" / "blob"
 
 
 def test_the_folder_itself_may_be_a_link(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(folder)
-    assert Checkpoint.open(tmp_path / "link").root == folder
+    assert open_folder(tmp_path / "link").root == folder
 
 
 def test_links_that_lead_nowhere_or_to_themselves_are_refused(folder: Path) -> None:
@@ -525,7 +528,7 @@ def test_links_that_lead_nowhere_or_to_themselves_are_refused(folder: Path) -> N
         for name in ("x", "x.safetensors", "config.json"):
             (folder / name).symlink_to(target if target == "nowhere" else name)
             with pytest.raises(SourceError):
-                Checkpoint.open(folder)
+                open_folder(folder)
             (folder / name).unlink()
 
 
@@ -533,25 +536,25 @@ def test_folder_links_stay_inside_and_make_no_loops(folder: Path, tmp_path: Path
     (folder / "sub").mkdir()
     (folder / "sub" / "f").write_text("f")
     (folder / "again").symlink_to("sub")
-    assert [s.name for s in Checkpoint.open(folder).side_files] == ["again/f", "sub/f"]
+    assert [s.name for s in open_folder(folder).side_files] == ["again/f", "sub/f"]
     (folder / "sub" / "up").symlink_to("..")
     with pytest.raises(SourceError, match="loop"):
-        Checkpoint.open(folder)
+        open_folder(folder)
     (folder / "sub" / "up").unlink()
     (folder / "out").symlink_to(tmp_path)
     with pytest.raises(SourceError, match="outside"):
-        Checkpoint.open(folder)
+        open_folder(folder)
 
 
 def test_folders_that_multiply_through_links_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tierewrite.checkpoint.MAX_SIDE_ENTRIES", 2_000)
+    monkeypatch.setattr("tierewrite.source.folder.MAX_SIDE_ENTRIES", 2_000)
     for depth in range(20):  # 2^20 paths in 20 folders
         (folder / f"d{depth}").mkdir()
         for name in ("l", "r"):
             (folder / f"d{depth}" / name).symlink_to(f"../d{depth + 1}")
     (folder / "d20").mkdir()
     with pytest.raises(SourceError, match="more than 2000"):
-        Checkpoint.open(folder)
+        open_folder(folder)
 
 
 # ------------------------------------------------------------------------------------------------------ side files
@@ -572,7 +575,7 @@ def test_everything_else_is_a_side_file_folders_and_dotfiles_included(folder: Pa
         (folder / name).write_text(name)
     (folder / "empty" / "inside").mkdir(parents=True)
     (folder / "tierewrite.json").write_text("{}")
-    opened = Checkpoint.open(folder)
+    opened = open_folder(folder)
     assert [s.name for s in opened.side_files] == expected
     assert [s.size for s in opened.side_files] == [len(name) for name in expected]
     assert opened.directories == (
@@ -588,7 +591,7 @@ def test_a_name_that_is_not_utf8_is_a_name(folder: Path) -> None:
             pass
     except OSError:
         pytest.skip("this file system has UTF-8 names only")
-    (side,) = Checkpoint.open(folder).side_files
+    (side,) = open_folder(folder).side_files
     assert os.fsencode(side.name) == b"caf\xe9 \x1b[2J"
     assert "\x1b" not in shown(side.name)
 
@@ -596,7 +599,7 @@ def test_a_name_that_is_not_utf8_is_a_name(folder: Path) -> None:
 def test_a_link_to_a_file_outside_is_copied_with_a_warning(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("s")
     (folder / "link").symlink_to(tmp_path / "secret")
-    opened = Checkpoint.open(folder)
+    opened = open_folder(folder)
     assert [(s.name, s.path) for s in opened.side_files] == [("link", tmp_path / "secret")]
     assert any("secret" in warning for warning in opened.warnings)
 
@@ -626,7 +629,7 @@ def test_what_is_no_regular_file_is_refused_at_once(name: str, kind: str, folder
 
     def attempt() -> None:
         try:
-            Checkpoint.open(folder)
+            open_folder(folder)
             outcome.append(None)
         except SourceError as e:
             outcome.append(e)
@@ -651,7 +654,7 @@ def test_a_folder_without_safetensors_says_what_is_there_instead(what: str, tmp_
     if what == "bin":
         (path / "pytorch_model.bin").write_text("")
     with pytest.raises(SourceError) as caught:
-        Checkpoint.open(path)
+        open_folder(path)
     word = {"missing": "does not exist", "file": "not a folder", "empty": "empty", "bin": "pytorch_model.bin"}[what]
     assert word in str(caught.value)
 
@@ -659,14 +662,14 @@ def test_a_folder_without_safetensors_says_what_is_there_instead(what: str, tmp_
 def test_files_without_a_tensor_are_refused(tmp_path: Path) -> None:
     put(tmp_path, SHARD, {"__metadata__": {"format": "pt"}})
     with pytest.raises(SourceError, match="no tensors"):
-        Checkpoint.open(tmp_path)
+        open_folder(tmp_path)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_file_that_may_not_be_read_is_a_failure_of_the_system(folder: Path) -> None:
     (folder / SHARD).chmod(0)
     with pytest.raises(SystemFailure):
-        Checkpoint.open(folder)
+        open_folder(folder)
 
 
 @pytest.mark.parametrize("name", [SHARD, INDEX, "config.json"])
@@ -685,17 +688,17 @@ def test_an_io_error_is_a_failure_of_the_system_that_names_the_file(
 
     monkeypatch.setattr(os, "read", read)
     with pytest.raises(SystemFailure) as caught:
-        Checkpoint.open(root)
+        open_folder(root)
     assert caught.value.file == str(root / name)
     assert caught.value.exit_code == 5
 
 
 def test_short_reads_are_continued(copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     root = copied("dg_nvfp4_sharded")
-    whole = Checkpoint.open(root)
+    whole = open_folder(root)
     real = os.read
     monkeypatch.setattr(os, "read", lambda fd, count: real(fd, min(count, 1013)))
-    assert Checkpoint.open(root) == whole
+    assert open_folder(root) == whole
 
 
 def test_a_file_that_shrinks_while_it_is_read_has_changed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -708,7 +711,7 @@ def test_a_file_that_shrinks_while_it_is_read_has_changed(folder: Path, monkeypa
 
     monkeypatch.setattr(os, "read", read)
     with pytest.raises(SourceChanged):
-        Checkpoint.open(folder)
+        open_folder(folder)
 
 
 # ------------------------------------------------------------------------------------------------- configurations
@@ -721,7 +724,7 @@ def test_a_file_that_shrinks_while_it_is_read_has_changed(folder: Path, monkeypa
 def test_a_broken_configuration_is_refused(name: str, text: bytes, folder: Path) -> None:
     (folder / name).write_bytes(text)
     with pytest.raises(ConfigError) as caught:
-        Checkpoint.open(folder)
+        open_folder(folder)
     assert caught.value.file == str(folder / name)
 
 
@@ -730,13 +733,13 @@ def test_a_huge_configuration_is_refused_without_reading_it(folder: Path) -> Non
         file.truncate(1 << 40)
     started = time.monotonic()
     with pytest.raises(ConfigError, match="at most"):
-        Checkpoint.open(folder)
+        open_folder(folder)
     assert time.monotonic() - started < 5
 
 
 def test_a_configuration_is_read_as_python_reads_it(folder: Path) -> None:
     (folder / "config.json").write_text('{"a": Infinity, "b": {"c": 1, "c": 2}}')
-    opened = Checkpoint.open(folder)
+    opened = open_folder(folder)
     assert opened.config == {"a": float("inf"), "b": {"c": 2}}
     assert opened.quant_config == {}
     assert any("'c'" in warning for warning in opened.warnings)
@@ -755,7 +758,7 @@ def test_nothing_is_ever_opened_for_writing(monkeypatch: pytest.MonkeyPatch, cop
         return real(path, flag, *rest, **more)
 
     monkeypatch.setattr(os, "open", recorded)
-    Checkpoint.open(root)
+    open_folder(root)
     assert len(flags) >= 5
     assert all(flag & os.O_ACCMODE == os.O_RDONLY and not flag & (os.O_CREAT | os.O_TRUNC) for flag in flags)
 
@@ -764,9 +767,9 @@ def test_a_pause_of_the_collector_ends_with_nothing_frozen_or_thawed() -> None:
     class Seen:
         itself: Any = None
 
-    with checkpoint.gc_paused():
+    with table.gc_paused():
         assert not gc.isenabled()
-        with checkpoint.gc_paused():
+        with table.gc_paused():
             pass
         assert not gc.isenabled()
         seen = Seen()
@@ -779,7 +782,7 @@ def test_a_pause_of_the_collector_ends_with_nothing_frozen_or_thawed() -> None:
     gc.freeze()
     try:
         frozen = gc.get_freeze_count()
-        with checkpoint.gc_paused():
+        with table.gc_paused():
             pass
         assert gc.get_freeze_count() > frozen // 2  # other threads may end a few; thawed, there would be none
     finally:
@@ -814,7 +817,7 @@ def test_half_a_million_tensors_open_in_less_than_a_gigabyte(tmp_path: Path) -> 
     code = (
         "from tests.checkpoints import peak_bytes\n"
         "from tierewrite.checkpoint import Checkpoint\n"
-        f"n = len(Checkpoint.open({str(tmp_path)!r}).tensors)\n"
+        f"n = len(open_folder({str(tmp_path)!r}).tensors)\n"
         "print(n, peak_bytes())\n"
     )
     root = Path(__file__).parents[1]
@@ -829,6 +832,6 @@ def test_half_a_million_tensors_open_in_less_than_a_gigabyte(tmp_path: Path) -> 
 def test_a_checkpoint_of_several_shards_is_ordered_by_shard_then_offset(tmp_path: Path) -> None:
     tensors = {f"t{i}": ("U8", [1], bytes([i])) for i in range(7)}
     root = write_checkpoint(tmp_path / "c", tensors, shards=3)  # type: ignore[arg-type]
-    opened = Checkpoint.open(root)
+    opened = open_folder(root)
     assert list(opened.tensors) == ["t0", "t3", "t6", "t1", "t4", "t2", "t5"]
     assert opened.index_metadata == {"total_size": 7, "note": "kept"}

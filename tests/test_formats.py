@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tierewrite.formats import FAMILIES, Adjacency, Role, classify, concerns, detect, kv_scale
-from tierewrite.formats.quant_config import (
+from tierewrite.formats.ignore_lists import (
     CONFIG,
     QUANT_CONFIG,
     Problem,

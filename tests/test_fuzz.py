@@ -26,16 +26,11 @@ import safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tierewrite.checkpoint import (
-    DTYPE_BITS,
-    Checkpoint,
-    _parse_any,
-    header_length,
-    parse_header,
-    read_header,
-    read_index,
-)
 from tierewrite.errors import ShardIndexError, SourceError
+from tierewrite.source.folder import open_folder
+from tierewrite.source.header import _parse_any, header_length, parse_header, read_header
+from tierewrite.source.index import read_index
+from tierewrite.source.table import DTYPE_BITS
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 SECONDS_AN_INPUT = 5.0  # hundreds of times what the slowest takes; a hang or a blow-up is far beyond
@@ -426,7 +421,7 @@ def test_a_folder_with_any_index_opens_exactly_when_index_and_shards_agree(
     right = {key: file for file, keys in held.items() if file in listed for key in keys}
     agrees = bool(weight_map) and weight_map == right and (metadata is None or isinstance(metadata, dict))
     try:
-        opened = Checkpoint.open(tmp_path)
+        opened = open_folder(tmp_path)
     except SourceError:
         assert not agrees
     else:

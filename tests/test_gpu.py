@@ -13,10 +13,10 @@ import pytest
 import tierewrite
 from tests.checkpoints import FIXTURES, digests, read_tensors, right_answer
 from tierewrite import digest
-from tierewrite.checkpoint import Checkpoint
 from tierewrite.digest.cpu import CpuDigester, CpuStream
 from tierewrite.engines.local import LocalEngine
 from tierewrite.errors import UsageError
+from tierewrite.source.folder import open_folder
 
 Naive = Callable[[str], Path]
 CASES = sorted(path.parent.name for path in FIXTURES.glob("*/right_answer.json"))
@@ -47,7 +47,7 @@ def test_output_is_byte_identical_on_a_gpu(case: str, naive: Naive, tmp_path: Pa
 def test_auto_takes_the_gpu_and_says_so(naive: Naive, tmp_path: Path) -> None:
     with LocalEngine() as engine:
         engine._selected.result()  # so small a checkpoint would else be hashed before the GPU is ready
-        checkpoint = Checkpoint.open(naive("qwen3_tied_bf16"))
+        checkpoint = open_folder(naive("qwen3_tied_bf16"))
         found = engine.hash(checkpoint, list(checkpoint.tensors), "hashing")
         assert "CPU" not in engine.device
         assert "CuPy" in engine.device
@@ -99,8 +99,8 @@ def test_the_cpu_hashes_until_the_gpu_is_ready(
     buffers: int, naive: Naive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     late = Late(monkeypatch, buffers)
-    monkeypatch.setattr("tierewrite.transfer.BUFFER_BYTES", 1 << 20)
-    monkeypatch.setattr("tierewrite.transfer._RUNS_PER_TASK", 16)
+    monkeypatch.setattr("tierewrite.output.one_pass.BUFFER_BYTES", 1 << 20)
+    monkeypatch.setattr("tierewrite.output.one_pass._RUNS_PER_TASK", 16)
     report = tierewrite.rewrite(naive("dg_nvfp4_sharded"), tmp_path / "out", threads=1)
     assert digests(tmp_path / "out") == right_answer("dg_nvfp4_sharded")
     assert late.used >= 1
@@ -178,7 +178,7 @@ def test_gpu_that_fails_midway_is_replaced_by_the_cpu(
     failing = Failing(good)
     choose = lambda device, **more: failing if device == "auto" else select(device, **more)  # noqa: E731
     monkeypatch.setattr(digest, "select", choose)
-    monkeypatch.setattr("tierewrite.transfer.BUFFER_BYTES", 1 << 20)
+    monkeypatch.setattr("tierewrite.output.one_pass.BUFFER_BYTES", 1 << 20)
     report = tierewrite.rewrite(naive("dg_nvfp4_sharded"), tmp_path / "out", max_shard_size="50KB")
     assert digests(tmp_path / "out") == right_answer("dg_nvfp4_sharded")
     assert any("the CPU goes on" in record.message for record in caplog.records)

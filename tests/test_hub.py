@@ -18,8 +18,9 @@ import pytest
 
 from tests.checkpoints import FIXTURES, digests, read_shard, right_answer, write_checkpoint, write_shard
 from tests.hub_server import Hub, Repo
-from tierewrite import ShardIndexError, UsageError, hub
-from tierewrite.checkpoint import Checkpoint
+from tierewrite import ShardIndexError, UsageError
+from tierewrite.source import hub
+from tierewrite.source.folder import open_folder
 
 ROOT = Path(__file__).parent.parent
 DRIVER = """
@@ -232,12 +233,12 @@ def test_snapshot_whose_blobs_are_shared_between_repositories_is_read(tmp_path: 
     (snapshot / "model.safetensors").symlink_to("../../blobs/etag")
     index = {"weight_map": {"a.weight": "model.safetensors"}}
     (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert list(Checkpoint.open(snapshot).tensors) == ["a.weight"]
+    assert list(open_folder(snapshot).tensors) == ["a.weight"]
     shared.rename(tmp_path / "elsewhere")
     (repo / "blobs" / "etag").unlink()
     (repo / "blobs" / "etag").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ShardIndexError, match="leaves the folder"):
-        Checkpoint.open(snapshot)
+        open_folder(snapshot)
 
 
 # --- plan and inspect: headers only
@@ -295,7 +296,7 @@ def test_shard_offsets_are_those_in_the_file(client: Client, tmp_path: Path) -> 
         text=True,
         check=True,
     )
-    assert found.stdout.strip() == str([tuple(e) for e in Checkpoint.open(local("qwen3_tied_bf16")).tensors.values()])
+    assert found.stdout.strip() == str([tuple(e) for e in open_folder(local("qwen3_tied_bf16")).tensors.values()])
 
 
 def test_several_files_without_an_index_are_all_read(client: Client, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tierewrite.jsontext import _LINES, JsonText, dumps, encode, pieces, quoted
+from tierewrite.json_text import _LINES, JsonText, dumps, encode, pieces, quoted
 
 
 @pytest.mark.parametrize("count", [0, 1, _LINES - 1, _LINES, _LINES + 1, 2 * _LINES + 1])

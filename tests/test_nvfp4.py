@@ -13,7 +13,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tierewrite import nvfp4
+from tierewrite.numbers import nvfp4
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 MODELOPT = np.load(FIXTURES / "nvfp4_codec" / "modelopt.npz")

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 import tierewrite
 from tests.checkpoints import digests, right_answer
 from tests.conftest import snapshot
-from tierewrite import transfer, writer
-from tierewrite.checkpoint import Checkpoint, Shard, TensorEntry
-from tierewrite.planning import OutShard, OutTensor
-from tierewrite.transfer import Span, tasks
+from tierewrite.output import one_pass, staging
+from tierewrite.output.one_pass import Span, tasks
+from tierewrite.planning.plan import OutShard, OutTensor
+from tierewrite.source.folder import open_folder
+from tierewrite.source.table import Checkpoint, Shard, TensorEntry
 
 Naive = Callable[[str], Path]
 
@@ -31,7 +32,7 @@ def staging_of(dst: Path) -> Path:
 def killed_run(naive: Path, dst: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Leaves what a run leaves that is killed just before the rename; returns the staging folder."""
     with monkeypatch.context() as patch:
-        patch.setattr(writer.Staging, "commit", lambda self: os._exit(9))
+        patch.setattr(staging.Staging, "commit", lambda self: os._exit(9))
         if (child := os.fork()) == 0:
             try:
                 tierewrite.rewrite(naive, dst, max_shard_size="20KB")
@@ -127,7 +128,7 @@ def test_in_place_works_where_the_kernel_cannot_exchange(
 ) -> None:
     src = copied("dg_nvfp4")
     before = snapshot(src)
-    monkeypatch.setattr(writer.ctypes, "CDLL", lambda *a, **k: object())
+    monkeypatch.setattr(staging.ctypes, "CDLL", lambda *a, **k: object())
     tierewrite.rewrite(src, in_place=True)
     assert digests(src) == right_answer("dg_nvfp4")
     assert snapshot(src.with_name(src.name + ".bak")) == before
@@ -177,7 +178,7 @@ def test_dst_beside_in_place_is_wrong_usage(copied: Naive, tmp_path: Path) -> No
 def test_too_little_space_is_refused_before_the_first_byte(
     naive: Naive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
     with pytest.raises(tierewrite.SystemFailure, match=r"1,000 free"):
         tierewrite.rewrite(naive("dg_nvfp4"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -197,7 +198,7 @@ def test_stray_file_with_the_name_of_an_output_shard_is_refused(copied: Naive, t
 def test_work_on_a_tensor_that_the_source_does_not_have_is_an_error(naive: Naive, hashed: list[str]) -> None:
     shard = OutShard("model.safetensors", (OutTensor("a", "nobody", 0, 1),))
     with pytest.raises(KeyError, match="nobody"):
-        tasks(Checkpoint.open(naive("dg_bf16")), hashed, () if hashed else (shard,), (8,))
+        tasks(open_folder(naive("dg_bf16")), hashed, () if hashed else (shard,), (8,))
 
 
 _FULL, _MOST = 100, 4
@@ -231,8 +232,8 @@ def test_tasks_hold_every_span_once_in_order_and_are_as_full_as_they_may(
     files = tuple(Shard(str(n), Path(str(n)), 0, 0, 0, 8, {}) for n in range(len(shards)))
     shards_out = [OutShard(str(n), tuple(tensors)) for n, tensors in enumerate(outs)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transfer, "BUFFER_BYTES", _FULL)
-        patch.setattr(transfer, "_RUNS_PER_TASK", _MOST)
+        patch.setattr(one_pass, "BUFFER_BYTES", _FULL)
+        patch.setattr(one_pass, "_RUNS_PER_TASK", _MOST)
         found = tasks(Checkpoint.of(Path(), files, entries), hashed, shards_out, [1000, 2000])
     sizes = [task.nbytes for task in found]
     large = [size for size in sizes if size > _FULL]

@@ -128,7 +128,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel: Path)
     packed = {name for name in members(wheel) if ".dist-info/" not in name}
     assert packed == source_files()
     assert "tierewrite/py.typed" in packed
-    assert "tierewrite/readiness/backbones.json" in packed
+    assert "tierewrite/consumers/vllm/backbones.json" in packed
 
 
 def test_the_wheel_brings_the_license_and_the_command(wheel: Path) -> None:

@@ -21,8 +21,8 @@ import pytest
 import tierewrite
 from tests.checkpoints import read_tensors, write_shard
 from tierewrite import cli, errors
+from tierewrite.consumers.findings import Finding, ReadinessReport
 from tierewrite.pages import facts as facts_room
-from tierewrite.readiness.findings import Finding, ReadinessReport
 
 Naive = Callable[[str], Path]
 

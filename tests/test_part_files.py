@@ -12,9 +12,9 @@ import pytest
 
 import tierewrite
 from tests.checkpoints import FIXTURES
-from tierewrite import writer
 from tierewrite.errors import SystemFailure
-from tierewrite.writer import PartFiles, part
+from tierewrite.output import staging
+from tierewrite.output.files import PartFiles, part
 
 
 def _made(folder: Path, count: int = 2) -> dict[int, Path]:
@@ -25,8 +25,8 @@ def _made(folder: Path, count: int = 2) -> dict[int, Path]:
 
 
 def test_pieces_by_many_threads_are_all_in_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "_WRITEBACK_BYTES", 4096)
-    monkeypatch.setattr(writer, "_WRITE_BYTES", 100)
+    monkeypatch.setattr(staging, "_WRITEBACK_BYTES", 4096)
+    monkeypatch.setattr(staging, "_WRITE_BYTES", 100)
     data = {number: random.Random(number).randbytes(100_000) for number in range(3)}
     pieces = [(number, at) for number in data for at in range(0, 100_000, 700)]
     random.Random(1).shuffle(pieces)
@@ -50,8 +50,8 @@ def test_the_disk_is_told_to_begin_before_the_end_and_not_for_every_piece(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[int] = []
-    monkeypatch.setattr(writer, "_WRITEBACK_BYTES", 1000)
-    monkeypatch.setattr(writer, "_start_writeback", begun.append)
+    monkeypatch.setattr(staging, "_WRITEBACK_BYTES", 1000)
+    monkeypatch.setattr(staging, "_start_writeback", begun.append)
     with PartFiles(_made(tmp_path, 1)) as files:
         for at in range(0, 10_000, 100):
             files.write(0, memoryview(bytes(100)), at)
@@ -75,7 +75,7 @@ def test_a_flush_that_fails_is_met_by_who_waits_and_the_file_gets_no_name(
     def broken(fd: int) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(writer, "flush", broken)
+    monkeypatch.setattr(staging, "flush", broken)
     paths = _made(tmp_path, 1)
     with PartFiles(paths) as files:
         files.complete(0)

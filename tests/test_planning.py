@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from tests.checkpoints import Tensor, write_checkpoint
-from tierewrite import planning
-from tierewrite.checkpoint import Checkpoint
-from tierewrite.names import DiskTies, TieGroup
+from tierewrite.planning import groups
+from tierewrite.source.folder import open_folder
+from tierewrite.ties.on_disk import DiskTies, TieGroup
 
 EXPERTS = 300
 SUFFIXES = ("weight", "weight_scale", "weight_scale_2", "input_scale")
@@ -32,9 +32,9 @@ def tensors() -> dict[str, Tensor]:
 
 
 def planned(folder: Path, made: dict[str, Tensor], slots: Sequence[tuple[str, ...]], owned: str = "") -> Any:
-    checkpoint = Checkpoint.open(write_checkpoint(folder, made, {"quantization_config": {"quant_method": "modelopt"}}))
+    checkpoint = open_folder(write_checkpoint(folder, made, {"quantization_config": {"quant_method": "modelopt"}}))
     group = TieGroup("t", "t", ("u",), ("test",), tuple(slots))
-    return planning.plan(checkpoint, DiskTies((group,), {owned}, ()))
+    return groups.plan(checkpoint, DiskTies((group,), {owned}, ()))
 
 
 def one_by_one(self: Any, draft: Any, slots: Sequence[tuple[str, ...]]) -> None:
@@ -89,7 +89,7 @@ def test_slots_planned_together_come_out_as_one_by_one(
     slots.insert(20, slots[5][::-1])  # a tensor in two slots: the later one decides
     slots.append(slots[6])
     together = planned(tmp_path, made, slots, owned)
-    monkeypatch.setattr(planning._Planner, "_slots", one_by_one)
+    monkeypatch.setattr(groups._Planner, "_slots", one_by_one)
     alone = planned(tmp_path, made, slots, owned)
     assert together == alone
     assert list(together.tensors.items()) == list(alone.tensors.items())

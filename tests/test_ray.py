@@ -25,9 +25,10 @@ from tests.benchmarks.generate import PRESETS, Generated, generate
 from tests.checkpoints import edit_tensors, read_tensors
 from tests.s3_server import Store
 from tierewrite import engines, errors
-from tierewrite.engines import Progress, on_ray
+from tierewrite.engines import on_ray
+from tierewrite.engines.progress import Progress
 from tierewrite.errors import Interrupted, SourceChanged, SystemFailure, TierewriteError, UsageError
-from tierewrite.transfer import BUFFER_BYTES
+from tierewrite.output.one_pass import BUFFER_BYTES
 
 ray = pytest.importorskip("ray")
 cluster_utils = pytest.importorskip("ray.cluster_utils")

@@ -15,14 +15,15 @@ import pytest
 import tierewrite
 from tests.checkpoints import FIXTURES
 from tests.defects import CONTROLS, DECODER, DEFECTS, ENCODER, Defect, Draft, make_good
-from tierewrite import readiness
+from tierewrite import consumers
+from tierewrite.consumers import Finding, ReadinessReport, check
+from tierewrite.consumers.backbone import Backbone
+from tierewrite.consumers.folder import Folder
+from tierewrite.consumers.vllm import VllmSubject
+from tierewrite.consumers.vllm.ignore import consistent_ignore, mended_ignore_lists
+from tierewrite.consumers.vllm.quantization import Ignore
 from tierewrite.errors import ConfigError, SourceError, UsageError
-from tierewrite.readiness import Finding, ReadinessReport, check
-from tierewrite.readiness.mends import consistent_ignore, mended_ignore_lists
-from tierewrite.readiness.subject import Backbone, Folder
-from tierewrite.readiness.vllm import VllmSubject
-from tierewrite.readiness.vllm_quant import Ignore
-from tierewrite.ties import TieMap
+from tierewrite.ties.tie_map import TieMap
 
 RECORDED: dict[str, Any] = json.loads((Path(__file__).parent / "vllm_behaviour.json").read_text(encoding="utf-8"))
 Good = Callable[[str], Path]
@@ -107,7 +108,7 @@ def test_there_are_at_least_forty_defects_of_one_finding_each() -> None:
 
 
 def test_every_finding_id_of_the_rules_has_a_defect() -> None:
-    source = (Path(readiness.__file__).parent / "vllm.py").read_text(encoding="utf-8")
+    source = (Path(consumers.__file__).parent / "vllm.py").read_text(encoding="utf-8")
     said = set(re.findall(r'^\s+"([a-z]+(?:-[a-z]+)+)",(?: "(?:error|warning)"|$)', source, re.MULTILINE))
     said |= set(re.findall(r'= "(ignore[a-z]*-[a-z-]+)"', source)) | set(re.findall(r'"(scale-[a-z-]+)":', source))
     assert len(said) > 30
@@ -123,7 +124,7 @@ def test_alignment_is_a_warning_only_where_the_hidden_size_is_no_multiple_of_128
 
 
 def test_every_rule_names_its_source() -> None:
-    from tierewrite.readiness import transformers, vllm
+    from tierewrite.consumers import transformers, vllm
 
     for rules in (vllm.RULES, transformers.RULES):
         for rule in rules:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import write_shard
-from tierewrite.checkpoint import Checkpoint
-from tierewrite.reading import LocalFile, read_tensors
+from tierewrite.source.bytes import LocalFile, read_tensors
+from tierewrite.source.folder import open_folder
+from tierewrite.source.table import Checkpoint
 
 TENSORS = {"a": b"123", "empty": b"", "b": b"45", "large": bytes(5000), "c": b"6", "none": b""}
 
@@ -16,7 +17,7 @@ TENSORS = {"a": b"123", "empty": b"", "b": b"45", "large": bytes(5000), "c": b"6
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Checkpoint:
     write_shard(tmp_path / "model.safetensors", {name: ("U8", [len(data)], data) for name, data in TENSORS.items()})
-    return Checkpoint.open(tmp_path)
+    return open_folder(tmp_path)
 
 
 @pytest.mark.parametrize("keys", ["a empty b large c none", "none c large b empty a", "b empty", "empty", "c a", ""])

@@ -12,7 +12,7 @@ import pytest
 
 import tierewrite
 from tests.checkpoints import Tensor, digests, edit_tensors, read_tensors, right_answer
-from tierewrite import nvfp4
+from tierewrite.numbers import nvfp4
 
 Naive = Callable[[str], Path]
 ENCODER, DECODER = "model.encoder.language_model", "model.decoder"

@@ -20,8 +20,8 @@ import pytest
 
 import tierewrite
 from tests.checkpoints import Tensor, write_checkpoint
-from tierewrite import nvfp4
 from tierewrite.errors import Refused, TieFileError
+from tierewrite.numbers import nvfp4
 
 CANONICAL, ALIAS = "dec.", "enc."
 LINEARS = [

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tierewrite.formats import Companion, Role, classify
-from tierewrite.scales import Merged, Side, merge_many, mergeable
+from tierewrite.numbers.merging import Merged, Side, merge_many, mergeable
 
 MAX = Companion("input_scale", Role.ACTIVATION, "max")
 MIN = Companion("input_global_scale", Role.ACTIVATION, "min", uncalibrated=(1.0,))

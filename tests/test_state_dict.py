@@ -14,7 +14,7 @@ from blake3 import blake3
 
 import tierewrite
 from tests.checkpoints import FIXTURES, digests, right_answer
-from tierewrite.state_dict import _described, dedupe_state_dict
+from tierewrite.in_memory import _described, dedupe_state_dict
 
 CASES = sorted(path.parent.name for path in FIXTURES.glob("*/right_answer.json"))
 StateDict = dict[str, torch.Tensor]

@@ -27,7 +27,7 @@ from tests.hub_server import Hub, Repo
 from tests.s3_server import Store
 from tests.test_hub import Client
 from tests.test_memory import large as sparse
-from tierewrite import remote
+from tierewrite.stores import remote
 
 ROOT = FIXTURES.parent
 MiB = 1 << 20

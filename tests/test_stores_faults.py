@@ -23,8 +23,10 @@ import tierewrite
 from tests.checkpoints import FIXTURES, write_checkpoint
 from tests.s3_server import KEY_ID, SECRET, Fault, Request, Store, wait_until
 from tests.test_stores import Files, files
-from tierewrite import remote, remote_target
-from tierewrite.checkpoint import INCOMPLETE_NAME, INDEX_NAME, Checkpoint
+from tierewrite.output import store_staging
+from tierewrite.source.folder import open_folder
+from tierewrite.source.table import INCOMPLETE_NAME, INDEX_NAME
+from tierewrite.stores import remote
 
 ROOT = FIXTURES.parent
 MiB = 1 << 20
@@ -384,7 +386,7 @@ def half_written_is_refused_by_all(case: Case, store: Store, folder: Path) -> No
                 call(place)
             assert error.value.file == str(place)
     with pytest.raises(tierewrite.SourceError, match=INCOMPLETE_NAME):
-        Checkpoint.open(copy)
+        open_folder(copy)
     assert not (folder / "of-half").exists()
     with pytest.raises(tierewrite.UsageError, match="--resume") as usage:
         up(case, store)
@@ -580,5 +582,5 @@ def test_exceptions_do_not_show_what_caused_them(store: Store, monkeypatch: pyte
 def test_marker_says_what_it_is(case: Case, store: Store) -> None:
     run_until(case, store, 3)
     text = json.loads(store.objects()[INCOMPLETE_NAME])
-    assert text["schema"] == remote_target.INCOMPLETE_SCHEMA
+    assert text["schema"] == store_staging.INCOMPLETE_SCHEMA
     assert text.keys() == {"schema", "run", "note"}

@@ -19,9 +19,9 @@ import pytest
 
 import tierewrite
 from tests.checkpoints import FIXTURES, Tensor, read_shard, read_tensors, write_checkpoint, write_shard
-from tierewrite import nvfp4
 from tierewrite.errors import SourceChanged, SourceError, SystemFailure, TierewriteError
-from tierewrite.verification import Verification, verify
+from tierewrite.numbers import nvfp4
+from tierewrite.proof.verify import Verification, verify
 
 INDEX = "model.safetensors.index.json"
 MANIFEST = "tierewrite.json"

@@ -19,7 +19,7 @@ import tierewrite
 from tests.checkpoints import FIXTURES
 from tests.defects import CONTROLS, DECODER, DEFECTS, ENCODER, Draft, make_all
 from tests.vllm_loader.behaviour import RECORD, VENV_VARIABLE, facts, load, python
-from tierewrite.readiness import check
+from tierewrite.consumers import check
 
 INTERPRETER = python()
 REASON = f"{VENV_VARIABLE} names no venv of vLLM; tests/vllm_loader/setup.sh DIR makes one"

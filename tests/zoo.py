@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tierewrite.source.folder import open_folder
+
 DTYPES = {
     "torch.float32": "F32",
     "torch.float64": "F64",
@@ -264,11 +266,10 @@ def without_canonicals(naive: Naive) -> Naive:
 
 def renaming_differences(naive: Naive, folder: Path, ties: Any) -> list[str]:
     """Where the plan is not: one alias of each tie takes the canonical name, its siblings go, the rest stays."""
-    from tierewrite.checkpoint import Checkpoint
-    from tierewrite.names import on_disk
     from tierewrite.rewriting import Opened, policy_of
+    from tierewrite.ties.on_disk import on_disk
 
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = open_folder(folder)
     plan = Opened(checkpoint, ties, on_disk(ties, checkpoint.tensors.keys())).plan(policy_of())
     wrong = []
     renamed: dict[str, int] = {}

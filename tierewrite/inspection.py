@@ -7,10 +7,11 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from tierewrite import formats, sources
-from tierewrite.checkpoint import Checkpoint, gc_paused
-from tierewrite.names import DiskTies, on_disk
-from tierewrite.ties import TieMap
+from tierewrite import formats
+from tierewrite.source.open import open_checkpoint
+from tierewrite.source.table import Checkpoint, gc_paused
+from tierewrite.ties.on_disk import DiskTies, on_disk
+from tierewrite.ties.tie_map import TieMap
 
 INSPECTION_SCHEMA = "tierewrite/inspection/1"
 
@@ -122,7 +123,7 @@ def inspect(
         UsageError: the ties file is unusable.
         SystemFailure: reading failed.
     """
-    checkpoint = sources.open_checkpoint(
+    checkpoint = open_checkpoint(
         src, revision=revision, ignore_unindexed=ignore_unindexed, trust_remote_code=trust_remote_code
     )
     keys = checkpoint.tensors.keys()

@@ -7,14 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tierewrite.checkpoint import Checkpoint
-from tierewrite.planning import GroupPlan, Policy, RewritePlan, group_json
-from tierewrite.ties import TieMap
+from tierewrite.planning.plan import GroupPlan, RewritePlan, group_json
+from tierewrite.planning.policy import Policy
+from tierewrite.source.table import Checkpoint
+from tierewrite.ties.tie_map import TieMap
 
 if TYPE_CHECKING:
-    from tierewrite.fill import Filled
-    from tierewrite.readiness import ReadinessReport
-    from tierewrite.reencode import Reencoding
+    from tierewrite.consumers import ReadinessReport
+    from tierewrite.values.filled import Filled
+    from tierewrite.values.reencoded import Reencoding
 
 REPORT_SCHEMA = "tierewrite/report/1"
 

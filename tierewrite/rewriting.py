@@ -15,38 +15,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 import tierewrite
-from tierewrite import ahead, sources
-from tierewrite.checkpoint import INDEX_NAME, MANIFEST_NAME, Checkpoint, gc_paused
-from tierewrite.configs import ignore_lists
-from tierewrite.confirm import apart_warnings, merge_scales, refusal, refuted
-from tierewrite.engines import Progress, select
+from tierewrite.engines import select
+from tierewrite.engines.progress import Progress
 from tierewrite.errors import NotReady, UsageError, VerificationFailed, shown
-from tierewrite.fill import fill
-from tierewrite.manifest import build_manifest, written_tensors
-from tierewrite.names import DiskTies, on_disk
-from tierewrite.output import Output
-from tierewrite.planning import Policy, RewritePlan, needed_for_confirmation
-from tierewrite.planning import plan as make_plan
-from tierewrite.reencode import reconcile, reencodings
-from tierewrite.remote import FilePath, RemotePath, located
-from tierewrite.remote_target import RemoteStaging, RemoteTarget
+from tierewrite.output.configs import ignore_lists
+from tierewrite.output.manifest import build_manifest, written_tensors
+from tierewrite.output.safetensors import index_bytes, merged_metadata
+from tierewrite.output.shards import Output
+from tierewrite.output.side_files import copy_side_files
+from tierewrite.output.staging import Staged, Staging
+from tierewrite.output.store_staging import RemoteStaging, RemoteTarget
+from tierewrite.output.target import Target, check_space, listing, side_file_clashes, still_as_listed
+from tierewrite.planning.groups import plan as make_plan
+from tierewrite.planning.plan import RewritePlan, needed_for_confirmation
+from tierewrite.planning.policy import Policy
 from tierewrite.report import Report, build_report
-from tierewrite.ties import TieMap
-from tierewrite.writer import (
-    Staged,
-    Staging,
-    Target,
-    check_space,
-    copy_side_files,
-    index_bytes,
-    listing,
-    merged_metadata,
-    side_file_clashes,
-    still_as_listed,
-)
+from tierewrite.source import read_ahead
+from tierewrite.source.open import Place, fetched, local_only, name_of, open_checkpoint
+from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME, Checkpoint, gc_paused
+from tierewrite.stores.remote import FilePath, RemotePath, located
+from tierewrite.ties.on_disk import DiskTies, on_disk
+from tierewrite.ties.tie_map import TieMap
+from tierewrite.values.confirm import refusal, refuted
+from tierewrite.values.filled import fill
+from tierewrite.values.merged import apart_warnings, merge_scales
+from tierewrite.values.reencoded import reconcile, reencodings
 
 if TYPE_CHECKING:
-    from tierewrite.readiness import ReadinessReport
+    from tierewrite.consumers import ReadinessReport
 
 FOR_CONSUMER: dict[str, dict[str, Any]] = {
     "vllm": {"kv_scales": "merge", "unify_fused_scales": True, "fix_ignore": True},
@@ -111,7 +107,7 @@ class Opened:
     @gc_paused()
     def open(
         cls,
-        src: sources.Place,
+        src: Place,
         *,
         ties: PathLike | None = None,
         trust_remote_code: bool = False,
@@ -127,7 +123,7 @@ class Opened:
         Raises:
             What `Checkpoint.open` and `TieMap.resolve` raise.
         """
-        checkpoint = sources.open_checkpoint(
+        checkpoint = open_checkpoint(
             src, revision=revision, ignore_unindexed=ignore_unindexed, trust_remote_code=trust_remote_code
         )
         with meanwhile(checkpoint) if meanwhile is not None and ties is None else nullcontext():
@@ -302,7 +298,7 @@ def rewrite(
     if in_place:
         if dst is not None:
             raise UsageError("in place there is no DST; give SRC alone, or leave out --in-place")
-        sources.local_only(given, "a rewrite in place")
+        local_only(given, "a rewrite in place")
         where = place = located(given)
         assert isinstance(place, Path)
         swapped = place
@@ -312,7 +308,7 @@ def rewrite(
     else:
         where = located(dst)
         target = _target(located(src), where, overwrite, resume)  # before a download that may take an hour
-        place = sources.fetched(given, revision=revision, bars=progress.shown)
+        place = fetched(given, revision=revision, bars=progress.shown)
         if place != located(src):
             target = _target(place, where, overwrite, resume)
     with select(engine, device=device, threads=threads, progress=progress, ray_address=ray_address) as workers:
@@ -322,7 +318,7 @@ def rewrite(
             ties=ties,
             trust_remote_code=trust_remote_code,
             ignore_unindexed=ignore_unindexed,
-            meanwhile=ahead.reading if engine == "local" else None,
+            meanwhile=read_ahead.reading if engine == "local" else None,
         )
         checkpoint = opened.checkpoint
         planned = opened.plan(policy)
@@ -376,7 +372,7 @@ def rewrite(
             progress.start("copying other files", side_bytes)
             copy_side_files(checkpoint.side_files, checkpoint.directories, staging, progress.advance, configs)
             if consumer == "vllm" and policy.fix_ignore:
-                from tierewrite.readiness.mends import mended_ignore_lists
+                from tierewrite.consumers.vllm.ignore import mended_ignore_lists
 
                 mended, sentences = mended_ignore_lists(staging.view(), trust_remote_code=trust_remote_code)
                 for name, data in mended.items():
@@ -388,7 +384,7 @@ def rewrite(
                 planned,
                 values.merged,
                 output.sizes(),
-                sources.name_of(given),
+                name_of(given),
                 where,
                 workers.device,
                 reencoded=output.reencoded,
@@ -454,7 +450,7 @@ def _check(staging: Staged, consumer: str, trust_remote_code: bool, force: bool)
     Raises:
         NotReady: errors that a rewrite could have mended, or that make the output useless.
     """
-    from tierewrite.readiness import check
+    from tierewrite.consumers import check
 
     found = check(staging.view(), consumer, trust_remote_code=trust_remote_code)
     if found.errors and not (found.only_per_side_conflicts() or force):
@@ -481,7 +477,7 @@ def _verify(
     Raises:
         VerificationFailed: it is not what the source makes.
     """
-    from tierewrite.verification import verify
+    from tierewrite.proof.verify import verify
 
     result = verify(
         src,

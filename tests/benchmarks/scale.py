@@ -42,10 +42,11 @@ from pathlib import Path
 from typing import Any
 
 import tierewrite
-from tierewrite.checkpoint import Checkpoint
-from tierewrite.engines import Progress, select
+from tierewrite.engines import select
 from tierewrite.engines.on_ray import hash_batch
-from tierewrite.jobs import hash_jobs
+from tierewrite.engines.progress import Progress
+from tierewrite.output.jobs import hash_jobs
+from tierewrite.source.folder import open_folder
 
 from .generate import PRESETS, Generated, generate
 
@@ -240,7 +241,7 @@ def one_run(arguments: dict[str, Any]) -> dict[str, Any]:
 def small_tasks(src: Path) -> dict[str, float]:
     """Seconds a task that does next to nothing, until the workers are there, and of finding this out."""
     begun = time.perf_counter()
-    checkpoint = Checkpoint.open(src)
+    checkpoint = open_folder(src)
     smallest = sorted(checkpoint.tensors.values(), key=lambda entry: entry.nbytes)[:SMALL_TASKS]
     jobs = [job for entry in smallest for job in hash_jobs(checkpoint, [entry.name], 1)]
     with select("ray") as engine:

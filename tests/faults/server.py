@@ -14,6 +14,8 @@ import sys
 import time
 from typing import Any
 
+from tierewrite import cli
+
 
 def child(job: dict[str, Any]) -> None:
     """Becomes the command: what it prints goes to files, what it does is counted from here on."""
@@ -28,7 +30,6 @@ def child(job: dict[str, Any]) -> None:
         os.setgroups([])
         os.setgid(job["uid"])
         os.setuid(job["uid"])
-    from tierewrite import cli
 
     sys.argv = ["tierewrite", *job["argv"]]
     if job["exchange_missing"]:
@@ -63,10 +64,9 @@ def ended(pid: int, seconds: float) -> int | None:
 
 def serve() -> None:
     """Answers until standard input ends."""
-    import tierewrite.cli
+    import tierewrite.cli.tables
+    import tierewrite.proof.verify
     import tierewrite.rewriting
-    import tierewrite.verification
-    import tierewrite.views
 
     for line in sys.stdin:
         job = json.loads(line)

@@ -82,7 +82,7 @@ def _patch(jobs) -> None:
 
 
 class _Finder:
-    """Patches `tierewrite.jobs` as soon as it is imported; or has no tierewrite at all."""
+    """Patches `tierewrite.output.jobs` as soon as it is imported; or has no tierewrite at all."""
 
     def find_spec(self, name, path=None, target=None):
         if name == "tierewrite" and _plan().get("action") == "lack":
@@ -90,7 +90,7 @@ class _Finder:
         if name == "tierewrite" and _plan().get("action") == "older":
             spec = importlib.machinery.PathFinder.find_spec(name, path)
             return _after(spec, lambda module: setattr(module, "__version__", "0.0.9"))
-        if name != "tierewrite.jobs":
+        if name != "tierewrite.output.jobs":
             return None
         return _after(importlib.machinery.PathFinder.find_spec(name, path), _patch)
 

@@ -9,42 +9,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-from tierewrite.checkpoint import Checkpoint
+from tierewrite.engines.progress import Progress
 from tierewrite.errors import UsageError
-from tierewrite.jobs import Job, Result
-
-if TYPE_CHECKING:
-    from tierewrite.batching import BatchResult
+from tierewrite.output.jobs import Job, Result
+from tierewrite.source.table import Checkpoint
 
 ENGINES = ("local", "ray")
-
-
-class Progress:
-    """What a caller may watch. Subclass it; the methods may be called from any thread.
-
-    Attributes:
-        shown: whether a person is watching (a download then shows its own bars).
-    """
-
-    shown: bool = False
-
-    def start(self, phase: str, total: int) -> None:
-        """A phase begins that will move `total` bytes."""
-
-    def advance(self, nbytes: int) -> None:
-        """`nbytes` more bytes have moved."""
-
-    def note(self, text: str) -> None:
-        """Something a person should know before it happens."""
-
-    def part(self, name: str, number: int, total: int) -> Progress:
-        """The checkpoint `name` of a batch begins, the `number`-th of `total`. Returns who is told of it."""
-        return self
-
-    def finish(self, result: BatchResult | None) -> None:
-        """What `part` began is over; None if the batch was interrupted."""
 
 
 class Engine(Protocol):

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 from tierewrite import digest
-from tierewrite.checkpoint import Checkpoint
-from tierewrite.engines import Progress
-from tierewrite.jobs import Job, Result, carry_out
-from tierewrite.transfer import Task, Transfer, default_threads, tasks
-from tierewrite.writer import PartFiles
+from tierewrite.engines.progress import Progress
+from tierewrite.output.files import PartFiles
+from tierewrite.output.jobs import Job, Result, carry_out
+from tierewrite.output.one_pass import Task, Transfer, default_threads, tasks
+from tierewrite.source.table import Checkpoint
 
 log = logging.getLogger(__name__)
 

@@ -27,11 +27,11 @@ from urllib.parse import urlsplit
 
 import tierewrite
 from tierewrite import digest
-from tierewrite.checkpoint import Checkpoint
 from tierewrite.digest import Digester
-from tierewrite.engines import Progress
+from tierewrite.engines.progress import Progress
 from tierewrite.errors import Interrupted, SystemFailure, TierewriteError, UsageError
-from tierewrite.jobs import Job, Result, carry_out, hash_jobs
+from tierewrite.output.jobs import Job, Result, carry_out, hash_jobs
+from tierewrite.source.table import Checkpoint
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
-from tierewrite.formats.adjacent import Adjacency
 from tierewrite.formats.family import Companion, Family, Role, Signs
+from tierewrite.formats.smoothing import Adjacency
 
 __all__ = [
     "FAMILIES",

@@ -21,7 +21,7 @@ from typing import Any
 
 from tierewrite.errors import SystemFailure, UsageError
 from tierewrite.pages.facts import WORST_SHOWN, Facts, read_facts
-from tierewrite.remote import FilePath, located
+from tierewrite.stores.remote import FilePath, located
 
 __all__ = ["Facts", "Page", "report_page"]
 

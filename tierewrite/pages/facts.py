@@ -22,13 +22,15 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from tierewrite import formats, sources
-from tierewrite.checkpoint import MANIFEST_NAME, Checkpoint, gc_paused, natural_key, refuse_half_written
+from tierewrite import formats
+from tierewrite.consumers.findings import ReadinessReport
 from tierewrite.errors import SourceError, SystemFailure, UsageError, shown, system_errors
-from tierewrite.manifest import MANIFEST_SCHEMA
-from tierewrite.planning import kind_of
-from tierewrite.readiness.findings import ReadinessReport
-from tierewrite.remote import FilePath, RemotePath, located
+from tierewrite.output.manifest import MANIFEST_SCHEMA
+from tierewrite.planning.plan import kind_of
+from tierewrite.source.folder import natural_key, open_folder, refuse_half_written
+from tierewrite.source.open import open_checkpoint, told_of
+from tierewrite.source.table import MANIFEST_NAME, Checkpoint, gc_paused
+from tierewrite.stores.remote import FilePath, RemotePath, located
 
 PAGE_SCHEMA = "tierewrite/page/1"
 MAX_MANIFEST_BYTES = 512 * 1024**2  # what `verify` reads at most
@@ -366,12 +368,12 @@ def read_facts(
     if consumer is not None and folder is None:
         what = "is a manifest alone; a check for a consumer needs the folder: give that, or leave out --for"
         raise UsageError(what, file=where)
-    with sources.told_of(where, manifest_path.parent):
+    with told_of(where, manifest_path.parent):
         manifest = read_manifest(manifest_path)
         sizes = None if folder is None else _sizes(folder, manifest, manifest_path)
     readiness: ReadinessReport | None = None
     if consumer is not None:
-        from tierewrite.readiness import check
+        from tierewrite.consumers import check
 
         readiness = check(where, consumer, backbone=backbone)
     entries = [(name, tensor) for group in manifest["groups"] for name, tensor in group["tensors"].items()]
@@ -406,7 +408,7 @@ def _found(path: str | os.PathLike[str]) -> tuple[FilePath, Checkpoint | None, P
         "(without --no-manifest)"
     )
     if isinstance(where, RemotePath):
-        folder = sources.open_checkpoint(where, ignore_unindexed=True)
+        folder = open_checkpoint(where, ignore_unindexed=True)
         if not (folder.root / MANIFEST_NAME).exists():
             raise UsageError(nothing_said, file=where)
         return where, folder, folder.root / MANIFEST_NAME
@@ -418,7 +420,7 @@ def _found(path: str | os.PathLike[str]) -> tuple[FilePath, Checkpoint | None, P
         refuse_half_written(os.listdir(where), where)
     if not (where / MANIFEST_NAME).exists():
         raise UsageError(nothing_said, file=where)
-    return where, Checkpoint.open(where, ignore_unindexed=True), where / MANIFEST_NAME
+    return where, open_folder(where, ignore_unindexed=True), where / MANIFEST_NAME
 
 
 def _group_rows(groups: Iterable[Mapping[str, Any]]) -> tuple[GroupRow, ...]:

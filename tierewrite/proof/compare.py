@@ -7,15 +7,16 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from tierewrite import formats
-from tierewrite.checkpoint import MANIFEST_NAME, Checkpoint, TensorEntry
 from tierewrite.errors import SourceChanged, SystemFailure
 from tierewrite.formats import Companion
-from tierewrite.names import DiskTies
+from tierewrite.numbers import nvfp4
 from tierewrite.proof import Problem
 from tierewrite.proof.judge import Group, Judge, Stand
 from tierewrite.proof.reading import Contents, read_array
 from tierewrite.proof.values import BLOBS, FUSED, Scale, check_merge, is_blob, why_no_value
-from tierewrite.ties import TieMap
+from tierewrite.source.table import MANIFEST_NAME, Checkpoint, TensorEntry
+from tierewrite.ties.on_disk import DiskTies
+from tierewrite.ties.tie_map import TieMap
 
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.([^.]+)\.([^.]+)")
 
@@ -204,7 +205,6 @@ class Proof:
 
         The sides must agree with each other within the rounding of their encodings, element by element.
         """
-        from tierewrite import nvfp4
 
         mismatch = self._option("on_mismatch") in (True, "repack")
         unify = bool(self._option("unify_fused_scales"))

@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tierewrite.checkpoint import INDEX_NAME, MANIFEST_NAME, Checkpoint, SideFile
 from tierewrite.errors import SystemFailure, TierewriteError, shown
 from tierewrite.proof import Problem
 from tierewrite.proof.reading import hash_file, threads
+from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME, Checkpoint, SideFile
 
 _MANIFEST_SCHEMA = "tierewrite/manifest/1"
 _MAX_MANIFEST_BYTES = 512 * 1024**2

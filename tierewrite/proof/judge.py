@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from tierewrite import formats
-from tierewrite.checkpoint import Checkpoint
 from tierewrite.formats import Adjacency, Companion, Role
-from tierewrite.names import DiskTies, TieGroup
 from tierewrite.proof.values import BLOBS, why_no_value
+from tierewrite.source.table import Checkpoint
+from tierewrite.ties.on_disk import DiskTies, TieGroup
 
 
 @dataclass(frozen=True, slots=True)

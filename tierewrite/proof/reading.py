@@ -15,10 +15,10 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from tierewrite import formats
-from tierewrite.checkpoint import Checkpoint, Shard, SideFile, TensorEntry
 from tierewrite.errors import SourceChanged, SystemFailure
 from tierewrite.formats import Role
-from tierewrite.remote import RemoteFile, RemotePath
+from tierewrite.source.table import Checkpoint, Shard, SideFile, TensorEntry
+from tierewrite.stores.remote import RemoteFile, RemotePath
 
 _PIECE = 8 << 20  # bytes read at once
 _RUN = 64 << 20  # bytes that one thread takes at a time; a larger tensor is a run of its own

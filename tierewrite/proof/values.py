@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tierewrite.checkpoint import TensorEntry
 from tierewrite.formats import Companion
+from tierewrite.source.table import TensorEntry
 
 _F64 = npt.NDArray[np.float64]
 

@@ -1,0 +1,104 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import translate
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tierewrite.errors import UsageError
+
+# ----------------------------------------------------------------------------------------------- the backbone
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """How a consumer maps checkpoint names to its parameters; from backbones.json or a file of the user's.
+
+    Attributes: as that file explains them. `architectures` is empty for the entry that serves all others.
+    """
+
+    architectures: tuple[str, ...]
+    source: str
+    prefixes: tuple[tuple[str, str], ...]
+    sides: tuple[str, ...]
+    fused: Mapping[str, tuple[str, ...]]
+    linear: tuple[Mapping[str, Any], ...]
+    plain: tuple[str, ...]
+    not_read: tuple[str, ...]
+    generation: Mapping[str, Any] | None
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Backbone:
+        """One entry of the file. Raises KeyError or TypeError where it is not of that form."""
+        return cls(
+            architectures=tuple(data.get("architectures", ())),
+            source=data.get("source", ""),
+            prefixes=tuple((str(a), str(b)) for a, b in data["prefixes"]),
+            sides=tuple(data.get("sides", ())),
+            fused={k: tuple(v) for k, v in data.get("fused", {}).items()},
+            linear=tuple(data.get("linear", ())),
+            plain=tuple(data.get("plain", ())),
+            not_read=tuple(data.get("not_read", ())),
+            generation=data.get("generation"),
+        )
+
+    @classmethod
+    def of(cls, architecture: str, file: str | os.PathLike[str] | None = None) -> Backbone:
+        """The entry for `architecture`, the user's file asked before our own; the one for all others if none fits.
+
+        Raises:
+            UsageError: the user's file is unreadable or not of that form.
+        """
+        if file is not None:
+            try:
+                given = json.loads(Path(file).read_text(encoding="utf-8"))
+                entries = given.get("backbones", [given])
+                for backbone in map(cls.from_json, entries):
+                    if not backbone.architectures or architecture in backbone.architectures:
+                        return backbone
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+                raise UsageError(
+                    f"is no description of a backbone: {e!r}; expected the form of consumers/vllm/backbones.json",
+                    file=file,
+                ) from None
+        known, others = _backbones()
+        return known.get(architecture, others)
+
+    def map(self, name: str) -> str:
+        """`name` under the backbone's names (WeightsMapper, models/utils.py `_map_name_with_shard`)."""
+        for old, new in self.prefixes:
+            if name.startswith(old):
+                name = new + name[len(old) :]
+        return name
+
+    def passes_over(self, mapped: str) -> bool:
+        """Whether the consumer drops or ignores the name without a word."""
+        return matches(mapped, self.not_read)
+
+    def side(self, name: str) -> str | None:
+        """The prefix of the side that a checkpoint name (or ignore pattern) belongs to."""
+        return next((s for s in self.sides if name.startswith((s, s.removesuffix(".")))), None)
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a shell wildcard of `patterns` is the whole name's."""
+    return _union(patterns).match(name) is not None
+
+
+@lru_cache(maxsize=64)
+def _union(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(translate(pattern) for pattern in patterns) or "(?!)")
+
+
+@lru_cache(maxsize=1)
+def _backbones() -> tuple[dict[str, Backbone], Backbone]:
+    data = json.loads((Path(__file__).parent / "vllm" / "backbones.json").read_text(encoding="utf-8"))
+    entries = [Backbone.from_json(entry) for entry in data["backbones"]]
+    return {a: entry for entry in entries for a in entry.architectures}, Backbone.from_json(data["others"])

@@ -1,0 +1,155 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tierewrite.errors import ConfigError, SourceError
+from tierewrite.source.folder import WANTED, natural_key, refuse_half_written, what_is_here
+from tierewrite.source.header import read_header
+from tierewrite.source.index import read_index
+from tierewrite.source.open import Mirror, Place, RemoteFolder, folder_of, told_of
+from tierewrite.source.table import INDEX_NAME, Checkpoint, Shard, TensorEntry
+from tierewrite.stores.remote import FilePath
+
+Files = Literal["vllm", "transformers"]
+_BATCH = 64 << 20  # bytes of scales held at a time
+
+
+# ------------------------------------------------------------------------------------------------- the folder
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A checkpoint folder as a loader sees it.
+
+    Attributes:
+        root: the folder; of a remote one, what holds copies of its small files.
+        shards: the files that the loader reads, in its order.
+        entries: the tensors in them by name; of a name that several hold, the one that is read last.
+        repeated: names that several of the files hold, with all their entries in reading order.
+        weight_map: the index, or None.
+        absent: files that the index names and that are not there.
+        unread: the other safetensors files with the names they hold.
+        consolidated: files called consolidated*.safetensors, which vLLM then reads alone.
+        config, quant_config, generation: config.json, hf_quant_config.json, generation_config.json; {} where
+            absent.
+        copies: of a remote folder: who removes `root` once nobody needs it.
+    """
+
+    root: Path
+    shards: tuple[Shard, ...]
+    entries: dict[str, TensorEntry]
+    repeated: dict[str, tuple[TensorEntry, ...]]
+    weight_map: dict[str, str] | None
+    absent: tuple[str, ...]
+    unread: dict[str, tuple[str, ...]]
+    consolidated: tuple[str, ...]
+    config: dict[str, Any]
+    quant_config: dict[str, Any]
+    generation: dict[str, Any]
+    copies: object = None
+
+    @classmethod
+    def open(cls, path: Place, reader: Files = "vllm") -> Folder:
+        """Read headers, index and configs of `path` by the rules of `reader`.
+
+        vLLM reads the files that the index names, whole, or every *.safetensors without one; files called
+        consolidated* alone where there are any (default_loader.py `_prepare_weights`). transformers reads
+        model.safetensors alone where it is there, else the files that the index names, whole
+        (modeling_utils.py `_get_resolved_checkpoint_files`, `_load_pretrained_model`).
+
+        Raises:
+            SourceError and its kin: no folder, no safetensors file, a malformed header, index or config.
+            SystemFailure: the system does not let us read it.
+        """
+        place = folder_of(path)
+        mirror = Mirror(place, python=True) if isinstance(place, RemoteFolder) else None
+        where: FilePath
+        if isinstance(place, RemoteFolder):
+            assert mirror is not None
+            root, where, top = mirror.root, place.base, mirror.top
+        else:
+            root = where = place
+            if not root.is_dir():
+                what = "not a folder" if os.path.lexists(root) else "does not exist"
+                raise SourceError(f"{what}; {WANTED}", file=root)
+            top = [p.name for p in root.iterdir()]
+        refuse_half_written(top, where)
+        there = sorted((n for n in top if n.endswith(".safetensors")), key=natural_key)
+        consolidated = tuple(n for n in there if n.startswith("consolidated")) if reader == "vllm" else ()
+        weight_map = read_index(root / INDEX_NAME)[1] if (root / INDEX_NAME).exists() else None
+        absent: list[str] = []
+        if consolidated:
+            names = list(consolidated)
+        elif reader == "transformers" and "model.safetensors" in there:
+            names = ["model.safetensors"]
+        elif weight_map is not None:
+            listed = sorted(set(weight_map.values()), key=natural_key)
+            names = [n for n in listed if n in there]
+            absent = [n for n in listed if n not in there]
+        else:
+            names = there
+        if not there:
+            raise SourceError(f"no *.safetensors file here; {what_is_here(sorted(top))}", file=where)
+        shards: list[Shard] = []
+        entries: dict[str, TensorEntry] = {}
+        repeated: dict[str, list[TensorEntry]] = {}
+        unread = {}
+        headers = nullcontext(_local_header(root)) if mirror is None else mirror.headers(there)
+        with told_of(where, root), headers as header:
+            for number, name in enumerate(names):
+                shard, found = header(name, number)
+                shards.append(shard)
+                for entry in found:
+                    earlier = entries.get(entry.name)
+                    if earlier is not None:
+                        repeated.setdefault(entry.name, [earlier]).append(entry)
+                    entries[entry.name] = entry
+            for name in there:
+                if name not in names:
+                    unread[name] = tuple(e.name for e in header(name, 0)[1])
+        return cls(
+            root,
+            tuple(shards),
+            entries,
+            {name: tuple(found_) for name, found_ in repeated.items()},
+            weight_map,
+            tuple(absent),
+            unread,
+            consolidated,
+            _json(root / "config.json"),
+            _json(root / "hf_quant_config.json"),
+            _json(root / "generation_config.json"),
+            mirror,
+        )
+
+    def as_checkpoint(self, entries: Mapping[str, TensorEntry] | None = None) -> Checkpoint:
+        """The same as a `Checkpoint` that `transfer.read_tensors` reads from."""
+        found = dict(self.entries if entries is None else entries)
+        return Checkpoint(self.root, self.shards, found, None, (), (), self.config, self.quant_config, ())
+
+
+def _local_header(root: Path) -> Callable[[str, int], tuple[Shard, list[TensorEntry]]]:
+    return lambda name, number: read_header(root / name, shard=number, name=name)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object from a config file; {} if absent."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise ConfigError(f"is no valid JSON: {e}; correct it, or copy it from the original model", file=path) from None
+    except OSError as e:
+        raise SourceError(f"cannot be read: {e.strerror or e}", file=path) from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"is {type(found).__name__}; expected an object", file=path)
+    return found

@@ -1,0 +1,375 @@
+"""What the rules look at: a checkpoint folder as a loader reads it, its names under the consumer's backbone,
+its quantization config, and the bytes of its scales. Decides nothing.
+
+Unlike `Checkpoint.open`, which refuses a folder that contradicts itself, the folder is read here the way
+loaders read it: what an index lacks or invents, and names that several files hold, become facts for the rules.
+Headers that are malformed and configs that are no JSON are refused all the same.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tierewrite import formats
+from tierewrite.consumers.backbone import Backbone
+from tierewrite.consumers.folder import _BATCH, Folder
+from tierewrite.errors import TierewriteError
+from tierewrite.source.bytes import open_source, read_tensors
+from tierewrite.source.table import TensorEntry
+from tierewrite.ties.on_disk import WHOLE, Part, on_disk, places
+from tierewrite.ties.tie_map import ModelNames, TieMap
+
+FLOATS = frozenset({"F64", "F32", "BF16", "F16"})
+PACKED = frozenset({"U8", "I8", "F4"})
+WEIGHTS = ("weight", "weight_packed")  # what a linear module's weight is called on disk
+
+
+# ----------------------------------------------------------------------------------------------- the subject
+
+
+@dataclass
+class Module:
+    """One module under the backbone's name: leaf -> the checkpoint keys that are mapped to it."""
+
+    name: str
+    leaves: dict[str, list[str]] = field(default_factory=dict)
+
+    def key(self, leaf: str) -> str | None:
+        """The key that counts for the leaf: the canonical side's, which is read first."""
+        keys = self.leaves.get(leaf)
+        return keys[0] if keys else None
+
+    @property
+    def weight(self) -> str | None:
+        """The key of its weight, plain or packed."""
+        return self.key("weight") or self.key("weight_packed")
+
+    @property
+    def stem(self) -> str:
+        """The module's name in the checkpoint, for messages."""
+        first = next(iter(self.leaves.values()))[0]
+        return first.rpartition(".")[0]
+
+
+class Subject:
+    """A checkpoint, prepared for the rules; everything is computed once, in time linear in the names."""
+
+    def __init__(
+        self,
+        folder: Folder,
+        *,
+        backbone: Backbone | str | os.PathLike[str] | None = None,
+        ties_file: str | os.PathLike[str] | None = None,
+        trust_remote_code: bool = False,
+        compare_limit: int = 4 << 30,
+    ) -> None:
+        self.folder = folder
+        self.entries = folder.entries
+        self.config = folder.config
+        self.compare_limit = compare_limit
+        self.bytes_read = 0
+        self.notes: list[str] = []
+        named = self.config.get("architectures")
+        self.architectures = [a for a in named if isinstance(a, str)] if isinstance(named, list) else []
+        self.architecture = self.architectures[0] if self.architectures else ""
+        self.backbone: Backbone = (
+            backbone if isinstance(backbone, Backbone) else Backbone.of(self.architecture, backbone)
+        )
+        self.class_problem: str | None = None
+        try:
+            self.ties: TieMap | None = TieMap.resolve(
+                folder.root,
+                self.config,
+                keys=self.entries,
+                ties_file=None if ties_file is None else Path(ties_file),
+                trust_remote_code=trust_remote_code,
+            )
+        except TierewriteError as e:
+            if ties_file is not None:
+                raise
+            self.ties, self.class_problem = None, str(e)
+
+    # -- names
+
+    @property
+    def model(self) -> ModelNames | None:
+        """The model class's names and shapes; None where none is named, or it was not asked or could not be built."""
+        if self.ties is None or self.ties.model is None or not self.architectures:
+            return None
+        return self.ties.model if self.ties.model.shapes else None
+
+    @cached_property
+    def targets(self) -> dict[str, list[str]]:
+        """Backbone name -> keys that are mapped to it, the canonical side's first."""
+        moved = self._moved
+        found: dict[str, list[str]] = {}
+        for key in self.entries:
+            module, dot, leaf = key.rpartition(".")
+            canonical = moved.get(key) or (moved[module] + dot + leaf if module in moved else key)
+            found.setdefault(self.backbone.map(canonical), []).append(key)
+        first = self.backbone.sides[0] if self.backbone.sides else None
+        for keys in found.values():
+            if len(keys) > 1:
+                keys.sort(key=lambda k: (first is not None and not k.startswith(first), k))
+        return found
+
+    @cached_property
+    def _moved(self) -> dict[str, str]:
+        """Alias -> canonical, as far as the consumer has one parameter for both: modules, and other parameters.
+
+        Where the backbone names its sides, its prefixes say it all. A head that is tied to the embedding is a
+        parameter of its own to a loader that finds it stored.
+        """
+        if self.backbone.sides or self.ties is None:
+            return {}
+        moved: dict[str, str] = {}
+        for group in on_disk(self.ties, self.entries).groups:
+            for canonical, *aliases in group.slots:
+                for alias in aliases:
+                    if alias.endswith("lm_head.weight"):
+                        continue
+                    if alias.endswith(".weight") and canonical.endswith(".weight"):
+                        moved[alias.removesuffix(".weight")] = canonical.removesuffix(".weight")
+                    else:
+                        moved[alias] = canonical
+        return moved
+
+    @cached_property
+    def modules(self) -> dict[str, Module]:
+        """Every module, by its backbone name."""
+        found: dict[str, Module] = {}
+        for target, keys in self.targets.items():
+            module, _, leaf = target.rpartition(".")
+            there = found.get(module)
+            if there is None:
+                there = found[module] = Module(module)
+            there.leaves[leaf] = keys
+        return found
+
+    @cached_property
+    def places(self) -> dict[str, tuple[str, Part]]:
+        """Key -> parameter in memory and part, for the keys that are weights or parameters themselves."""
+        if self.model is None:
+            return {}
+        plain: dict[str, str] = {}
+        for key in self.entries:
+            plain[f"{key.removesuffix('_packed')}" if key.endswith(".weight_packed") else key] = key
+        return {plain[name]: place for name, place in places(self.model, plain).items()}
+
+    @cached_property
+    def canonical(self) -> dict[str, str]:
+        """Parameter in memory -> the parameter that it is tied to."""
+        return {} if self.ties is None else {t.alias: t.canonical for t in self.ties.ties}
+
+    @cached_property
+    def families(self) -> tuple[str, ...]:
+        return formats.detect(self.config, self.folder.quant_config, self.entries)
+
+    # -- modules
+
+    @cached_property
+    def quantized(self) -> dict[str, Module]:
+        """Modules whose weight on disk is quantized: packed or FP8, or with a scale beside it."""
+        return {name: m for name, m in self.modules.items() if self._is_quantized(m)}
+
+    def _is_quantized(self, module: Module) -> bool:
+        if any(leaf in module.leaves for leaf in ("weight_packed", "weight_scale", "weight_scale_2", "qweight")):
+            return True
+        key = module.key("weight")
+        return key is not None and self.entries[key].dtype not in FLOATS and len(self.entries[key].shape) == 2
+
+    def size(self, key: str) -> tuple[int, ...] | None:
+        """The unquantized shape of the weight `key`, by the model class; None where that is not known."""
+        place = self.places.get(key)
+        if place is None or self.model is None:
+            return None
+        parameter, part = place
+        shape = self.model.shapes[parameter]
+        if part == WHOLE:
+            return shape
+        if part[0] == "expert" and len(shape) == 3:
+            stem = parameter.rpartition(".")[2]
+            count = len(self.projections(stem)) if part[1] != stem else 1
+            return shape[1] // count, shape[2]
+        return None
+
+    @staticmethod
+    def projections(fused: str) -> tuple[str, ...]:
+        """The modules that exporters unpack a fused parameter into: gate_up_proj -> gate_proj, up_proj."""
+        words = fused.split("_")
+        return tuple(f"{word}_{words[-1]}" for word in words[:-1]) if len(words) > 2 else (fused,)
+
+    # -- completeness
+
+    def missing(self) -> tuple[list[str], list[str], list[str]]:
+        """What the model class has and no key fills: (parameters, shards of fused projections of which others are
+        there, experts without any weight). Parameters that are one to the consumer are filled together.
+        """
+        assert self.model is not None
+        shapes = self.model.shapes
+        filled: dict[str, dict[Part, str]] = {}
+        for key, (parameter, part) in self.places.items():
+            filled.setdefault(self._group(parameter), {})[part] = key
+        wanted: dict[str, str] = {}
+        for parameter in shapes:
+            wanted.setdefault(self._group(parameter), self.canonical.get(parameter, parameter))
+        plain: list[str] = []
+        lacking: dict[str, dict[int, list[str]]] = {}  # container -> expert -> missing weights
+        present: dict[str, set[int]] = {}  # container -> experts that have some weight
+        for group, parameter in wanted.items():
+            parts = filled.get(group, {})
+            if not parts and not self.backbone.passes_over(self.backbone.map(parameter)):
+                plain.append(parameter)
+            unpacked = {p for p in parts if p and p[0] == "expert"}
+            if WHOLE in parts or not unpacked:
+                continue
+            container, _, stem = parameter.rpartition(".")
+            _, projection, leaf, _ = next(iter(unpacked))
+            for number in range(shapes[parameter][0]):
+                for name in (stem,) if projection == stem else self.projections(stem):
+                    if ("expert", name, leaf, number) in unpacked:
+                        present.setdefault(container, set()).add(number)
+                    else:
+                        full = f"{container}.{number}.{name}.{leaf}"
+                        lacking.setdefault(container, {}).setdefault(number, []).append(full)
+        gone: list[str] = []
+        for container, experts in lacking.items():
+            for number, names in experts.items():
+                if number in present.get(container, ()):
+                    plain.extend(names)
+                else:
+                    gone.append(f"{container}.{number}")
+        shards = [name for name in plain if name.endswith(".weight") and self._partner_there(name)]
+        apart = set(shards)
+        return [name for name in plain if name not in apart], shards, gone
+
+    def _group(self, parameter: str) -> str:
+        """What the consumer has one parameter for."""
+        return self.backbone.map(self.canonical.get(parameter, parameter))
+
+    def _partner_there(self, name: str) -> bool:
+        """Another shard of the fused parameter that `name` is a part of is on disk."""
+        parent, _, projection = self.backbone.map(name.rpartition(".")[0]).rpartition(".")
+        for shards in self.backbone.fused.values():
+            if projection in shards:
+                modules = (self.modules.get(f"{parent}.{x}") for x in shards if x != projection)
+                return any(m is not None and m.weight is not None for m in modules)
+        return False
+
+    # -- bytes
+
+    def read(self, keys: Collection[str]) -> Iterator[tuple[str, bytes]]:
+        """The bytes of `keys`, in batches of at most some 64 MiB."""
+        checkpoint = self.folder.as_checkpoint()
+        batch: list[str] = []
+        size = 0
+        ordered = sorted(keys, key=lambda k: (self.entries[k].shard, self.entries[k].start))
+        for key in ordered:
+            batch.append(key)
+            size += self.entries[key].nbytes
+            if size >= _BATCH:
+                yield from read_tensors(checkpoint, batch).items()
+                batch, self.bytes_read, size = [], self.bytes_read + size, 0
+        yield from read_tensors(checkpoint, batch).items()
+        self.bytes_read += size
+
+    @cached_property
+    def scalars(self) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
+        """Values of the per-tensor scales (at most 4096 elements), by key, as float64."""
+        wanted = [
+            key
+            for key, e in self.entries.items()
+            if key.endswith(SCALE_ENDINGS) and e.dtype in FLOATS and e.nbytes <= 4096 * 8
+        ]
+        return {key: numbers(self.entries[key].dtype, data) for key, data in self.read(wanted)}
+
+    def same_bytes(self, first: TensorEntry, second: TensorEntry) -> bool:
+        """Whether two tensors of one size hold the same bytes; reads in pieces."""
+        piece = 8 << 20
+        sides = [(open_source(self.folder.shards[e.shard]), e.start) for e in (first, second)]
+        try:
+            buffers = bytearray(piece), bytearray(piece)
+            for at in range(0, first.nbytes, piece):
+                count = min(piece, first.nbytes - at)
+                views = [memoryview(buffer)[:count] for buffer in buffers]
+                for (file, start), view in zip(sides, views, strict=True):
+                    file.read_runs([(start + at, start + at + count)], view)
+                self.bytes_read += 2 * count
+                if views[0] != views[1]:
+                    return False
+            return True
+        finally:
+            for file, _ in sides:
+                file.close()
+
+    def equal(self, groups: Iterable[tuple[TensorEntry, ...]]) -> Iterator[bool | None]:
+        """For each group of entries, whether all hold the same bytes; None where the limit is spent.
+
+        Smaller groups should come first: the limit is on the sum of bytes. Small tensors are read many at a time.
+        """
+        spent = size = 0
+        batch: list[tuple[TensorEntry, ...]] = []
+        for group in groups:
+            first = group[0]
+            alike = all((e.dtype, e.shape) == (first.dtype, first.shape) for e in group[1:])
+            spent += first.nbytes * len(group) if alike else 0
+            if alike and first.nbytes * len(group) <= _BATCH // 4 and spent <= self.compare_limit:
+                batch.append(group)
+                size += first.nbytes * len(group)
+                if size >= _BATCH:
+                    yield from self._equal_batch(batch)
+                    batch, size = [], 0
+                continue
+            yield from self._equal_batch(batch)
+            batch, size = [], 0
+            if not alike:
+                yield False
+            elif spent > self.compare_limit:
+                yield None
+            else:
+                yield all(self.same_bytes(first, e) for e in group[1:])
+        yield from self._equal_batch(batch)
+
+    def _equal_batch(self, groups: list[tuple[TensorEntry, ...]]) -> Iterator[bool]:
+        numbered = {f"{i}.{j}": e._replace(name=f"{i}.{j}") for i, g in enumerate(groups) for j, e in enumerate(g)}
+        data = read_tensors(self.folder.as_checkpoint(numbered), numbered)
+        self.bytes_read += sum(map(len, data.values()))
+        for i, group in enumerate(groups):
+            yield all(data[f"{i}.{j}"] == data[f"{i}.0"] for j in range(1, len(group)))
+
+
+SCALE_ENDINGS = ("_scale", "_scale_2", "_scale_inv")  # weight_global_scale, k_scale, input_scale, ...
+_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1"}
+
+
+def numbers(dtype: str, data: bytes) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Values of F64, F32, F16, BF16 or F8_E4M3 bytes as float64, exact."""
+    raw = np.frombuffer(data, dtype=_NUMPY[dtype])
+    if dtype == "BF16":
+        return (raw.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    if dtype == "F8_E4M3":
+        return _e4m3()[raw]
+    with np.errstate(invalid="ignore"):
+        return raw.astype(np.float64)
+
+
+@lru_cache(maxsize=1)
+def _e4m3() -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The 256 values of OCP E4M3 (OFP8, section 5.2): bias 7, no infinities, 0x7F and 0xFF are NaN."""
+    code = np.arange(256)
+    exponent, mantissa = (code >> 3) & 15, (code & 7) / 8.0
+    value = np.where(exponent == 0, mantissa * 2.0**-6, (1 + mantissa) * 2.0 ** (exponent - 7.0))
+    value = np.where((code & 0x7F) == 0x7F, np.nan, value)
+    return np.where(code & 0x80, -value, value)
+
+
+def rounded_to_e4m3(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which values E4M3 holds exactly."""
+    return np.isin(values, _e4m3()[~np.isnan(_e4m3())])

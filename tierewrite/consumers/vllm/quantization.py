@@ -1,0 +1,249 @@
+"""vLLM's reading of a ModelOpt quantization config: which algorithm, and which modules it leaves unquantized.
+
+A re-telling of vllm/model_executor/layers/quantization/modelopt.py (`ModelOptQuantConfigBase.from_config`,
+`apply_vllm_mapper`, `is_layer_excluded`) and quant_utils.py (`is_layer_skipped`), vLLM 0.33, quirks included:
+that is what the rules have to predict. Other quantization methods are named, not interpreted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import cached_property
+from typing import Any
+
+from tierewrite.consumers.backbone import Backbone
+
+CONFIG = "config.json: quantization_config"
+LEGACY = "hf_quant_config.json: quantization"
+ALGOS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "MXFP8", "MIXED_PRECISION")
+# What the legacy file may say when config.json says nothing (model_arch_config_convertor.py
+# `_normalize_quantization_config`).
+LEGACY_ALGOS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "MIXED_PRECISION")
+# Modules of these names are never quantized (modelopt.py `get_quant_method`).
+VISION = ("vision_tower", "vision_model", "vit_large_projector")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a quantized linear module has on disk. Sizes are [out, in] of the unquantized weight.
+
+    Attributes:
+        weight: leaf and dtype of the weight; `pack` elements of the last axis a byte.
+        block: leaf of the F8_E4M3 scales [out, in / group], or None.
+        scalars: leaves of the F32 scalars that must be there.
+        optional: leaves that are read if there, or dropped.
+        shared: the scalar that the shards of a fused parameter must have in common, or None.
+    """
+
+    weight: str
+    dtype: str
+    pack: int
+    block: str | None
+    scalars: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    shared: str | None = None
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """Every leaf that the consumer has a parameter for."""
+        return (self.weight, *((self.block,) if self.block else ()), *self.scalars, *self.optional)
+
+
+NVFP4 = Scheme("weight", "U8", 2, "weight_scale", ("weight_scale_2", "input_scale"), shared="weight_scale_2")
+SCHEMES: Mapping[str, Scheme] = {
+    "NVFP4": NVFP4,
+    "W4A16_NVFP4": Scheme(
+        "weight", "U8", 2, "weight_scale", ("weight_scale_2",), ("input_scale",), shared="weight_scale_2"
+    ),
+    # Fused shards of other scales are requantized to the largest (KFp8StaticTensor.process): no harm done.
+    "FP8": Scheme("weight", "F8_E4M3", 1, None, ("weight_scale", "input_scale")),
+    "nvfp4-pack-quantized": Scheme(
+        "weight_packed",
+        "U8",
+        2,
+        "weight_scale",
+        ("weight_global_scale", "input_global_scale"),
+        shared="weight_global_scale",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The quantization config that vLLM uses.
+
+    Attributes:
+        where: the config entry that it comes from.
+        method: quant_method, "" if absent.
+        algo: for ModelOpt the algorithm as vLLM takes it (weight-only NVFP4 is W4A16_NVFP4), for
+            compressed-tensors the format.
+        declared: the algorithm as written.
+        group_size: block size that vLLM will use.
+        kv_fp8: it declares FP8 scales for the KV cache.
+        ignore_path: the config entry that holds the ignore list.
+        ignore: its patterns.
+        problem: why vLLM refuses the config, or None.
+    """
+
+    where: str
+    method: str
+    algo: str
+    declared: str
+    group_size: int
+    kv_fp8: bool
+    ignore_path: str
+    ignore: tuple[str, ...]
+    problem: str | None = None
+
+    @property
+    def modelopt(self) -> bool:
+        return self.method.startswith("modelopt")
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """What modules have on disk; None for algorithms that are not checked in detail."""
+        return SCHEMES.get(self.algo)
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], legacy: Mapping[str, Any]) -> Quantization | None:
+        """The config that counts: config.json's, else its text config's, else hf_quant_config.json; None if none.
+
+        transformers_utils/config.py `get_config`, weight_utils.py `get_quant_config`.
+        """
+        text = config.get("text_config")
+        for where, found in (
+            (CONFIG, config.get("quantization_config")),
+            (
+                "config.json: text_config.quantization_config",
+                text.get("quantization_config") if isinstance(text, Mapping) else None,
+            ),
+            ("config.json: compression_config", config.get("compression_config")),
+        ):
+            if isinstance(found, Mapping):
+                return cls._read(where, found, legacy_file=False)
+        if legacy:
+            return cls._read("hf_quant_config.json", legacy, legacy_file=True)
+        return None
+
+    @classmethod
+    def _read(cls, where: str, found: Mapping[str, Any], *, legacy_file: bool) -> Quantization:
+        nested = found.get("quantization")
+        old = nested if isinstance(nested, Mapping) else None
+        body = old if old is not None else found
+        method = str(found.get("quant_method") or "").lower().replace("compressed_tensors", "compressed-tensors")
+        producer = found.get("producer")
+        declared = str(body.get("quant_algo") or "").upper()
+        problem = None
+        if isinstance(producer, Mapping) and producer.get("name") == "modelopt" and old is not None and declared:
+            if declared in LEGACY_ALGOS:
+                method = "modelopt"
+            elif legacy_file:
+                problem = f"quant_algo {declared} is not one that the legacy form may say ({', '.join(LEGACY_ALGOS)})"
+        if not method and problem is None:
+            problem = "quant_method is missing"
+        ignore_key = "exclude_modules" if old is not None else "ignore" if "ignore" in body else "exclude_modules"
+        ignore = body.get(ignore_key, [])
+        group = body.get("group_size")
+        algo = declared
+        if method.startswith("modelopt") and problem is None:
+            if not declared:
+                problem = "quant_algo is missing"
+            elif declared not in ALGOS:
+                problem = f"quant_algo {declared} is none that vLLM knows ({', '.join(ALGOS)})"
+            elif not isinstance(ignore, list):
+                problem = f"{ignore_key} is {type(ignore).__name__}, not a list"
+            elif old is not None and "NVFP4" in declared:
+                lacking = [k for k in ("group_size", "kv_cache_quant_algo", "exclude_modules") if k not in body]
+                if lacking:
+                    problem = f"{', '.join(lacking)} missing: the legacy form must have it for NVFP4"
+            groups = found.get("config_groups")
+            if declared == "NVFP4" and isinstance(groups, Mapping) and groups:
+                silent = [isinstance(g, Mapping) and g.get("input_activations") is None for g in groups.values()]
+                if all(silent):
+                    algo = "W4A16_NVFP4"
+        elif method == "compressed-tensors":
+            algo = str(found.get("format") or "")
+        try:
+            group_size = 16 if group is None else int(group)
+        except (TypeError, ValueError):
+            group_size, problem = 16, problem or f"group_size is {group!r}, not a number"
+        scheme = found.get("kv_cache_scheme")
+        if old is not None:
+            kv = str(body.get("kv_cache_quant_algo") or "").upper() == "FP8"
+        else:
+            kv = isinstance(scheme, Mapping) and scheme.get("type") == "float" and scheme.get("num_bits") == 8
+        patterns = tuple(p for p in ignore if isinstance(p, str)) if isinstance(ignore, list) else ()
+        path = f"{where}.quantization" if old is not None else where
+        return cls(where, method, algo, declared, group_size, kv, f"{path}.{ignore_key}", patterns, problem)
+
+
+class Ignore:
+    """vLLM's verdict on modules, with the patterns that led to it.
+
+    Every entry is mapped to backbone names first; `X*` becomes `X` and `X.*`. A module is excluded when an entry
+    is its name (for fused modules: the name of every shard), contains its name (for experts), is contained
+    anywhere in its name, or matches it as a wildcard.
+    """
+
+    def __init__(self, entries: tuple[str, ...], backbone: Backbone) -> None:
+        self.entries = entries
+        self.backbone = backbone
+        self.patterns: list[tuple[str, int]] = []
+        for number, entry in enumerate(entries):
+            if len(entry) >= 2 and entry[-1] == "*" and entry[-2] != ".":
+                self.patterns += [(backbone.map(entry[:-1]), number), (backbone.map(entry[:-1] + ".*"), number)]
+            else:
+                self.patterns.append((backbone.map(entry), number))
+        self._memo: dict[str, dict[int, str]] = {}
+
+    @cached_property
+    def _exact(self) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for pattern, number in self.patterns:
+            found.setdefault(pattern, []).append(number)
+        return found
+
+    def partly(self, module: str) -> tuple[str, ...]:
+        """The shards of a fused module that entries name while others are not named: vLLM refuses that."""
+        parent, _, leaf = module.rpartition(".")
+        shards = self.backbone.fused.get(leaf, ())
+        if not shards or module in self._exact:
+            return ()
+        named = tuple(s for s in shards if f"{parent}.{s}" in self._exact)
+        return named if len(named) < len(shards) else ()
+
+    def reasons(self, module: str) -> dict[int, str]:
+        """Why vLLM leaves `module` (its own name, fused) unquantized: number of the entry -> kind of match.
+
+        Kinds: "exact", "expert" (the entry names something inside), "prefix" (the entry is the module or one
+        above it), "substring", "wildcard". Empty where the module is quantized.
+        """
+        if module not in self._memo:
+            self._memo[module] = self._reasons(module)
+        return self._memo[module]
+
+    def _reasons(self, module: str) -> dict[int, str]:
+        parent, _, leaf = module.rpartition(".")
+        found: dict[int, str] = {}
+        for number in self._exact.get(module, ()):
+            found[number] = "exact"
+        shards = self.backbone.fused.get(leaf, ())
+        if shards and all(f"{parent}.{s}" in self._exact for s in shards):
+            for shard in shards:
+                for number in self._exact[f"{parent}.{shard}"]:
+                    found[number] = "exact"
+        for pattern, number in self.patterns:
+            if number in found:
+                continue
+            if "experts" in leaf and "experts" in pattern and module in pattern:
+                found[number] = "expert"
+            elif pattern in module or (
+                module.startswith("language_model.") and pattern in module.removeprefix("language_model.")
+            ):
+                above = module == pattern or module.startswith(f"{pattern}.")
+                found[number] = "prefix" if above else "substring"
+            elif fnmatch(module, pattern):
+                found[number] = "wildcard"
+        return found

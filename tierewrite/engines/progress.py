@@ -1,0 +1,35 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tierewrite.batches.run import BatchResult
+
+
+
+class Progress:
+    """What a caller may watch. Subclass it; the methods may be called from any thread.
+
+    Attributes:
+        shown: whether a person is watching (a download then shows its own bars).
+    """
+
+    shown: bool = False
+
+    def start(self, phase: str, total: int) -> None:
+        """A phase begins that will move `total` bytes."""
+
+    def advance(self, nbytes: int) -> None:
+        """`nbytes` more bytes have moved."""
+
+    def note(self, text: str) -> None:
+        """Something a person should know before it happens."""
+
+    def part(self, name: str, number: int, total: int) -> Progress:
+        """The checkpoint `name` of a batch begins, the `number`-th of `total`. Returns who is told of it."""
+        return self
+
+    def finish(self, result: BatchResult | None) -> None:
+        """What `part` began is over; None if the batch was interrupted."""

@@ -1,0 +1,370 @@
+"""A state dict in memory: the same plan, the same proof and the same report as for a checkpoint on disk.
+
+    state_dict, report = tierewrite.dedupe_state_dict(model.state_dict(), model)
+    model.save_pretrained("canonical", state_dict=state_dict)      # which empties the dict it is given
+
+The tensors are described as a checkpoint's header would describe them, and everything is decided by the rooms that
+decide for files; no rule lives here. Survivors are the caller's own tensor objects: nothing is copied but merged
+scales. Ties are confirmed by the BLAKE3 of the tensors' bytes, on the GPU for tensors that are there, if CuPy works.
+
+Refused: meta tensors, sharded tensors (DTensor) and other tensors made of several, sparse and torch-quantized ones,
+values that are no tensors. None of them has the bytes that a checkpoint would hold.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tierewrite import digest
+from tierewrite.errors import UsageError, shown
+from tierewrite.planning.groups import plan as make_plan
+from tierewrite.planning.plan import Action, RewritePlan, needed_for_confirmation
+from tierewrite.planning.policy import Policy
+from tierewrite.report import Report, build_report
+from tierewrite.source.table import Checkpoint, Shard, TensorEntry, gc_paused
+from tierewrite.ties.on_disk import on_disk
+from tierewrite.ties.tie_map import TieMap
+from tierewrite.values.confirm import refusal, refuted
+from tierewrite.values.merged import apart_warnings, merge_scales
+
+if TYPE_CHECKING:
+    import torch
+
+
+
+NAME = "state dict"
+"""What report and errors call source and result."""
+
+_ADVICE = (
+    "The model declares these tensors to be one, but the state dict does not hold them as one. Keep both sides of "
+    'these groups with on_mismatch="keep", or find out which step made them differ.'
+)
+
+# Names as safetensors writes them; the table of its torch binding (safetensors/torch.py, `_TYPES`) is private and lacks
+# the newest. A dtype that is missing here keeps torch's name: it is compared, never interpreted.
+_DTYPES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "complex64": "C64",
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "bool": "BOOL",
+    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8",
+    "float8_e4m3fn": "F8_E4M3", "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2": "F8_E5M2",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ", "float8_e8m0fnu": "F8_E8M0", "float4_e2m1fn_x2": "F4",
+}  # fmt: skip
+
+
+def dedupe_state_dict(
+    state_dict: Mapping[str, torch.Tensor],
+    ties: Any,
+    *,
+    on_mismatch: str = "error",
+    kv_scales: str = "keep",
+    device: str = "auto",
+) -> tuple[dict[str, torch.Tensor], Report]:
+    """Every tied tensor of `state_dict` once, under its canonical name.
+
+    Args:
+        state_dict: dense torch tensors on CPU or GPUs, contiguous or not, under the names of the model or of a
+            checkpoint. Neither it nor any of its tensors is changed. May be empty, as it is on all ranks but the first
+            after a gather.
+        ties: who declares the ties: a transformers `PreTrainedModel` (also wrapped by DDP, torch.compile or FSDP2), a
+            `PretrainedConfig` with its `architectures`, a mapping {alias: canonical} as in a ties file, or a `TieMap`.
+        on_mismatch: "error" refuses when a declared tie is not confirmed by the bytes; "keep" leaves such groups whole.
+        kv_scales: "keep" leaves KV-cache scales on every side; "merge" leaves one merged canonical value.
+        device: where the hashing happens. "auto": tensors on a GPU are hashed there if CuPy works, and else through
+            copies, one tensor at a time; "cpu": always so; "cuda": as "auto", but a GPU is a must.
+
+    Returns:
+        The new state dict, in the order of the old one, and the report of what was done. A survivor is the very object
+        that came in; only merged scales are new: same dtype, shape and device, no gradient.
+
+    Raises:
+        UsageError: a wrong argument, or a value that is no tensor with bytes (`tensor` names it); TieFileError: a
+            mapping that is cyclic or matches nothing.
+        Refused: a tie is not confirmed, or a companion is of no known format.
+        ConfigError: the class that the config names cannot be asked for its ties.
+    """
+    for option, value, allowed in (
+        ("on_mismatch", on_mismatch, ("error", "keep")),
+        ("kv_scales", kv_scales, ("keep", "merge")),
+        ("device", device, ("auto", "cpu", "cuda")),
+    ):
+        if value not in allowed:
+            raise UsageError(f"{option} is {value!r}; expected one of {', '.join(allowed)}")
+    if not isinstance(state_dict, Mapping):
+        raise UsageError(f"the state dict is a {type(state_dict).__name__}; expected a mapping of names to tensors")
+    policy = Policy(on_mismatch, kv_scales)
+    config = _config_of(ties)
+    checkpoint = _described(state_dict, config)
+    tie_map = _ties_of(ties, config, state_dict.keys())
+    with gc_paused():
+        disk = on_disk(tie_map, state_dict.keys())
+    hasher = _Hasher(state_dict, device)
+    reasons: dict[str, str] = {}
+    apart: frozenset[str] = frozenset()
+    while True:
+        plan = make_plan(
+            checkpoint,
+            disk,
+            policy,
+            ties_source=tie_map.source,
+            ties_detail=tie_map.detail,
+            unpaired=tie_map.unpaired,
+            refuted=reasons,
+            separate_kv=apart,
+        )
+        found = refuted(checkpoint, plan, hasher.digests(needed_for_confirmation(plan.groups)))
+        if on_mismatch == "error" and (found or plan.unconfirmed()):
+            raise refusal(plan.groups, found, _ADVICE)
+        if found:
+            reasons.update(found)
+            continue
+        values = merge_scales(checkpoint, plan, lambda _, keys: _read(state_dict, keys))
+        if not values.apart:
+            break
+        apart |= values.apart
+    result = _carried_out(state_dict, plan, values.originals, values.patches)
+    report = build_report(
+        checkpoint,
+        tie_map,
+        plan,
+        merged=values.merged,
+        reencoded=(),
+        shards=(),
+        src=NAME,
+        dst=NAME,
+        device=hasher.description,
+        warnings=(*values.warnings, *apart_warnings(apart)),
+    )
+    return result, replace(report, before_shards=(), after_tensors=len(result))
+
+
+def _carried_out(
+    state_dict: Mapping[str, torch.Tensor],
+    plan: RewritePlan,
+    originals: Mapping[str, bytes],
+    patches: Mapping[str, bytes],
+) -> dict[str, torch.Tensor]:
+    """The result of a confirmed plan, in the order of the source."""
+    result: dict[str, torch.Tensor] = OrderedDict() if isinstance(state_dict, OrderedDict) else {}
+    if hasattr(state_dict, "_metadata"):  # versions of the modules, which load_state_dict asks for
+        result._metadata = state_dict._metadata  # type: ignore[attr-defined]
+    for name, tensor in state_dict.items():
+        fate = plan.tensors[name]
+        if fate.action is Action.DROP:
+            continue
+        if fate.merged and patches[name] != originals[name]:
+            tensor = _like(tensor, patches[name])
+        result[fate.target] = tensor
+    return result
+
+
+# ------------------------------------------------------------------------------------------------ who is asked
+
+
+def _config_of(ties: Any) -> dict[str, Any]:
+    """The config of a model or the config itself, as config.json would have it; {} if there is none."""
+    import json
+
+    config: Any = getattr(_unwrapped(ties), "config", None) if _is_module(ties) else ties
+    if not hasattr(config, "to_json_string"):
+        return {}
+    try:
+        found = json.loads(config.to_json_string(use_diff=False))
+    except Exception as error:
+        raise UsageError(f"the config ({type(config).__name__}) cannot be written as JSON: {error}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _ties_of(ties: Any, config: dict[str, Any], keys: Iterable[str]) -> TieMap:
+    """The ties that `ties` declares, whatever it is.
+
+    Raises:
+        UsageError: it is nothing that declares ties.
+    """
+    keys = list(keys)
+    if isinstance(ties, TieMap):
+        return ties
+    if isinstance(ties, Mapping):
+        return TieMap.from_mapping(ties, keys) if keys else TieMap((), "mapping")
+    if _is_module(ties):
+        model = _unwrapped(ties)
+        if not hasattr(model, "all_tied_weights_keys"):
+            raise UsageError(
+                f"a {type(model).__name__} does not declare ties the way transformers' models do; pass the "
+                "PreTrainedModel, its config, or a mapping {alias: canonical}"
+            )
+        return TieMap.from_model(model)
+    if config:
+        if not config.get("architectures"):
+            # The class that AutoModel takes then has no head, and says nothing about it.
+            raise UsageError(
+                f"the config ({type(ties).__name__}) names no architectures, so nobody knows whose ties count; pass "
+                'the model, or set config.architectures to its class, as in ["Qwen3ForCausalLM"]'
+            )
+        return TieMap.resolve(Path(), config, keys=keys)
+    raise UsageError(
+        f"the ties are a {type(ties).__name__}; expected a transformers model or config, or a mapping "
+        "{alias: canonical}"
+    )
+
+
+def _is_module(value: Any) -> bool:
+    import torch
+
+    return isinstance(value, torch.nn.Module)
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model inside DistributedDataParallel (`module`) and torch.compile (`_orig_mod`)."""
+    while True:
+        children = model._modules  # torch.compile's wrapper passes every other attribute on
+        if "_orig_mod" in children:
+            model = children["_orig_mod"]
+        elif "module" in children and not hasattr(model, "all_tied_weights_keys"):
+            model = children["module"]
+        else:
+            break
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------- tensors
+
+
+def _described(state_dict: Mapping[str, Any], config: dict[str, Any]) -> Checkpoint:
+    """The state dict as the header of a checkpoint of one file would describe it.
+
+    Raises:
+        UsageError: a key that is no name, or a value that has no bytes of its own.
+    """
+    entries: dict[str, TensorEntry] = {}
+    position = 0
+    for name, tensor in state_dict.items():
+        if not isinstance(name, str):
+            raise UsageError(f"the key {shown(repr(name))} of the state dict is no string")
+        _check(name, tensor)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        shape = tuple(tensor.shape)
+        if dtype == "float4_e2m1fn_x2" and shape:
+            shape = (*shape[:-1], 2 * shape[-1])  # safetensors counts elements, torch pairs of them
+        end = position + tensor.numel() * tensor.element_size()
+        entries[name] = TensorEntry(name, _DTYPES.get(dtype, dtype), shape, 0, position, end)
+        position = end
+    shard = Shard(NAME, Path(), position, 0, 0, 0, {})
+    return Checkpoint(Path(), (shard,), entries, None, (), (), config, {}, ())
+
+
+def _check(name: str, tensor: Any) -> None:
+    import torch
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    problem = None
+    if not isinstance(tensor, torch.Tensor):
+        problem = f"is a {type(tensor).__name__}; expected a tensor. Take it out of the state dict first"
+    elif hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):
+        problem = (
+            "is a DTensor, a part of a tensor that is spread over ranks; expected all of it. Gather the state dict "
+            "first: get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))"
+        )
+    elif tensor.is_meta or type(tensor).__name__ == "FakeTensor":
+        problem = "is a meta tensor: it has no bytes to compare. Load the weights first, then deduplicate"
+    elif is_traceable_wrapper_subclass(tensor):
+        problem = (
+            f"is a {type(tensor).__name__}, a tensor made of several; expected plain tensors, as a checkpoint holds "
+            "them. Flatten it first, as its library does to save it"
+        )
+    elif tensor.layout is not torch.strided or tensor.is_quantized:
+        problem = f"is a {tensor.layout} tensor of {tensor.dtype}; expected a dense one, as a checkpoint holds it"
+    if problem is not None:
+        raise UsageError(problem, tensor=name)
+
+
+def _bytes_view(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bytes in row-major order, uint8 (n,); a copy only if they do not lie so."""
+    import torch
+
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _read(state_dict: Mapping[str, torch.Tensor], keys: Iterable[str]) -> dict[str, bytes]:
+    """The bytes of small tensors (scales): one transfer a device, not one a tensor."""
+    import torch
+
+    by_device: dict[Any, list[str]] = {}
+    for key in keys:
+        by_device.setdefault(state_dict[key].device, []).append(key)
+    found: dict[str, bytes] = {}
+    for names in by_device.values():
+        views = [_bytes_view(state_dict[name]) for name in names]
+        data = torch.cat(views).cpu().numpy().tobytes()
+        position = 0
+        for name, view in zip(names, views, strict=True):
+            found[name] = data[position : position + len(view)]
+            position += len(view)
+    return found
+
+
+def _like(tensor: torch.Tensor, data: bytes) -> torch.Tensor:
+    """A tensor of these bytes, with the dtype, shape and device of `tensor`."""
+    import torch
+
+    flat = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return flat.view(tensor.dtype).reshape(tensor.shape).to(tensor.device)
+
+
+class _Hasher:
+    """Digests of a state dict's tensors, each memory once, where the tensors are."""
+
+    def __init__(self, state_dict: Mapping[str, torch.Tensor], device: str) -> None:
+        self._tensors = state_dict
+        self._cpu = digest.select("cpu")
+        self._gpu: digest.Digester | None = None
+        if device == "cuda" or (device == "auto" and any(t.device.type == "cuda" for t in state_dict.values())):
+            found = digest.select(device)
+            self._gpu = found if found.device == "cuda" else None
+            self._cpu = self._cpu if self._gpu else found
+        self._known: dict[str, bytes] = {}
+
+    @property
+    def description(self) -> str:
+        return (self._gpu or self._cpu).description
+
+    def digests(self, keys: Iterable[str]) -> Mapping[str, bytes]:
+        """BLAKE3 of each of these tensors (and of any asked for earlier)."""
+        # One piece of memory has one content while the state dict holds it, whatever its names are.
+        same: dict[Any, list[str]] = {}
+        for key in keys:
+            if key not in self._known:
+                same.setdefault(_memory(key, self._tensors[key]), []).append(key)
+        in_place: dict[bool, list[tuple[list[str], torch.Tensor]]] = {True: [], False: []}
+        for names in same.values():
+            tensor = self._tensors[names[0]]
+            on_gpu = tensor.device.type == "cuda" and self._gpu is not None
+            if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg() and (
+                on_gpu or tensor.device.type == "cpu"
+            ):
+                in_place[on_gpu].append((names, _bytes_view(tensor)))
+                continue
+            # a copy in row-major order or on the host; one at a time
+            digester = self._gpu if on_gpu and self._gpu is not None else self._cpu
+            view = _bytes_view(tensor) if on_gpu else _bytes_view(tensor.cpu())
+            self._known.update(dict.fromkeys(names, digester.digest(view)))
+        for on_gpu, rows in in_place.items():
+            if rows:
+                digester = self._gpu if on_gpu and self._gpu is not None else self._cpu
+                found = digester.digest_arrays([view for _, view in rows])
+                for (names, _), value in zip(rows, found, strict=True):
+                    self._known.update(dict.fromkeys(names, value))
+        return self._known
+
+
+def _memory(key: str, tensor: torch.Tensor) -> Any:
+    """Equal for tensors that are the same elements of the same memory; unique where that cannot be known."""
+    import torch
+
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.numel() == 0:
+        return key
+    flags = (tensor.is_conj(), tensor.is_neg())
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), flags

@@ -1,0 +1,58 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from tierewrite.errors import system_errors
+from tierewrite.output.files import open_sink
+from tierewrite.output.staging import Staged
+from tierewrite.source.bytes import chunks_of, read_side_file
+from tierewrite.source.table import SideFile
+
+
+def copy_side_files(
+    side_files: Sequence[SideFile],
+    directories: Sequence[str],
+    staging: Staged,
+    advance: Callable[[int], None] = lambda n: None,
+    contents: Mapping[str, bytes] | None = None,
+) -> None:
+    """Copies every other file of the source, byte for byte; links arrive as files.
+
+    Args:
+        contents: name -> bytes to write instead of the file's own.
+
+    Raises:
+        SourceChanged: a file's size or modification time is not what it was when the source was opened.
+        SystemFailure: reading or writing failed.
+    """
+    folder = staging.folder
+    if isinstance(folder, Path):  # a store has no folders but in names
+        for name in directories:
+            _make_folder(folder / name)
+    for side in side_files:
+        if contents is not None and side.name in contents:
+            staging.put(side.name, contents[side.name])
+            continue
+        if side.name in staging.held_back:
+            staging.put(side.name, read_side_file(side))
+            continue
+        path = folder / side.name
+        if isinstance(path, Path):
+            _make_folder(path.parent)
+        sink = open_sink(path, side.size)
+        try:
+            for chunk in chunks_of(side):
+                sink.write(memoryview(chunk))
+                advance(len(chunk))
+            sink.commit()
+        except BaseException:
+            sink.abort()
+            raise
+
+
+def _make_folder(path: Path) -> None:
+    with system_errors("making a folder", path):
+        path.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,335 @@
+"""The new files: staged in a hidden folder beside the target, flushed, and made visible by one rename.
+
+Nothing exists under the target's name until everything is written and flushed to disk (files, folders, and the folder
+that holds them), so a crash at any instant leaves the target whole or absent. The staging folder is locked while a
+run lives; one that a killed run left behind is recognised by the lock being free, and cleared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import logging
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from tierewrite.errors import UsageError, shown, system_errors
+from tierewrite.output.files import is_finished_shard, sync_folder, write_file
+from tierewrite.output.target import Target, aside_of, staging_of
+from tierewrite.source.open import RemoteFolder
+from tierewrite.stores.remote import FilePath
+
+log = logging.getLogger(__name__)
+_RENAME_EXCHANGE = 2
+
+
+class Staged(Protocol):
+    """An output on its way: a context manager that leaves nothing behind unless committed.
+
+    Attributes:
+        folder: where the files are written.
+        held_back: names of files that must come through `put`.
+    """
+
+    @property
+    def held_back(self) -> tuple[str, ...]: ...
+
+    @property
+    def folder(self) -> FilePath: ...
+
+    def put(self, name: str, data: bytes) -> None:
+        """Writes a small file, or writes it anew. Raises SystemFailure."""
+
+    def view(self) -> Path | RemoteFolder:
+        """The output as a checkpoint that can be opened, though it has not appeared."""
+
+    def kept(self) -> list[FilePath]:
+        """The files that are there already: with `resume`, what a killed run left."""
+
+    def commit(self) -> None:
+        """Makes it appear. Raises SystemFailure, UsageError."""
+
+    def __enter__(self) -> Staged: ...
+
+    def __exit__(self, *exc: Any) -> None: ...
+
+
+class Staging:
+    """A locked hidden folder beside the target; a context manager that leaves nothing behind unless committed.
+
+    Args:
+        target: what it becomes.
+        resume: keep the finished shards that a killed run left, for the caller to check.
+
+    Raises on entry:
+        UsageError: another run is writing to the same target.
+        SystemFailure: the folder cannot be made.
+    """
+
+    held_back: tuple[str, ...] = ()
+
+    def __init__(self, target: Target, resume: bool = False) -> None:
+        self.target = target
+        self.resume = resume
+        self.path = staging_of(target.path)
+        self._lock = -1
+        self._made_parents: list[Path] = []
+        self._committed = False
+        self._in_doubt = False  # a swap failed and could not be taken back: then nothing is removed
+
+    def __enter__(self) -> Staging:
+        try:
+            with _signals_deferred(), system_errors("making the staging folder", self.path):
+                missing = []
+                parent = self.path.parent
+                while not parent.exists():
+                    missing.append(parent)
+                    parent = parent.parent
+                for folder in reversed(missing):
+                    folder.mkdir()
+                    self._made_parents.append(folder)
+                self._acquire()
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def _acquire(self) -> None:
+        while True:
+            made = True
+            try:
+                self.path.mkdir()
+            except FileExistsError:
+                made = False
+            try:
+                lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue  # the other run ended between the two calls
+            except OSError:
+                if made:
+                    self.path.rmdir()
+                raise
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(lock)
+                raise UsageError(
+                    "another run is writing to this DST; wait for it to end, or choose another DST",
+                    file=self.target.path,
+                ) from None
+            except OSError as error:
+                if error.errno not in (errno.ENOTSUP, errno.EBADF, errno.ENOLCK, errno.EINVAL):
+                    os.close(lock)
+                    if made:
+                        self.path.rmdir()
+                    raise
+                log.warning("this file system has no locks: do not start a second run into %s", self.target.path)
+            try:
+                same = os.path.samestat(os.fstat(lock), os.stat(self.path, follow_symlinks=False))
+            except FileNotFoundError:
+                same = False
+            if same:
+                self._lock = lock
+                self._recover()
+                self._clear()
+                return
+            os.close(lock)  # the other run renamed its folder into place before we got the lock
+
+    def _recover(self) -> None:
+        """Ends a swap in two renames that a killed run began: what it had moved aside goes back, or is removed.
+
+        Raises:
+            UsageError: DST is back, and may not be overwritten.
+        """
+        target, aside = self.target.path, aside_of(self.target.path)
+        if not aside.exists():
+            return
+        if target.exists():
+            shutil.rmtree(aside)  # the swap was complete
+            return
+        os.rename(aside, target)
+        log.warning("a run was killed while it swapped out %s; the old one is back in its place", target)
+        if not self.target.overwrite:
+            raise UsageError(
+                "a run was killed while it swapped out this folder; it is back in its place, and not empty: choose "
+                "another folder, or use --overwrite",
+                file=target,
+            )
+
+    def _clear(self) -> None:
+        leftovers = list(self.path.iterdir())
+        if self.resume:
+            leftovers = [entry for entry in leftovers if not is_finished_shard(entry)]
+        elif leftovers:
+            log.warning("a run into this DST was killed; starting anew (--resume would use what it finished)")
+        for entry in leftovers:
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+
+    @property
+    def folder(self) -> Path:
+        return self.path
+
+    def put(self, name: str, data: bytes) -> None:
+        path = self.path / name
+        if os.path.lexists(path):
+            with system_errors("replacing", path):
+                path.unlink()
+        write_file(path, data)
+
+    def view(self) -> Path:
+        return self.path
+
+    def kept(self) -> list[FilePath]:
+        with system_errors("listing", self.path):
+            return [*self.path.iterdir()]
+
+    def commit(self) -> None:
+        """Flushes the folder and makes it the target, by one rename.
+
+        Raises:
+            SystemFailure: the rename or a flush failed; the target is what it was.
+            UsageError: something appeared in the target meanwhile.
+        """
+        target = self.target.path
+        for folder, _, _ in os.walk(self.path, topdown=False):
+            with system_errors("flushing", folder):
+                sync_folder(Path(folder))
+        with _signals_deferred(), system_errors("moving the new checkpoint into place", target):
+            staged = self.path
+            undo = self._move_in(target, self.target.backup)
+            try:
+                for parent in (target.parent, *(made.parent for made in reversed(self._made_parents))):
+                    sync_folder(parent)
+            except OSError:
+                self._in_doubt = True
+                undo()
+                self._in_doubt = False
+                raise
+            self._committed = True
+            aside = aside_of(target)
+            if self.target.backup is None and aside.exists():
+                os.rename(aside, staged)  # now it is rubbish, and a next run may know that
+
+    def _move_in(self, target: Path, backup: Path | None) -> Callable[[], None]:
+        """Puts what is staged in the target's place; returns what takes it back.
+
+        Whatever instant a crash picks, what was in the target is in its place, or is the backup, or (without a backup,
+        where the kernel cannot exchange) is aside, from where the next run puts it back; it is never in a folder that
+        the next run would clear before the new one is in place.
+        """
+        staged = self.path
+        if not (target.exists() and any(target.iterdir())):
+            was_there = target.exists()
+            os.rename(staged, target)
+
+            def out_again() -> None:
+                os.rename(target, staged)
+                if was_there:
+                    target.mkdir()
+
+            return out_again
+        if not self.target.overwrite:
+            raise UsageError("something was put into DST while this run was working; choose another", file=target)
+        if backup is not None:
+            if os.path.lexists(backup):
+                raise UsageError(f"'{shown(backup)}' appeared while this run was working; move it away", file=target)
+            # Under the backup's name before the swap: a staging folder would be cleared by the next run.
+            os.rename(staged, backup)
+            self.path = backup
+        new = self.path
+        if _exchange(new, target):
+
+            def swap_back() -> None:
+                _exchange(new, target)
+
+            return swap_back
+        if backup is not None:
+            os.rename(backup, staged)
+            self.path = staged
+        aside = backup or aside_of(target)
+        os.rename(target, aside)
+        try:
+            os.rename(staged, target)
+        except OSError:
+            os.rename(aside, target)
+            raise
+
+        def back_again() -> None:
+            os.rename(target, staged)
+            os.rename(aside, target)
+
+        return back_again
+
+    def _end(self) -> None:
+        """Removes what must not stay, undisturbed by signals; the lock goes last."""
+        if self._lock < 0:
+            self._remove_parents()
+            return
+        with _signals_deferred():
+            if not self._in_doubt and not (self._committed and self.path == self.target.backup):
+                shutil.rmtree(self.path, ignore_errors=True)
+            if not self._committed:
+                self._remove_parents()
+            os.close(self._lock)
+            self._lock = -1
+
+    def _remove_parents(self) -> None:
+        for folder in reversed(self._made_parents):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._end()
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two folders in one step, so that neither is ever absent; False where the system cannot do that.
+
+    `renameat2` with RENAME_EXCHANGE: Linux 3.15, glibc 2.28; EINVAL on file systems without it (rename(2)).
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    at_cwd = -100
+    if libc.renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), os.fspath(other))
+
+
+@contextlib.contextmanager
+def _signals_deferred() -> Iterator[None]:
+    """Holds SIGINT and SIGTERM back while two renames belong together; they arrive afterwards."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    handlers = {
+        signum: signal.signal(signum, lambda number, frame: arrived.append(number))
+        for signum in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
+        if arrived:
+            signal.raise_signal(arrived[0])

@@ -1,0 +1,181 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tierewrite.errors import SourceChanged, SourceError, SystemFailure, UsageError, shown, system_errors
+from tierewrite.planning.plan import OutShard
+from tierewrite.source.table import INDEX_NAME, Checkpoint
+from tierewrite.stores.remote import FilePath
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the output goes, checked before anything else happens.
+
+    Attributes:
+        path: the real path of DST (links resolved); absent or an empty folder, unless `overwrite`.
+        overwrite: swap out what is there once the new one is complete.
+        backup: where what was there goes when it is swapped out; None removes it.
+    """
+
+    path: Path
+    overwrite: bool = False
+    backup: Path | None = None
+
+    @classmethod
+    def in_place(cls, src: Path, backup: bool) -> Target:
+        """The target is the source itself; what was there is kept as SRC.bak if `backup`.
+
+        Raises:
+            UsageError: SRC.bak exists already, or SRC cannot be moved.
+        """
+        with system_errors("looking at SRC", src):
+            real = src.resolve()
+            if not real.name:
+                raise UsageError("SRC is the root of the file system and cannot be swapped; give a DST", file=src)
+            kept = real.with_name(real.name + ".bak")
+            for moved in (kept, aside_of(real)):
+                if not real.exists() and moved.exists():
+                    raise UsageError(
+                        f"SRC is absent and '{shown(moved)}' exists: a run was killed while it swapped them; that is "
+                        "the original, whole: move it back",
+                        file=src,
+                    )
+            if backup and (kept.exists() or kept.is_symlink()):
+                raise UsageError(
+                    f"'{shown(kept)}' exists already; move it away, or do without a backup (--no-backup). (It is an "
+                    "earlier original; or, if a run was killed during its swap, the new checkpoint)",
+                    file=src,
+                )
+        return cls(real, True, kept if backup else None)
+
+    @classmethod
+    def check(cls, src: FilePath, dst: Path, overwrite: bool) -> Target:
+        """Decides whether `dst` can be written.
+
+        Raises:
+            UsageError: SRC and DST are the same or inside one another, or DST is not an empty or absent folder.
+        """
+        with system_errors("looking at DST", dst):
+            try:
+                real = dst.resolve()
+            except RuntimeError as error:  # a loop of symbolic links, before Python 3.13
+                raise UsageError("DST is a loop of symbolic links; choose another folder", file=dst) from error
+            if dst.is_symlink() and not real.exists():
+                what = f"DST is a link to '{shown(real)}', which does not exist"
+                raise UsageError(what, file=dst, advice="make that folder, or remove the link")
+            if isinstance(src, Path):
+                _apart(src, dst, real)
+            if not real.name:
+                raise UsageError("DST is the root of the file system; name a folder in it", file=dst)
+            if real.exists():
+                if not real.is_dir():
+                    raise UsageError("DST exists and is not a folder; choose another name", file=dst)
+                if not overwrite and any(real.iterdir()):
+                    raise UsageError("DST is not empty; choose another folder, or use --overwrite", file=dst)
+        return cls(real, overwrite)
+
+
+def staging_of(target: Path) -> Path:
+    """Where the new checkpoint grows; hidden, and on the same file system."""
+    return target.with_name(f".{target.name}.tierewrite")
+
+
+def aside_of(target: Path) -> Path:
+    """Where a target is for the moment between two renames, on a kernel that cannot exchange two folders in one."""
+    return target.with_name(f".{target.name}.tierewrite-old")
+
+
+def _apart(src: Path, dst: Path, real: Path) -> None:
+    """Raises UsageError if `dst`, which is the folder `real`, is `src`, or one lies in the other."""
+    real_src = src.resolve()
+    if real == real_src or (real.exists() and real_src.exists() and os.path.samefile(real, real_src)):
+        raise UsageError("SRC and DST are the same folder; write to another one", file=dst)
+    if real_src in real.parents:
+        raise UsageError(f"DST lies inside SRC '{shown(src)}'; write outside of it", file=dst)
+    if real in real_src.parents:
+        raise UsageError(f"SRC '{shown(src)}' lies inside DST; write somewhere else", file=dst)
+
+
+def side_file_clashes(checkpoint: Checkpoint, shards: Sequence[OutShard]) -> None:
+    """A side file may not have the name of a file that we write.
+
+    Raises:
+        SourceError: a stray file stands where an output shard will.
+    """
+    ours = {shard.name for shard in shards} | {INDEX_NAME}
+    for side in checkpoint.side_files:
+        if side.name in ours:
+            raise SourceError(
+                "this file is not part of the checkpoint's index but has the name of a shard of the output; "
+                "move it out of SRC",
+                file=side.path,
+            )
+
+
+def listing(folder: Path) -> dict[str, tuple[int, int, int, int]]:
+    """Every file below `folder`: inode, size (bytes), modification and change time (ns); of links, what they lead to.
+
+    Raises:
+        SystemFailure: the folder cannot be read.
+    """
+    found: dict[str, tuple[int, int, int, int]] = {}
+    with system_errors("listing", folder):
+        for place, folders, files in os.walk(folder):
+            for name in (*folders, *files):
+                path = os.path.join(place, name)
+                try:
+                    status = os.stat(path)
+                except FileNotFoundError:  # a link to nothing; or gone meanwhile
+                    status = os.lstat(path)
+                times = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+                if stat.S_ISDIR(status.st_mode):
+                    times = (0, 0, 0)
+                found[os.path.relpath(path, folder)] = (status.st_ino, *times)
+    return found
+
+
+def still_as_listed(folder: Path, before: Mapping[str, tuple[int, int, int, int]]) -> None:
+    """What is about to be swapped out holds nothing that the new checkpoint was not made from.
+
+    Raises:
+        SourceChanged: something was added, removed or changed since `before`.
+    """
+    now = listing(folder)
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            what = "was added" if name not in before else "was removed" if name not in now else "changed"
+            raise SourceChanged(
+                f"{what} while the checkpoint was rewritten in place; SRC is as it is, and nothing was swapped: run "
+                "again when nothing writes to it",
+                file=folder / name,
+            )
+
+
+def check_space(target: Path, needed: int) -> None:
+    """Refuses before the first byte when the disk of `target` cannot hold `needed` bytes.
+
+    What a killed run left beside it counts as free: it is used (--resume) or removed.
+
+    Raises:
+        SystemFailure: too little space.
+    """
+    folder = target.parent
+    while not folder.exists():
+        folder = folder.parent
+    with system_errors("asking for the free space", folder):
+        free = shutil.disk_usage(folder).free
+        for place, _, names in os.walk(staging_of(target)):
+            free += sum(os.lstat(os.path.join(place, name)).st_blocks * 512 for name in names)
+    if needed > free:
+        raise SystemFailure(
+            f"the output needs {needed:,} bytes and the disk has {free:,} free; make room, or choose another disk",
+            file=folder,
+        )

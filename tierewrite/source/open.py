@@ -1,0 +1,244 @@
+"""Where a checkpoint comes from: a folder, a URL of any fsspec file system, or a hub id; headers only.
+
+Of a remote folder the listing, the index, the configurations and the headers are read, each header by one request for
+the first 100,000 bytes of its file and another one if it is longer. Copies of the small files lie in a temporary folder
+for as long as the checkpoint is in use, for transformers to read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Union
+
+from tierewrite.errors import HeaderError, ShardIndexError, SourceError, TierewriteError, UsageError, shown
+from tierewrite.source import hub
+from tierewrite.source.folder import assembled, open_folder
+from tierewrite.source.header import header_length, parse_header, read_header
+from tierewrite.source.index import MAX_INDEX_BYTES
+from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME, Checkpoint, Shard, SideFile, TensorEntry, gc_paused
+from tierewrite.stores.remote import FilePath, RemoteFile, RemotePath, identity, listing, located, without_scheme
+
+_CONFIGS = ("config.json", "hf_quant_config.json", "generation_config.json", MANIFEST_NAME, INDEX_NAME)
+_GUESS_BYTES = 100_000
+_PARALLEL = 8
+
+
+@dataclass(frozen=True)
+class RemoteFolder:
+    """A folder of a remote file system.
+
+    Attributes:
+        base: where.
+        overlay: contents of files that are to be seen in it, though they are not there (yet).
+    """
+
+    base: RemotePath
+    overlay: Mapping[str, bytes] = field(default_factory=dict)
+
+
+PathLike = Union[str, "os.PathLike[str]"]
+Place = str | os.PathLike[str] | RemotePath | RemoteFolder
+"""What can be opened as a checkpoint's folder (a hub id apart)."""
+
+
+def folder_of(where: Place) -> Path | RemoteFolder:
+    """`where`, told apart."""
+    if isinstance(where, RemoteFolder):
+        return where
+    path = located(where)
+    return RemoteFolder(path) if isinstance(path, RemotePath) else path
+
+
+def name_of(where: Place) -> str:
+    """What messages call it: as given, without credentials."""
+    found = folder_of(where)
+    return str(found.base) if isinstance(found, RemoteFolder) else os.fspath(where)  # type: ignore[arg-type]
+
+
+def fetched(src: PathLike, *, revision: str | None = None, bars: bool = False) -> FilePath:
+    """The folder that `src` stands for: itself, or the snapshot of a hub id. See `hub.fetched`."""
+    path = located(src)
+    if isinstance(path, RemotePath):
+        _no_revision(path, revision)
+        return path
+    return hub.fetched(without_scheme(src), revision=revision, bars=bars)
+
+
+def local_only(src: PathLike, doing: str) -> None:
+    """Raises UsageError if `src` is a URL or a hub id; `doing` is what cannot be done with one."""
+    path = located(src)
+    if isinstance(path, RemotePath):
+        raise UsageError(f"{doing} needs a folder of this machine's; name a DST to write to", file=path)
+    hub.local_only(without_scheme(src), doing)
+
+
+def _no_revision(path: RemotePath, revision: str | None) -> None:
+    if revision is not None:
+        raise UsageError("a revision belongs to a hub id (org/name), and this is a URL; leave it out", file=path)
+
+
+def open_checkpoint(
+    src: Place,
+    *,
+    revision: str | None = None,
+    ignore_unindexed: bool = False,
+    trust_remote_code: bool = False,
+    plain: bool = False,
+) -> Checkpoint:
+    """The headers of a folder, URL or hub id.
+
+    Args:
+        src: the folder.
+        revision: branch, tag or commit of a hub id; None: its main branch.
+        ignore_unindexed: as in `Checkpoint.open`.
+        trust_remote_code: fetch its Python files too, for the model class to be asked.
+        plain: it is no hub id.
+
+    Raises:
+        As `Checkpoint.open`, `hub.fetched` and `remote.listing`.
+    """
+    found = folder_of(src)
+    if isinstance(found, Path):
+        assert not isinstance(src, (RemotePath, RemoteFolder))
+        if plain:
+            return open_folder(found, ignore_unindexed=ignore_unindexed)
+        return hub.open_checkpoint(
+            without_scheme(src),
+            revision=revision,
+            ignore_unindexed=ignore_unindexed,
+            trust_remote_code=trust_remote_code,
+        )
+    _no_revision(found.base, revision)
+    return Mirror(found, python=trust_remote_code).checkpoint(ignore_unindexed)
+
+
+class Mirror:
+    """A remote folder, with copies of its small files on this machine.
+
+    Attributes:
+        root: holds the copies; removed with the mirror and with what was opened from it.
+        top: names of the files and folders at its top.
+    """
+
+    def __init__(self, folder: RemoteFolder, python: bool = False) -> None:
+        self.folder = folder
+        self.infos = listing(folder.base)
+        if not self.infos and not folder.overlay:
+            raise SourceError("nothing is there; check the URL", file=folder.base)
+        for name in self.infos:
+            # "::" and "?" mean something else in fsspec's URLs.
+            strange = any(sign in name for sign in ("\\", "\0", "::", "?"))
+            if strange or any(part in ("", ".", "..") for part in name.split("/")):
+                raise SourceError(
+                    f"'{shown(name)}' is no name that a file may have in a checkpoint; remove or rename that object",
+                    file=folder.base,
+                )
+        names = sorted({*self.infos, *folder.overlay})
+        self.top = sorted({name.partition("/")[0] for name in names})
+        self.root = Path(tempfile.mkdtemp(prefix="tierewrite-"))
+        self._kept = weakref.finalize(self, shutil.rmtree, self.root, ignore_errors=True)
+        wanted = [name for name in names if name in _CONFIGS or (python and name.endswith(".py"))]
+        with ThreadPoolExecutor(_PARALLEL, thread_name_prefix="remote") as pool:
+            for name, data in zip(wanted, pool.map(self._small, wanted), strict=True):
+                path = self.root / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+
+    def _small(self, name: str) -> bytes:
+        if name in self.folder.overlay:
+            return self.folder.overlay[name]
+        size = self.infos[name].get("size") or 0
+        if size > MAX_INDEX_BYTES:
+            raise SourceError(f"has {size} bytes; at most {MAX_INDEX_BYTES} are read", file=self.folder.base / name)
+        return (self.folder.base / name).read_bytes()
+
+    @gc_paused()
+    def checkpoint(self, ignore_unindexed: bool) -> Checkpoint:
+        """All that `Checkpoint.open` would read, and nothing more."""
+        shards = [n for n in self.infos if "/" not in n and n.endswith(".safetensors") and not n.startswith(".")]
+        with told_of(self.folder.base, self.root), self.headers(shards) as header:
+            return assembled(
+                self.root,
+                self.top,
+                self._indexed,
+                header,
+                lambda listed, warnings: self._others(listed),
+                ignore_unindexed=ignore_unindexed,
+                origin=self.folder.base,
+                copies=self,
+            )
+
+    def headers(
+        self, names: Iterable[str]
+    ) -> contextlib.AbstractContextManager[Callable[[str, int], tuple[Shard, list[TensorEntry]]]]:
+        """A function (name, number) that gives a header; see `hub.asked_together`."""
+        return hub.asked_together(names, self.header)
+
+    def header(self, name: str) -> tuple[Shard, list[TensorEntry]]:
+        """The header of one file. Raises what `remote_header` raises."""
+        return remote_header(self.folder.base / name, self.infos[name])
+
+    def _indexed(self, name: str) -> None:
+        if name not in self.infos:
+            raise ShardIndexError(
+                f"names '{shown(name)}', which is not there", file=self.folder.base / INDEX_NAME
+            )
+
+    def _others(self, listed: set[str]) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
+        sides = [
+            SideFile(name, self.folder.base / name, info.get("size") or 0, 0, identity(info))
+            for name, info in self.infos.items()
+            if name not in listed and name not in self.folder.overlay
+        ]
+        for name in self.folder.overlay:
+            if name not in listed:
+                status = (self.root / name).stat()
+                sides.append(SideFile(name, self.root / name, status.st_size, status.st_mtime_ns))
+        return tuple(sorted(sides, key=lambda side: side.name)), hub.folders_of(self.infos)
+
+
+def remote_header(path: RemotePath, info: Mapping[str, Any], shard: int = 0) -> tuple[Shard, list[TensorEntry]]:
+    """Reads and validates the header of one remote safetensors file; see `checkpoint.read_header`.
+
+    Args:
+        path: the file.
+        info: what its file system says of it.
+        shard: the number that its entries carry.
+    """
+    size = info.get("size")
+    if size is None:
+        raise HeaderError("its file system does not say how long it is; copy it to one that does", file=path)
+    file = RemoteFile(path, size, "")
+    start = file.read(0, min(size, _GUESS_BYTES))
+    length = header_length(start[:8], size, path)
+    base = 8 + length
+    header = start[8:base] if len(start) >= base else start[8:] + file.read(len(start), base)
+    metadata, entries = parse_header(header, size - base, file=path, shard=shard, base=base)
+    return Shard(path.name, path, size, 0, 0, base, metadata, version=identity(info)), entries
+
+
+def header_of(path: FilePath) -> tuple[Shard, list[TensorEntry]]:
+    """The header of one file, wherever it is."""
+    if isinstance(path, Path):
+        return read_header(path)
+    return remote_header(path, path.info())
+
+
+@contextlib.contextmanager
+def told_of(origin: FilePath | None, root: Path) -> Iterator[None]:
+    """Inside, errors about a copy in `root` name the remote file instead, if `origin` is remote."""
+    try:
+        yield
+    except TierewriteError as error:
+        remote = isinstance(origin, RemotePath)
+        if remote and error.file is not None and error.file.startswith(str(root)):
+            error.file = f"{origin}{error.file.removeprefix(str(root))}"
+        raise
