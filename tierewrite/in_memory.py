@@ -25,7 +25,7 @@ from tierewrite.planning.groups import plan as make_plan
 from tierewrite.planning.plan import Action, RewritePlan, needed_for_confirmation
 from tierewrite.planning.policy import Policy
 from tierewrite.report import Report, build_report
-from tierewrite.source.table import Checkpoint, Shard, TensorEntry, gc_paused
+from tierewrite.source.table import Checkpoint, Shard, TensorEntry, Tensors, gc_paused
 from tierewrite.ties.on_disk import on_disk
 from tierewrite.ties.tie_map import TieMap
 from tierewrite.values.confirm import refusal, refuted
@@ -253,7 +253,7 @@ def _described(state_dict: Mapping[str, Any], config: dict[str, Any]) -> Checkpo
         entries[name] = TensorEntry(name, _DTYPES.get(dtype, dtype), shape, 0, position, end)
         position = end
     shard = Shard(NAME, Path(), position, 0, 0, 0, {})
-    return Checkpoint(Path(), (shard,), entries, None, (), (), config, {}, ())
+    return Checkpoint(Path(), (shard,), Tensors.of(entries.values()), None, (), (), config, {}, ())
 
 
 def _check(name: str, tensor: Any) -> None:

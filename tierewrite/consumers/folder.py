@@ -15,7 +15,7 @@ from tierewrite.source.folder import WANTED, natural_key, refuse_half_written, w
 from tierewrite.source.header import read_header
 from tierewrite.source.index import read_index
 from tierewrite.source.open import Mirror, Place, RemoteFolder, folder_of, told_of
-from tierewrite.source.table import INDEX_NAME, Checkpoint, Shard, TensorEntry
+from tierewrite.source.table import INDEX_NAME, Checkpoint, Shard, TensorEntry, Tensors
 from tierewrite.stores.remote import FilePath
 
 Files = Literal["vllm", "transformers"]
@@ -132,7 +132,7 @@ class Folder:
 
     def as_checkpoint(self, entries: Mapping[str, TensorEntry] | None = None) -> Checkpoint:
         """The same as a `Checkpoint` that `transfer.read_tensors` reads from."""
-        found = dict(self.entries if entries is None else entries)
+        found = Tensors.of((self.entries if entries is None else entries).values())
         return Checkpoint(self.root, self.shards, found, None, (), (), self.config, self.quant_config, ())
 
 

@@ -43,6 +43,7 @@ from tierewrite.source.table import (
     Shard,
     SideFile,
     TensorEntry,
+    Tensors,
     gc_paused,
 )
 from tierewrite.stores.remote import FilePath, RemotePath
@@ -185,7 +186,7 @@ def assembled(
     return Checkpoint(
         root=root,
         shards=tuple(shards),
-        tensors=tensors,
+        tensors=Tensors.of(tensors.values()),
         index_metadata=metadata,
         side_files=side_files,
         directories=directories,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from tierewrite.stores.remote import FilePath, RemotePath
 
@@ -70,6 +73,90 @@ class TensorEntry(NamedTuple):
         return self.end - self.start
 
 
+Kind = tuple[str, tuple[int, ...]]
+"""A dtype and a shape: what a header says of a tensor besides its name and place."""
+
+
+class Tensors(Mapping[str, TensorEntry]):
+    """The tensors of a checkpoint as a table: a row each, ordered by shard, then offset.
+
+    Stages that look at all tensors ask the columns; `tensors[name]` makes one `TensorEntry` for whoever asks for one.
+
+    Attributes:
+        names: row -> key.
+        shard: int32 [rows], position of its file in `Checkpoint.shards`.
+        start, end: int64 [rows], byte range in that file, absolute, end exclusive.
+        kind: int32 [rows], position of its dtype and shape in `kinds`.
+        kinds: the dtypes and shapes that occur, each once.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        shard: np.ndarray,
+        start: np.ndarray,
+        end: np.ndarray,
+        kind: np.ndarray,
+        kinds: Sequence[Kind],
+    ) -> None:
+        self.names = list(names)
+        self.shard = shard
+        self.start = start
+        self.end = end
+        self.kind = kind
+        self.kinds = tuple(kinds)
+
+    @classmethod
+    def of(cls, entries: Iterable[TensorEntry]) -> Tensors:
+        """The table of `entries`, in their order."""
+        rows = list(entries)
+        number: dict[Kind, int] = {}
+        kind = [number.setdefault((entry.dtype, entry.shape), len(number)) for entry in rows]
+        return cls(
+            [entry.name for entry in rows],
+            np.array([entry.shard for entry in rows], np.int32),
+            np.array([entry.start for entry in rows], np.int64),
+            np.array([entry.end for entry in rows], np.int64),
+            np.array(kind, np.int32),
+            tuple(number),
+        )
+
+    @cached_property
+    def row(self) -> dict[str, int]:
+        """Key -> row."""
+        return dict(zip(self.names, range(len(self.names)), strict=True))
+
+    @property
+    def nbytes(self) -> np.ndarray:
+        """int64 [rows], bytes of data."""
+        return self.end - self.start
+
+    def entry(self, row: int) -> TensorEntry:
+        """One row."""
+        dtype, shape = self.kinds[self.kind[row]]
+        return TensorEntry(
+            self.names[row], dtype, shape, int(self.shard[row]), int(self.start[row]), int(self.end[row])
+        )
+
+    def __getitem__(self, name: str) -> TensorEntry:
+        return self.entry(self.row[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.row
+
+    def __repr__(self) -> str:
+        return f"<{len(self):,} tensors, {int(self.nbytes.sum()):,} bytes>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tensors, (self.names, self.shard, self.start, self.end, self.kind, self.kinds)
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """One safetensors file.
@@ -127,7 +214,7 @@ class Checkpoint:
 
     root: Path
     shards: tuple[Shard, ...]
-    tensors: dict[str, TensorEntry]
+    tensors: Tensors
     index_metadata: dict[str, Any] | None
     side_files: tuple[SideFile, ...]
     directories: tuple[str, ...]
@@ -138,9 +225,9 @@ class Checkpoint:
     copies: object = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def of(cls, root: Path, shards: tuple[Shard, ...], tensors: dict[str, TensorEntry]) -> Checkpoint:
+    def of(cls, root: Path, shards: tuple[Shard, ...], tensors: Mapping[str, TensorEntry]) -> Checkpoint:
         """Shards and tensors alone: enough to read from."""
-        return cls(root, shards, tensors, None, (), (), {}, {}, ())
+        return cls(root, shards, Tensors.of(tensors.values()), None, (), (), {}, {}, ())
 
     @property
     def place(self) -> Path | RemotePath:
@@ -150,4 +237,4 @@ class Checkpoint:
     @property
     def total_bytes(self) -> int:
         """Sum of all tensors' bytes."""
-        return sum(entry.end - entry.start for entry in self.tensors.values())
+        return int(self.tensors.nbytes.sum())

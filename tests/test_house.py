@@ -1,0 +1,116 @@
+"""The house keeps its shape: one direction of imports, rooms of a size that can be read, one door to the libraries."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "tierewrite"
+
+ROOMS = (
+    "errors",
+    "json_text",
+    "stores",
+    "source",
+    "formats",
+    "ties",
+    "numbers",
+    "digest",
+    "planning",
+    "values",
+    "report",
+    "output",
+    "engines",
+    "proof",
+    "consumers",
+    "rewriting",
+    "inspection",
+    "in_memory",
+    "batches",
+    "pages",
+    "cli",
+)
+"""In the order of the story (CONTRIBUTING.md): a room imports from itself and from those before it."""
+
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem in ROOMS)
+LINES = 500
+FUNCTION_LINES = 60
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of each module that is imported from, for type checkers too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import; the house imports by full names"
+            assert node.module is not None
+            if node.module == "tierewrite":
+                yield from ((node.lineno, f"tierewrite.{alias.name}") for alias in node.names)
+            else:
+                yield node.lineno, node.module
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_room_imports_only_rooms_before_it(path: Path) -> None:
+    allowed = ROOMS[: ROOMS.index(room_of(path)) + 1]
+    upward = [
+        f"line {line}: {name}"
+        for line, name in imported(ast.parse(path.read_text(encoding="utf-8")))
+        if name.startswith("tierewrite.") and name.split(".")[1] not in (*allowed, "__version__")
+    ]
+    assert not upward
+
+
+def test_every_folder_and_module_is_a_room() -> None:
+    there = {room_of(path) for path in PACKAGE.rglob("*.py")} - {"__init__", "__main__"}
+    assert there == set(ROOMS)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_modules_and_functions_can_be_read_at_a_sitting(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= LINES
+    long = [
+        f"{node.name}: {node.end_lineno - node.lineno + 1} lines"
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and node.end_lineno is not None
+        and body_lines(node) > FUNCTION_LINES
+        and "Long because" not in (ast.get_docstring(node) or "")
+    ]
+    assert not long, "cut it, or say in its docstring: Long because ..."
+
+
+def body_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function without its signature and docstring."""
+    first, *others = node.body
+    documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    start = first if not documented or not others else others[0]
+    assert node.end_lineno is not None
+    return node.end_lineno - start.lineno + 1
+
+
+@pytest.mark.parametrize(
+    ("library", "rooms"),
+    [
+        ("transformers", {"ties"}),
+        ("torch", {"ties", "digest", "in_memory"}),
+        ("cupy", {"digest/cuda.py", "numbers/nvfp4.py"}),
+        ("fsspec", {"stores"}),
+        ("ray", {"engines"}),
+    ],
+)
+def test_a_library_has_one_door(library: str, rooms: set[str]) -> None:
+    """torch in digest/: pinned host memory. In in_memory: the tensors that it is given are torch's."""
+    for path in MODULES:
+        names = {name.split(".")[0] for _, name in imported(ast.parse(path.read_text(encoding="utf-8")))}
+        here = str(path.relative_to(PACKAGE))
+        assert library not in names or here in rooms or here.split("/")[0] in rooms, here
