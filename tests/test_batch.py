@@ -26,7 +26,8 @@ from tierewrite import cli, digest, rewriting
 from tierewrite.batches import collection, done_before
 from tierewrite.batches.run import BATCH_SCHEMA, BatchInterrupted, BatchReport, BatchResult
 from tierewrite.errors import Interrupted, SourceError, UsageError
-from tierewrite.source import bytes, folder, hub
+from tierewrite.source import bytes as source_bytes
+from tierewrite.source import folder, hub
 from tierewrite.ties import tie_map
 
 ROOT = Path(__file__).parent.parent
@@ -356,7 +357,7 @@ def test_plan_only_reads_headers_only(models: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(folder.os, "read", counted)
     for name in ("open_source", "_pread_into"):
-        monkeypatch.setattr(bytes, name, never)
+        monkeypatch.setattr(source_bytes, name, never)
     report = tierewrite.batch(models, plan_only=True)
     assert not report.failed
     shards = {path: count for path, count in read.items() if path.endswith(".safetensors")}
@@ -1052,17 +1053,18 @@ def test_an_interrupt_before_the_first_is_finished_leaves_no_folder(tmp_path: Pa
 SLOW = """
 import json, sys, threading, time
 from pathlib import Path
-from tierewrite import cli, transfer
+from tierewrite import cli
+from tierewrite.output import one_pass
 
 # Every piece of `slow` ones takes long: the interrupt finds two rewrites in the middle of their bytes.
-real = transfer.Transfer._batch
+real = one_pass.Transfer._batch
 def batch(self, task, *args):
     if "slow" in str(self.checkpoint.root) and self.outputs:
         Path(seen, self.checkpoint.root.name).touch()
         time.sleep(0.3)
     return real(self, task, *args)
-transfer.Transfer._batch = batch
-transfer._RUNS_PER_TASK = 1
+one_pass.Transfer._batch = batch
+one_pass._RUNS_PER_TASK = 1
 seen, arguments = sys.argv[1:]
 sys.argv = ["tierewrite", *json.loads(arguments)]
 cli.main()

@@ -816,7 +816,7 @@ def test_half_a_million_tensors_open_in_less_than_a_gigabyte(tmp_path: Path) -> 
         file.truncate(8 + len(text) + at)
     code = (
         "from tests.checkpoints import peak_bytes\n"
-        "from tierewrite.checkpoint import Checkpoint\n"
+        "from tierewrite.source.folder import open_folder\n"
         f"n = len(open_folder({str(tmp_path)!r}).tensors)\n"
         "print(n, peak_bytes())\n"
     )

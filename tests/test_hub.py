@@ -123,7 +123,7 @@ def test_a_path_that_exists_is_never_a_hub_id(tmp_path: Path, monkeypatch: pytes
 
 def test_a_local_folder_costs_nothing_of_the_hub(tmp_path: Path) -> None:
     code = (
-        "import sys; from tierewrite import hub; "
+        "import sys; from tierewrite.source import hub; "
         f"assert hub.open_checkpoint({str(local('qwen3_tied_bf16'))!r}).tensors; "
         f"assert hub.fetched({str(local('qwen3_tied_bf16'))!r}); "
         "assert not [m for m in sys.modules if m.startswith(('huggingface_hub', 'httpx'))]"
@@ -280,7 +280,7 @@ def test_inspect_of_a_hub_id_is_that_of_the_folder(case: str, client: Client) ->
 
 def test_shard_offsets_are_those_in_the_file(client: Client, tmp_path: Path) -> None:
     code = (
-        "from tierewrite import hub; print([tuple(e) for e in hub.open_checkpoint('org/name').tensors.values()])"
+        "from tierewrite.source import hub; print([tuple(e) for e in hub.open_checkpoint('org/name').tensors.values()])"
     )
     found = subprocess.run(
         [sys.executable, "-c", code],

@@ -13,7 +13,7 @@ import pytest
 import tierewrite
 from tests.checkpoints import FIXTURES
 from tierewrite.errors import SystemFailure
-from tierewrite.output import staging
+from tierewrite.output import files
 from tierewrite.output.files import PartFiles, part
 
 
@@ -25,22 +25,22 @@ def _made(folder: Path, count: int = 2) -> dict[int, Path]:
 
 
 def test_pieces_by_many_threads_are_all_in_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "_WRITEBACK_BYTES", 4096)
-    monkeypatch.setattr(staging, "_WRITE_BYTES", 100)
+    monkeypatch.setattr(files, "_WRITEBACK_BYTES", 4096)
+    monkeypatch.setattr(files, "_WRITE_BYTES", 100)
     data = {number: random.Random(number).randbytes(100_000) for number in range(3)}
     pieces = [(number, at) for number in data for at in range(0, 100_000, 700)]
     random.Random(1).shuffle(pieces)
     paths = _made(tmp_path, 3)
     seen: list[int] = []
-    with PartFiles(paths) as files, ThreadPoolExecutor(8) as pool:
-        written = [pool.submit(files.write, n, memoryview(data[n][at : at + 700]), at) for n, at in pieces]
+    with PartFiles(paths) as shards, ThreadPoolExecutor(8) as pool:
+        written = [pool.submit(shards.write, n, memoryview(data[n][at : at + 700]), at) for n, at in pieces]
         for future in written:
             future.result()
-        assert files.incomplete() == [0, 1, 2]
+        assert shards.incomplete() == [0, 1, 2]
         for number in data:
-            files.complete(number)
-        assert files.incomplete() == []
-        files.durable(seen.append)
+            shards.complete(number)
+        assert shards.incomplete() == []
+        shards.durable(seen.append)
         assert {number: path.read_bytes() for number, path in paths.items()} == data
     assert seen == [100_000] * 3
     assert sorted(os.listdir(tmp_path)) == [f"{number}.safetensors" for number in data]
@@ -50,22 +50,22 @@ def test_the_disk_is_told_to_begin_before_the_end_and_not_for_every_piece(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[int] = []
-    monkeypatch.setattr(staging, "_WRITEBACK_BYTES", 1000)
-    monkeypatch.setattr(staging, "_start_writeback", begun.append)
-    with PartFiles(_made(tmp_path, 1)) as files:
+    monkeypatch.setattr(files, "_WRITEBACK_BYTES", 1000)
+    monkeypatch.setattr(files, "_start_writeback", begun.append)
+    with PartFiles(_made(tmp_path, 1)) as shards:
         for at in range(0, 10_000, 100):
-            files.write(0, memoryview(bytes(100)), at)
-        files._pool.submit(int).result()
+            shards.write(0, memoryview(bytes(100)), at)
+        shards._pool.submit(int).result()
         assert 1 <= len(begun) <= 10
 
 
 def test_what_is_not_complete_keeps_the_name_of_a_part(tmp_path: Path) -> None:
     paths = _made(tmp_path)
-    with PartFiles(paths) as files:
+    with PartFiles(paths) as shards:
         for number in paths:
-            files.write(number, memoryview(b"bytes"), 0)
-        files.complete(1)
-        files.durable()
+            shards.write(number, memoryview(b"bytes"), 0)
+        shards.complete(1)
+        shards.durable()
     assert sorted(os.listdir(tmp_path)) == ["0.safetensors.part", "1.safetensors"]
 
 
@@ -75,12 +75,12 @@ def test_a_flush_that_fails_is_met_by_who_waits_and_the_file_gets_no_name(
     def broken(fd: int) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(staging, "flush", broken)
+    monkeypatch.setattr(files, "flush", broken)
     paths = _made(tmp_path, 1)
-    with PartFiles(paths) as files:
-        files.complete(0)
+    with PartFiles(paths) as shards:
+        shards.complete(0)
         with pytest.raises(SystemFailure, match=r"0\.safetensors"):
-            files.durable()
+            shards.durable()
     assert os.listdir(tmp_path) == ["0.safetensors.part"]
 
 

@@ -333,7 +333,9 @@ def test_run_whose_place_another_took_over_stops_and_touches_nothing(case: Case,
 
 def run_until(case: Case, store: Store, number: int, signum: int = signal.SIGKILL) -> subprocess.Popen[str]:
     """A rewrite in a process of its own, which gets a signal instead of an answer to its write of that number."""
-    code = "from tierewrite import cli, remote; import sys; remote._PART_BYTES = 5 << 20; cli.main()"
+    code = (
+        "from tierewrite import cli; from tierewrite.stores import remote; remote._PART_BYTES = 5 << 20; cli.main()"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", code, "rewrite", str(case.src), store.url("out"), *case.words, "--threads", "1"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},

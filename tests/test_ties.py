@@ -225,8 +225,8 @@ def test_a_ties_file_needs_neither_torch_nor_transformers(tmp_path: Path) -> Non
         f"""
         import sys
         from pathlib import Path
-        from tierewrite.names import on_disk
-        from tierewrite.ties import TieMap
+        from tierewrite.ties.on_disk import on_disk
+        from tierewrite.ties.tie_map import TieMap
         keys = {KEYS!r}
         ties = TieMap.resolve(Path("nowhere"), {{}}, keys=keys, ties_file=Path({str(path)!r}))
         assert len(on_disk(ties, keys).groups) == 1

@@ -140,7 +140,7 @@ def test_memory_is_bounded_whatever_the_size_of_a_tensor(tmp_path: Path) -> None
             file.truncate(8 + len(text) + size + 4 * len(names))
     (tmp_path / "ties.json").write_text('{"b.weight": "a.weight"}')
     code = (
-        "import tierewrite, tierewrite.verification\n"
+        "import tierewrite, tierewrite.proof.verify\n"
         "from tests.checkpoints import peak_bytes\n"
         "before = peak_bytes()\n"
         f"r = tierewrite.verify({str(tmp_path / 'src')!r}, {str(tmp_path / 'dst')!r},"
