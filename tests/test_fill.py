@@ -41,7 +41,7 @@ def test_missing_on_both_sides_is_taken_from_the_largest_other_expert(copied: Na
     after = read_tensors(tmp_path / "out")
     assert after.keys() == right_answer("dg_nvfp4").keys()
     assert value(after, f"{DECODER}.{LOST}") == max(others(after))
-    assert tierewrite.verify(src, tmp_path / "out").ok
+    assert tierewrite.verify(src, tmp_path / "out", fill_missing_scales=True).ok
     (entry,) = report.filled
     assert entry.target == f"{DECODER}.{LOST}"
     assert entry.missing
@@ -56,7 +56,7 @@ def test_never_calibrated_on_both_sides_is_filled_too(bad: bytes, copied: Naive,
     report = tierewrite.rewrite(src, tmp_path / "out", fill_missing_scales=True)
     after = read_tensors(tmp_path / "out")
     assert value(after, f"{DECODER}.{LOST}") == max(others(after))
-    assert tierewrite.verify(src, tmp_path / "out").ok
+    assert tierewrite.verify(src, tmp_path / "out", fill_missing_scales=True).ok
     assert [(e.target, e.missing) for e in report.filled] == [(f"{DECODER}.{LOST}", False)]
 
 
@@ -93,7 +93,8 @@ def test_verify_finds_a_filled_scale_that_is_not_the_widest(copied: Naive, tmp_p
     edit_tensors(src, {f"{ENCODER}.{LOST}": None, f"{DECODER}.{LOST}": None})
     tierewrite.rewrite(src, tmp_path / "out", fill_missing_scales=True, manifest=False)
     edit_tensors(tmp_path / "out", {f"{DECODER}.{LOST}": ("F32", [], struct.pack("<f", 0.011))})
-    assert [p.where for p in tierewrite.verify(src, tmp_path / "out").problems] == [f"{DECODER}.{LOST}"]
+    result = tierewrite.verify(src, tmp_path / "out", fill_missing_scales=True)
+    assert [(p.id, p.where) for p in result.problems] == [("fill", f"{DECODER}.{LOST}")]
 
 
 def test_prepared_for_vllm_with_the_gap_filled_is_ready(copied: Naive, tmp_path: Path) -> None:

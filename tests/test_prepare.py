@@ -39,7 +39,8 @@ def test_prepared_checkpoint_has_no_errors_left(copied: Naive, tmp_path: Path) -
     assert report.readiness.checkpoint == str(tmp_path / "out")
     assert tierewrite.check(tmp_path / "out", "vllm").errors == ()
     assert not [k for k in read_tensors(tmp_path / "out") if "encoder" in k and k.endswith(("k_scale", "v_scale"))]
-    assert tierewrite.verify(src, tmp_path / "out").ok
+    options = {"kv_scales": "merge", "unify_fused_scales": True, "fix_ignore": True}
+    assert tierewrite.verify(src, tmp_path / "out", **options).ok
 
 
 def test_only_per_side_conflicts_left_writes_dst_and_exits_6(

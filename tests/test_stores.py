@@ -227,7 +227,7 @@ def test_requests_and_bytes_are_few(
         "down": (lambda: tierewrite.rewrite(there, tmp_path / "down", **options), most),
         "up": (lambda: tierewrite.rewrite(src, store.url("up"), **options), 4096),
         "across": (lambda: tierewrite.rewrite(there, store.url("across"), **options), most),
-        "verify": (lambda: tierewrite.verify(there, store.url("across"), ties_file=ties.get("ties")), 2 * most),
+        "verify": (lambda: tierewrite.verify(there, store.url("across"), ties=ties.get("ties")), 2 * most),
     }
     print(f"{what}: {total:,} bytes")
     for name, (run, bound) in runs.items():
@@ -262,7 +262,9 @@ def test_every_command_takes_urls(naive: Naive, store: Store, tmp_path: Path) ->
     assert (report.src, report.dst) == (src, out)
     tierewrite.rewrite(case, tmp_path / "out", consumer="vllm", kv_scales="merge", unify_fused_scales=True)
     assert store.objects() == files(tmp_path / "out")
-    assert tierewrite.verify(src, out).to_json() == tierewrite.verify(case, tmp_path / "out").to_json()
+    options = {"kv_scales": "merge", "unify_fused_scales": True, "fix_ignore": True}
+    here = tierewrite.verify(case, tmp_path / "out", **options)
+    assert tierewrite.verify(src, out, **options).to_json() == here.to_json()
     there, here = tierewrite.check(out, "vllm"), tierewrite.check(tmp_path / "out", "vllm")
     assert {**there.to_json(), "checkpoint": ""} == {**here.to_json(), "checkpoint": ""}
     assert there.to_json()["checkpoint"] == out
@@ -274,7 +276,7 @@ def test_every_command_takes_urls(naive: Naive, store: Store, tmp_path: Path) ->
     assert known.pop("root") == str(case)
     assert told == known
     store.put("out/tokenizer.json", b"another")
-    assert [problem.where for problem in tierewrite.verify(src, out).problems] == ["tokenizer.json"]
+    assert [problem.where for problem in tierewrite.verify(src, out, **options).problems] == ["tokenizer.json"]
 
 
 def test_command_line_takes_urls(naive: Naive, store: Store, tmp_path: Path) -> None:
@@ -335,7 +337,7 @@ def test_memory_gives_the_bytes_of_a_local_rewrite(
     assert files(tmp_path / "down") == expected
     tierewrite.rewrite(naive(case), memory("up"), **options)
     assert kept(memory("up")) == expected
-    assert tierewrite.verify(src, memory("up")).ok
+    assert tierewrite.verify(src, memory("up"), **options).ok
 
 
 @pytest.mark.parametrize("case", ["dg_nvfp4_encoder_bf16", "qwen3_tied_but_diverged_bf16"])

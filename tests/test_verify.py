@@ -63,9 +63,9 @@ def test_every_rewritten_fixture_is_proved(case: str, manifest: bool, rewritten:
         dst = rewritten(case, on_mismatch="keep", manifest=manifest)
     except TierewriteError as e:
         pytest.skip(f"not rewritten: {e}")
-    result = verify(source(case), dst)
+    result = verify(source(case), dst, on_mismatch="keep")
     assert result.problems == ()
-    assert result.ties_source == "manifest" if manifest else result.ties_source in ("class", "config", "none")
+    assert result.ties_source in ("class", "config", "none")
     before, after = read_tensors(source(case)), read_tensors(dst)
     assert result.kept + result.renamed + result.merged + result.repacked == len(after)
     assert result.dropped == len(before) - len(after)
@@ -73,13 +73,16 @@ def test_every_rewritten_fixture_is_proved(case: str, manifest: bool, rewritten:
 
 
 @pytest.mark.parametrize("manifest", [True, False])
-def test_kv_scales_may_be_kept_or_merged(manifest: bool, rewritten: Callable[..., Path]) -> None:
+def test_kv_scales_are_kept_or_merged_as_the_caller_says(manifest: bool, rewritten: Callable[..., Path]) -> None:
     case = "dg_nvfp4_kvfp8"
-    kept = verify(source(case), rewritten(case, manifest=manifest))
-    merged = verify(source(case), rewritten(case, manifest=manifest, kv_scales="merge"))
+    dst_kept = rewritten(case, manifest=manifest)
+    dst_merged = rewritten(case, manifest=manifest, kv_scales="merge")
+    kept, merged = verify(source(case), dst_kept), verify(source(case), dst_merged, kv_scales="merge")
     assert kept.ok
     assert merged.ok
     assert merged.merged > kept.merged
+    assert "missing" in ids(verify(source(case), dst_merged))
+    assert "tie-left" in ids(verify(source(case), dst_kept, kv_scales="merge"))
 
 
 def test_a_checkpoint_that_somebody_else_deduplicated_by_hand_is_proved(tmp_path: Path) -> None:
@@ -104,15 +107,18 @@ def test_json_has_a_schema_and_counts(rewritten: Callable[..., Path]) -> None:
     assert data["schema"] == "tierewrite/verification/1"
     assert data["ok"] is True
     assert data["problems"] == []
-    assert data["ties"]["source"] == "manifest"
+    assert data["ties"] == {"source": "class", "detail": "DiffusionGemmaForBlockDiffusion"}
     assert data["counts"] == {"kept": 98, "renamed": 26, "dropped": 111, "merged": 37, "repacked": 0}
 
 
-def test_with_a_manifest_neither_torch_nor_transformers_is_imported(rewritten: Callable[..., Path]) -> None:
-    dst = rewritten("dg_nvfp4")
+def test_with_a_ties_file_neither_torch_nor_transformers_is_imported(tmp_path: Path) -> None:
+    ties = tmp_path / "ties.json"
+    ties.write_text('{"lm_head.weight": "model.embed_tokens.weight"}')
+    src, dst = str(source("qwen3_tied_bf16")), str(tmp_path / "dst")
     code = (
         "import sys, tierewrite\n"
-        f"assert tierewrite.verify({str(source('dg_nvfp4'))!r}, {str(dst)!r}).ok\n"
+        f"tierewrite.rewrite({src!r}, {dst!r}, ties={str(ties)!r})\n"
+        f"assert tierewrite.verify({src!r}, {dst!r}, ties={str(ties)!r}).ok\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
@@ -144,7 +150,7 @@ def test_memory_is_bounded_whatever_the_size_of_a_tensor(tmp_path: Path) -> None
         "from tests.checkpoints import peak_bytes\n"
         "before = peak_bytes()\n"
         f"r = tierewrite.verify({str(tmp_path / 'src')!r}, {str(tmp_path / 'dst')!r},"
-        f" ties_file={str(tmp_path / 'ties.json')!r})\n"
+        f" ties={str(tmp_path / 'ties.json')!r})\n"
         "assert r.ok, r\n"
         "print((peak_bytes() - before) >> 20)\n"
     )
@@ -176,12 +182,22 @@ def test_a_drop_without_a_declared_tie_is_wrong_though_equal_bytes_are_there(tmp
 def test_a_drop_that_the_bytes_do_not_confirm_is_wrong(tmp_path: Path) -> None:
     dst = dropped_by_hand("qwen3_tied_but_diverged_bf16", "lm_head.weight", tmp_path / "dst")
     result = verify(source("qwen3_tied_but_diverged_bf16"), dst)
-    assert [(p.id, p.where) for p in result.problems] == [("unconfirmed-drop", "model.embed_tokens.weight")]
+    where = "model.embed_tokens.weight"
+    assert [(p.id, p.where) for p in result.problems] == [("refused", where), ("unconfirmed-drop", where)]
+    result = verify(source("qwen3_tied_but_diverged_bf16"), dst, on_mismatch="keep")
+    assert [(p.id, p.where) for p in result.problems] == [("unconfirmed-drop", where)]
+
+
+def test_an_output_of_a_source_that_would_be_refused_is_not_proved(tmp_path: Path) -> None:
+    src = source("qwen3_tied_but_diverged_bf16")
+    assert ids(verify(src, src)) == {"refused"}
+    assert ids(verify(src, src, on_mismatch="repack")) == {"refused"}
+    assert verify(src, src, on_mismatch="keep").ok
 
 
 def test_a_dropped_tensor_of_no_tie_is_missing(tmp_path: Path) -> None:
     dst = dropped_by_hand("qwen3_tied_but_diverged_bf16", "model.norm.weight", tmp_path / "dst")
-    result = verify(source("qwen3_tied_but_diverged_bf16"), dst)
+    result = verify(source("qwen3_tied_but_diverged_bf16"), dst, on_mismatch="keep")
     assert ids(result) <= {"missing", "undeclared-drop"}
     assert [p.where for p in result.problems] == ["model.norm.weight"]
 
@@ -205,14 +221,6 @@ def test_an_alias_only_survivor_that_was_not_renamed_is_a_tie_left(
     (dst / INDEX).unlink()
     result = verify(source("dg_nvfp4"), dst)
     assert [(p.id, p.where) for p in result.problems] == [("tie-left", "model.decoder.norm.weight")]
-
-
-def test_kv_scales_merged_against_the_options_are_wrong(tmp_path: Path, rewritten: Callable[..., Path]) -> None:
-    dst = shutil.copytree(rewritten("dg_nvfp4_kvfp8", kv_scales="merge"), tmp_path / "dst")
-    manifest = json.loads((dst / MANIFEST).read_text())
-    manifest["options"]["kv_scales"] = "keep"
-    (dst / MANIFEST).write_text(json.dumps(manifest))
-    assert "missing" in ids(verify(source("dg_nvfp4_kvfp8"), dst))
 
 
 # ------------------------------------------------------------------------------------------------------------ scales
@@ -250,12 +258,12 @@ def test_a_merged_scale_is_right_for_one_value_only(case: str, tmp_path: Path) -
     ties.write_text('{"b.weight": "a.weight"}')
     dst = tmp_path / "dst"
     write_checkpoint(dst, {"a.weight": weight, "a.input_scale": right})
-    assert verify(src, dst, ties_file=ties).problems == ()
+    assert verify(src, dst, ties=ties).problems == ()
     for value in wrong:
         write_checkpoint(dst, {"a.weight": weight, "a.input_scale": value})
-        assert ids(verify(src, dst, ties_file=ties)) == {"merge"}
+        assert ids(verify(src, dst, ties=ties)) == {"merge"}
     write_checkpoint(dst, {"a.weight": weight})
-    assert ids(verify(src, dst, ties_file=ties)) == {"missing"}
+    assert ids(verify(src, dst, ties=ties)) == {"missing"}
 
 
 @pytest.mark.parametrize("sides", [(3.0, 2.0), (2.0, 3.0)])
@@ -268,7 +276,7 @@ def test_a_reciprocal_is_merged_to_the_smallest(sides: tuple[float, float], tmp_
     ties.write_text('{"b.weight": "a.weight"}')
     for value in (2.0, 3.0, 1.9999999):
         dst = write_checkpoint(tmp_path / "dst", {"a.weight_packed": weight, "a.input_global_scale": f32(value)})
-        assert ids(verify(src, dst, ties_file=ties)) == (set() if value == 2.0 else {"merge"})
+        assert ids(verify(src, dst, ties=ties)) == (set() if value == 2.0 else {"merge"})
 
 
 # ------------------------------------------------------------------------------------------------------------- NVFP4
@@ -304,7 +312,8 @@ def test_one_blob_for_sides_of_different_scales_is_right_at_the_larger_scale(wid
     ties.write_text('{"b.weight": "a.weight"}')
 
     def outcome(tensors: dict[str, Tensor]) -> Verification:
-        return verify(src, write_checkpoint(tmp_path / "dst", named("a", tensors)), ties_file=ties)
+        dst = write_checkpoint(tmp_path / "dst", named("a", tensors))
+        return verify(src, dst, ties=ties, on_mismatch="repack")
 
     right = outcome(large)
     assert right.problems == ()
@@ -314,7 +323,8 @@ def test_one_blob_for_sides_of_different_scales_is_right_at_the_larger_scale(wid
     for name in ("weight", "weight_scale"):
         dtype, shape, data = large[name]
         assert not outcome(large | {name: (dtype, shape, bytes([data[0] ^ 1]) + data[1:])}).ok
-    assert ids(verify(src, src, ties_file=ties)) == set()  # as --on-mismatch keep leaves it
+    assert verify(src, src, ties=ties, on_mismatch="keep").ok
+    assert ids(verify(src, src, ties=ties)) == {"refused"}
 
 
 def test_one_blob_for_sides_that_differ_by_more_than_scaling_is_wrong(tmp_path: Path) -> None:
@@ -323,7 +333,8 @@ def test_one_blob_for_sides_that_differ_by_more_than_scaling_is_wrong(tmp_path: 
     ties = tmp_path / "ties.json"
     ties.write_text('{"b.weight": "a.weight"}')
     for tensors in (one, other):
-        assert not verify(src, write_checkpoint(tmp_path / "dst", named("a", tensors)), ties_file=ties).ok
+        dst = write_checkpoint(tmp_path / "dst", named("a", tensors))
+        assert "unconfirmed-drop" in ids(verify(src, dst, ties=ties, on_mismatch="repack"))
 
 
 def test_a_linear_encoded_anew_to_the_scale_of_the_one_it_is_fused_with_is_right(tmp_path: Path) -> None:
@@ -337,12 +348,31 @@ def test_a_linear_encoded_anew_to_the_scale_of_the_one_it_is_fused_with_is_right
     ties = tmp_path / "ties.json"
     ties.write_text('{"y.weight": "x.weight"}')
     dst = write_checkpoint(tmp_path / "dst", named("m.gate_proj", anew) | named("m.up_proj", up) | more)
-    result = verify(src, dst, ties_file=ties)
+    result = verify(src, dst, ties=ties, unify_fused_scales=True)
     assert result.problems == ()
     assert result.repacked == 3
+    assert ids(verify(src, dst, ties=ties)) == {"bytes"}
     alone = write_checkpoint(tmp_path / "src2", named("m.other_proj", gate) | named("m.up_proj", up) | tied)
     dst = write_checkpoint(tmp_path / "dst", named("m.other_proj", anew) | named("m.up_proj", up) | more)
-    assert ids(verify(alone, dst, ties_file=ties)) == {"bytes"}
+    assert ids(verify(alone, dst, ties=ties, unify_fused_scales=True)) == {"bytes"}
+
+
+def test_fused_scales_wider_than_those_of_src_are_wrong_though_they_are_equal(tmp_path: Path) -> None:
+    gate, up = encoded(0), encoded(1, 2.5)
+    more: dict[str, Tensor] = {"x.weight": ("U8", [1], b"1")}
+    tied = more | {"y.weight": more["x.weight"]}
+    src = write_checkpoint(tmp_path / "src", named("m.gate_proj", blob(*gate)) | named("m.up_proj", blob(*up)) | tied)
+    ties = tmp_path / "ties.json"
+    ties.write_text('{"y.weight": "x.weight"}')
+    wide = np.float32(up[2] * np.float32(1e10))
+    zeroed = {
+        name: blob(*nvfp4.repack(codes, scales, np.float32(scale), wide), float(wide))
+        for name, (codes, scales, scale) in {"m.gate_proj": gate, "m.up_proj": up}.items()
+    }
+    tensors = named("m.gate_proj", zeroed["m.gate_proj"]) | named("m.up_proj", zeroed["m.up_proj"])
+    dst = write_checkpoint(tmp_path / "dst", tensors | more)
+    assert ids(verify(src, dst, ties=ties, unify_fused_scales=True)) == {"bytes", "not-unified"}
+    assert ids(verify(src, dst, ties=ties)) == {"bytes"}
 
 
 def with_rescaled_sides(folder: Path, *modules: str) -> Path:
@@ -368,8 +398,9 @@ def test_a_repacked_checkpoint_is_proved(side: str, unify: bool, manifest: bool,
         tmp_path / "src", f"{side}layers.0.experts.1.gate_proj", f"{side}layers.1.self_attn.q_proj"
     )
     dst = tmp_path / "dst"
-    tierewrite.rewrite(src, dst, on_mismatch="repack", unify_fused_scales=unify, manifest=manifest)
-    result = verify(src, dst)
+    options: dict[str, Any] = {"on_mismatch": "repack", "unify_fused_scales": unify}
+    tierewrite.rewrite(src, dst, manifest=manifest, **options)
+    result = verify(src, dst, **options)
     assert result.problems == ()
     assert result.repacked > 6 if unify else result.repacked == 6
     tensors, metadata = read_shard(dst / "model.safetensors")
@@ -377,7 +408,7 @@ def test_a_repacked_checkpoint_is_proved(side: str, unify: bool, manifest: bool,
     dtype, shape, data = tensors[name]
     tensors[name] = dtype, shape, bytes([data[0] ^ 1]) + data[1:]
     write_shard(dst / "model.safetensors", tensors, metadata)
-    assert "bytes" in ids(verify(src, dst))
+    assert "bytes" in ids(verify(src, dst, **options))
 
 
 def test_fused_scales_that_were_to_be_unified_and_are_not_are_found(tmp_path: Path) -> None:
@@ -387,7 +418,8 @@ def test_fused_scales_that_were_to_be_unified_and_are_not_are_found(tmp_path: Pa
     manifest = json.loads((dst / MANIFEST).read_text())
     manifest["options"]["unify_fused_scales"] = True
     (dst / MANIFEST).write_text(json.dumps(manifest))
-    assert ids(verify(src, dst)) == {"not-unified"}
+    assert ids(verify(src, dst, on_mismatch="repack")) == {"manifest"}
+    assert "not-unified" in ids(verify(src, dst, on_mismatch="repack", unify_fused_scales=True))
 
 
 # ------------------------------------------------------------------------------------------------------ the manifest
@@ -424,6 +456,15 @@ LIES: dict[str, Callable[[dict[str, Any]], object]] = {
     "a ratio": lambda m: first_entry(m, merged=True).update(ratio=1.0),
     "calibrated": lambda m: first_entry(m, merged=True).update(calibrated=False),
     "a tensor that is not there": lambda m: m["groups"][0]["tensors"].update({"x": first_entry(m)}),
+    "aliases of a group": lambda m: m["groups"][0].update(aliases=["nobody"] * len(m["groups"][0]["aliases"])),
+    "the canonical name of a group": lambda m: m["groups"][0].update(canonical="nobody"),
+    "the id of a group": lambda m: m["groups"][0].update(id="nobody", canonical="nobody"),
+    "who declared the ties": lambda m: m["ties"].update(source="ties-file", detail=""),
+    "the class": lambda m: m["ties"].update(detail="Other"),
+    "a limit": lambda m: m["options"].update(max_shard_size=10**15),
+    "another option": lambda m: m["options"].update(on_mismatch="keep"),
+    "an option of another kind": lambda m: m["options"].update(fill_missing_scales="no"),
+    "an option that nobody knows": lambda m: m["options"].update(colour="red"),
     "a tensor less": lambda m: next(g for g in m["groups"] if len(g["tensors"]) > 1)["tensors"].popitem(),
 }
 
@@ -479,27 +520,9 @@ def test_a_hostile_manifest_crashes_nothing(tmp_path: Path, rewritten: Callable[
                 key = rng.choice(list(parent)) if isinstance(parent, dict) else rng.randrange(len(parent))
             parent[key] = rng.choice(odd)
         (dst / MANIFEST).write_text(json.dumps(manifest))
-        result = verify(source("dg_nvfp4_kvfp8"), dst, ties_file=ties if rng.random() < 0.8 else None)
+        result = verify(source("dg_nvfp4_kvfp8"), dst, ties=ties if rng.random() < 0.8 else None)
         json.dumps(result.to_json())
         assert "\x1b" not in "".join(problem.message for problem in result.problems)
-
-
-def test_mended_ignore_lists_are_right_only_where_they_were_asked_for(
-    tmp_path: Path, rewritten: Callable[..., Path]
-) -> None:
-    dst = shutil.copytree(rewritten("dg_nvfp4"), tmp_path / "dst")
-    config = json.loads((dst / "config.json").read_text())
-    config["quantization_config"]["ignore"] = ["lm_head"]
-    (dst / "config.json").write_text(json.dumps(config))
-    assert ids(verify(source("dg_nvfp4"), dst)) == {"side-file"}
-    assert verify(source("dg_nvfp4"), dst, fix_ignore=True).ok
-    manifest = json.loads((dst / MANIFEST).read_text())
-    manifest["options"]["fix_ignore"] = True
-    (dst / MANIFEST).write_text(json.dumps(manifest))
-    assert verify(source("dg_nvfp4"), dst).ok
-    config["tie_word_embeddings"] = False
-    (dst / "config.json").write_text(json.dumps(config))
-    assert ids(verify(source("dg_nvfp4"), dst)) == {"side-file"}
 
 
 def test_tensors_that_the_index_lacks_are_left_out_on_request(tmp_path: Path, copied: Callable[[str], Path]) -> None:
@@ -728,27 +751,31 @@ class Corruptor:
         return f"{kind} {name}"
 
 
-def corrupted(case: str, dst: Path, folder: Path, count: int, seed: int, keep_manifest: bool) -> dict[str, int]:
+def corrupted(
+    case: str, dst: Path, folder: Path, count: int, seed: int, keep_manifest: bool, options: dict[str, Any]
+) -> dict[str, int]:
     """Verify `count` single corruptions; returns how many of each kind. Fails on the first that is not found."""
     ties = folder.parent / f"{folder.name}-ties.json"
     manifest = json.loads((dst / MANIFEST).read_text())
     ties.write_text(json.dumps(manifest["ties"]["map"]))
-    breaker = Corruptor(case, dst, folder, seed)
+    made = folder.with_name(folder.name + "-made")
+    tierewrite.rewrite(source(case), made, ties=ties, **options)  # so that its manifest tells of the file
+    breaker = Corruptor(case, made, folder, seed)
     if not keep_manifest:
         del breaker.original[MANIFEST]
     breaker.restore()
     breaker_kinds = dict.fromkeys(breaker.kinds, 0)
-    assert verify(source(case), breaker.folder, ties_file=ties).ok
+    assert verify(source(case), breaker.folder, ties=ties, **options).ok
     done = 0
     while done < count:
         kind = breaker.random.choice(breaker.kinds)
         what = breaker.corrupt(kind)
         if what is not None:
-            assert not verify(source(case), breaker.folder, ties_file=ties).ok, f"seed {seed}, {case}: {what}"
+            assert not verify(source(case), breaker.folder, ties=ties, **options).ok, f"seed {seed}, {case}: {what}"
             breaker_kinds[kind] += 1
             done += 1
         breaker.restore()
-    assert verify(source(case), breaker.folder, ties_file=ties).ok
+    assert verify(source(case), breaker.folder, ties=ties, **options).ok
     return breaker_kinds
 
 
@@ -765,7 +792,7 @@ def corrupted(case: str, dst: Path, folder: Path, count: int, seed: int, keep_ma
 def test_every_one_of_a_thousand_single_corruptions_is_found(
     case: str, options: dict[str, Any], count: int, keep_manifest: bool, tmp_path: Path, rewritten: Callable[..., Path]
 ) -> None:
-    kinds = corrupted(case, rewritten(case, **options), tmp_path / "dst", count, 2026, keep_manifest)
+    kinds = corrupted(case, rewritten(case, **options), tmp_path / "dst", count, 2026, keep_manifest, options)
     assert sum(kinds.values()) == count
     assert all(kinds.values()), kinds
 
@@ -773,5 +800,5 @@ def test_every_one_of_a_thousand_single_corruptions_is_found(
 @pytest.mark.long
 def test_every_one_of_ten_thousand_single_corruptions_is_found(tmp_path: Path, rewritten: Callable[..., Path]) -> None:
     for case in ("qwen3_tied_bf16", "dg_fp8", "dg_nvfp4_kvfp8", "dg_nvfp4_sharded", "llmcompressor_nvfp4_dg"):
-        kinds = corrupted(case, rewritten(case), tmp_path / case, 2_000, 7, True)
+        kinds = corrupted(case, rewritten(case), tmp_path / case, 2_000, 7, True, {})
         print(case, kinds)

@@ -403,7 +403,7 @@ def rewrite(
                 staging.put(MANIFEST_NAME, text)
             if verify:
                 progress.start("proving", checkpoint.total_bytes + planned.total_bytes)
-                _verify(place, staging, ties, trust_remote_code, ignore_unindexed, fix_ignore, progress)
+                _verify(place, staging, ties, trust_remote_code, ignore_unindexed, policy, progress)
             if consumer is not None:
                 found_ready = replace(_check(staging, consumer, trust_remote_code, force), checkpoint=str(where))
                 report = replace(report, readiness=found_ready)
@@ -469,7 +469,7 @@ def _verify(
     ties: PathLike | None,
     trust_remote_code: bool,
     ignore_unindexed: bool,
-    fix_ignore: bool,
+    policy: Policy,
     progress: Progress,
 ) -> None:
     """Proves the staged output from the source.
@@ -482,10 +482,10 @@ def _verify(
     result = verify(
         src,
         staging.view(),
-        ties_file=ties,
+        ties=ties,
         trust_remote_code=trust_remote_code,
         ignore_unindexed=ignore_unindexed,
-        fix_ignore=fix_ignore,
+        **policy.to_json(),
         advance=progress.advance,
     )
     if not result.ok:

@@ -391,7 +391,7 @@ def verify(src: str, dst: str, as_json: bool, ties: Path | None, **options: Any)
       tierewrite verify s3://bucket/exported s3://bucket/canonical
       tierewrite verify exported/ canonical/ --json | jq '.problems[] | [.id, .where]'
     """
-    result = tierewrite.verify(src, dst, ties_file=ties, **options)
+    result = tierewrite.verify(src, dst, ties=ties, **options)
     if as_json:
         _print_json(result.to_json())
     else:

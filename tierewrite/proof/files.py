@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from tierewrite.errors import SystemFailure, TierewriteError, shown
+from tierewrite.output.manifest import ties_on_disk
+from tierewrite.planning.policy import Policy
 from tierewrite.proof import Problem
 from tierewrite.proof.reading import hash_file, threads
 from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME, Checkpoint, SideFile
+from tierewrite.ties.on_disk import DiskTies
+from tierewrite.ties.tie_map import TieMap
 
 _MANIFEST_SCHEMA = "tierewrite/manifest/1"
 _MAX_MANIFEST_BYTES = 512 * 1024**2
@@ -23,7 +27,44 @@ _MAX_MANIFEST_BYTES = 512 * 1024**2
 _SHARD_NAME = re.compile(r"model-([0-9]{5,})-of-([0-9]{5,})\.safetensors\Z")
 
 
-def check_layout(source: Checkpoint, target: Checkpoint, manifest: Mapping[str, Any] | None) -> list[Problem]:
+def check_claims(manifest: Mapping[str, Any], policy: Policy, ties: TieMap, disk: DiskTies) -> list[Problem]:
+    """What the manifest says of how DST was made, against what the caller asked to be proved and who declares ties."""
+    problems: list[Problem] = []
+
+    def say(message: str) -> None:
+        problems.append(Problem("manifest", MANIFEST_NAME, message))
+
+    asked, told = policy.to_json(), manifest["options"]
+    for name in sorted(asked.keys() | told.keys()):
+        if name not in asked or name not in told:
+            say(f"options {'lack' if name in asked else 'have the unknown'} {name}")
+        elif type(told[name]) is not type(asked[name]) or told[name] != asked[name]:
+            say(
+                f"says that DST was made with {name} {told[name]}; asked to be proved was {asked[name]}: give verify "
+                "the options of the rewrite"
+            )
+    if ties.source == "manifest":
+        return problems
+    detail = ties.detail if ties.source == "class" else ""
+    if (manifest["ties"]["source"], manifest["ties"]["detail"]) != (ties.source, detail):
+        said = f"{manifest['ties']['source']} {manifest['ties']['detail']}".strip()
+        say(f"says that the ties were declared by {said}; asked was {f'{ties.source} {detail}'.strip()}")
+    declared = ties_on_disk(disk)
+    for alias in sorted(declared.keys() | manifest["ties"]["map"].keys()):
+        mine, other = declared.get(alias), manifest["ties"]["map"].get(alias)
+        if mine != other:
+            say(f"ties '{alias}' to {other or 'nothing'}; by the {ties.source} it is tied to {mine or 'nothing'}")
+    by_id = {group.id: group for group in disk.groups}
+    for entry in manifest["groups"]:
+        group = by_id.get(entry["id"])
+        if group is not None and (entry["canonical"], entry["aliases"]) != (group.canonical, list(group.aliases)):
+            say(f"gives the tie '{entry['id']}' another canonical name or other aliases than are declared")
+    return problems
+
+
+def check_layout(
+    source: Checkpoint, target: Checkpoint, manifest: Mapping[str, Any] | None, policy: Policy
+) -> list[Problem]:
     """Index, metadata, names and sizes of DST's shards. (To open it, index and shards had to agree.)"""
     problems: list[Problem] = []
     metadata = target.index_metadata
@@ -51,7 +92,7 @@ def check_layout(source: Checkpoint, target: Checkpoint, manifest: Mapping[str, 
     for entry in target.tensors.values():
         sizes[entry.shard] += entry.nbytes
         counts[entry.shard] += 1
-    limit = None if manifest is None else manifest["options"].get("max_shard_size") or max(fullest)
+    limit = policy.max_shard_size or (None if manifest is None else max(fullest))
     for number, shard in enumerate(target.shards, 1):
         if dict(shard.metadata) != union:
             problems.append(Problem("metadata", shard.name, f"__metadata__ is {shown(dict(shard.metadata))}"))

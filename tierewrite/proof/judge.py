@@ -20,13 +20,16 @@ from tierewrite.ties.on_disk import DiskTies, TieGroup
 class Stand:
     """A tensor of DST and the tensors of SRC that it stands for, the one whose place it has first.
 
-    `merge` is the companion whose rule made one value of several; None where the bytes are those of the first.
+    Attributes:
+        merge: the companion whose rule made one value of several; None where the bytes are those of the first.
+        repacked: part of an NVFP4 weight whose sides hold other bytes: one is encoded again to the scale of all.
     """
 
     target: str
     sources: tuple[str, ...]
     merge: Companion | None = None
     group: str | None = None
+    repacked: bool = False
 
     @property
     def action(self) -> str:
@@ -84,21 +87,25 @@ class Judge:
                     break
                 parent = parent.rpartition(".")[0]
 
-    def groups(self, repacked: Callable[[Group], bool]) -> list[Group]:
+    def groups(self, why_apart: Callable[[Group], str | None] | None = None) -> list[Group]:
         """Every tie with what it must have become.
 
         Args:
-            repacked: asked of a group that its bytes refute: may DST hold one NVFP4 blob for its sides all the same?
+            why_apart: with `--on-mismatch repack`, asked of a group whose sides differ in NVFP4 weights alone: why
+                they are not one weight under several scales, or None.
         """
         found = []
         for tie in self.disk.groups:
             group = self._attempt(tie)
-            if group.reason is not None and repacked(group):
+            if group.reason is not None and why_apart is not None:
                 self.repack = True
                 again = self._attempt(tie)
                 self.repack = False
-                if again.reason is None:
+                why = why_apart(again) if again.reason is None else again.reason
+                if why is None:
                     group = again
+                else:
+                    group.reason = f"{group.reason}; {why}"
             if group.reason is None:
                 for stand in group.stands.values():
                     self.claimed.update(dict.fromkeys((*stand.sources, stand.target), tie.id))
@@ -172,8 +179,11 @@ class Judge:
             for part, (key, _) in other.items():
                 self._same(exact[part][0], key, header_only=part in blob)
             self._same_neighbours(first, name)
-        for part in exact:
-            self._stand(group, canonical, part, tuple(other[part][0] for _, other, _ in sides), None)
+        rows = {part: tuple(other[part][0] for _, other, _ in sides) for part in exact}
+        blob = _blob_parts(exact) if self.repack else ()
+        repacked = any(len({self.digests[key] for key in rows[part]}) > 1 for part in blob)
+        for part, keys in rows.items():
+            self._stand(group, canonical, part, keys, None, repacked=repacked and part in blob)
         for part in dict.fromkeys(part for _, _, more in sides for part in more):
             found = [more[part] for _, _, more in sides if part in more]
             keys = tuple(key for key, _ in found)
@@ -208,9 +218,16 @@ class Judge:
         return key if canonical is None else f"{canonical.rpartition('.')[0]}.{suffix}"
 
     @staticmethod
-    def _stand(group: Group, canonical: str, part: str, keys: tuple[str, ...], merge: Companion | None) -> None:
+    def _stand(
+        group: Group,
+        canonical: str,
+        part: str,
+        keys: tuple[str, ...],
+        merge: Companion | None,
+        repacked: bool = False,
+    ) -> None:
         target = _target(canonical, part)
-        group.stands[target] = Stand(target, keys, None if keys == (target,) else merge, group.tie.id)
+        group.stands[target] = Stand(target, keys, None if keys == (target,) else merge, group.tie.id, repacked)
 
 
 def _target(canonical: str, part: str) -> str:

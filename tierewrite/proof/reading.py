@@ -17,6 +17,7 @@ from blake3 import blake3
 from tierewrite import formats
 from tierewrite.errors import SourceChanged, SystemFailure
 from tierewrite.formats import Role
+from tierewrite.proof.values import BLOBS
 from tierewrite.source.table import Checkpoint, Shard, SideFile, TensorEntry
 from tierewrite.stores.remote import RemoteFile, RemotePath
 
@@ -32,9 +33,12 @@ class Contents:
     values: dict[str, bytes]
 
 
-def may_be_merged(key: str) -> bool:
-    """Whether any family merges tensors of that name; only their bytes are kept in memory."""
-    return _MERGED_ENDINGS.search(key) is not None
+def is_scale(key: str) -> bool:
+    """Whether values of tensors of that name count: any family merges them, or they scale an NVFP4 weight.
+
+    Only their bytes are kept in memory.
+    """
+    return _MERGED_ENDINGS.search(key) is not None or key.endswith(_SCALES_OF_BLOBS)
 
 
 def _merged_endings() -> re.Pattern[str]:
@@ -46,6 +50,7 @@ def _merged_endings() -> re.Pattern[str]:
 
 
 _MERGED_ENDINGS = _merged_endings()
+_SCALES_OF_BLOBS = tuple(f".{parts[2]}" for parts in BLOBS)
 
 
 def hash_tensors(checkpoint: Checkpoint, values: Collection[str], advance: Callable[[int], None] | None) -> Contents:

@@ -1,4 +1,4 @@
-"""Numbers: whether a merged scale covers its sides, and what an NVFP4 blob is.
+"""Numbers: the one value that covers several scales, and what an NVFP4 blob is.
 
 Refused: nothing; a tensor whose dtype has no value here is compared by its bytes.
 """
@@ -87,22 +87,32 @@ def _valid(dtype: str, numbers: _F64, companion: Companion) -> npt.NDArray[np.bo
 
 
 @dataclass(frozen=True, slots=True)
-class Scale:
-    """How a merged value compares with its sides: `right`, else `why` not; `ratio` between the sides; `calibrated`."""
+class Value:
+    """The one value that covers all sides.
 
-    right: bool
-    why: str
+    Attributes:
+        data: its little-endian bytes; elements that no side has validly keep the first side's bits.
+        ratio: the largest side over the smallest, the largest of all elements; None where fewer than two are valid.
+        calibrated: some element of some side was set by calibration.
+        invalid: names of the sides of which some element was not.
+        said: the sides' values, for people.
+    """
+
+    data: bytes
     ratio: float | None
     calibrated: bool
+    invalid: frozenset[str]
+    said: str
 
 
-def check_merge(companion: Companion, sides: Sequence[tuple[TensorEntry, bytes]], dtype: str, data: bytes) -> Scale:
-    """Whether `data` is the value that covers all sides: the nearest of its dtype that is not smaller in range.
+def covering(companion: Companion, sides: Sequence[tuple[TensorEntry, bytes]]) -> Value | None:
+    """The value that covers `sides`, in the first one's dtype: the nearest that is not smaller in range.
 
-    Nothing is encoded here: of a positive float the bit pattern plus or minus one is its neighbour, so the value is
-    right if it reaches the extreme of the sides and its neighbour on the other side of the extreme does not.
+    Returns:
+        None where the dtype has no such value (a BF16 maximum beyond F16's largest).
     """
     up = companion.merge == "max"
+    dtype = sides[0][0].dtype
     values = np.stack([_numbers(entry.dtype, _bits(entry.dtype, raw)).ravel() for entry, raw in sides])
     valid = np.stack([_valid(entry.dtype, row, companion) for (entry, _), row in zip(sides, values, strict=True)])
     largest = np.where(valid, values, -np.inf).max(axis=0)
@@ -110,25 +120,35 @@ def check_merge(companion: Companion, sides: Sequence[tuple[TensorEntry, bytes]]
     several = valid.sum(axis=0) > 1
     with np.errstate(over="ignore"):
         ratio = float((largest[several] / smallest[several]).max()) if several.any() else None
-    calibrated = bool(valid.any())
-
-    bits = _bits(dtype, data)
-    first = _bits(sides[0][0].dtype, sides[0][1])
+    any_valid = valid.any(axis=0)
+    wanted = np.where(any_valid, largest if up else smallest, 1.0)
+    bits = np.where(any_valid, _nearest(dtype, wanted, up), _bits(dtype, sides[0][1])).astype(_SCALARS[dtype][0])
     found = _numbers(dtype, bits)
-    extreme = largest if up else smallest
-    neighbour = _numbers(dtype, bits - 1 if up else bits + 1)
     with np.errstate(invalid="ignore"):
-        covers = (found >= extreme) & ~(neighbour >= extreme) if up else (found <= extreme) & ~(neighbour <= extreme)
-    right = np.where(valid.any(axis=0), np.isfinite(found) & (found > 0) & covers, bits == first)
-    if right.all():
-        return Scale(True, "", ratio, calibrated)
-    at = int(np.argmin(right))
-    if not valid[:, at].any():
-        why = "no side was calibrated: expected the bytes of the side that stays"
-    else:
-        said = ", ".join(f"{entry.name} {row[at]:.9g}" for (entry, _), row in zip(sides, values, strict=True))
-        why = f"holds {found[at]:.9g}; expected {extreme[at]:.9g} or the next {dtype} beyond ({said})"
-    return Scale(False, why, ratio, calibrated)
+        covers = np.isfinite(found) & (found > 0) & (found >= wanted if up else found <= wanted)
+    if not covers[any_valid].all():
+        return None
+    said = ", ".join(f"{entry.name} {row.flat[0]:.9g}" for (entry, _), row in zip(sides, values, strict=True))
+    invalid = frozenset(entry.name for (entry, _), row in zip(sides, valid, strict=True) if not row.all())
+    return Value(bits.tobytes(), ratio, bool(any_valid.any()), invalid, said)
+
+
+def _nearest(dtype: str, wanted: _F64, up: bool) -> npt.NDArray[Any]:
+    """Bits of the values of `dtype` next to `wanted` (positive), from above or from below.
+
+    Of positive floats of one dtype the bit patterns have the order of the values, so this is a bisection over them.
+    """
+    raw = np.dtype(_SCALARS[dtype][0])
+    low = np.zeros(wanted.shape, np.uint64)  # the greatest pattern known to be at most `wanted`: that of 0
+    high = np.full(wanted.shape, 1 << (8 * raw.itemsize - (dtype != "F8_E8M0")), np.uint64)  # and one beyond all
+    with np.errstate(invalid="ignore"):
+        for _ in range(8 * raw.itemsize + 1):
+            middle = (low + high) // 2
+            at_most = _numbers(dtype, middle.astype(raw)) <= wanted  # of NaN and infinity: no
+            low, high = np.where(at_most, middle, low), np.where(at_most, high, middle)
+    below = low.astype(raw)
+    reached = _numbers(dtype, below) >= wanted
+    return np.where(reached, below, below + raw.type(1)) if up else below
 
 
 # The three tensors of an encoded weight: ModelOpt's, and compressed-tensors', whose last one is the reciprocal.
@@ -137,6 +157,9 @@ BLOBS = (("weight", "weight_scale", "weight_scale_2"), ("weight_packed", "weight
 
 
 def is_blob(entries: Sequence[TensorEntry]) -> bool:
+    """Whether codes, block scales and scale are an NVFP4 weight: one E4M3 for 16 or 32 values of 4 bits each."""
     codes, scales, scale = entries
     one = all(dim == 1 for dim in scale.shape)
-    return (codes.dtype, scales.dtype, scale.dtype) == ("U8", "F8_E4M3", "F32") and one and bool(codes.shape)
+    dtypes = (codes.dtype, scales.dtype, scale.dtype) == ("U8", "F8_E4M3", "F32")
+    rows = bool(codes.shape) and codes.shape[:-1] == scales.shape[:-1]
+    return dtypes and one and rows and scales.nbytes > 0 and codes.nbytes in (8 * scales.nbytes, 16 * scales.nbytes)

@@ -1,17 +1,24 @@
-"""The proof: DST against SRC, from the files alone.
+"""The proof: DST is what rewriting SRC with these options makes, shown from SRC alone.
 
-`verify` does not trust whoever wrote DST. It shares the header reader, the reader of declared ties and the table of
-suffixes with the rest, and nothing else: what every tensor must have become is worked out here anew, from digests of
-all bytes of SRC, and compared with digests of all bytes of DST. Every tensor of SRC is accounted for, every tensor of
-DST has its origin, shards and index agree, other files are equal byte for byte, and the manifest, if there is one, is
-true. A tensor that is missing from DST without a declared tie is a problem even where an equal one is there.
+Every expected value comes from SRC and from what the caller gives (options, --ties), never from DST or its manifest:
+which tensors stand for which is judged from digests of all bytes of SRC; a merged scale, a filled one, a re-encoded
+NVFP4 weight and the one scale of fused linears are computed from SRC's tensors; --ties, config.json or the model class
+is asked for the ties again. Every tensor of SRC is accounted for, every tensor of DST has its origin, shards and index
+agree, other files are equal byte for byte, and every statement of the manifest, if there is one, is true. A tensor that
+is missing from DST without a declared tie is a problem even where an equal one is there.
 
-Who declares the ties: the --ties file, else DST's manifest (then neither torch nor transformers is imported), else
-SRC's config.json or model class. Ties that only the class can translate to names on disk are asked of the class even
-with a manifest.
+Where nobody can be asked for the ties (a class that the installed transformers lacks) DST's manifest speaks: then the
+bytes are proved under its ties, and not the ties, and a note says so.
+
+Shared with the code that rewrites, and why:
+    the header reader   it refuses more than safetensors' own, which reads DST once more at the end
+    declared ties       who declares them, and how a parameter is called on disk, is what transformers says
+    table of suffixes   formats/ is the one place that knows them; tests hold it against exporters' own output
+    NVFP4 codec         tested bit by bit against ModelOpt's; what is encoded to which scale is worked out here
 
 Ids of problems:
     unreadable       DST, or a file of it, cannot be opened as what it should be
+    refused          the bytes of SRC do not confirm a tie, so that a rewrite with these options makes nothing
     missing          a tensor of SRC has no place in DST
     undeclared-drop  the same, though its bytes are there under another name: no declared tie says they are one
     unconfirmed-drop a tie was carried out that the bytes of SRC do not confirm
@@ -20,25 +27,27 @@ Ids of problems:
     header           another dtype or shape than the tensor it stands for
     bytes            other bytes than the tensor it stands for
     merge            not the value that covers every side
-    not-unified      linears that consumers fuse have several scales, though --unify-fused-scales was asked for
+    fill             not the widest scale of the layer's other experts
+    not-unified      not encoded to the one scale of the linears that consumers fuse
     index, total-size, metadata, shard-name, shard-size
                      the index, its total_size, the metadata that is carried over, names and sizes of shards
     side-file        a file that is missing, not expected, not regular, or different; or a folder
-    manifest         a statement of tierewrite.json that is not true
+    manifest         a statement of tierewrite.json that is not true, or that is not what the caller asked to be proved
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tierewrite.errors import SourceError, SystemFailure
+from tierewrite.planning.policy import Policy
 from tierewrite.proof import Problem
-from tierewrite.proof.compare import Proof
-from tierewrite.proof.files import check_layout, check_side_files, read_manifest
-from tierewrite.proof.reading import hash_tensors, may_be_merged
+from tierewrite.proof.compare import Proof, check_statements
+from tierewrite.proof.files import check_claims, check_layout, check_side_files, read_manifest
+from tierewrite.proof.reading import hash_tensors, is_scale
 from tierewrite.source.open import Place, fetched, name_of, open_checkpoint
 from tierewrite.source.table import MANIFEST_NAME, Checkpoint
 from tierewrite.ties.on_disk import on_disk
@@ -47,9 +56,6 @@ from tierewrite.ties.tie_map import Tie, TieMap
 __all__ = ["VERIFICATION_SCHEMA", "Problem", "Verification", "verify"]
 
 VERIFICATION_SCHEMA = "tierewrite/verification/1"
-
-# Problems that a better knowledge of the model's names may solve
-_MAY_BE_NAMES = {"missing", "undeclared-drop", "unconfirmed-drop", "tie-left", "unexpected"}
 
 PathLike = str | os.PathLike[str]
 
@@ -63,7 +69,8 @@ class Verification:
         problems: what is.
         kept, renamed, dropped, merged, repacked: how many tensors of SRC met which fate (where DST is right; a merged
             scale that also has a new name counts as merged).
-        ties_source, ties_detail: who declared the ties: "ties-file", "manifest", "config", "class" or "none".
+        ties_source, ties_detail: who declared the ties: "ties-file", "config", "class" or "none"; "manifest" where only
+            DST's own could be asked, which proves the bytes and not the ties.
         notes: what a reader should know; nothing that is wrong.
     """
 
@@ -100,26 +107,27 @@ def verify(
     src: Place,
     dst: Place,
     *,
-    ties_file: PathLike | None = None,
+    ties: PathLike | None = None,
     trust_remote_code: bool = False,
     ignore_unindexed: bool = False,
-    fix_ignore: bool = False,
     revision: str | None = None,
     advance: Callable[[int], None] | None = None,
+    **options: Any,
 ) -> Verification:
-    """Compare the checkpoint in `dst` with what the one in `src` has to become.
+    """Proves that the checkpoint in `dst` is what rewriting the one in `src` with these options makes.
 
     Reads every byte of both once, in pieces of 8 MiB; nothing is written.
 
     Args:
         src, dst: the folders, or their URLs. `src` may be a hub id `org/name`: its
             snapshot is taken from the cache, or fetched.
-        ties_file: JSON {alias: canonical}, instead of the manifest or the model class.
+        ties: JSON file {alias: canonical}, instead of asking the model class; as the rewrite was given it.
         trust_remote_code: run the model code that `src` brings, if its class has to be asked.
         ignore_unindexed: leave out tensors that the index of `src` lacks, as the rewrite was told to.
-        fix_ignore: the lists of unquantized modules in configs may have been mended (a manifest says so itself).
         revision: branch, tag or commit of a hub id; None: its main branch.
         advance: called with numbers of bytes as they are read, from any thread.
+        options: those of the rewrite that decide content, as `rewrite` takes them. A manifest that states others is
+            a problem: what it says of itself proves nothing.
 
     Returns:
         What was found. A `dst` that cannot be read is a problem, not an exception.
@@ -128,6 +136,7 @@ def verify(
         SourceError: something is wrong in `src`, or its class cannot be asked. UsageError: the ties file is broken.
         SystemFailure: `src` cannot be read. SourceChanged: it changed meanwhile.
     """
+    policy = Policy(**options)
     if isinstance(src, (str, os.PathLike)):
         src = fetched(src, revision=revision)
     dst_name = name_of(dst)
@@ -139,52 +148,50 @@ def verify(
     problems: list[Problem] = []
     manifest = read_manifest(target.root / MANIFEST_NAME, problems)
 
-    scale_keys = {key for key in source.tensors if may_be_merged(key)}
-    before = hash_tensors(source, scale_keys, advance)
+    tie_map, note = _declared(source, manifest, ties, trust_remote_code)
+    before = hash_tensors(source, set(filter(is_scale, source.tensors)), advance)
     try:
-        after = hash_tensors(target, {key for key in target.tensors if may_be_merged(key)}, advance)
+        after = hash_tensors(target, set(), advance)
     except (SourceError, SystemFailure) as e:
         return Verification(False, (*problems, Problem("unreadable", str(e.file or dst_name), str(e))))
 
-    proofs: list[Proof] = []
-    for ties in _declarations(source, manifest, ties_file, trust_remote_code):
-        disk = on_disk(ties, source.tensors.keys())
-        proof = Proof(source, target, before, after, manifest)
-        proof.run(disk, ties)
-        proofs.append(proof)
-        if not any(problem.id in _MAY_BE_NAMES for problem in proof.problems):
-            break
-    # The last one is the one that was asked of whoever knows most; an earlier one only stands if it proves all.
-    proof = proofs[-1]
+    disk = on_disk(tie_map, source.tensors.keys())
+    proof = Proof(source, target, before, after, policy)
+    proof.run(disk, tie_map)
     problems += proof.problems
-    problems += check_layout(source, target, manifest)
-    fix_ignore = fix_ignore or (manifest is not None and manifest["options"].get("fix_ignore") is True)
-    problems += check_side_files(source, target, advance, fix_ignore)
+    if manifest is not None:
+        problems += check_claims(manifest, policy, tie_map, disk)
+        problems += check_statements(proof, manifest)
+    problems += check_layout(source, target, manifest, policy)
+    problems += check_side_files(source, target, advance, policy.fix_ignore)
     return Verification(
         ok=not problems,
         problems=tuple(problems),
-        ties_source=proof.ties.source,
-        ties_detail=proof.ties.detail,
-        notes=tuple(dict.fromkeys((*source.warnings, *proof.ties.warnings, *proof.notes))),
+        ties_source=tie_map.source,
+        ties_detail=tie_map.detail,
+        notes=tuple(dict.fromkeys((*note, *source.warnings, *tie_map.warnings, *proof.notes))),
         **proof.counts,
     )
 
 
-def _declarations(
-    source: Checkpoint, manifest: Mapping[str, Any] | None, ties_file: PathLike | None, trust_remote_code: bool
-) -> Iterator[TieMap]:
-    """Who may declare the ties, in order; the next one is asked only where the one before did not prove DST."""
-    if ties_file is None and manifest is not None:
-        pairs = manifest["ties"]["map"]
-        ties = tuple(Tie(alias, canonical, MANIFEST_NAME) for alias, canonical in pairs.items())
-        chained = [tie for tie in ties if tie.canonical in pairs]
-        yield TieMap(() if chained else ties, "manifest", MANIFEST_NAME)
-        if not pairs and manifest["ties"]["source"] == "none":
-            return
+def _declared(
+    source: Checkpoint, manifest: Mapping[str, Any] | None, ties: PathLike | None, trust_remote_code: bool
+) -> tuple[TieMap, tuple[str, ...]]:
+    """The ties of SRC, and a note where only DST's manifest could be asked for them.
+
+    Raises:
+        SourceError, UsageError: nobody declares them, and there is no manifest either.
+    """
     try:
-        asked = TieMap.of(source, ties_file, trust_remote_code)
-    except SourceError:
-        if ties_file is not None or manifest is None:
-            raise  # with a manifest there is somebody else to ask: its ties were tried and stand
-    else:
-        yield asked
+        return TieMap.of(source, ties, trust_remote_code), ()
+    except SourceError as error:
+        if ties is not None or manifest is None:
+            raise
+        declared = manifest["ties"]["map"]
+        pairs = tuple(Tie(alias, canonical, MANIFEST_NAME) for alias, canonical in declared.items())
+        chained = any(tie.canonical in declared for tie in pairs)
+        note = (
+            f"the ties themselves are not proved, only the bytes under the ties that DST's {MANIFEST_NAME} declares: "
+            f"nobody could be asked for them ({error})"
+        )
+        return TieMap(() if chained else pairs, "manifest", MANIFEST_NAME), (note,)

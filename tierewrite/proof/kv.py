@@ -1,0 +1,80 @@
+"""KV-cache scales of attention modules whose projections are tied: what `--kv-scales merge` makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from tierewrite import formats
+from tierewrite.formats import Companion
+from tierewrite.proof.judge import Group, Stand
+from tierewrite.proof.values import why_no_value
+from tierewrite.source.table import Checkpoint
+
+_Parts = Mapping[str, tuple[str, Companion]]  # what follows the attention module's name -> key, companion
+
+
+def kv_stands(
+    source: Checkpoint, digests: Mapping[str, bytes], groups: Iterable[Group], taken: Collection[str]
+) -> dict[str, Stand]:
+    """What stands for the KV-cache scales of several sides, where the ties of their projections are confirmed.
+
+    Args:
+        digests: of all tensors of SRC.
+        groups: the declared ties, judged.
+        taken: keys of SRC that a tie has already.
+    """
+    modules: dict[str, dict[str, tuple[str, Companion]]] = {}
+    families = formats.detect(source.config, source.quant_config, source.tensors.keys())
+    for key in source.tensors:
+        hit = formats.kv_scale(key, families) or formats.kv_scale(key)
+        if hit is not None:
+            modules.setdefault(hit[0], {})[hit[1]] = key, hit[2]
+    stands: dict[str, Stand] = {}
+    for canonical, (sides, owners) in _paired(groups).items():
+        parts = [modules.get(side, {}) for side in sides]
+        if not _agree(parts, digests):
+            continue
+        for rest in sorted({rest for part in parts for rest in part}):
+            there = [part[rest] for part in parts if rest in part]
+            keys = tuple(key for key, _ in there)
+            target = f"{canonical}.{rest}"
+            entries = [source.tensors[key] for key in keys]
+            alike = len({(entry.dtype, entry.shape) for entry in entries}) == 1
+            one = alike if there[0][1].merge is None else why_no_value(entries) is None
+            if keys != (target,) and one and not any(key in taken for key in keys):
+                stands[target] = Stand(target, keys, there[0][1], _owner(rest, owners))
+    return stands
+
+
+def _owner(rest: str, owners: Sequence[str]) -> str:
+    """The tie that a scale is listed under: that of its own projection, else the first."""
+    word = rest.partition(".")[0]
+    return next((owner for owner in sorted(owners) if f".{word}." in f".{owner}."), min(owners))
+
+
+def _paired(groups: Iterable[Group]) -> dict[str, tuple[tuple[str, ...], list[str]]]:
+    """Canonical attention module -> the modules of all sides, and the ties that pair them."""
+    pairs: dict[str, tuple[tuple[str, ...], list[str]]] = {}
+    blocked: set[str] = set()
+    for group in groups:
+        for slot in group.tie.slots:
+            sides = tuple(name.rpartition(".")[0].rpartition(".")[0] for name in slot)
+            if group.reason is not None:
+                blocked.add(sides[0])
+            elif len(sides) > 1 and all(sides):
+                pairs.setdefault(sides[0], (sides, []))[1].append(group.tie.id)
+    return {canonical: pair for canonical, pair in pairs.items() if canonical not in blocked}
+
+
+def _agree(parts: Sequence[_Parts], digests: Mapping[str, bytes]) -> bool:
+    """Sides whose keys or values are also shifted (a bias) stand for each other only where all of it is equal."""
+    if not any(companion.merge is None for part in parts for _, companion in part.values()):
+        return True
+    with_any = [part for part in parts if part]
+    for rest in set().union(*with_any):
+        found = [part[rest] for part in with_any if rest in part]
+        if found[0][1].merge is None and len(found) != len(with_any):
+            return False
+        if len({digests[key] for key, _ in found}) > 1:
+            return False
+    return True
