@@ -147,7 +147,7 @@ def attempt(seed: int, folder: Path) -> str:
     except (Refused, TieFileError) as e:
         assert not dst.exists()
         return type(e).__name__
-    result = tierewrite.verify(src, dst, ties_file=ties_file)
+    result = tierewrite.verify(src, dst, ties=ties_file)
     assert result.problems == (), f"seed {seed}, {options}"
     if options["manifest"]:
         assert tierewrite.verify(src, dst).problems == (), f"seed {seed}, {options}"

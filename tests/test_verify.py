@@ -144,7 +144,7 @@ def test_memory_is_bounded_whatever_the_size_of_a_tensor(tmp_path: Path) -> None
         "from tests.checkpoints import peak_bytes\n"
         "before = peak_bytes()\n"
         f"r = tierewrite.verify({str(tmp_path / 'src')!r}, {str(tmp_path / 'dst')!r},"
-        f" ties_file={str(tmp_path / 'ties.json')!r})\n"
+        f" ties={str(tmp_path / 'ties.json')!r})\n"
         "assert r.ok, r\n"
         "print((peak_bytes() - before) >> 20)\n"
     )
@@ -250,12 +250,12 @@ def test_a_merged_scale_is_right_for_one_value_only(case: str, tmp_path: Path) -
     ties.write_text('{"b.weight": "a.weight"}')
     dst = tmp_path / "dst"
     write_checkpoint(dst, {"a.weight": weight, "a.input_scale": right})
-    assert verify(src, dst, ties_file=ties).problems == ()
+    assert verify(src, dst, ties=ties).problems == ()
     for value in wrong:
         write_checkpoint(dst, {"a.weight": weight, "a.input_scale": value})
-        assert ids(verify(src, dst, ties_file=ties)) == {"merge"}
+        assert ids(verify(src, dst, ties=ties)) == {"merge"}
     write_checkpoint(dst, {"a.weight": weight})
-    assert ids(verify(src, dst, ties_file=ties)) == {"missing"}
+    assert ids(verify(src, dst, ties=ties)) == {"missing"}
 
 
 @pytest.mark.parametrize("sides", [(3.0, 2.0), (2.0, 3.0)])
@@ -268,7 +268,7 @@ def test_a_reciprocal_is_merged_to_the_smallest(sides: tuple[float, float], tmp_
     ties.write_text('{"b.weight": "a.weight"}')
     for value in (2.0, 3.0, 1.9999999):
         dst = write_checkpoint(tmp_path / "dst", {"a.weight_packed": weight, "a.input_global_scale": f32(value)})
-        assert ids(verify(src, dst, ties_file=ties)) == (set() if value == 2.0 else {"merge"})
+        assert ids(verify(src, dst, ties=ties)) == (set() if value == 2.0 else {"merge"})
 
 
 # ------------------------------------------------------------------------------------------------------------- NVFP4
@@ -304,7 +304,7 @@ def test_one_blob_for_sides_of_different_scales_is_right_at_the_larger_scale(wid
     ties.write_text('{"b.weight": "a.weight"}')
 
     def outcome(tensors: dict[str, Tensor]) -> Verification:
-        return verify(src, write_checkpoint(tmp_path / "dst", named("a", tensors)), ties_file=ties)
+        return verify(src, write_checkpoint(tmp_path / "dst", named("a", tensors)), ties=ties)
 
     right = outcome(large)
     assert right.problems == ()
@@ -314,7 +314,7 @@ def test_one_blob_for_sides_of_different_scales_is_right_at_the_larger_scale(wid
     for name in ("weight", "weight_scale"):
         dtype, shape, data = large[name]
         assert not outcome(large | {name: (dtype, shape, bytes([data[0] ^ 1]) + data[1:])}).ok
-    assert ids(verify(src, src, ties_file=ties)) == set()  # as --on-mismatch keep leaves it
+    assert ids(verify(src, src, ties=ties)) == set()  # as --on-mismatch keep leaves it
 
 
 def test_one_blob_for_sides_that_differ_by_more_than_scaling_is_wrong(tmp_path: Path) -> None:
@@ -323,7 +323,7 @@ def test_one_blob_for_sides_that_differ_by_more_than_scaling_is_wrong(tmp_path: 
     ties = tmp_path / "ties.json"
     ties.write_text('{"b.weight": "a.weight"}')
     for tensors in (one, other):
-        assert not verify(src, write_checkpoint(tmp_path / "dst", named("a", tensors)), ties_file=ties).ok
+        assert not verify(src, write_checkpoint(tmp_path / "dst", named("a", tensors)), ties=ties).ok
 
 
 def test_a_linear_encoded_anew_to_the_scale_of_the_one_it_is_fused_with_is_right(tmp_path: Path) -> None:
@@ -337,12 +337,12 @@ def test_a_linear_encoded_anew_to_the_scale_of_the_one_it_is_fused_with_is_right
     ties = tmp_path / "ties.json"
     ties.write_text('{"y.weight": "x.weight"}')
     dst = write_checkpoint(tmp_path / "dst", named("m.gate_proj", anew) | named("m.up_proj", up) | more)
-    result = verify(src, dst, ties_file=ties)
+    result = verify(src, dst, ties=ties)
     assert result.problems == ()
     assert result.repacked == 3
     alone = write_checkpoint(tmp_path / "src2", named("m.other_proj", gate) | named("m.up_proj", up) | tied)
     dst = write_checkpoint(tmp_path / "dst", named("m.other_proj", anew) | named("m.up_proj", up) | more)
-    assert ids(verify(alone, dst, ties_file=ties)) == {"bytes"}
+    assert ids(verify(alone, dst, ties=ties)) == {"bytes"}
 
 
 def with_rescaled_sides(folder: Path, *modules: str) -> Path:
@@ -479,7 +479,7 @@ def test_a_hostile_manifest_crashes_nothing(tmp_path: Path, rewritten: Callable[
                 key = rng.choice(list(parent)) if isinstance(parent, dict) else rng.randrange(len(parent))
             parent[key] = rng.choice(odd)
         (dst / MANIFEST).write_text(json.dumps(manifest))
-        result = verify(source("dg_nvfp4_kvfp8"), dst, ties_file=ties if rng.random() < 0.8 else None)
+        result = verify(source("dg_nvfp4_kvfp8"), dst, ties=ties if rng.random() < 0.8 else None)
         json.dumps(result.to_json())
         assert "\x1b" not in "".join(problem.message for problem in result.problems)
 
@@ -738,17 +738,17 @@ def corrupted(case: str, dst: Path, folder: Path, count: int, seed: int, keep_ma
         del breaker.original[MANIFEST]
     breaker.restore()
     breaker_kinds = dict.fromkeys(breaker.kinds, 0)
-    assert verify(source(case), breaker.folder, ties_file=ties).ok
+    assert verify(source(case), breaker.folder, ties=ties).ok
     done = 0
     while done < count:
         kind = breaker.random.choice(breaker.kinds)
         what = breaker.corrupt(kind)
         if what is not None:
-            assert not verify(source(case), breaker.folder, ties_file=ties).ok, f"seed {seed}, {case}: {what}"
+            assert not verify(source(case), breaker.folder, ties=ties).ok, f"seed {seed}, {case}: {what}"
             breaker_kinds[kind] += 1
             done += 1
         breaker.restore()
-    assert verify(source(case), breaker.folder, ties_file=ties).ok
+    assert verify(source(case), breaker.folder, ties=ties).ok
     return breaker_kinds
 
 

@@ -22,7 +22,7 @@ from tierewrite.errors import (
     EXIT_USAGE,
     Interrupted,
     TierewriteError,
-    as_ours,
+    to_tierewrite_error,
 )
 
 if TYPE_CHECKING:
@@ -219,9 +219,7 @@ def rewrite(
     if "force" in options and consumer is None:
         raise click.UsageError("--force goes with --for; leave it out, or add that")
     if consumer is not None:
-        from tierewrite.rewriting import FOR_CONSUMER
-
-        options = {**FOR_CONSUMER[consumer], **options, "consumer": consumer}
+        options["consumer"] = consumer
     from tierewrite.cli.tables import Bar
 
     with Bar(_console(stderr=True), shown=not (quiet or as_json)) as bar:
@@ -391,7 +389,7 @@ def verify(src: str, dst: str, as_json: bool, ties: Path | None, **options: Any)
       tierewrite verify s3://bucket/exported s3://bucket/canonical
       tierewrite verify exported/ canonical/ --json | jq '.problems[] | [.id, .where]'
     """
-    result = tierewrite.verify(src, dst, ties_file=ties, **options)
+    result = tierewrite.verify(src, dst, ties=ties, **options)
     if as_json:
         _print_json(result.to_json())
     else:
@@ -583,7 +581,7 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         if not isinstance(error, TierewriteError):
             logging.getLogger(__name__).debug("internal error", exc_info=True)
-        return _failed(as_ours(error), as_json)
+        return _failed(to_tierewrite_error(error), as_json)
 
 
 def main() -> None:

@@ -41,6 +41,7 @@ from tierewrite.proof.files import check_layout, check_side_files, read_manifest
 from tierewrite.proof.reading import hash_tensors, may_be_merged
 from tierewrite.source.open import Place, fetched, name_of, open_checkpoint
 from tierewrite.source.table import MANIFEST_NAME, Checkpoint
+from tierewrite.stores.remote import PathLike
 from tierewrite.ties.on_disk import on_disk
 from tierewrite.ties.tie_map import Tie, TieMap
 
@@ -50,8 +51,6 @@ VERIFICATION_SCHEMA = "tierewrite/verification/1"
 
 # Problems that a better knowledge of the model's names may solve
 _MAY_BE_NAMES = {"missing", "undeclared-drop", "unconfirmed-drop", "tie-left", "unexpected"}
-
-PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def verify(
     src: Place,
     dst: Place,
     *,
-    ties_file: PathLike | None = None,
+    ties: PathLike | None = None,
     trust_remote_code: bool = False,
     ignore_unindexed: bool = False,
     fix_ignore: bool = False,
@@ -114,7 +113,7 @@ def verify(
     Args:
         src, dst: the folders, or their URLs. `src` may be a hub id `org/name`: its
             snapshot is taken from the cache, or fetched.
-        ties_file: JSON {alias: canonical}, instead of the manifest or the model class.
+        ties: JSON {alias: canonical}, instead of the manifest or the model class.
         trust_remote_code: run the model code that `src` brings, if its class has to be asked.
         ignore_unindexed: leave out tensors that the index of `src` lacks, as the rewrite was told to.
         fix_ignore: the lists of unquantized modules in configs may have been mended (a manifest says so itself).
@@ -147,10 +146,10 @@ def verify(
         return Verification(False, (*problems, Problem("unreadable", str(e.file or dst_name), str(e))))
 
     proofs: list[Proof] = []
-    for ties in _declarations(source, manifest, ties_file, trust_remote_code):
-        disk = on_disk(ties, source.tensors.keys())
+    for declared in _declarations(source, manifest, ties, trust_remote_code):
+        disk = on_disk(declared, source.tensors.keys())
         proof = Proof(source, target, before, after, manifest)
-        proof.run(disk, ties)
+        proof.run(disk, declared)
         proofs.append(proof)
         if not any(problem.id in _MAY_BE_NAMES for problem in proof.problems):
             break
@@ -171,20 +170,20 @@ def verify(
 
 
 def _declarations(
-    source: Checkpoint, manifest: Mapping[str, Any] | None, ties_file: PathLike | None, trust_remote_code: bool
+    source: Checkpoint, manifest: Mapping[str, Any] | None, ties: PathLike | None, trust_remote_code: bool
 ) -> Iterator[TieMap]:
     """Who may declare the ties, in order; the next one is asked only where the one before did not prove DST."""
-    if ties_file is None and manifest is not None:
+    if ties is None and manifest is not None:
         pairs = manifest["ties"]["map"]
-        ties = tuple(Tie(alias, canonical, MANIFEST_NAME) for alias, canonical in pairs.items())
-        chained = [tie for tie in ties if tie.canonical in pairs]
-        yield TieMap(() if chained else ties, "manifest", MANIFEST_NAME)
+        listed = tuple(Tie(alias, canonical, MANIFEST_NAME) for alias, canonical in pairs.items())
+        chained = [tie for tie in listed if tie.canonical in pairs]
+        yield TieMap(() if chained else listed, "manifest", MANIFEST_NAME)
         if not pairs and manifest["ties"]["source"] == "none":
             return
     try:
-        asked = TieMap.of(source, ties_file, trust_remote_code)
+        asked = TieMap.of(source, ties, trust_remote_code)
     except SourceError:
-        if ties_file is not None or manifest is None:
+        if ties is not None or manifest is None:
             raise  # with a manifest there is somebody else to ask: its ties were tried and stand
     else:
         yield asked
