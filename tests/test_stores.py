@@ -528,7 +528,8 @@ def test_local_path_imports_no_file_system(tmp_path: Path) -> None:
         "assert not [m for m in sys.modules if m.split('.')[0] in HEAVY | {'fsspec', 'transformers', 'torch'}]; "
         f"assert cli.run(['rewrite', {str(FIXTURES / 'qwen3_tied_bf16' / 'naive')!r}, {str(tmp_path / 'out')!r}, '-q',"
         f" '--ties', {str(tmp_path / 'ties.json')!r}]) == 0; "
-        f"assert cli.run(['verify', {str(FIXTURES / 'qwen3_tied_bf16' / 'naive')!r}, {str(tmp_path / 'out')!r}]) == 0; "
+        f"assert cli.run(['verify', {str(FIXTURES / 'qwen3_tied_bf16' / 'naive')!r}, {str(tmp_path / 'out')!r},"
+        f" '--ties', {str(tmp_path / 'ties.json')!r}]) == 0; "
         "assert not [m for m in sys.modules if m.split('.')[0] in HEAVY | {'fsspec'}], sorted(sys.modules)"
     )
     heavy = {"s3fs", "gcsfs", "aiobotocore", "botocore", "aiohttp", "ray"}

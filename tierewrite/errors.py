@@ -185,8 +185,8 @@ class Interrupted(TierewriteError):
         self.exit_code = 128 + signum
 
 
-def as_ours(error: Exception) -> TierewriteError:
-    """The error of ours that any exception counts as, where it ends a command or one checkpoint of a batch."""
+def to_tierewrite_error(error: Exception) -> TierewriteError:
+    """Any exception as one of the family, where it ends a command or one checkpoint of a batch."""
     if isinstance(error, TierewriteError):
         return error
     if isinstance(error, OSError):

@@ -17,24 +17,26 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from tierewrite import digest
 from tierewrite.errors import UsageError, shown
-from tierewrite.planning.groups import plan as make_plan
 from tierewrite.planning.plan import Action, RewritePlan, needed_for_confirmation
-from tierewrite.planning.policy import Policy
+from tierewrite.planning.policy import KVScales, Policy
 from tierewrite.report import Report, build_report
+from tierewrite.rewriting.opened import Evidence, Opened
+from tierewrite.rewriting.options import Device
 from tierewrite.source.table import Checkpoint, Shard, TensorEntry, Tensors, gc_paused
 from tierewrite.ties.on_disk import on_disk
 from tierewrite.ties.tie_map import TieMap
 from tierewrite.values.confirm import refusal, refuted
-from tierewrite.values.merged import apart_warnings, merge_scales
+from tierewrite.values.merged import ScaleValues, apart_warnings, merge_scales
 
 if TYPE_CHECKING:
     import torch
 
-
+OnMismatchInMemory = Literal["error", "keep"]
+"""Nothing is re-encoded in memory: there is no "repack"."""
 
 NAME = "state dict"
 """What report and errors call source and result."""
@@ -59,9 +61,9 @@ def dedupe_state_dict(
     state_dict: Mapping[str, torch.Tensor],
     ties: Any,
     *,
-    on_mismatch: str = "error",
-    kv_scales: str = "keep",
-    device: str = "auto",
+    on_mismatch: OnMismatchInMemory = "error",
+    kv_scales: KVScales = "keep",
+    device: Device = "auto",
 ) -> tuple[dict[str, torch.Tensor], Report]:
     """Every tied tensor of `state_dict` once, under its canonical name.
 
@@ -86,45 +88,26 @@ def dedupe_state_dict(
         Refused: a tie is not confirmed, or a companion is of no known format.
         ConfigError: the class that the config names cannot be asked for its ties.
     """
-    for option, value, allowed in (
-        ("on_mismatch", on_mismatch, ("error", "keep")),
-        ("kv_scales", kv_scales, ("keep", "merge")),
-        ("device", device, ("auto", "cpu", "cuda")),
+    for option, value, choices in (
+        ("on_mismatch", on_mismatch, get_args(OnMismatchInMemory)),
+        ("device", device, get_args(Device)),
     ):
-        if value not in allowed:
-            raise UsageError(f"{option} is {value!r}; expected one of {', '.join(allowed)}")
+        if value not in choices:
+            raise UsageError(f"{option} is {value!r}; expected one of {', '.join(choices)}")
     if not isinstance(state_dict, Mapping):
         raise UsageError(f"the state dict is a {type(state_dict).__name__}; expected a mapping of names to tensors")
-    policy = Policy(on_mismatch, kv_scales)
+    policy = Policy(on_mismatch=on_mismatch, kv_scales=kv_scales)
     config = _config_of(ties)
     checkpoint = _described(state_dict, config)
     tie_map = _ties_of(ties, config, state_dict.keys())
     with gc_paused():
         disk = on_disk(tie_map, state_dict.keys())
     hasher = _Hasher(state_dict, device)
-    reasons: dict[str, str] = {}
-    apart: frozenset[str] = frozenset()
-    while True:
-        plan = make_plan(
-            checkpoint,
-            disk,
-            policy,
-            ties_source=tie_map.source,
-            ties_detail=tie_map.detail,
-            unpaired=tie_map.unpaired,
-            refuted=reasons,
-            separate_kv=apart,
-        )
-        found = refuted(checkpoint, plan, hasher.digests(needed_for_confirmation(plan.groups)))
-        if on_mismatch == "error" and (found or plan.unconfirmed()):
-            raise refusal(plan.groups, found, _ADVICE)
-        if found:
-            reasons.update(found)
-            continue
-        values = merge_scales(checkpoint, plan, lambda _, keys: _read(state_dict, keys))
-        if not values.apart:
-            break
-        apart |= values.apart
+    opened = Opened(checkpoint, tie_map, disk)
+    evidence = Evidence()
+    while isinstance(step := _attempt(opened, policy, evidence, hasher, state_dict), Evidence):
+        evidence = step
+    plan, values = step
     result = _carried_out(state_dict, plan, values.originals, values.patches)
     report = build_report(
         checkpoint,
@@ -136,9 +119,29 @@ def dedupe_state_dict(
         src=NAME,
         dst=NAME,
         device=hasher.description,
-        warnings=(*values.warnings, *apart_warnings(apart)),
+        warnings=(*values.warnings, *apart_warnings(evidence.separate_kv)),
     )
     return result, replace(report, before_shards=(), after_tensors=len(result))
+
+
+def _attempt(
+    opened: Opened, policy: Policy, evidence: Evidence, hasher: _Hasher, state_dict: Mapping[str, torch.Tensor]
+) -> tuple[RewritePlan, ScaleValues] | Evidence:
+    """A plan that the bytes confirm and the values of its scales; or what the next plan has to know.
+
+    Raises:
+        Refused: a tie is not confirmed, and `on_mismatch` is "error".
+    """
+    plan = opened.plan(policy, evidence)
+    found = refuted(opened.checkpoint, plan, hasher.digests(needed_for_confirmation(plan.groups)))
+    if policy.on_mismatch == "error" and (found or plan.unconfirmed()):
+        raise refusal(plan.groups, found, _ADVICE)
+    if found:
+        return replace(evidence, reasons={**evidence.reasons, **found})
+    values = merge_scales(opened.checkpoint, plan, lambda _, keys: _read(state_dict, keys))
+    if values.apart:
+        return replace(evidence, separate_kv=evidence.separate_kv | values.apart)
+    return plan, values
 
 
 def _carried_out(

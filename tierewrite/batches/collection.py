@@ -18,36 +18,17 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 from tierewrite.errors import SourceError, SystemFailure, UsageError, shown, system_errors
-from tierewrite.rewriting import FOR_CONSUMER, policy_of
+from tierewrite.planning.policy import OPTIONS, Policy, of_type, type_names
+from tierewrite.rewriting.options import ITEM_TYPES
 from tierewrite.source import hub
 from tierewrite.source.folder import natural_key
 from tierewrite.source.table import INDEX_NAME
-from tierewrite.stores.remote import RemotePath, listing, located
+from tierewrite.stores.remote import PathLike, RemotePath, listing, located
 
 log = logging.getLogger(__name__)
-
-PathLike = Union[str, "os.PathLike[str]"]
-
-CONTENT_OPTIONS = (
-    "on_mismatch",
-    "kv_scales",
-    "max_shard_size",
-    "unify_fused_scales",
-    "fix_ignore",
-    "fill_missing_scales",
-)
-SOURCE_OPTIONS = ("ties", "trust_remote_code", "ignore_unindexed", "revision")
-OPTIONS: Mapping[str, tuple[type, ...]] = {
-    **dict.fromkeys(("on_mismatch", "kv_scales", "ties", "revision", "consumer"), (str,)),
-    **dict.fromkeys(("unify_fused_scales", "fix_ignore", "fill_missing_scales"), (bool,)),
-    **dict.fromkeys(("trust_remote_code", "ignore_unindexed"), (bool,)),
-    **dict.fromkeys(("overwrite", "resume", "verify", "force", "manifest"), (bool,)),
-    "max_shard_size": (int, str),
-}
-"""What may be chosen for one checkpoint: the option of `rewrite`, and the types that JSON may give it."""
 
 MAX_LIST_BYTES = 64 << 20
 MAX_FOLDERS = 1_000_000
@@ -61,6 +42,7 @@ class Item:
         src: folder, URL or hub id, as `rewrite` takes it.
         dst: folder or URL; None where nothing is written.
         options: of `rewrite`, what was chosen for all of them included.
+        policy: those among them that decide content, and what the consumer needs.
         name: what it is called while the batch runs.
         origin: where it was named, for messages: "list.txt, line 3".
     """
@@ -68,6 +50,7 @@ class Item:
     src: str
     dst: str | None
     options: Mapping[str, Any]
+    policy: Policy
     name: str
     origin: str
 
@@ -156,17 +139,7 @@ class Gatherer:
             if not given and (name == "src" or value is not None):
                 raise UsageError(f"{origin}: `{name}` is {shown(json.dumps(value, default=str))}; expected a path")
         for name, value in options.items():
-            types = OPTIONS.get(name)
-            if types is None:
-                raise UsageError(
-                    f"{origin}: there is no option '{shown(name)}' for one checkpoint; expected src, dst, "
-                    f"{', '.join(sorted(OPTIONS))}"
-                )
-            if name == "ties" and isinstance(value, os.PathLike):
-                continue
-            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-                expected = " or ".join({bool: "true or false", int: "a number", str: "a text"}[kind] for kind in types)
-                raise UsageError(f"{origin}: `{name}` is {shown(json.dumps(value, default=str))}; expected {expected}")
+            _check(name, value, origin)
         src = _from(folder, os.fspath(src), origin)
         if dst is not None:
             dst = _joined(folder, os.fspath(dst), origin)
@@ -176,14 +149,8 @@ class Gatherer:
 
     def _item(self, src: str, dst: str | None, own: Mapping[str, Any], origin: str, below: str = "") -> Item:
         options = {**self.options, **own}
-        consumer = options.get("consumer")
-        if consumer is not None:
-            if consumer not in FOR_CONSUMER:
-                known = ", ".join(FOR_CONSUMER)
-                raise UsageError(f"{origin}: consumer is '{shown(consumer)}'; expected one of {known}")
-            options = {**FOR_CONSUMER[consumer], **options}
         try:
-            policy_of(**{name: options[name] for name in CONTENT_OPTIONS if name in options})
+            policy = policy_of(options)
         except UsageError as error:
             raise UsageError(f"{origin}: {error}") from error
         name = below or name_of(src)
@@ -194,7 +161,27 @@ class Gatherer:
             dst = f"{into.url}/{name}" if isinstance(into, RemotePath) else os.path.join(self.into, name)
         if dst is None and not self.plan_only:
             raise UsageError(f"{origin}: nothing says where '{shown(src)}' goes; give --into OUT, or a `dst` in a list")
-        return Item(src, None if self.plan_only else dst, options, name or src, origin)
+        return Item(src, None if self.plan_only else dst, options, policy, name or src, origin)
+
+
+def policy_of(options: Mapping[str, Any]) -> Policy:
+    """The policy among the options of one checkpoint. Raises UsageError: one of them is wrong."""
+    return Policy.of(options.get("consumer"), **{name: options[name] for name in OPTIONS if name in options})
+
+
+def _check(name: str, value: Any, origin: str) -> None:
+    """Raises UsageError: there is no such option for one checkpoint, or its value is of another type."""
+    types = ITEM_TYPES.get(name)
+    if types is None:
+        raise UsageError(
+            f"{origin}: there is no option '{shown(name)}' for one checkpoint; expected src, dst, "
+            f"{', '.join(sorted(ITEM_TYPES))}"
+        )
+    if name == "ties" and isinstance(value, os.PathLike):
+        return
+    if not of_type(value, types):
+        found = shown(json.dumps(value, default=str))
+        raise UsageError(f"{origin}: `{name}` is {found}; expected {type_names(types)}")
 
 
 def name_of(src: str) -> str:

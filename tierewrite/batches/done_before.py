@@ -20,11 +20,11 @@ from tierewrite.errors import shown
 from tierewrite.output.manifest import ties_on_disk
 from tierewrite.planning.policy import Policy
 from tierewrite.proof.files import read_manifest
-from tierewrite.rewriting import Opened
+from tierewrite.rewriting.opened import Opened
 from tierewrite.source.bytes import read_tensors
 from tierewrite.source.open import open_checkpoint
 from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME, Checkpoint
-from tierewrite.stores.remote import FilePath, RemotePath, listing
+from tierewrite.stores.remote import FilePath, PathLike, RemotePath, listing
 
 _SAMPLES = 16
 _SAMPLE_BYTES = 4 << 20
@@ -33,7 +33,7 @@ _CONFIGS = ("config.json", "hf_quant_config.json")
 
 @dataclass(frozen=True)
 class Made:
-    """A DST that was made before, in numbers; see `batching.BatchResult`."""
+    """A DST that was made before, in numbers; see `batches.run.BatchResult`."""
 
     before_bytes: int
     after_bytes: int
@@ -58,7 +58,7 @@ def made(
     dst: FilePath,
     policy: Policy,
     *,
-    ties: Any = None,
+    ties: PathLike | None = None,
     trust_remote_code: bool = False,
     ignore_unindexed: bool = False,
 ) -> Made | str:

@@ -1,9 +1,9 @@
 """Many checkpoints: one after the other, or several at a time; one that fails does not stop the others.
 
 Everything that is wrong with the batch itself (a list, an option, two DSTs that are one) is found before anything
-starts. What an earlier run finished is not done again (`already`). With `jobs` above 1 each rewrite has a thread; an
-interrupt reaches it through its progress, whose next `start` or `advance` raises. (What tells no progress is finished
-first: a model class that is being asked, a header that is being read.)
+starts. What an earlier run finished is not done again (`done_before`). With `jobs` above 1 each rewrite has a thread;
+an interrupt reaches it through its progress, whose next `start` or `advance` raises. (What tells no progress is
+finished first: a model class that is being asked, a header that is being read.)
 
 Of a finished checkpoint only numbers and the error are kept.
 """
@@ -21,18 +21,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Union
+from typing import TYPE_CHECKING, Any, cast
 
 from tierewrite import rewriting
 from tierewrite.batches import done_before
-from tierewrite.batches.collection import CONTENT_OPTIONS, OPTIONS, SOURCE_OPTIONS, Gatherer, Item
+from tierewrite.batches.collection import Gatherer, Item
 from tierewrite.engines import select
 from tierewrite.engines.progress import Progress
-from tierewrite.errors import EXIT_FINDINGS, EXIT_OK, Interrupted, Refused, UsageError, as_ours, shown
+from tierewrite.errors import EXIT_FINDINGS, EXIT_OK, Interrupted, Refused, UsageError, shown, to_tierewrite_error
 from tierewrite.planning.plan import RewritePlan
 from tierewrite.report import Report
+from tierewrite.rewriting.options import ITEM_TYPES, BatchOptions, EngineOptions
 from tierewrite.source.open import fetched, name_of
-from tierewrite.stores.remote import located
+from tierewrite.stores.remote import PathLike, located
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 BATCH_SCHEMA = "tierewrite/batch/1"
 
@@ -40,9 +44,7 @@ STATUSES = ("rewritten", "planned", "canonical", "already-done", "refused", "fai
 
 log = logging.getLogger(__name__)
 
-PathLike = Union[str, "os.PathLike[str]"]
-
-_RUN_OPTIONS = ("device", "threads", "engine", "ray_address")
+_READING = ("ties", "trust_remote_code", "ignore_unindexed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,18 +195,18 @@ def batch(
     plan_only: bool = False,
     jobs: int = 1,
     progress: Progress | None = None,
-    **options: Any,
+    **options: Unpack[BatchOptions],
 ) -> BatchReport:
     """Rewrites many checkpoints; one that fails does not stop the others.
 
     A DST that an earlier run made of the same SRC with the same options and version is left as it is and reported as
-    "already-done" (unless `overwrite`); see `tierewrite.already` for what is compared. Any other DST that is not empty
+    "already-done" (unless `overwrite`); see `batches.done_before` for what is compared. Any other DST that is not empty
     fails, as in `rewrite`.
 
     Args:
         items: what to rewrite, each of them one of
             - a folder, or the URL of one: every checkpoint at or below it goes to `into`/<its path below the folder>
-              (the folder itself, if it is one, to `into`/<its name>); see `tierewrite.collection` for what is passed
+              (the folder itself, if it is one, to `into`/<its name>); see `batches.collection` for what is passed
               over;
             - a text file that lists checkpoints, one a line: a SRC (goes to `into`/<its name>), or a JSON object with
               `src`, and optionally `dst` and options of `rewrite`; paths in it are relative to its own folder;
@@ -215,7 +217,7 @@ def batch(
         jobs: how many at a time.
         progress: told of each checkpoint by its `part`, and through what that returns, from any thread.
         options: of `rewrite`, for every checkpoint that does not choose otherwise: all but `dst`, `in_place` and
-            `backup`. `consumer` makes the choices that this consumer needs, as `--for` does.
+            `backup`.
 
     Returns:
         A report with one result a checkpoint. Look at `failed`: what is wrong with one checkpoint is not raised.
@@ -228,24 +230,31 @@ def batch(
         BatchInterrupted: a signal arrived, and the handler raised `Interrupted`, as the command line's does. (A
             KeyboardInterrupt is passed on; it, too, leaves nothing half-done.)
     """
-    for name in options:
-        if name not in OPTIONS and name not in _RUN_OPTIONS:
-            known = ", ".join(sorted((*OPTIONS, *_RUN_OPTIONS)))
-            raise UsageError(f"a batch has no option '{shown(name)}'; expected one of {known}")
+    engine_options, item_options = _split(options)
     if jobs < 1:
         raise UsageError(f"jobs is {jobs}; expected at least 1")
-    run_options = {name: options.pop(name) for name in _RUN_OPTIONS if name in options}
     given = [items] if isinstance(items, (str, os.PathLike)) else items
-    gatherer = Gatherer(None if into is None else os.fspath(into), options, plan_only)
+    gatherer = Gatherer(None if into is None else os.fspath(into), item_options, plan_only)
     found = gatherer.gather(given)
     with contextlib.ExitStack() as kept:
         if not plan_only:
             # Held for as long as the batch runs: what is wrong with it ends the batch before anything starts, and a
             # cluster that would be started for one rewrite is there for all of them.
-            engine = kept.enter_context(select(**{"engine": "local", **run_options}))
+            engine = kept.enter_context(select(**engine_options))
             log.info("hashing begins on %s", engine.device)
             kept.enter_context(_parents_of(found))
-        return _Batch(found, plan_only, jobs, run_options, progress or Progress()).run()
+        return _Batch(found, plan_only, jobs, engine_options, progress or Progress()).run()
+
+
+def _split(options: Mapping[str, Any]) -> tuple[EngineOptions, dict[str, Any]]:
+    """The options of the engine, and those that an item may choose otherwise. Raises UsageError: there is no such."""
+    engine_options = EngineOptions.__optional_keys__
+    for name in options:
+        if name not in ITEM_TYPES and name not in engine_options:
+            known = ", ".join(sorted((*ITEM_TYPES, *engine_options)))
+            raise UsageError(f"a batch has no option '{shown(name)}'; expected one of {known}")
+    chosen = {name: value for name, value in options.items() if name in engine_options}
+    return cast(EngineOptions, chosen), {name: value for name, value in options.items() if name in ITEM_TYPES}
 
 
 @contextlib.contextmanager
@@ -309,12 +318,12 @@ class _Batch:
     """A batch on its way. `results` are entered by whoever carries an item out."""
 
     def __init__(
-        self, items: Sequence[Item], plan_only: bool, jobs: int, run_options: Mapping[str, Any], progress: Progress
+        self, items: Sequence[Item], plan_only: bool, jobs: int, engine_options: EngineOptions, progress: Progress
     ) -> None:
         self.items = items
         self.plan_only = plan_only
         self.jobs = jobs
-        self.run_options = run_options
+        self.engine_options = engine_options
         self.progress = progress
         self.results: dict[int, BatchResult] = {}
         self.begun: set[int] = set()
@@ -392,16 +401,15 @@ class _Batch:
         except Exception as exception:
             log.debug("%s ended early", src, exc_info=True)
             # No name for the error: it holds this frame, and with it all that the rewrite had in memory.
-            told = as_ours(exception).to_json()
+            told = to_tierewrite_error(exception).to_json()
             status = "refused" if isinstance(exception, Refused) else "failed"
             return BatchResult(src, dst, status, told["exit_code"], told)
 
     def _plan(self, item: Item) -> RewritePlan:
-        wanted = (*CONTENT_OPTIONS, *SOURCE_OPTIONS)
-        return rewriting.plan(item.src, **{name: value for name, value in item.options.items() if name in wanted})
+        return rewriting.plan(item.src, **item.policy.to_json(), **_chosen(item, (*_READING, "revision")))
 
     def _rewrite(self, item: Item, progress: Progress) -> Report:
-        options = {**self.run_options, **item.options}
+        options = {**self.engine_options, **item.options}
         return rewriting.rewrite(item.src, item.dst, progress=_Stoppable(progress, self.stop), **options)
 
     def _made_before(self, item: Item, src: str, dst: str | None) -> BatchResult | None:
@@ -415,10 +423,8 @@ class _Batch:
         target = located(item.dst)
         if options.get("overwrite") or not done_before.has_manifest(target):
             return None
-        policy = rewriting.policy_of(**{name: options[name] for name in CONTENT_OPTIONS if name in options})
-        asked = {name: options[name] for name in SOURCE_OPTIONS if name in options}
-        place = fetched(item.src, revision=asked.pop("revision", None))
-        made = done_before.made(place, target, policy, **asked)
+        place = fetched(item.src, revision=options.get("revision"))
+        made = done_before.made(place, target, item.policy, **_chosen(item, _READING))
         if isinstance(made, str):
             raise UsageError(
                 f"DST is not empty, and no run with these options would make what it holds: {made}; choose another "
@@ -453,6 +459,11 @@ class _Batch:
 def _places(item: Item) -> tuple[str, str | None]:
     """SRC and DST for people: without credentials."""
     return name_of(item.src), None if item.dst is None else name_of(item.dst)
+
+
+def _chosen(item: Item, names: Iterable[str]) -> dict[str, Any]:
+    """Those of these options that were chosen for the item."""
+    return {name: item.options[name] for name in names if name in item.options}
 
 
 def _planned(src: str, plan: RewritePlan) -> BatchResult:

@@ -22,7 +22,7 @@ from tierewrite.errors import (
     EXIT_USAGE,
     Interrupted,
     TierewriteError,
-    as_ours,
+    to_tierewrite_error,
 )
 
 if TYPE_CHECKING:
@@ -219,9 +219,7 @@ def rewrite(
     if "force" in options and consumer is None:
         raise click.UsageError("--force goes with --for; leave it out, or add that")
     if consumer is not None:
-        from tierewrite.rewriting import FOR_CONSUMER
-
-        options = {**FOR_CONSUMER[consumer], **options, "consumer": consumer}
+        options["consumer"] = consumer
     from tierewrite.cli.tables import Bar
 
     with Bar(_console(stderr=True), shown=not (quiet or as_json)) as bar:
@@ -377,21 +375,29 @@ def plan(src: str, as_json: bool, **options: Any) -> None:
 @click.option("--revision", metavar="NAME", help="Branch, tag or commit, where SRC is a hub id (org/name).")
 @click.option("--trust-remote-code", is_flag=True, help="Run the model code that SRC brings (auto_map).")
 @click.option("--ignore-unindexed", is_flag=True, help="As for rewrite: leave out what SRC's index does not list.")
-@click.option("--fix-ignore", is_flag=True, help="DST has no manifest and was written with --fix-ignore.")
+@_policy_options
+@click.option(
+    "--for",
+    "consumer",
+    type=click.Choice(["vllm", "transformers"]),
+    help="The consumer that DST was rewritten for, which makes the choices that the options do not.",
+)
 @_json_option
 def verify(src: str, dst: str, as_json: bool, ties: Path | None, **options: Any) -> None:
-    """Prove DST from SRC, from the files alone.
+    """Prove that DST is what rewriting SRC with these options makes.
 
-    Every tensor of SRC is accounted for, every tensor of DST has its origin, index, side files and manifest are
-    true. Exit code 6 if anything is wrong, an unreadable DST included.
+    Every expected value comes from SRC, the options given here and whoever declares the ties: give the options that the
+    rewrite was given. Every tensor of SRC is accounted for, every tensor of DST has its origin; index, other files and
+    manifest are right. Exit code 6 if anything is wrong, an unreadable DST included.
 
     \b
     Examples:
       tierewrite verify exported/ canonical/
+      tierewrite verify exported/ served/ --for vllm
       tierewrite verify s3://bucket/exported s3://bucket/canonical
       tierewrite verify exported/ canonical/ --json | jq '.problems[] | [.id, .where]'
     """
-    result = tierewrite.verify(src, dst, ties=ties, **options)
+    result = tierewrite.verify(src, dst, ties=ties, **_given(options))
     if as_json:
         _print_json(result.to_json())
     else:
@@ -583,7 +589,7 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         if not isinstance(error, TierewriteError):
             logging.getLogger(__name__).debug("internal error", exc_info=True)
-        return _failed(as_ours(error), as_json)
+        return _failed(to_tierewrite_error(error), as_json)
 
 
 def main() -> None:

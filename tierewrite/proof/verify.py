@@ -40,24 +40,27 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tierewrite.errors import SourceError, SystemFailure
-from tierewrite.planning.policy import Policy
+from tierewrite.planning.policy import Policy, PolicyOptions
 from tierewrite.proof import Problem
 from tierewrite.proof.compare import Proof, check_statements
 from tierewrite.proof.files import check_claims, check_layout, check_side_files, read_manifest
 from tierewrite.proof.reading import hash_tensors, is_scale
 from tierewrite.source.open import Place, fetched, name_of, open_checkpoint
 from tierewrite.source.table import MANIFEST_NAME, Checkpoint
+from tierewrite.stores.remote import PathLike
 from tierewrite.ties.on_disk import on_disk
 from tierewrite.ties.tie_map import Tie, TieMap
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["VERIFICATION_SCHEMA", "Problem", "Verification", "verify"]
 
 VERIFICATION_SCHEMA = "tierewrite/verification/1"
 
-PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,8 @@ def verify(
     ignore_unindexed: bool = False,
     revision: str | None = None,
     advance: Callable[[int], None] | None = None,
-    **options: Any,
+    consumer: str | None = None,
+    **options: Unpack[PolicyOptions],
 ) -> Verification:
     """Proves that the checkpoint in `dst` is what rewriting the one in `src` with these options makes.
 
@@ -126,6 +130,7 @@ def verify(
         ignore_unindexed: leave out tensors that the index of `src` lacks, as the rewrite was told to.
         revision: branch, tag or commit of a hub id; None: its main branch.
         advance: called with numbers of bytes as they are read, from any thread.
+        consumer: as the rewrite was given it; it makes the choices that `options` does not.
         options: those of the rewrite that decide content, as `rewrite` takes them. A manifest that states others is
             a problem: what it says of itself proves nothing.
 
@@ -136,7 +141,7 @@ def verify(
         SourceError: something is wrong in `src`, or its class cannot be asked. UsageError: the ties file is broken.
         SystemFailure: `src` cannot be read. SourceChanged: it changed meanwhile.
     """
-    policy = Policy(**options)
+    policy = Policy.of(consumer, **options)
     if isinstance(src, (str, os.PathLike)):
         src = fetched(src, revision=revision)
     dst_name = name_of(dst)

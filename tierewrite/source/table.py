@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -88,6 +89,10 @@ class Tensors(Mapping[str, TensorEntry]):
         start, end: int64 [rows], byte range in that file, absolute, end exclusive.
         kind: int32 [rows], position of its dtype and shape in `kinds`.
         kinds: the dtypes and shapes that occur, each once.
+        modules, leaves: the two halves of the names around their last dot, each once, with their numbers. A name
+            without a dot (or with none but its first character) is a leaf of the module "": so a name is always
+            `f"{module}.{leaf}"`, or its leaf alone where the module is "".
+        module, leaf: int32 [rows], the numbers of a row's halves in `modules` and `leaves`.
     """
 
     def __init__(
@@ -125,6 +130,38 @@ class Tensors(Mapping[str, TensorEntry]):
     def row(self) -> dict[str, int]:
         """Key -> row."""
         return dict(zip(self.names, range(len(self.names)), strict=True))
+
+    @cached_property
+    def _halves(self) -> tuple[dict[str, int], dict[str, int], np.ndarray, np.ndarray]:
+        modules: dict[str, int] = {}
+        leaves: dict[str, int] = {}
+        module, leaf = array("i"), array("i")
+        for name in self.names:
+            dot = name.rfind(".")
+            parent, rest = (name[:dot], name[dot + 1 :]) if dot > 0 else ("", name)
+            module.append(modules.setdefault(parent, len(modules)))
+            leaf.append(leaves.setdefault(rest, len(leaves)))
+        return modules, leaves, np.array(module, np.int32), np.array(leaf, np.int32)
+
+    @property
+    def modules(self) -> dict[str, int]:
+        """Module -> number, in order of their numbers."""
+        return self._halves[0]
+
+    @cached_property
+    def leaves(self) -> list[str]:
+        """Number -> leaf."""
+        return list(self._halves[1])
+
+    @property
+    def module(self) -> np.ndarray:
+        """int32 [rows], the number of its module in `modules`."""
+        return self._halves[2]
+
+    @property
+    def leaf(self) -> np.ndarray:
+        """int32 [rows], the number of its leaf in `leaves`."""
+        return self._halves[3]
 
     @property
     def nbytes(self) -> np.ndarray:

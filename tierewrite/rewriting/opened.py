@@ -1,0 +1,112 @@
+"""An opened source: its headers and ties, and the plan that follows from them and from what its bytes say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+
+from tierewrite.planning.groups import plan as make_plan
+from tierewrite.planning.plan import RewritePlan
+from tierewrite.planning.policy import Policy
+from tierewrite.source.open import Place, open_checkpoint
+from tierewrite.source.table import Checkpoint, gc_paused
+from tierewrite.stores.remote import PathLike
+from tierewrite.ties.on_disk import DiskTies, on_disk
+from tierewrite.ties.tie_map import TieMap
+from tierewrite.values.confirm import refusal
+from tierewrite.values.reencoded import reconcile
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the bytes have said about a plan that the headers did not.
+
+    Attributes:
+        reasons: group id -> why its bytes refute it.
+        separate_kv: targets of KV-scale merges that must not be carried out.
+        repacked: group id -> modules whose NVFP4 blobs differ by scaling alone.
+        unfillable: output keys of missing scales that nothing can be chosen for.
+    """
+
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    separate_kv: frozenset[str] = frozenset()
+    repacked: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    unfillable: frozenset[str] = frozenset()
+
+    def with_refuted(
+        self, checkpoint: Checkpoint, plan: RewritePlan, digests: Mapping[str, bytes], found: Mapping[str, str]
+    ) -> Evidence:
+        """This, and that the bytes refute the groups in `found` (id -> reason), taken as the policy wants it.
+
+        Raises:
+            Refused: the policy is "error", or "repack" and a group differs by more than scaling.
+        """
+        if plan.policy.on_mismatch == "keep":
+            return replace(self, reasons={**self.reasons, **found})
+        if plan.policy.on_mismatch == "error":
+            raise refusal(plan.groups, found)
+        repacked = dict(self.repacked)
+        refused: dict[str, str] = {}
+        for group_id, reason in found.items():
+            modules, why = reconcile(checkpoint, plan.by_id[group_id], digests)
+            if why is None:
+                repacked[group_id] = modules
+            else:
+                refused[group_id] = f"{reason}; {why}"
+        if refused:
+            raise refusal(plan.groups, refused)
+        return replace(self, repacked=repacked)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A source with its ties: everything that a plan is made of."""
+
+    checkpoint: Checkpoint
+    ties: TieMap
+    disk: DiskTies
+
+    @classmethod
+    @gc_paused()
+    def open(
+        cls,
+        src: Place,
+        *,
+        ties: PathLike | None = None,
+        trust_remote_code: bool = False,
+        ignore_unindexed: bool = False,
+        revision: str | None = None,
+        meanwhile: Callable[[Checkpoint], AbstractContextManager[None]] | None = None,
+    ) -> Opened:
+        """Reads the headers and asks who declares ties.
+
+        Args:
+            meanwhile: entered while a model class may have to be asked, which takes seconds.
+
+        Raises:
+            What `Checkpoint.open` and `TieMap.resolve` raise.
+        """
+        checkpoint = open_checkpoint(
+            src, revision=revision, ignore_unindexed=ignore_unindexed, trust_remote_code=trust_remote_code
+        )
+        with meanwhile(checkpoint) if meanwhile is not None and ties is None else nullcontext():
+            tie_map = TieMap.of(checkpoint, ties, trust_remote_code)
+        return cls(checkpoint, tie_map, on_disk(tie_map, checkpoint.tensors.keys()))
+
+    def plan(self, policy: Policy, evidence: Evidence | None = None) -> RewritePlan:
+        """The plan for this source, with the ties' provenance and what the bytes have said so far."""
+        evidence = evidence or Evidence()
+        return make_plan(
+            self.checkpoint,
+            self.disk,
+            policy,
+            ties_source=self.ties.source,
+            ties_detail=self.ties.detail,
+            unpaired=self.ties.unpaired,
+            warnings=(*self.checkpoint.warnings, *self.ties.warnings),
+            refuted=evidence.reasons,
+            separate_kv=evidence.separate_kv,
+            repacked=evidence.repacked,
+            unfillable=evidence.unfillable,
+        )

@@ -1,0 +1,216 @@
+"""The steps of a rewrite once its source is open: attempts at the shards, the other files, the checks.
+
+Writing is optimistic: bytes are hashed and written in the same read, as if every tie were confirmed. Only when the
+digests say otherwise is there another attempt (`--on-mismatch keep`), or the staged output is removed (`error`).
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+
+import tierewrite
+from tierewrite.consumers import ReadinessReport, check
+from tierewrite.consumers.vllm.ignore import mended_ignore_lists
+from tierewrite.engines import Engine
+from tierewrite.engines.progress import Progress
+from tierewrite.errors import NotReady, VerificationFailed, shown
+from tierewrite.output.configs import ignore_lists
+from tierewrite.output.manifest import build_manifest, written_tensors
+from tierewrite.output.safetensors import index_bytes, merged_metadata
+from tierewrite.output.shards import Output
+from tierewrite.output.side_files import copy_side_files
+from tierewrite.output.staging import Staged
+from tierewrite.output.target import side_file_clashes
+from tierewrite.planning.plan import RewritePlan, needed_for_confirmation
+from tierewrite.planning.policy import Policy
+from tierewrite.proof.verify import verify
+from tierewrite.report import Report, build_report
+from tierewrite.rewriting.opened import Evidence, Opened
+from tierewrite.rewriting.options import SourceOptions
+from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME
+from tierewrite.stores.remote import FilePath
+from tierewrite.values.confirm import refusal, refuted
+from tierewrite.values.filled import Fills, fill
+from tierewrite.values.merged import ScaleValues, apart_warnings, merge_scales
+from tierewrite.values.reencoded import Reencodings, reencodings
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What all attempts at one output share.
+
+    Attributes:
+        outputs: closes what an attempt leaves open.
+        resume: use what a killed run finished.
+        digests: source key -> BLAKE3 of its bytes; each attempt adds to it.
+    """
+
+    opened: Opened
+    policy: Policy
+    workers: Engine
+    staging: Staged
+    outputs: ExitStack
+    resume: bool
+    digests: dict[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Written:
+    """The shards of an output whose ties the bytes confirm."""
+
+    plan: RewritePlan
+    output: Output
+    evidence: Evidence
+    values: ScaleValues
+    fills: Fills
+    encodings: Reencodings
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the values of scales and blobs are worth saying to a person."""
+        return (
+            *self.values.warnings,
+            *apart_warnings(self.evidence.separate_kv),
+            *self.fills.warnings,
+            *self.encodings.warnings,
+        )
+
+
+def refuse_unconfirmed(opened: Opened, plan: RewritePlan, workers: Engine) -> None:
+    """Refuses before anything is written where the headers already refute a tie that must be confirmed.
+
+    Raises:
+        Refused: with the complete list: the other groups' bytes are compared for it.
+    """
+    if plan.policy.on_mismatch != "keep" and plan.unconfirmed():
+        digests = workers.hash(opened.checkpoint, needed_for_confirmation(plan.groups), "hashing")
+        raise refusal(plan.groups, refuted(opened.checkpoint, plan, digests))
+
+
+def attempt(run: Pass, plan: RewritePlan, evidence: Evidence) -> Written | Evidence:
+    """Writes the shards of `plan`; or says what the bytes told that a next plan has to know, with nothing written.
+
+    Raises:
+        Refused: the bytes do not confirm a tie, and the policy does not let it be kept.
+        SourceError, SourceChanged, SystemFailure: reading or writing failed.
+    """
+    checkpoint = run.opened.checkpoint
+    side_file_clashes(checkpoint, plan.shards)
+    values = merge_scales(checkpoint, plan)
+    if values.apart:
+        return replace(evidence, separate_kv=evidence.separate_kv | values.apart)
+    fills = fill(checkpoint, plan, values.patches)
+    if fills.hopeless:
+        return replace(evidence, unfillable=evidence.unfillable | fills.hopeless)
+    encodings = reencodings(checkpoint, plan)
+    metadata, _ = merged_metadata(checkpoint)
+    output = run.outputs.enter_context(Output(checkpoint, plan, values, encodings, fills, run.staging, metadata))
+    if run.resume:
+        output.keep_finished(run.workers, run.digests)
+    output.write(run.workers, run.digests)
+    found = refuted(checkpoint, plan, run.digests)
+    if found:
+        evidence = evidence.with_refuted(checkpoint, plan, run.digests, found)
+        output.remove()
+        return evidence
+    return Written(plan, output, evidence, values, fills, encodings)
+
+
+def write_shards(run: Pass, plan: RewritePlan) -> Written:
+    """Attempts until the bytes say nothing new; each attempt knows more, so that there is an end.
+
+    Raises:
+        As `attempt`.
+    """
+    step = attempt(run, plan, Evidence())
+    while isinstance(step, Evidence):
+        step = attempt(run, run.opened.plan(run.policy, step), step)
+    return step
+
+
+def finish(
+    run: Pass, written: Written, src: str, dst: object, *, consumer: str | None, trust_remote_code: bool, manifest: bool
+) -> Report:
+    """Writes all that is not a shard: index, other files, configurations and manifest.
+
+    Args:
+        src, dst: for the report.
+        consumer: whose ignore lists may be corrected, if `fix_ignore` is chosen.
+
+    Raises:
+        SourceError, SourceChanged, SystemFailure: reading or writing failed.
+    """
+    opened, staging, progress = run.opened, run.staging, run.workers.progress
+    checkpoint, plan, output = opened.checkpoint, written.plan, written.output
+    # All that takes long to work out comes first: the disk is still at work.
+    index = index_bytes(plan.shards, checkpoint.index_metadata)
+    configs, config_warnings = ignore_lists(checkpoint, plan, opened.disk)
+    listed = (
+        written_tensors(plan, output.patches, output.digests, written.values.merged, run.digests) if manifest else {}
+    )
+    output.durable(progress)
+    staging.put(INDEX_NAME, index)
+    progress.start("copying other files", sum(side.size for side in checkpoint.side_files))
+    copy_side_files(checkpoint.side_files, checkpoint.directories, staging, progress.advance, configs)
+    if consumer == "vllm" and run.policy.fix_ignore:
+        corrected, sentences = mended_ignore_lists(staging.view(), trust_remote_code=trust_remote_code)
+        for name, data in corrected.items():
+            staging.put(name, data)
+        config_warnings = (*config_warnings, *sentences)
+    _, metadata_warnings = merged_metadata(checkpoint)
+    report = build_report(
+        checkpoint,
+        opened.ties,
+        plan,
+        written.values.merged,
+        output.sizes(),
+        src,
+        dst,
+        run.workers.device,
+        reencoded=output.reencoded,
+        filled=written.fills.filled,
+        warnings=(*metadata_warnings, *written.warnings, *config_warnings),
+    )
+    if manifest:
+        staging.put(MANIFEST_NAME, build_manifest(report, opened.disk, listed, tierewrite.__version__))
+    return report
+
+
+def prove(
+    src: FilePath, staging: Staged, policy: Policy, progress: Progress, total: int, reading: SourceOptions
+) -> None:
+    """Proves the staged output from the source.
+
+    Args:
+        total: bytes that will be read.
+
+    Raises:
+        VerificationFailed: it is not what the source makes.
+    """
+    progress.start("proving", total)
+    result = verify(src, staging.view(), advance=progress.advance, **reading, **policy.to_json())
+    if not result.ok:
+        first = result.problems[0]
+        raise VerificationFailed(
+            f"the output is not what SRC makes ({len(result.problems)} problems, the first at '{shown(first.where)}': "
+            f"{first.message}); nothing was left behind. This is a bug or a failing disk: please report it",
+            details={"verification": result.to_json()},
+        )
+
+
+def check_for(consumer: str, staging: Staged, dst: object, *, trust_remote_code: bool, force: bool) -> ReadinessReport:
+    """What the consumer will do with the staged output, which is to be `dst`.
+
+    Raises:
+        NotReady: errors that a rewrite could have avoided, or that make the output useless, unless `force`.
+    """
+    found = check(staging.view(), consumer, trust_remote_code=trust_remote_code)
+    if found.errors and not (found.only_per_side_conflicts() or force):
+        lines = "\n".join(f"  {finding}" for finding in found.errors[:12])
+        raise NotReady(
+            f"{len(found.errors)} errors would be left for {consumer}, nothing was written:\n{lines}\n"
+            "Mend the export, or write it all the same with --force.",
+            details={"readiness": found.to_json()},
+        )
+    return replace(found, checkpoint=str(dst))
