@@ -22,10 +22,11 @@ import tierewrite
 from tests.checkpoints import FIXTURES, digests, right_answer, write_shard
 from tests.conftest import snapshot
 from tests.hub_server import Hub, Repo
-from tierewrite import cli, digest, rewriting
+from tierewrite import cli, digest
 from tierewrite.batches import collection, done_before
 from tierewrite.batches.run import BATCH_SCHEMA, BatchInterrupted, BatchReport, BatchResult
 from tierewrite.errors import Interrupted, SourceError, UsageError
+from tierewrite.rewriting import run as rewriting
 from tierewrite.source import bytes as source_bytes
 from tierewrite.source import folder, hub
 from tierewrite.ties import tie_map
@@ -1154,7 +1155,7 @@ def test_bars_of_several_at_a_time_on_a_terminal(tmp_path: Path) -> None:
 
     from rich.console import Console
 
-    from tierewrite.cli.tables import Bar
+    from tierewrite.cli.progress_bar import Bar
 
     screen = StringIO()
     result = BatchResult("[b]a", "d", "rewritten", 0, before_bytes=4096, after_bytes=1024)

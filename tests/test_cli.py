@@ -464,7 +464,7 @@ def test_unindexed_tensors_are_left_out_on_request_and_the_result_proved(copied:
 def test_what_libraries_log_is_shown_on_request_only(options: tuple[str, ...], shown: bool, tmp_path: Path) -> None:
     code = (
         "import logging, sys; from tierewrite import cli, errors;"
-        "import tierewrite.rewriting as rewriting;"
+        "import tierewrite.rewriting.run as rewriting;"
         "library = logging.getLogger('gcsfs');"
         "rewriting.plan = lambda *a, **o: (library.error('out of retries'), logging.getLogger('tierewrite.x')"
         ".warning('ours'));"

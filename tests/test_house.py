@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "tierewrite"
 
 ROOMS = (
     "errors",
+    "units",
     "json_text",
     "stores",
     "source",

@@ -29,9 +29,9 @@ from .planning.plan import RewritePlan as RewritePlan
 from .proof.verify import Verification as Verification
 from .proof.verify import verify as verify
 from .report import Report as Report
-from .rewriting import plan as plan
-from .rewriting import prepare_for_vllm as prepare_for_vllm
-from .rewriting import rewrite as rewrite
+from .rewriting.run import plan as plan
+from .rewriting.run import prepare_for_vllm as prepare_for_vllm
+from .rewriting.run import rewrite as rewrite
 from .ties.tie_map import TieMap as TieMap
 
 __version__: str

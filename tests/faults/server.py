@@ -64,9 +64,9 @@ def ended(pid: int, seconds: float) -> int | None:
 
 def serve() -> None:
     """Answers until standard input ends."""
-    import tierewrite.cli.tables
+    import tierewrite.cli.progress_bar
     import tierewrite.proof.verify
-    import tierewrite.rewriting
+    import tierewrite.rewriting.run
 
     for line in sys.stdin:
         job = json.loads(line)

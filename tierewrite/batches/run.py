@@ -23,7 +23,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from tierewrite import rewriting
 from tierewrite.batches import done_before
 from tierewrite.batches.collection import Gatherer, Item
 from tierewrite.engines import select
@@ -31,6 +30,7 @@ from tierewrite.engines.progress import Progress
 from tierewrite.errors import EXIT_FINDINGS, EXIT_OK, Interrupted, Refused, UsageError, shown, to_tierewrite_error
 from tierewrite.planning.plan import RewritePlan
 from tierewrite.report import Report
+from tierewrite.rewriting import run as rewriting
 from tierewrite.rewriting.options import ITEM_TYPES, BatchOptions, EngineOptions
 from tierewrite.source.open import fetched, name_of
 from tierewrite.stores.remote import PathLike, located

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from tierewrite.cli.tables import percent, size
 from tierewrite.errors import UsageError, shown
 from tierewrite.pages.facts import Divergence, Facts, Scale, SizeRow
+from tierewrite.units import percent, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,12 +10,12 @@ import html
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from tierewrite.cli.tables import size
 from tierewrite.consumers.findings import Finding, ReadinessReport
 from tierewrite.errors import shown
 from tierewrite.pages import charts
 from tierewrite.pages.charts import change, key_figures, times
 from tierewrite.pages.facts import WORST_SHOWN, Divergence, Facts, GroupRow, SizeRow, quantile
+from tierewrite.units import size
 
 ROWS_SHOWN = 40
 KEPT_SHOWN = 100

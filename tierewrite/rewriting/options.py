@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
 
-from tierewrite.engines.progress import Progress
 from tierewrite.planning.policy import OPTIONS, PolicyOptions
-from tierewrite.stores.remote import PathLike
+
+if TYPE_CHECKING:
+    from tierewrite.engines.progress import Progress
+    from tierewrite.stores.remote import PathLike
 
 Consumer = Literal["vllm", "transformers"]
 Device = Literal["auto", "cpu", "cuda"]

@@ -1,0 +1,387 @@
+"""The commands: each calls the library and shows what it returns. They decide nothing."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+import tierewrite
+from tierewrite.cli.options import (
+    FILE,
+    ITEM_OPTION_NAMES,
+    SOURCE,
+    backbone_option,
+    given,
+    json_option,
+    loader_option,
+    output_options,
+    policy_options,
+    quiet_option,
+    report_consumer_option,
+    rewritten_for_option,
+    run_options,
+    source_options,
+    ties_option,
+    trust_remote_code_option,
+)
+from tierewrite.cli.terminal import console, print_json
+from tierewrite.errors import EXIT_CODES, EXIT_FINDINGS
+
+_EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:>3}  {text}" for code, text in EXIT_CODES.items())
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=_EPILOG)
+@click.version_option(tierewrite.__version__, "-V", "--version", prog_name="tierewrite")
+@click.option("-v", "--verbose", count=True, help="Log what is done to standard error; twice for debugging.")
+def cli(verbose: int) -> None:
+    """Rewrite exported safetensors checkpoints so that every tied weight is stored once.
+
+    Quantization exporters write every tied weight under every one of its names, each with its own activation
+    scales. tierewrite works on the files alone: it learns from the model class which parameters are tied, confirms
+    it by hashing the bytes, merges the activation scales, drops the alias names and writes a checkpoint and index
+    under canonical names. SRC is never written to; DST appears whole or not at all.
+
+    \b
+    Examples:
+      tierewrite plan exported/                      what would be done
+      tierewrite rewrite exported/ canonical/        do it
+      tierewrite verify exported/ canonical/         prove it
+      tierewrite rewrite --help                      all options of a command, with examples
+
+    \b
+    Completion of commands and options, for the shell's start-up file (or zsh_source, fish_source):
+      eval "$(_TIEREWRITE_COMPLETE=bash_source tierewrite)"
+    """
+    level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    # What libraries log of a failure, tracebacks and all, our error says in a line.
+    handler.addFilter(lambda record: verbose > 0 or record.name.partition(".")[0] == "tierewrite")
+    logging.basicConfig(handlers=[handler])
+    # Not the root: the libraries that talk to stores log requests with their signatures.
+    logging.getLogger("tierewrite").setLevel(level)
+
+
+@cli.command()
+@click.argument("src", type=SOURCE)
+@click.argument("dst", type=SOURCE, required=False)
+@policy_options
+@source_options
+@run_options
+@click.option("--in-place", is_flag=True, help="Let the result take the place of SRC, which is kept as SRC.bak.")
+@click.option("--no-backup", is_flag=True, help="With --in-place: keep no SRC.bak.")
+@output_options
+@click.option("--no-manifest", is_flag=True, help="Do not write tierewrite.json.")
+@quiet_option
+@json_option
+def rewrite(
+    src: str,
+    dst: str | None,
+    as_json: bool,
+    quiet: bool,
+    no_manifest: bool,
+    no_backup: bool,
+    consumer: str | None,
+    **options: Any,
+) -> None:
+    """Write the canonical form of the checkpoint in SRC to DST.
+
+    \b
+    Examples:
+      tierewrite rewrite exported/ canonical/
+      tierewrite rewrite exported/ canonical/ --on-mismatch keep --json > report.json
+      tierewrite rewrite exported/ canonical/ --ties ties.json --max-shard-size 5GB
+      tierewrite rewrite org/name canonical/ --revision main
+      tierewrite rewrite exported/ served/ --for vllm
+      tierewrite rewrite exported/ --in-place --verify
+      tierewrite rewrite s3://bucket/exported s3://bucket/canonical --verify
+
+    SRC and DST may be URLs of any fsspec file system (s3://, gs://, memory://, ...: pip install 'tierewrite[remote]').
+    A DST in a store must be new; its index is written last, and makes it a checkpoint. After a kill, --resume goes on
+    there and --overwrite starts anew.
+    """
+    options = given(options)
+    if no_backup and "in_place" not in options:
+        raise click.UsageError("--no-backup goes with --in-place; leave it out, or add that")
+    if "force" in options and consumer is None:
+        raise click.UsageError("--force goes with --for; leave it out, or add that")
+    if consumer is not None:
+        options["consumer"] = consumer
+    from tierewrite.cli.progress_bar import Bar
+
+    with Bar(console(stderr=True), shown=not (quiet or as_json)) as bar:
+        report = tierewrite.rewrite(
+            src, dst, manifest=not no_manifest, backup=not no_backup, progress=bar, **options
+        )
+    if as_json:
+        print_json(report.to_json())
+    elif not quiet:
+        from tierewrite.cli.tables import show_report
+
+        show_report(console(), report)
+    if report.readiness is not None and report.readiness.errors:
+        raise click.exceptions.Exit(EXIT_FINDINGS)
+
+
+@cli.command(epilog=ITEM_OPTION_NAMES)
+@click.argument("items", type=SOURCE, nargs=-1, required=True, metavar="FILE|FOLDER...")
+@click.option("--into", type=SOURCE, metavar="OUT", help="Folder or URL below which every DST is made.")
+@click.option(
+    "--plan-only",
+    is_flag=True,
+    help="Write nothing and read headers only: show what could be saved, the largest saving first. Needs no --into.",
+)
+@click.option(
+    "-j",
+    "--jobs",
+    type=click.IntRange(1, 1024),
+    default=1,
+    show_default=True,
+    help="How many checkpoints at a time. Each already takes all --threads: more than one helps with small ones, with "
+    "stores, and with --engine ray, where all of them share the cluster.",
+)
+@policy_options
+@source_options
+@run_options
+@output_options
+@click.option("--no-manifest", is_flag=True, help="Do not write tierewrite.json (a next run then skips nothing).")
+@quiet_option
+@json_option
+def batch(
+    items: tuple[str, ...],
+    into: str | None,
+    plan_only: bool,
+    jobs: int,
+    as_json: bool,
+    quiet: bool,
+    no_manifest: bool,
+    **options: Any,
+) -> None:
+    """Rewrite many checkpoints, or scan them for what could be saved (--plan-only).
+
+    One that fails does not stop the others: exit code 6 if any did. A list, an option or two DSTs that cannot be are
+    refused before anything starts (exit 2), a FOLDER without any checkpoint too (exit 4). An interrupt leaves what is
+    finished, and the results so far are shown.
+
+    A FOLDER, or the URL of one, stands for every checkpoint at or below it: each folder that holds an index or a
+    *.safetensors file. Each goes to OUT/<path below FOLDER>; FOLDER itself, if it is one, to OUT/<its name>. What lies
+    below a checkpoint belongs to it. Passed over are hidden folders, X.bak beside X, and OUT. Links are followed, each
+    folder counts once. A hub cache is such a FOLDER; a hub id (org/name) stands for itself.
+
+    A FILE lists checkpoints, one a line: a SRC (folder, URL or hub id; goes to OUT/<its name>), or a JSON object with
+    "src" and, as wanted, "dst" and options for this one, as they are listed below. Blank lines and lines that begin
+    with # are left out. Relative paths in a FILE are relative to the folder that FILE is in.
+
+    A DST that an earlier run made of the same SRC, with the same options and the same version of tierewrite, is left
+    as it is (already-done), so that a batch that was stopped can simply be run again. Compared are names and sizes of
+    files, options, ties, times and a few tensors; `tierewrite verify` proves it. A DST with anything else in it fails.
+    With --overwrite both are made again.
+
+    \b
+    Examples:
+      tierewrite batch models/ --plan-only
+      tierewrite batch ~/.cache/huggingface/hub --plan-only --json | jq '.results[] | [.src, .saved_bytes]'
+      tierewrite batch models/ --into canonical/ --on-mismatch keep
+      tierewrite batch list.txt --into s3://bucket/canonical --engine ray --jobs 4
+      tierewrite batch exports/2024 exports/2025 --into served/ --for vllm --verify
+
+    \b
+    A list:
+      # one a line
+      llama-nvfp4
+      org/name
+      {"src": "s3://bucket/gemma", "dst": "out/gemma", "on_mismatch": "keep"}
+    """
+    options = given(options)
+    if no_manifest:
+        options["manifest"] = False
+    from tierewrite.batches.run import BatchInterrupted
+    from tierewrite.cli.progress_bar import Bar
+
+    stopped = None
+    with Bar(console(stderr=True), shown=not (quiet or as_json)) as bar:
+        try:
+            report = tierewrite.batch(
+                items, into=into, plan_only=plan_only, jobs=jobs, progress=bar, **options
+            )
+        except BatchInterrupted as interrupt:
+            stopped, report = interrupt, interrupt.report
+    if as_json:
+        print_json(report.to_json())
+    elif not quiet:
+        from tierewrite.cli.tables import show_batch
+
+        show_batch(console(), report)
+    if stopped is not None:
+        print(f"tierewrite: {stopped}", file=sys.stderr)
+    if report.exit_code:
+        raise click.exceptions.Exit(report.exit_code)
+
+
+@cli.command()
+@click.argument("src", type=SOURCE)
+@policy_options
+@source_options
+@json_option
+def plan(src: str, as_json: bool, **options: Any) -> None:
+    """Show what `rewrite` would do with SRC. Reads headers only and writes nothing.
+
+    A plan is what happens if every tie is confirmed. Groups that the headers already refute are listed as
+    unconfirmed; the exit code is 0 all the same.
+
+    \b
+    Examples:
+      tierewrite plan exported/
+      tierewrite plan s3://bucket/exported
+      tierewrite plan exported/ --json | jq '.tensors[] | select(.action == "drop") | .name'
+    """
+    result = tierewrite.plan(src, **given(options))
+    if as_json:
+        print_json(result.to_json())
+    else:
+        from tierewrite.cli.tables import show_plan
+
+        show_plan(console(), result)
+
+
+@cli.command()
+@click.argument("src", type=SOURCE)
+@click.argument("dst", type=SOURCE)
+@source_options
+@policy_options
+@rewritten_for_option
+@json_option
+def verify(src: str, dst: str, as_json: bool, **options: Any) -> None:
+    """Prove that DST is what rewriting SRC with these options makes.
+
+    Every expected value comes from SRC, from the options given here and from whoever declares the ties: give the
+    options that the rewrite was given. Every tensor of SRC is accounted for, every tensor of DST has its origin; index,
+    other files and manifest are right. Exit code 6 if anything is wrong, an unreadable DST included.
+
+    \b
+    Examples:
+      tierewrite verify exported/ canonical/
+      tierewrite verify exported/ served/ --for vllm
+      tierewrite verify s3://bucket/exported s3://bucket/canonical
+      tierewrite verify exported/ canonical/ --json | jq '.problems[] | [.id, .where]'
+    """
+    result = tierewrite.verify(src, dst, **given(options))
+    if as_json:
+        print_json(result.to_json())
+    else:
+        from tierewrite.cli.tables import show_verification
+
+        show_verification(console(), result)
+    if not result.ok:
+        raise click.exceptions.Exit(EXIT_FINDINGS)
+
+
+@cli.command()
+@click.argument("src", type=SOURCE)
+@source_options
+@click.option("--no-ties", is_flag=True, help="Do not ask for declared ties (never imports transformers).")
+@json_option
+def inspect(src: str, as_json: bool, no_ties: bool, **options: Any) -> None:
+    """Show shards, tensors, dtypes, formats and declared ties of SRC. Reads headers only.
+
+    \b
+    Examples:
+      tierewrite inspect exported/
+      tierewrite inspect s3://bucket/exported --no-ties
+      tierewrite inspect org/name --json | jq .dtypes
+    """
+    result = tierewrite.inspect(src, declared=not no_ties, **options)
+    if as_json:
+        print_json(result.to_json())
+    else:
+        from tierewrite.cli.tables import show_inspection
+
+        show_inspection(console(), result)
+
+
+@cli.command()
+@click.argument("checkpoint", type=SOURCE)
+@loader_option
+@click.option("--strict", is_flag=True, help="Warnings count as errors.")
+@backbone_option
+@ties_option
+@trust_remote_code_option
+@json_option
+def check(checkpoint: str, consumer: str, strict: bool, as_json: bool, **options: Any) -> None:
+    """Find what a consumer would load wrong, before it does. Reads headers, configs and scales only.
+
+    vLLM loads incomplete and contradictory checkpoints without a warning. Each finding has an id, a severity, the
+    tensors or config entries concerned, what the consumer will do, and the mend if there is one. Exit code 6 if any is
+    an error (with --strict, or a warning).
+
+    \b
+    Examples:
+      tierewrite check canonical/ --for vllm
+      tierewrite check canonical/ --for transformers --strict --json
+      tierewrite check s3://bucket/canonical
+    """
+    result = tierewrite.check(checkpoint, consumer, **options)
+    if as_json:
+        print_json(result.to_json())
+    else:
+        from tierewrite.cli.tables import show_readiness
+
+        show_readiness(console(), result)
+    code = result.exit_code(strict=strict)
+    if code:
+        raise click.exceptions.Exit(code)
+
+
+@cli.command("report", short_help="Show what a rewrite did, here or on a page to pass on.")
+@click.argument("target", type=SOURCE, metavar="DST|MANIFEST")
+@click.option("--html", type=FILE, metavar="FILE", help="Write one self-contained HTML page.")
+@click.option("--png", type=FILE, metavar="FILE", help="Write its figures and pictures as one PNG.")
+@report_consumer_option
+@backbone_option
+@click.option(
+    "--worst",
+    type=click.IntRange(0, 100_000),
+    default=20,
+    show_default=True,
+    help="How many of the scales that were furthest apart to list.",
+)
+@json_option
+def report_command(
+    target: str,
+    html: Path | None,
+    png: Path | None,
+    consumer: str | None,
+    backbone: Path | None,
+    worst: int,
+    as_json: bool,
+) -> None:
+    """Show what a rewrite did: sizes, how far apart the activation scales of tied sides were, what was kept and why.
+
+    Reads DST's manifest (tierewrite.json) and headers; a manifest alone will do for everything but the sizes. The page
+    needs no network. Pictures need matplotlib: pip install 'tierewrite[report]'.
+
+    \b
+    Examples:
+      tierewrite report canonical/ --html report.html --for vllm
+      tierewrite report canonical/ --png report.png
+      tierewrite report s3://bucket/canonical --html report.html
+      tierewrite report canonical/ --json | jq '.divergence[] | [.projection, .median, .max]'
+    """
+    page = tierewrite.report_page(target, consumer, backbone=backbone, worst=worst)
+    if html is not None:
+        page.write_html(html)
+    if png is not None:
+        page.write_png(png)
+    for written in (html, png):
+        if written is not None and not as_json:
+            click.echo(f"{written} is written.")
+    if as_json:
+        print_json(page.to_json())
+    elif html is None and png is None:
+        from tierewrite.pages.terminal import show
+
+        show(console(), page.facts, worst)

@@ -1,0 +1,122 @@
+"""Progress for people: bars on standard error, and a line for each checkpoint of a batch that is over."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.text import Text
+
+from tierewrite.cli.tables import outcome
+from tierewrite.engines.progress import Progress
+from tierewrite.errors import shown
+
+if TYPE_CHECKING:
+    from tierewrite.batches.run import BatchResult
+
+
+class Bar(Progress):
+    """A rich progress display on standard error; appears on a terminal once a phase has lasted for half a second."""
+
+    def __init__(self, console: Console, shown: bool = True) -> None:
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+        from rich.progress import Progress as RichProgress
+
+        self._display = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._console = console
+        self._notes = shown
+        self._bars = self.shown = shown and console.is_terminal
+        self._task: Any = None
+        self._visible_from = 0.0
+        self._started = False
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._started:
+            self._display.stop()
+
+    def start(self, phase: str, total: int) -> None:
+        self._task = self.begin(self._task, phase, total)
+
+    def advance(self, nbytes: int) -> None:
+        self.move(self._task, nbytes)
+
+    def note(self, text: str) -> None:
+        if self._notes:
+            self._console.print(Text(text))
+
+    def part(self, name: str, number: int, total: int) -> Progress:
+        return _CheckpointBar(self, f"[{number}/{total}] {shown(name)}")
+
+    def begin(self, task: Any, phase: str, total: int) -> Any:
+        """A bar in the place of `task`."""
+        self.end(task)
+        self._visible_from = time.monotonic() + 0.5
+        return self._display.add_task(phase, total=total)
+
+    def move(self, task: Any, nbytes: int) -> None:
+        """The bar `task` grows."""
+        if not self._bars:
+            return
+        with self._lock:
+            if not self._started and time.monotonic() >= self._visible_from:
+                self._started = True
+                self._display.start()
+        self._display.update(task, advance=nbytes)
+
+    def end(self, task: Any) -> None:
+        """Removes the bar `task`."""
+        if task is not None:
+            self._display.remove_task(task)
+
+    def over(self, text: str, ok: bool) -> None:
+        """How a checkpoint ended; that one failed is said whatever else is shown."""
+        if self._notes or not ok:
+            self._console.print(Text(text, style="" if ok else "red"))
+
+
+class _CheckpointBar(Progress):
+    """One checkpoint of a batch: a bar of its own, and a line when it is over."""
+
+    def __init__(self, bar: Bar, name: str) -> None:
+        self._bar, self._name = bar, name
+        self.shown = bar.shown
+        self._task: Any = None
+
+    def start(self, phase: str, total: int) -> None:
+        # Square brackets would be taken for markup.
+        self._task = self._bar.begin(self._task, f"{escape(self._name)}: {phase}", total)
+
+    def advance(self, nbytes: int) -> None:
+        self._bar.move(self._task, nbytes)
+
+    def note(self, text: str) -> None:
+        self._bar.note(f"{self._name}: {text}")
+
+    def finish(self, result: BatchResult | None) -> None:
+        self._bar.end(self._task)
+        if result is not None:
+            self._bar.over(f"{self._name}: {outcome(result)}", result.ok)

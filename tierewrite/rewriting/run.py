@@ -1,0 +1,256 @@
+"""The public functions of the pass: `plan`, `rewrite`, `prepare_for_vllm`. Each reads as its steps."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tierewrite.engines import select
+from tierewrite.engines.progress import Progress
+from tierewrite.errors import UsageError
+from tierewrite.output.staging import Staged, Staging
+from tierewrite.output.store_staging import RemoteStaging, RemoteTarget
+from tierewrite.output.target import Target, check_space, listing, still_as_listed
+from tierewrite.planning.plan import RewritePlan
+from tierewrite.planning.policy import Policy, PolicyOptions
+from tierewrite.report import Report
+from tierewrite.rewriting.opened import Opened
+from tierewrite.rewriting.options import Consumer, Device, EngineName, RewriteOptions, SourceOptions
+from tierewrite.rewriting.steps import Pass, check_for, finish, prove, refuse_unconfirmed, write_shards
+from tierewrite.source import read_ahead
+from tierewrite.source.open import fetched, local_only, name_of
+from tierewrite.stores.remote import FilePath, PathLike, RemotePath, located
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+def plan(
+    src: PathLike,
+    *,
+    ties: PathLike | None = None,
+    trust_remote_code: bool = False,
+    ignore_unindexed: bool = False,
+    revision: str | None = None,
+    **options: Unpack[PolicyOptions],
+) -> RewritePlan:
+    """What `rewrite` would do with `src`, if the bytes confirm every tie that the headers allow. Reads headers only.
+
+    Args and Raises: as `rewrite`; never `Refused`: groups that the headers refute are listed as unconfirmed.
+    """
+    policy = Policy.of(**options)
+    opened = Opened.open(
+        src, ties=ties, trust_remote_code=trust_remote_code, ignore_unindexed=ignore_unindexed, revision=revision
+    )
+    return opened.plan(policy)
+
+
+def rewrite(
+    src: PathLike,
+    dst: PathLike | None = None,
+    *,
+    ties: PathLike | None = None,
+    trust_remote_code: bool = False,
+    ignore_unindexed: bool = False,
+    revision: str | None = None,
+    device: Device = "auto",
+    threads: int | None = None,
+    overwrite: bool = False,
+    in_place: bool = False,
+    backup: bool = True,
+    resume: bool = False,
+    verify: bool = False,
+    engine: EngineName = "local",
+    ray_address: str | None = None,
+    consumer: Consumer | None = None,
+    force: bool = False,
+    manifest: bool = True,
+    progress: Progress | None = None,
+    **options: Unpack[PolicyOptions],
+) -> Report:
+    """Rewrites the checkpoint in `src` to `dst`: every tied tensor once, under its canonical name.
+
+    Args:
+        src: folder with `model.safetensors` or shards with `model.safetensors.index.json`; the URL of one, of any
+            fsspec file system; or a hub id `org/name`, of which a snapshot is taken. Never written to.
+        dst: folder to make; absent or empty, unless `overwrite`. It appears whole, by one rename, or not at all. Or a
+            URL where nothing is: in a store that cannot rename the index is written last, and makes it a checkpoint.
+            None with `in_place`.
+        ties: JSON file {alias: canonical}, instead of asking the model class.
+        trust_remote_code: run the model code that `src` brings, to ask it for its ties.
+        ignore_unindexed: leave out tensors that the index does not list, instead of refusing.
+        revision: branch, tag or commit of a hub id; None: its main branch.
+        device: where the hashing happens: "cpu", "cuda", or "auto", which takes a GPU that works, the CPU until it is
+            ready. The output is the same.
+        threads: workers that read, hash and write; None: as many as there are cores, at most 8.
+        overwrite: swap out what `dst` holds once the new checkpoint is complete; at a URL only what a killed run left.
+        in_place: the new checkpoint takes the place of `src`, by one rename, once it is complete.
+        backup: with `in_place`, keep the original as `SRC.bak`.
+        resume: use the shards that a killed run into `dst` finished, after checking their digests.
+        verify: prove the output from the source before it appears.
+        engine: "local", or "ray": hashing and writing are tasks on a Ray cluster whose nodes all see `src` and `dst`.
+        ray_address: the cluster, as `ray.init` takes it; None: RAY_ADDRESS, else one on this machine.
+        consumer: make the choices that "vllm" or "transformers" needs (`FOR_CONSUMER`), where `options` does not, and
+            check the output before it appears; errors other than per-side conflicts, which no rewrite can merge, leave
+            no `dst`.
+        force: with `consumer`, let the output appear all the same.
+        manifest: write `tierewrite.json` with what was done and the digests.
+        progress: told how many bytes have moved. What its `start` or `advance` raises stops the rewrite, which then
+            leaves nothing behind.
+        options: what decides content, the fields of `planning.policy.Policy`: on_mismatch, kv_scales, max_shard_size
+            (bytes, or a text such as "5GB"), ...; `planning.policy.OPTIONS` and `tierewrite rewrite --help` say what
+            each of them does.
+
+    Returns:
+        A report of what was done, group by group.
+
+    Raises:
+        UsageError: the call cannot be carried out (exit 2).
+        Refused: a tie is not confirmed, or a companion is of no known format; nothing was written (exit 3).
+        SourceError: something is wrong in `src` (exit 4).
+        SystemFailure: disk, permission, I/O, or `src` changed meanwhile; nothing was left behind (exit 5).
+        NotReady: with `consumer`, the output would not be served right; nothing was left behind (exit 6).
+        VerificationFailed: with `verify`, the output is not what `src` makes; nothing was left behind (exit 6).
+    """
+    policy = Policy.of(consumer, **options)
+    progress = progress or Progress()
+    reading: SourceOptions = {
+        "ties": ties,
+        "trust_remote_code": trust_remote_code,
+        "ignore_unindexed": ignore_unindexed,
+    }
+    if in_place:
+        route = Route.in_place(src, dst, backup)
+    else:
+        route = Route.between(src, dst, overwrite, resume, revision, progress)
+    with select(engine, device=device, threads=threads, progress=progress, ray_address=ray_address) as workers:
+        before = listing(route.swapped) if route.swapped is not None else {}
+        opened = Opened.open(route.src, meanwhile=read_ahead.reading if engine == "local" else None, **reading)
+        planned = opened.plan(policy)
+        refuse_unconfirmed(opened, planned, workers)
+        side_bytes = sum(side.size for side in opened.checkpoint.side_files)
+        route.check_space(planned.total_bytes + side_bytes, progress)
+        with route.staging(resume) as staging, ExitStack() as outputs:
+            run = Pass(opened, policy, workers, staging, outputs, resume)
+            written = write_shards(run, planned)
+            report = finish(
+                run,
+                written,
+                name_of(src),
+                route.dst,
+                consumer=consumer,
+                trust_remote_code=trust_remote_code,
+                manifest=manifest,
+            )
+            if verify:
+                total = opened.checkpoint.total_bytes + written.plan.total_bytes
+                prove(route.src, staging, policy, progress, total, reading)
+            if consumer is not None:
+                readiness = check_for(
+                    consumer, staging, route.dst, trust_remote_code=trust_remote_code, force=force
+                )
+                report = replace(report, readiness=readiness)
+            if route.swapped is not None:
+                still_as_listed(route.swapped, before)
+            staging.commit()
+    return report
+
+
+def prepare_for_vllm(src: PathLike, dst: PathLike | None = None, **options: Unpack[RewriteOptions]) -> Report:
+    """`rewrite` with `consumer="vllm"`: the choices that vLLM needs, and a check before the result appears.
+
+    KV scales are merged, the scales of fused projections unified, ignore lists made consistent, and a tied `lm_head`
+    is dropped with every other alias. Where per-side tensors differ that no rewrite can merge (`layer_scalar`), the
+    output is written all the same and the report's `readiness` lists them.
+
+    Args:
+        src, dst, options: as for `rewrite`; `kv_scales`, `unify_fused_scales` and `fix_ignore` are chosen here unless
+            given.
+
+    Returns:
+        The report; `report.readiness.errors` is empty when vLLM will load the output and compute what was meant.
+
+    Raises:
+        NotReady: other errors would be left; nothing was written (unless `force`). Else as `rewrite`.
+    """
+    options["consumer"] = "vllm"
+    return rewrite(src, dst, **options)
+
+
+@dataclass(frozen=True)
+class Route:
+    """From where to where.
+
+    Attributes:
+        src: what is read: a folder or URL; of a hub id, its snapshot.
+        dst: where the output appears, as it was given.
+        target: the same, checked.
+        swapped: in place, the folder that the output takes the place of; else None.
+    """
+
+    src: FilePath
+    dst: FilePath
+    target: Target | RemoteTarget
+    swapped: Path | None = None
+
+    @classmethod
+    def in_place(cls, src: PathLike, dst: PathLike | None, backup: bool) -> Route:
+        """The output takes the place of its source.
+
+        Raises:
+            UsageError: there is a `dst`, `src` is not on this machine, or it cannot be swapped.
+        """
+        if dst is not None:
+            raise UsageError("in place there is no DST; give SRC alone, or leave out --in-place")
+        local_only(src, "a rewrite in place")
+        place = located(src)
+        assert isinstance(place, Path)
+        return cls(place, place, Target.in_place(place, backup), place)
+
+    @classmethod
+    def between(
+        cls,
+        src: PathLike,
+        dst: PathLike | None,
+        overwrite: bool,
+        resume: bool,
+        revision: str | None,
+        progress: Progress,
+    ) -> Route:
+        """The output goes from `src`, which is fetched if it is a hub id, to another place.
+
+        Raises:
+            UsageError: there is no `dst`, or it cannot be written.
+            SourceError, SystemFailure: `src` cannot be fetched, or `dst` cannot be looked at.
+        """
+        if dst is None:
+            raise UsageError("DST is missing; name a folder, or use --in-place")
+        where = located(dst)
+        target = _checked(located(src), where, overwrite, resume)  # before a download that may take an hour
+        place = fetched(src, revision=revision, bars=progress.shown)
+        if place != located(src):
+            target = _checked(place, where, overwrite, resume)
+        return cls(place, where, target)
+
+    def check_space(self, needed: int, progress: Progress) -> None:
+        """Raises SystemFailure: the disk cannot hold `needed` bytes. (Of a store nobody knows.)"""
+        if isinstance(self.target, Target):
+            check_space(self.target.path, needed)
+            if self.swapped is not None:
+                kept = f", and the original stays as '{self.target.backup}'" if self.target.backup else ""
+                progress.note(f"in place: {needed:,} bytes are needed beside SRC until the swap{kept}")
+
+    def staging(self, resume: bool) -> Staged:
+        """Where the output grows until it is complete."""
+        if isinstance(self.target, RemoteTarget):
+            return RemoteStaging(self.target, resume)
+        return Staging(self.target, resume)
+
+
+def _checked(src: FilePath, dst: FilePath, overwrite: bool, resume: bool) -> Target | RemoteTarget:
+    """Decides whether `dst` can be written. Raises UsageError, SystemFailure."""
+    if isinstance(dst, RemotePath):
+        return RemoteTarget.check(src, dst, overwrite, resume)
+    return Target.check(src, dst, overwrite)
