@@ -14,7 +14,7 @@ from tierewrite.errors import shown
 from tierewrite.units import percent, size
 
 if TYPE_CHECKING:
-    from tierewrite.batches.run import BatchReport, BatchResult
+    from tierewrite.batches.results import BatchReport, BatchResult
     from tierewrite.consumers import ReadinessReport
     from tierewrite.inspection import Inspection
     from tierewrite.planning.plan import GroupPlan, RewritePlan
