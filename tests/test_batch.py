@@ -24,7 +24,7 @@ from tests.conftest import snapshot
 from tests.hub_server import Hub, Repo
 from tierewrite import cli, digest
 from tierewrite.batches import collection, done_before
-from tierewrite.batches.run import BATCH_SCHEMA, BatchInterrupted, BatchReport, BatchResult
+from tierewrite.batches.results import BATCH_SCHEMA, BatchInterrupted, BatchReport, BatchResult
 from tierewrite.errors import Interrupted, SourceError, UsageError
 from tierewrite.rewriting import run as rewriting
 from tierewrite.source import bytes as source_bytes

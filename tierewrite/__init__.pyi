@@ -1,8 +1,8 @@
 # The public interface, declared once: type checkers read this file, and __init__.py loads from it what is asked for.
 
-from .batches.run import BatchInterrupted as BatchInterrupted
-from .batches.run import BatchReport as BatchReport
-from .batches.run import BatchResult as BatchResult
+from .batches.results import BatchInterrupted as BatchInterrupted
+from .batches.results import BatchReport as BatchReport
+from .batches.results import BatchResult as BatchResult
 from .batches.run import batch as batch
 from .consumers import ReadinessReport as ReadinessReport
 from .consumers import check as check

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from tierewrite.planning.plan import GroupPlan, RewritePlan, group_json
 from tierewrite.planning.policy import Policy
@@ -13,11 +13,49 @@ from tierewrite.source.table import Checkpoint
 from tierewrite.ties.tie_map import TieMap
 
 if TYPE_CHECKING:
-    from tierewrite.consumers import ReadinessReport
     from tierewrite.values.filled import Filled
     from tierewrite.values.reencoded import Reencoding
 
 REPORT_SCHEMA = "tierewrite/report/1"
+
+
+class Finding(Protocol):
+    """One thing that a consumer will stumble over; see `consumers.findings.Finding`."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def severity(self) -> str: ...
+    @property
+    def where(self) -> tuple[str, ...]: ...
+    @property
+    def found(self) -> str: ...
+    @property
+    def consequence(self) -> str: ...
+    @property
+    def mend(self) -> str: ...
+
+
+class Readiness(Protocol):
+    """What a consumer will do with an output; see `consumers.findings.ReadinessReport`, which comes after this room."""
+
+    @property
+    def consumer(self) -> str: ...
+    @property
+    def consumer_version(self) -> str: ...
+    @property
+    def checkpoint(self) -> str: ...
+    @property
+    def tensors(self) -> int: ...
+    @property
+    def findings(self) -> Sequence[Finding]: ...
+    @property
+    def errors(self) -> Sequence[Finding]: ...
+    @property
+    def warnings(self) -> Sequence[Finding]: ...
+    @property
+    def notes(self) -> Sequence[str]: ...
+    def to_json(self) -> dict[str, Any]: ...
 
 
 class MergedScale(NamedTuple):
@@ -122,7 +160,7 @@ class Report:
     device: str = ""
     reencoded: tuple[Reencoding, ...] = ()
     filled: tuple[Filled, ...] = ()
-    readiness: ReadinessReport | None = None
+    readiness: Readiness | None = None
     warnings: tuple[str, ...] = ()
 
     def count(self, status: str) -> int:

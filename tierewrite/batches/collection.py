@@ -258,7 +258,7 @@ def _below(root: Path, into: str | None) -> list[str]:
             raise SourceError(f"holds more than {MAX_FOLDERS:,} folders; name one further down", file=root)
         try:
             with system_errors("listing", folder), os.scandir(folder) as entries:
-                folders, files = _told_apart(entries)
+                folders, files = _folders_and_files(entries)
         except SystemFailure:
             if not name:
                 raise
@@ -280,7 +280,7 @@ def _below(root: Path, into: str | None) -> list[str]:
     return sorted(found, key=natural_key)
 
 
-def _told_apart(entries: Iterator[os.DirEntry[str]]) -> tuple[list[os.DirEntry[str]], list[str]]:
+def _folders_and_files(entries: Iterator[os.DirEntry[str]]) -> tuple[list[os.DirEntry[str]], list[str]]:
     """Folders, links to such included, and the names of all else."""
     folders: list[os.DirEntry[str]] = []
     files: list[str] = []

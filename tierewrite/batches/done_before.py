@@ -33,7 +33,7 @@ _CONFIGS = ("config.json", "hf_quant_config.json")
 
 @dataclass(frozen=True)
 class Made:
-    """A DST that was made before, in numbers; see `batches.run.BatchResult`."""
+    """A DST that was made before, in numbers; see `batches.results.BatchResult`."""
 
     before_bytes: int
     after_bytes: int

@@ -13,18 +13,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import statistics
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from tierewrite.batches import done_before
 from tierewrite.batches.collection import Gatherer, Item
+from tierewrite.batches.results import BatchInterrupted, BatchReport, BatchResult, planned, rewritten
 from tierewrite.engines import select
 from tierewrite.engines.progress import Progress
 from tierewrite.errors import EXIT_FINDINGS, EXIT_OK, Interrupted, Refused, UsageError, shown, to_tierewrite_error
@@ -38,154 +37,9 @@ from tierewrite.stores.remote import PathLike, located
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-BATCH_SCHEMA = "tierewrite/batch/1"
-
-STATUSES = ("rewritten", "planned", "canonical", "already-done", "refused", "failed", "stopped", "not-started")
-
 log = logging.getLogger(__name__)
 
 _READING = ("ties", "trust_remote_code", "ignore_unindexed")
-
-
-@dataclass(frozen=True, slots=True)
-class BatchResult:
-    """One checkpoint of a batch, in numbers.
-
-    Attributes:
-        src, dst: as they were given or found, without credentials; `dst` is None where nothing is written.
-        status: "rewritten"; "canonical" (there was nothing to rewrite; DST is a copy); "already-done" (by an earlier
-            run); "refused" (a tie is not confirmed); "failed"; "stopped" by an interrupt, which leaves DST whole or
-            absent; "not-started" before one; with `plan_only` "planned" or "canonical".
-        exit_code: what `rewrite` would have ended with; of "stopped" and "not-started", the interrupt's.
-        error: the error as JSON; None without one.
-        seconds: how long it took.
-        before_bytes, after_bytes: tensor bytes of SRC and DST; with `plan_only`, of what DST would be if the bytes
-            confirm every tie that the headers allow. None where it did not come to that.
-        before_tensors, after_tensors: number of tensors.
-        groups: declared ties of which something is on disk.
-        kept: how many of them stay on every side; with `plan_only`, those that the headers do not confirm (a rewrite
-            refuses them unless told otherwise).
-        merged_scales: activation scales that stand for several sides; None with `plan_only`.
-        median_ratio, max_ratio: how far apart these sides were.
-        consumer_errors: what the consumer that DST was prepared for would still stumble over.
-        warnings: as in the report or plan.
-    """
-
-    src: str
-    dst: str | None
-    status: str
-    exit_code: int
-    error: Mapping[str, Any] | None = None
-    seconds: float = 0.0
-    before_bytes: int | None = None
-    after_bytes: int | None = None
-    before_tensors: int | None = None
-    after_tensors: int | None = None
-    groups: int | None = None
-    kept: int | None = None
-    merged_scales: int | None = None
-    median_ratio: float | None = None
-    max_ratio: float | None = None
-    consumer_errors: int | None = None
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def ok(self) -> bool:
-        return self.exit_code == EXIT_OK
-
-    @property
-    def saved_bytes(self) -> int:
-        """Tensor bytes that DST has less than SRC; 0 where that is not known."""
-        return (self.before_bytes or 0) - (self.after_bytes or 0) if self.after_bytes is not None else 0
-
-    def to_json(self) -> dict[str, Any]:
-        known = self.after_bytes is not None
-        return {
-            "src": self.src,
-            "dst": self.dst,
-            "status": self.status,
-            "exit_code": self.exit_code,
-            "error": self.error,
-            "seconds": round(self.seconds, 3),
-            "before": {"bytes": self.before_bytes, "tensors": self.before_tensors} if known else None,
-            "after": {"bytes": self.after_bytes, "tensors": self.after_tensors} if known else None,
-            "saved_bytes": self.saved_bytes if known else None,
-            "groups": self.groups,
-            "kept": self.kept,
-            "merged_scales": self.merged_scales,
-            "ratios": {"median": self.median_ratio, "max": self.max_ratio},
-            "consumer_errors": self.consumer_errors,
-            "warnings": list(self.warnings),
-        }
-
-
-@dataclass(frozen=True)
-class BatchReport:
-    """The outcome of a batch.
-
-    Attributes:
-        results: one a checkpoint, in the order in which they were given; with `plan_only` the largest saving first.
-        plan_only: nothing was written.
-        seconds: how long all of it took.
-        stopped: the exit code of the interrupt that ended it early; None if it came to its end.
-    """
-
-    results: tuple[BatchResult, ...]
-    plan_only: bool
-    seconds: float
-    stopped: int | None = None
-
-    @property
-    def failed(self) -> tuple[BatchResult, ...]:
-        """Those that did not end well: refused, failed, stopped, not begun, or with errors left for a consumer."""
-        return tuple(result for result in self.results if not result.ok)
-
-    @property
-    def before_bytes(self) -> int:
-        """Tensor bytes of the sources that were rewritten (planned, done already)."""
-        return sum(result.before_bytes or 0 for result in self.results)
-
-    @property
-    def after_bytes(self) -> int:
-        return sum(result.after_bytes or 0 for result in self.results)
-
-    @property
-    def exit_code(self) -> int:
-        """0, 6 if any checkpoint failed, or the interrupt's."""
-        if self.stopped is not None:
-            return self.stopped
-        return EXIT_FINDINGS if self.failed else EXIT_OK
-
-    def counts(self) -> dict[str, int]:
-        """Status -> number of checkpoints, of all statuses."""
-        found = Counter(result.status for result in self.results)
-        return {status: found[status] for status in STATUSES}
-
-    def to_json(self) -> dict[str, Any]:
-        """The object that `tierewrite batch --json` prints (schema tierewrite/batch/1)."""
-        return {
-            "schema": BATCH_SCHEMA,
-            "plan_only": self.plan_only,
-            "exit_code": self.exit_code,
-            "seconds": round(self.seconds, 3),
-            "counts": {"checkpoints": len(self.results), **self.counts()},
-            "before": {"bytes": self.before_bytes},
-            "after": {"bytes": self.after_bytes},
-            "saved_bytes": self.before_bytes - self.after_bytes,
-            "results": [result.to_json() for result in self.results],
-        }
-
-
-class BatchInterrupted(Interrupted):
-    """SIGINT or SIGTERM arrived during a batch: what was finished stays, nothing half-done was left (exit 130, 143).
-
-    Attributes:
-        report: of what was done until then.
-    """
-
-    def __init__(self, signum: int, report: BatchReport) -> None:
-        super().__init__(signum)
-        self.report = report
 
 
 def batch(
@@ -334,7 +188,7 @@ class _Batch:
         try:
             if self.jobs == 1 or len(self.items) == 1:
                 for index in range(len(self.items)):
-                    self._carry_out(index)
+                    self._run_item(index)
             else:
                 self._at_a_time()
             return self._report(None)
@@ -344,7 +198,7 @@ class _Batch:
     def _at_a_time(self) -> None:
         pool = ThreadPoolExecutor(self.jobs, thread_name_prefix="tierewrite-batch")
         try:
-            futures = [pool.submit(self._carry_out, index) for index in range(len(self.items))]
+            futures = [pool.submit(self._run_item, index) for index in range(len(self.items))]
             wait(futures)
             for future in futures:
                 future.result()
@@ -366,7 +220,7 @@ class _Batch:
         seconds = time.monotonic() - self.began_at
         return BatchReport(tuple(results), self.plan_only, seconds, interrupt.exit_code if interrupt else None)
 
-    def _carry_out(self, index: int) -> None:
+    def _run_item(self, index: int) -> None:
         """One checkpoint, whatever becomes of it.
 
         Raises:
@@ -394,8 +248,8 @@ class _Batch:
         src, dst = _places(item)
         try:
             if self.plan_only:
-                return _planned(src, self._plan(item))
-            return self._made_before(item, src, dst) or _done(src, dst, self._rewrite(item, progress))
+                return planned(src, self._plan(item))
+            return self._made_before(item, src, dst) or rewritten(src, dst, self._rewrite(item, progress))
         except Interrupted:
             raise
         except Exception as exception:
@@ -438,22 +292,8 @@ class _Batch:
 
             trusted = bool(options.get("trust_remote_code"))
             errors = len(check(item.dst, consumer, trust_remote_code=trusted).errors)
-        return BatchResult(
-            src,
-            dst,
-            "already-done",
-            EXIT_FINDINGS if errors else EXIT_OK,
-            before_bytes=made.before_bytes,
-            after_bytes=made.after_bytes,
-            before_tensors=made.before_tensors,
-            after_tensors=made.after_tensors,
-            groups=made.groups,
-            kept=made.kept,
-            merged_scales=made.merged_scales,
-            median_ratio=made.median_ratio,
-            max_ratio=made.max_ratio,
-            consumer_errors=errors,
-        )
+        code = EXIT_FINDINGS if errors else EXIT_OK
+        return BatchResult(src, dst, "already-done", code, consumer_errors=errors, **asdict(made))
 
 
 def _places(item: Item) -> tuple[str, str | None]:
@@ -464,44 +304,3 @@ def _places(item: Item) -> tuple[str, str | None]:
 def _chosen(item: Item, names: Iterable[str]) -> dict[str, Any]:
     """Those of these options that were chosen for the item."""
     return {name: item.options[name] for name in names if name in item.options}
-
-
-def _planned(src: str, plan: RewritePlan) -> BatchResult:
-    unconfirmed = len(plan.unconfirmed())
-    return BatchResult(
-        src,
-        None,
-        "planned" if plan.planned() or unconfirmed or plan.total_bytes != plan.source_bytes else "canonical",
-        EXIT_OK,
-        before_bytes=plan.source_bytes,
-        after_bytes=plan.total_bytes,
-        before_tensors=len(plan.tensors),
-        after_tensors=sum(len(shard.tensors) for shard in plan.shards),
-        groups=len(plan.groups),
-        kept=unconfirmed,
-        warnings=plan.warnings,
-    )
-
-
-def _done(src: str, dst: str | None, report: Report) -> BatchResult:
-    idle = report.count("canonical") == len(report.groups) and not (report.reencoded or report.filled)
-    scales = report.scales
-    ratios = [scale.ratio for scale in scales if scale.ratio is not None]
-    errors = None if report.readiness is None else len(report.readiness.errors)
-    return BatchResult(
-        src,
-        dst,
-        "canonical" if idle else "rewritten",
-        EXIT_FINDINGS if errors else EXIT_OK,
-        before_bytes=report.before_bytes,
-        after_bytes=report.after_bytes,
-        before_tensors=report.before_tensors,
-        after_tensors=report.after_tensors,
-        groups=len(report.groups),
-        kept=report.count("kept"),
-        merged_scales=len(scales),
-        median_ratio=statistics.median(ratios) if ratios else None,
-        max_ratio=max(ratios, default=None),
-        consumer_errors=errors,
-        warnings=report.warnings,
-    )

@@ -199,7 +199,7 @@ def batch(
     options = given(options)
     if no_manifest:
         options["manifest"] = False
-    from tierewrite.batches.run import BatchInterrupted
+    from tierewrite.batches.results import BatchInterrupted
     from tierewrite.cli.progress_bar import Bar
 
     stopped = None

@@ -16,7 +16,7 @@ from tierewrite.engines.progress import Progress
 from tierewrite.errors import shown
 
 if TYPE_CHECKING:
-    from tierewrite.batches.run import BatchResult
+    from tierewrite.batches.results import BatchResult
 
 
 class Bar(Progress):

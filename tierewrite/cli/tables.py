@@ -14,12 +14,11 @@ from tierewrite.errors import shown
 from tierewrite.units import percent, size
 
 if TYPE_CHECKING:
-    from tierewrite.batches.run import BatchReport, BatchResult
-    from tierewrite.consumers import ReadinessReport
+    from tierewrite.batches.results import BatchReport, BatchResult
     from tierewrite.inspection import Inspection
     from tierewrite.planning.plan import GroupPlan, RewritePlan
     from tierewrite.proof.verify import Verification
-    from tierewrite.report import Report
+    from tierewrite.report import Readiness, Report
 
 _WARNINGS_SHOWN = 10
 
@@ -147,7 +146,7 @@ def show_verification(console: Console, verification: Verification) -> None:
         console.print(f"{_count(len(verification.problems), 'problem')} found.", style="red")
 
 
-def show_readiness(console: Console, report: ReadinessReport) -> None:
+def show_readiness(console: Console, report: Readiness) -> None:
     """What a consumer will do with a checkpoint."""
     for finding in report.findings:
         style = "red" if finding.severity == "error" else "yellow"

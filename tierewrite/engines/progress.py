@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tierewrite.batches.run import BatchResult
+    from tierewrite.batches.results import BatchResult
 
 
 
