@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from tierewrite import formats
 from tierewrite.source.open import open_checkpoint
 from tierewrite.source.table import Checkpoint, gc_paused
+from tierewrite.stores.remote import PathLike
 from tierewrite.ties.on_disk import DiskTies, on_disk
 from tierewrite.ties.tie_map import TieMap
 
@@ -100,9 +100,9 @@ def _ties_json(ties: TieMap, disk: DiskTies) -> dict[str, Any]:
 
 @gc_paused()
 def inspect(
-    src: str | os.PathLike[str],
+    src: PathLike,
     *,
-    ties: str | os.PathLike[str] | None = None,
+    ties: PathLike | None = None,
     trust_remote_code: bool = False,
     ignore_unindexed: bool = False,
     declared: bool = True,

@@ -21,11 +21,10 @@ from typing import Any
 
 from tierewrite.errors import SystemFailure, UsageError
 from tierewrite.pages.facts import WORST_SHOWN, Facts, read_facts
-from tierewrite.stores.remote import FilePath, located
+from tierewrite.stores.remote import FilePath, PathLike, located
 
 __all__ = ["Facts", "Page", "report_page"]
 
-PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, slots=True)

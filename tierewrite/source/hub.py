@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 from tierewrite.errors import (
     HeaderError,
@@ -34,13 +34,13 @@ from tierewrite.errors import (
 from tierewrite.source.folder import assembled, open_folder
 from tierewrite.source.header import MAX_HEADER_BYTES, parse_header
 from tierewrite.source.table import INDEX_NAME, Checkpoint, Shard, SideFile, TensorEntry, gc_paused
+from tierewrite.stores.remote import PathLike
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 
 
-PathLike = Union[str, "os.PathLike[str]"]
 
 _CONFIGS = ("config.json", "hf_quant_config.json", INDEX_NAME)
 _PARALLEL = 8

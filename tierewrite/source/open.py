@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 from tierewrite.errors import HeaderError, ShardIndexError, SourceError, TierewriteError, UsageError, shown
 from tierewrite.source import hub
@@ -24,7 +24,16 @@ from tierewrite.source.folder import assembled, open_folder
 from tierewrite.source.header import header_length, parse_header, read_header
 from tierewrite.source.index import MAX_INDEX_BYTES
 from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME, Checkpoint, Shard, SideFile, TensorEntry, gc_paused
-from tierewrite.stores.remote import FilePath, RemoteFile, RemotePath, identity, listing, located, without_scheme
+from tierewrite.stores.remote import (
+    FilePath,
+    PathLike,
+    RemoteFile,
+    RemotePath,
+    identity,
+    listing,
+    located,
+    without_scheme,
+)
 
 _CONFIGS = ("config.json", "hf_quant_config.json", "generation_config.json", MANIFEST_NAME, INDEX_NAME)
 _GUESS_BYTES = 100_000
@@ -44,8 +53,7 @@ class RemoteFolder:
     overlay: Mapping[str, bytes] = field(default_factory=dict)
 
 
-PathLike = Union[str, "os.PathLike[str]"]
-Place = str | os.PathLike[str] | RemotePath | RemoteFolder
+Place = PathLike | RemotePath | RemoteFolder
 """What can be opened as a checkpoint's folder (a hub id apart)."""
 
 
