@@ -29,7 +29,7 @@ from tierewrite.errors import Interrupted, SourceError, UsageError
 from tierewrite.rewriting import run as rewriting
 from tierewrite.source import bytes as source_bytes
 from tierewrite.source import folder, hub
-from tierewrite.ties import tie_map
+from tierewrite.ties import meta_model
 
 ROOT = Path(__file__).parent.parent
 TIES = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -230,7 +230,7 @@ def test_a_class_that_is_asked_offline_keeps_no_other_thread_from_the_hub(monkey
     from huggingface_hub import constants, is_offline_mode
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with ThreadPoolExecutor(1) as other, tie_map._offline():
+    with ThreadPoolExecutor(1) as other, meta_model.offline():
         assert is_offline_mode()
         assert not other.submit(lambda: bool(is_offline_mode())).result()
     assert constants.HF_HUB_OFFLINE is False

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from tests.checkpoints import FIXTURES
-from tierewrite.ties.on_disk import DiskTies, TieGroup, _expert_of, on_disk, places
-from tierewrite.ties.tie_map import Tie, TieMap
+from tierewrite.ties.on_disk import DiskTies, TieGroup, on_disk, places
+from tierewrite.ties.tie import Tie
+from tierewrite.ties.tie_map import TieMap
+from tierewrite.ties.translator import _expert_of
 
 COMPANIONS = ("weight", "weight_scale", "weight_scale_2", "input_scale")
 
@@ -310,7 +312,7 @@ def test_fused_experts_under_memory_names_are_found_in_a_model_whose_hub_unpacks
 def test_a_pattern_with_several_wildcards_counts_experts_and_not_layers() -> None:
     from transformers.core_model_loading import MergeModulelist, WeightConverter
 
-    from tierewrite.ties.tie_map import ModelNames
+    from tierewrite.ties.tie import ModelNames
 
     transform = WeightConverter("layers.*.experts.*.w2.weight", "layers.*.experts.down_proj", [MergeModulelist(dim=0)])
     assert [_expert_of(p, "enc.layers.7.experts.3.w2.weight") for p in transform.source_patterns] == [3]
@@ -328,7 +330,7 @@ def test_a_pattern_with_several_wildcards_counts_experts_and_not_layers() -> Non
 def test_a_tensor_that_also_holds_an_untied_parameter_is_a_problem() -> None:
     from transformers.core_model_loading import Chunk, WeightConverter
 
-    from tierewrite.ties.tie_map import ModelNames
+    from tierewrite.ties.tie import ModelNames
 
     transform = WeightConverter("attn.qkv.weight", ["attn.q.weight", "attn.k.weight", "attn.v.weight"], [Chunk(dim=0)])
     shapes = {f"{side}.attn.{p}.weight": (4, 4) for side in ("a", "b") for p in "qkv"}

@@ -17,9 +17,12 @@ import pytest
 
 from tests.checkpoints import FIXTURES
 from tierewrite.errors import EXIT_SOURCE, EXIT_USAGE, ConfigError, Interrupted, TieFileError
-from tierewrite.ties import tie_map
+from tierewrite.ties import meta_model
 from tierewrite.ties.on_disk import on_disk
-from tierewrite.ties.tie_map import Scopes, Tie, TieMap, _matches, _tail_of, parameters_of
+from tierewrite.ties.patterns import _matches, _tail_of, parameters_of
+from tierewrite.ties.scopes import Scopes
+from tierewrite.ties.tie import Tie
+from tierewrite.ties.tie_map import TieMap
 
 QWEN = json.loads((FIXTURES / "qwen3_tied_bf16" / "naive" / "config.json").read_text())
 BART = json.loads((FIXTURES / "bart_bf16" / "naive" / "config.json").read_text())
@@ -362,7 +365,7 @@ def test_a_signal_while_the_class_is_asked_is_no_answer_of_the_class(monkeypatch
         except Interrupted as exc:
             raise ValueError("a validator failed") from exc
 
-    monkeypatch.setattr(tie_map, "_build", stopped)
+    monkeypatch.setattr(meta_model, "build", stopped)
     with pytest.raises(Interrupted):
         resolve(QWEN)
 
@@ -470,7 +473,7 @@ def test_sizes_of_no_real_model_are_refused_before_anything_is_built(change: dic
 
 
 def test_a_class_that_grows_without_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tie_map, "MAX_MODULES", 50)
+    monkeypatch.setattr(meta_model, "MAX_MODULES", 50)
     with pytest.raises(ConfigError, match="more than 50 modules"):
         resolve({**QWEN, "num_hidden_layers": 40, "layer_types": None})
 
@@ -494,7 +497,7 @@ def test_a_class_that_cannot_be_built_falls_back_to_its_own_plain_declarations(
     def missing(*_: Any) -> Any:
         raise ImportError("TimmBackbone requires the timm library")
 
-    monkeypatch.setattr(tie_map, "_build", missing)
+    monkeypatch.setattr(meta_model, "build", missing)
     ties = resolve(QWEN)
     assert pairs(ties) == HEAD
     assert any("timm" in warning for warning in ties.warnings)

@@ -101,7 +101,7 @@ def dedupe_state_dict(
     checkpoint = _described(state_dict, config)
     tie_map = _ties_of(ties, config, state_dict.keys())
     with gc_paused():
-        disk = on_disk(tie_map, state_dict.keys())
+        disk = on_disk(tie_map, state_dict.keys(), checkpoint.tensors)
     hasher = _Hasher(state_dict, device)
     opened = Opened(checkpoint, tie_map, disk)
     evidence = Evidence()

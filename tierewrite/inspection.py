@@ -130,6 +130,6 @@ def inspect(
     tie_map = disk = None
     if declared:
         tie_map = TieMap.of(checkpoint, ties, trust_remote_code)
-        disk = on_disk(tie_map, keys)
+        disk = on_disk(tie_map, keys, checkpoint.tensors)
     families = formats.detect(checkpoint.config, checkpoint.quant_config, keys)
     return Inspection(checkpoint, families, tie_map, disk)

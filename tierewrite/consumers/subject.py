@@ -24,7 +24,8 @@ from tierewrite.errors import TierewriteError
 from tierewrite.source.bytes import open_source, read_tensors
 from tierewrite.source.table import TensorEntry
 from tierewrite.ties.on_disk import WHOLE, Part, on_disk, places
-from tierewrite.ties.tie_map import ModelNames, TieMap
+from tierewrite.ties.tie import ModelNames
+from tierewrite.ties.tie_map import TieMap
 
 FLOATS = frozenset({"F64", "F32", "BF16", "F16"})
 PACKED = frozenset({"U8", "I8", "F4"})

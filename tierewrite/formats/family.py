@@ -1,8 +1,7 @@
 """What a quantization family is, as data: a name, how to recognise it, and a table of companions.
 
-A *companion* is a tensor that belongs to a weight: its packed form, a scale, a zero point. A family's file
-fills in one `Family`; nothing here, and nothing that uses it, branches on which family it is. Refuses nothing
-and reads no
+A *companion* is a tensor that belongs to a weight: its packed form, a scale, a zero point. A family's file fills in
+one `Family`; nothing here, and nothing that uses it, branches on which family it is. Refuses nothing and reads no
 file: a suffix that no table lists is simply not there, and `classify` answers None for it.
 """
 
@@ -23,6 +22,16 @@ class Role(enum.Enum):
     KV = "kv"  #: KV-cache range: kept per side, merged only on request
     PER_SIDE = "per-side"  #: no part of the weight: untouched on every side
     ADJACENT = "adjacent"  #: baked into the weight and its neighbours: byte-identical, and the neighbours too
+
+    @property
+    def identical(self) -> bool:
+        """Whether the sides of a tie must hold the same bytes of it, on all sides or on none."""
+        return self in (Role.WEIGHT, Role.ADJACENT)
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether a tensor of this role beside a `weight` shows that the module is quantized."""
+        return self in (Role.WEIGHT, Role.ADJACENT)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from tierewrite.formats import Role, classify
+from tierewrite.formats import classify
 
 CONFIG = "config.json"
 QUANT_CONFIG = "hf_quant_config.json"
@@ -197,7 +197,7 @@ def sorted_modules(tensors: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[froz
         quantizes = companions.get(suffix)
         if quantizes is None:
             companion = classify("weight", suffix)
-            quantizes = companion is not None and companion.role in (Role.WEIGHT, Role.ADJACENT)
+            quantizes = companion is not None and companion.role.quantizes
             companions[suffix] = quantizes
         if quantizes:
             quantized.add(module)

@@ -31,5 +31,7 @@ FAMILY = Family(
         Companion("input_rotation", Role.ADJACENT),
         Companion("input_prescale", Role.ADJACENT),
     ),
+    # A tied bias has its own: `{leaf}` is `bias` here.
+    fused=weight("{leaf}_scale", "{leaf}_scale_2", "{leaf}_zero_point", "{leaf}_zero_point_2"),
     kv=kv_cache("max", "k_scale", "v_scale", "k_proj.output_scale", "v_proj.output_scale"),
 )

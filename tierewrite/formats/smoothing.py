@@ -25,7 +25,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from tierewrite.formats.family import Role
+from tierewrite.formats.suffixes import classify
 
 # ModelOpt's quant_algo of the formats with pre_quant_scale (export/quant_utils.py
 # `process_layer_quant_config`).
@@ -87,8 +87,6 @@ class Adjacency:
         self._quantized: set[str] = set()
         if not self.smoothed:
             return
-        from tierewrite.formats import classify
-
         before = set(_BEFORE.values())
         for key in keys:
             module, _, suffix = key.rpartition(".")
@@ -98,7 +96,7 @@ class Adjacency:
                     self._norms.setdefault(layer, []).append(key)
                 continue
             companion = classify("weight", suffix)
-            if companion is None or companion.role not in (Role.WEIGHT, Role.ADJACENT):
+            if companion is None or not companion.role.identical:
                 continue
             if suffix != "weight":
                 self._quantized.add(module)

@@ -380,7 +380,7 @@ class _Planner:
             if companion is None:
                 return _Layout(exact, ranges, unknown=index)
             part = "*" + suffix[len(leaf) :] if suffix.startswith(leaf) else suffix
-            if companion.role in (Role.WEIGHT, Role.ADJACENT):
+            if companion.role.identical:
                 exact[part] = index
             elif companion.role is Role.ACTIVATION:
                 ranges[part] = (index, companion)

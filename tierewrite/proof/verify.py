@@ -52,7 +52,8 @@ from tierewrite.source.open import Place, fetched, name_of, open_checkpoint
 from tierewrite.source.table import MANIFEST_NAME, Checkpoint
 from tierewrite.stores.remote import PathLike
 from tierewrite.ties.on_disk import on_disk
-from tierewrite.ties.tie_map import Tie, TieMap
+from tierewrite.ties.tie import Tie
+from tierewrite.ties.tie_map import TieMap
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -160,7 +161,7 @@ def verify(
     except (SourceError, SystemFailure) as e:
         return Verification(False, (*problems, Problem("unreadable", str(e.file or dst_name), str(e))))
 
-    disk = on_disk(tie_map, source.tensors.keys())
+    disk = on_disk(tie_map, source.tensors.keys(), source.tensors)
     proof = Proof(source, target, before, after, policy)
     proof.run(disk, tie_map)
     problems += proof.problems

@@ -1,0 +1,251 @@
+"""A model class built on the meta device: names, shapes and declared ties, without weights, network or output.
+
+Building is bounded: a class that makes more modules, or takes longer, than any real model is stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tierewrite.errors import Interrupted, shown
+from tierewrite.ties.patterns import safe_pattern
+from tierewrite.ties.tie import ModelNames
+
+# Both bounds are far above what the largest class of transformers needs.
+MAX_MODULES = 2_000_000
+MAX_BUILD_SECONDS = 60.0
+
+# What is no answer of the class: the user, a signal or the interpreter stops the program.
+_FATAL = (KeyboardInterrupt, GeneratorExit, Interrupted)
+
+
+def stop_if_fatal(exc: BaseException | None) -> None:
+    """Raise the user's or a signal's exception again, even if transformers' validators wrapped it in one of theirs."""
+    seen: set[int] = set()
+    while exc is not None and id(exc) not in seen:
+        if isinstance(exc, _FATAL):
+            raise exc
+        seen.add(id(exc))
+        exc = exc.__cause__ or exc.__context__
+
+
+class TooLarge(Exception):
+    """The class makes more modules, or takes longer, than any real model."""
+
+
+def first_line(exc: BaseException) -> str:
+    text = str(exc).strip().replace("\n", " ")
+    return shown(f"{type(exc).__name__}: {text}" if text else type(exc).__name__)
+
+
+class _Collector(logging.Handler):
+    """Takes transformers' log records and keeps none."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        return
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing that transformers, torch or remote code says reaches the user; loggers are as before afterwards."""
+    import transformers  # configures its logger on import
+
+    _ = transformers
+    saved = []
+    for name in ("transformers", "huggingface_hub", "torch", "transformers_modules"):
+        logger = logging.getLogger(name)
+        saved.append((logger, logger.handlers[:], logger.propagate))
+        logger.handlers = [_Collector()]
+        logger.propagate = False
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, handlers, propagate in saved:
+            logger.handlers = handlers
+            logger.propagate = propagate
+
+
+class _TrueHere:
+    """A switch that is on in the thread that made it, and elsewhere what it was."""
+
+    def __init__(self, elsewhere: object) -> None:
+        self._thread, self._elsewhere = threading.get_ident(), elsewhere
+
+    def __bool__(self) -> bool:
+        return bool(self._elsewhere) or threading.get_ident() == self._thread
+
+
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """huggingface_hub behaves as under HF_HUB_OFFLINE=1 in this thread; its setting is as before afterwards."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = _TrueHere(before)  # another checkpoint of a batch may be downloading
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+@contextlib.contextmanager
+def _bounded() -> Iterator[None]:
+    """Inside, building more modules than any real model has, or for longer, raises `TooLarge`."""
+    from torch.nn.modules.module import register_module_module_registration_hook as watch
+
+    count = 0
+    deadline = time.monotonic() + MAX_BUILD_SECONDS
+
+    def on_module(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > MAX_MODULES or (count % 1024 == 0 and time.monotonic() > deadline):
+            raise TooLarge(f"more than {MAX_MODULES:,} modules or {MAX_BUILD_SECONDS:.0f} s to build")
+
+    handle = watch(on_module)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def _legacy_lists(found: dict[int, list[str]]) -> Iterator[None]:
+    """Inside, a class whose `_tied_weights_keys` is a legacy list builds; `found` takes the list, by id(module)."""
+    from transformers import PreTrainedModel
+
+    original = PreTrainedModel.get_expanded_tied_weights_keys
+
+    def expanded(self: Any, all_submodels: bool = False) -> dict[str, str]:
+        declared = self._tied_weights_keys
+        if not all_submodels and declared is not None and not isinstance(declared, dict):
+            if getattr(self.config, "tie_word_embeddings", False):
+                found[id(self)] = [d for d in declared if isinstance(d, str)]
+            return {}
+        expanded_here: dict[str, str] = original(self, all_submodels=all_submodels)
+        return expanded_here
+
+    PreTrainedModel.get_expanded_tied_weights_keys = expanded
+    try:
+        yield
+    finally:
+        PreTrainedModel.get_expanded_tied_weights_keys = original
+
+
+def build(model_class: Any, built_config: Any) -> tuple[Any, dict[int, list[str]]]:
+    """The model on the meta device: names and shapes, no storage, no initialisation."""
+    import torch
+    from transformers import initialization
+
+    legacy: dict[int, list[str]] = {}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_bounded())
+        stack.enter_context(_legacy_lists(legacy))
+        stack.enter_context(torch.device("meta"))
+        for name in ("no_init_weights", "no_tie_weights"):
+            context = getattr(initialization, name, None)
+            if context is not None:
+                stack.enter_context(context())
+        return model_class(built_config), legacy
+
+
+def declared_by(
+    model: Any, legacy: Mapping[int, list[str]]
+) -> tuple[dict[str, str], dict[str, str], tuple[str, ...], tuple[str, ...]]:
+    """(pairs, origins, unpaired, warnings) of a built model; names are parameters or buffers that exist."""
+    from transformers import PreTrainedModel
+
+    expanded: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    existing = _existing(model)
+    submodels = [(p, m) for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, PreTrainedModel)]
+    declaring = [
+        (p, type(m).__name__, [re.compile(safe_pattern(k)) for k in m._tied_weights_keys])
+        for p, m in submodels
+        if m._tied_weights_keys
+    ]
+    pairs = {a: c for a, c in expanded.items() if a != c and a in existing and c in existing}
+    origins: dict[str, str] = {}
+    for alias, canonical in pairs.items():
+        # The innermost declarer whose patterns can speak of both names.
+        prefix, name = "", type(model).__name__
+        for inner, class_name, patterns in reversed(declaring):
+            lead = f"{inner}." if inner else ""
+            if alias.startswith(lead) and canonical.startswith(lead):
+                part = alias[len(lead) :]
+                if any(pattern.match(part) for pattern in patterns):
+                    prefix, name = inner, class_name
+                    break
+        origins[alias] = f"class {name} at '{prefix}'" if prefix else f"class {name}"
+    unpaired: list[str] = []
+    for prefix, module in submodels:
+        if id(module) in legacy:
+            made, left = _pair_legacy(module, prefix, legacy[id(module)], existing)
+            for alias, canonical in made.items():
+                if alias not in pairs:
+                    pairs[alias] = canonical
+                    where = f" at '{prefix}'" if prefix else ""
+                    origins[alias] = f"class {type(module).__name__}{where} (legacy list)"
+            unpaired.extend(left)
+    notes = [f"the declaration '{shown(n)}' names no counterpart; it is not treated as tied" for n in unpaired]
+    return pairs, origins, tuple(unpaired), tuple(notes)
+
+
+def _existing(model: Any) -> dict[str, tuple[int, ...]]:
+    """Every parameter and persistent buffer under every name of it, with its shape."""
+    return {n: tuple(t.shape) for n, t in model.state_dict().items() if hasattr(t, "shape")}
+
+
+def _pair_legacy(
+    module: Any, prefix: str, declared: Sequence[str], existing: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, str], list[str]]:
+    """Pair a legacy list with the input embedding, where an entry is another matrix of the same shape.
+
+    transformers 4 tied the output embedding (and, in encoder-decoder models, the stacks' embeddings) to
+    `get_input_embeddings()`; entries of any other shape (biases) were tied by code that nothing declares.
+    """
+    lead = f"{prefix}." if prefix else ""
+    try:
+        embedding = module.get_input_embeddings()
+    except Exception as exc:
+        stop_if_fatal(exc)
+        embedding = None
+    weight = getattr(embedding, "weight", None)
+    canonical = next(
+        (n for n, p in module.named_parameters(remove_duplicate=False) if weight is not None and p is weight),
+        None,
+    )
+    made: dict[str, str] = {}
+    left: list[str] = []
+    for entry in declared:
+        inside = (key[len(lead) :] for key in existing if key.startswith(lead))
+        names = [name for name in inside if re.search(safe_pattern(entry), name)]
+        if not names:
+            left.append(lead + entry)
+        for name in names:
+            if name == canonical:
+                continue
+            fits = canonical is not None and existing[lead + name] == existing[lead + canonical]
+            if fits and name.endswith("weight"):
+                made[lead + name] = f"{lead}{canonical}"
+            else:
+                left.append(lead + name)
+    return made, left
+
+
+def names_of(model: Any) -> ModelNames:
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
+
+    hub = tuple(get_model_conversion_mapping(model, add_legacy=False))
+    # What get_model_conversion_mapping appends by default.
+    every = (*hub, *(get_checkpoint_conversion_mapping("legacy") or ()))
+    return ModelNames(type(model).__name__, str(model.base_model_prefix or ""), _existing(model), every, hub)

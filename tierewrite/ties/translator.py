@@ -1,0 +1,163 @@
+"""Disk -> memory: which parameter a name on disk is loaded into, as `from_pretrained` has it.
+
+Every name is translated with transformers' own conversion mapping for the class
+(`transformers.conversion_mapping` and `rename_source_key` of `core_model_loading`); no table of names is held here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from copy import deepcopy
+from typing import Any
+
+from tierewrite.ties.tie import ModelNames
+from tierewrite.ties.tie_group import WHOLE, Part
+from tierewrite.ties.unpacked import ENDINGS, FusedParameters
+
+
+class Translator:
+    """Names on disk of one model; remembers every answer."""
+
+    def __init__(self, model: ModelNames | None, tied: Mapping[str, str]) -> None:
+        # Where the class was not asked (or not built), the only parameters known are the tied ones.
+        self.known: Mapping[str, Any] = model.shapes if model is not None and model.shapes else dict.fromkeys(tied, ())
+        self.prefix = model.base_model_prefix if model is not None else ""
+        self._memo: dict[str, Any] = {}
+        # Name on disk -> all parameters that it is loaded into, where it is several (a fused q/k/v).
+        self.covers: dict[str, tuple[str, ...]] = {}
+        self._renamings: list[Any] = []
+        self._converters: list[Any] = []
+        self._fused = FusedParameters(self.known)
+        self._stateful = False
+        self.rename: Any = None
+        if model is not None:
+            from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+            self.rename = rename_source_key
+            transforms = [fresh(t) for t in model.transforms]
+            self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+            self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
+            # A renaming that keeps state must meet the keys in transformers' order.
+            self._stateful = any(type(t).__name__ == "GroupWeightRename" for t in transforms)
+            texts = [_required_text(p) for t in transforms for p in t.source_patterns]
+            self._texts = None if None in texts else tuple(dict.fromkeys(t for t in texts if t is not None))
+
+    def in_loading_order(self, keys: Collection[str]) -> Collection[str]:
+        if not self._stateful:
+            return keys
+        from transformers.core_model_loading import dot_natural_key
+
+        return sorted(keys, key=dot_natural_key)
+
+    # -- disk -> memory
+
+    def locate(self, name: str) -> tuple[str, Part] | None:
+        """The parameter that the unquantized name `name` is loaded into, and which part of it; None if none."""
+        if self.rename is None:  # names on disk are those in memory: a look-up is cheaper than remembering it
+            if name in self.known:
+                return name, WHOLE
+            return self._fused.part(name) if name.endswith(ENDINGS) else None
+        place = self._memo.get(name, False)
+        if place is False:
+            place = self._memo[name] = self._locate(name)
+        return place
+
+    def _locate(self, name: str) -> tuple[str, Part] | None:
+        renamed, pattern = self._forward(name)
+        if renamed in self.known:
+            if pattern is None:
+                return renamed, WHOLE
+            return renamed, self._converted_part(name, renamed, pattern)
+        return self._fused.part(renamed) if renamed.endswith(ENDINGS) else None
+
+    def _forward(self, name: str) -> tuple[str, str | None]:
+        """transformers' `rename_source_key`, with the fallback that loading makes for names that are right already."""
+        prefix = self.prefix or None
+        texts = self._texts
+        if texts is not None:
+            for text in texts:
+                if text in name:
+                    break
+            else:
+                # No transform can match. What is left of transformers' function is the base model's prefix.
+                if prefix is None:
+                    return name, None
+                if name.startswith(prefix) and name[len(prefix) + 1 :] in self.known:
+                    return name[len(prefix) + 1 :], None
+                added = f"{prefix}.{name}"
+                return (added if added in self.known else name), None
+        renamed, pattern = self.rename(name, self._renamings, self._converters, prefix, self.known)
+        if renamed not in self.known:
+            if name in self.known:
+                return name, None
+            plain, _ = self.rename(name, [], [], prefix, self.known)
+            if plain in self.known:
+                return plain, None
+        return renamed, pattern
+
+    def _converted_part(self, name: str, renamed: str, pattern: str) -> Part:
+        """Which part of the parameter a name is that a `WeightConverter` matched."""
+        converter = next(c for c in self._converters if pattern in c.source_patterns)
+        index = converter.source_patterns.index(pattern)
+        if len(converter.target_patterns) > 1:
+            first = converter.target_patterns[0]
+            self.covers[name] = tuple(renamed.replace(first, t) for t in converter.target_patterns)
+        if len(converter.source_patterns) == 1 and "*" not in pattern:
+            return WHOLE
+        return ("converter", pattern, index, _expert_of(pattern, name) if "*" in pattern else 0)
+
+
+def fresh(transform: Any) -> Any:
+    """A copy of a transform: matching sets flags in it that must not outlive one checkpoint."""
+    return deepcopy(transform)
+
+
+def _expert_of(pattern: str, name: str) -> int:
+    """The number that the last wildcard of a `WeightConverter`'s source pattern stands for in `name`."""
+    match = re.search(pattern.replace("*.", r".*\."), name)  # as transformers compiles it
+    text = match.group(0) if match else name
+    tail = pattern.rpartition("*.")[2].replace("\\.", ".")
+    numbers = re.findall(r"\d+", text.removesuffix(tail))
+    return int(numbers[-1]) if numbers else 0
+
+
+def _required_text(pattern: str) -> str | None:
+    """A text that every match of `pattern` contains (the longest run of plain characters outside groups), or None.
+
+    Only a filter for speed: most keys contain none of the texts of a class's patterns, and searching for a text is ten
+    times faster than searching for a pattern.
+    """
+    runs: list[str] = [""]
+    depth = 0
+    at = 0
+    while at < len(pattern):
+        char = pattern[at]
+        if char == "\\":
+            following = pattern[at + 1 : at + 2]
+            if following == "." and not depth:
+                runs[-1] += "."
+            else:
+                runs.append("")
+            at += 2
+            continue
+        if char in "([{":
+            depth += 1
+            if char == "{":
+                runs[-1] = runs[-1][:-1]
+            runs.append("")
+        elif char in ")]}":
+            depth -= 1
+        elif char == "|" and not depth:
+            return None
+        elif char in "*?":
+            # The character before may be absent.
+            runs[-1] = runs[-1][:-1]
+            runs.append("")
+        elif char in "^$.+|":
+            runs.append("")
+        elif not depth:
+            runs[-1] += char
+        at += 1
+    best = max(runs, key=len)
+    return best if len(best) > 1 else None
