@@ -30,7 +30,8 @@ from tierewrite.source.table import Checkpoint, Shard, TensorEntry, Tensors, gc_
 from tierewrite.ties.on_disk import on_disk
 from tierewrite.ties.tie_map import TieMap
 from tierewrite.values.confirm import refusal, refuted
-from tierewrite.values.merged import ScaleValues, apart_warnings, merge_scales
+from tierewrite.values.content import Patch
+from tierewrite.values.merged import MergedScales, merge_scales, separate_kv_warnings
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +109,7 @@ def dedupe_state_dict(
     while isinstance(step := _attempt(opened, policy, evidence, hasher, state_dict), Evidence):
         evidence = step
     plan, values = step
-    result = _carried_out(state_dict, plan, values.originals, values.patches)
+    result = _carried_out(state_dict, plan, values.contents)
     report = build_report(
         checkpoint,
         tie_map,
@@ -119,14 +120,14 @@ def dedupe_state_dict(
         src=NAME,
         dst=NAME,
         device=hasher.description,
-        warnings=(*values.warnings, *apart_warnings(evidence.separate_kv)),
+        warnings=(*values.warnings, *separate_kv_warnings(evidence.separate_kv)),
     )
     return result, replace(report, before_shards=(), after_tensors=len(result))
 
 
 def _attempt(
     opened: Opened, policy: Policy, evidence: Evidence, hasher: _Hasher, state_dict: Mapping[str, torch.Tensor]
-) -> tuple[RewritePlan, ScaleValues] | Evidence:
+) -> tuple[RewritePlan, MergedScales] | Evidence:
     """A plan that the bytes confirm and the values of its scales; or what the next plan has to know.
 
     Raises:
@@ -139,16 +140,15 @@ def _attempt(
     if found:
         return replace(evidence, reasons={**evidence.reasons, **found})
     values = merge_scales(opened.checkpoint, plan, lambda _, keys: _read(state_dict, keys))
-    if values.apart:
-        return replace(evidence, separate_kv=evidence.separate_kv | values.apart)
+    if values.separate_kv:
+        return replace(evidence, separate_kv=evidence.separate_kv | values.separate_kv)
     return plan, values
 
 
 def _carried_out(
     state_dict: Mapping[str, torch.Tensor],
     plan: RewritePlan,
-    originals: Mapping[str, bytes],
-    patches: Mapping[str, bytes],
+    contents: Mapping[str, Patch],
 ) -> dict[str, torch.Tensor]:
     """The result of a confirmed plan, in the order of the source."""
     result: dict[str, torch.Tensor] = OrderedDict() if isinstance(state_dict, OrderedDict) else {}
@@ -158,8 +158,9 @@ def _carried_out(
         fate = plan.tensors[name]
         if fate.action is Action.DROP:
             continue
-        if fate.merged and patches[name] != originals[name]:
-            tensor = _like(tensor, patches[name])
+        content = contents.get(fate.target)
+        if content is not None and content.data != content.original:
+            tensor = _like(tensor, content.data)
         result[fate.target] = tensor
     return result
 

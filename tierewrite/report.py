@@ -5,16 +5,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from tierewrite.planning.plan import GroupPlan, RewritePlan, group_json
 from tierewrite.planning.policy import Policy
 from tierewrite.source.table import Checkpoint
 from tierewrite.ties.tie_map import TieMap
-
-if TYPE_CHECKING:
-    from tierewrite.values.filled import Filled
-    from tierewrite.values.reencoded import Reencoding
+from tierewrite.values.filled import Filled
+from tierewrite.values.merged import MergedScale
+from tierewrite.values.reencoded import Reencoding
 
 REPORT_SCHEMA = "tierewrite/report/1"
 
@@ -56,36 +55,6 @@ class Readiness(Protocol):
     @property
     def notes(self) -> Sequence[str]: ...
     def to_json(self) -> dict[str, Any]: ...
-
-
-class MergedScale(NamedTuple):
-    """One scale that stands for several sides (a tuple: there is one an expert).
-
-    Attributes:
-        target: its key in the output.
-        sources: the source keys that it stands for, the carrying one first.
-        ratio: largest valid side over smallest valid side; None with fewer than two valid sides.
-        calibrated: False when no side had a valid value, and the first side's bytes were kept.
-        invalid: source keys that took no part: missing values, 0, negative, NaN, inf, denormal.
-        kv: True for a KV-cache scale.
-    """
-
-    target: str
-    sources: tuple[str, ...]
-    ratio: float | None
-    calibrated: bool
-    invalid: tuple[str, ...] = ()
-    kv: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "target": self.target,
-            "sources": list(self.sources),
-            "ratio": self.ratio,
-            "calibrated": self.calibrated,
-            "invalid": list(self.invalid),
-            "kv": self.kv,
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +106,7 @@ class Report:
         ties_source, ties_detail: who declared the ties: "ties-file", "config" or "class", and which.
         unpaired: declared aliases whose partner is not known.
         device: what did the hashing.
-        reencoded: the NVFP4 blobs that were encoded anew, with how far that moved their weights.
+        reencoded: the NVFP4 blobs that were re-encoded, with how far that moved their weights.
         filled: experts' scales that were missing or never calibrated, and whose value they got.
         readiness: what the consumer will do with the output, if it was prepared for one.
         warnings: what a person should look at; none of them changes the exit code.
@@ -203,7 +172,7 @@ class Report:
                 "max": max(ratios, default=None),
             },
             "groups": [group.to_json() for group in self.groups],
-            "reencoded": [job.to_json() for job in self.reencoded],
+            "reencoded": [reencoding.to_json() for reencoding in self.reencoded],
             "filled": [entry.to_json() for entry in self.filled],
             "readiness": None if self.readiness is None else self.readiness.to_json(),
             "warnings": list(self.warnings),
@@ -237,7 +206,7 @@ def build_report(
     Args:
         merged: target -> (group id, how the value came about).
         shards: the output's files.
-        reencoded: the NVFP4 blobs that were encoded anew.
+        reencoded: the NVFP4 blobs that were re-encoded.
         filled: the experts' scales that were filled in.
     """
     by_group: dict[str, list[MergedScale]] = {}

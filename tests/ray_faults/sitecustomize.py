@@ -58,9 +58,9 @@ def _happen(action: str) -> None:
 
 
 def _patch(jobs) -> None:
-    plain = jobs.carry_out
+    plain = jobs.run_job
 
-    def carry_out(job, digester, advance=lambda n: None, stop=None):
+    def run_job(job, digester, advance=lambda n: None, stop=None):
         plan = _plan()
         name = job.out.name if job.out is not None else ""
         if plan.get("file") != name:
@@ -78,7 +78,7 @@ def _patch(jobs) -> None:
 
         return plain(job, digester, counted, stop)
 
-    jobs.carry_out = carry_out
+    jobs.run_job = run_job
 
 
 class _Finder:

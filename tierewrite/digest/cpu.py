@@ -7,7 +7,6 @@ lock while it hashes. Refuses nothing but what `spans.Ledger` refuses.
 from __future__ import annotations
 
 import mmap
-import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,17 +14,12 @@ import numpy as np
 from blake3 import blake3
 
 from tierewrite.digest.spans import PIECE, Bytes, Columns, Ledger, Row, host_bytes
+from tierewrite.source.threads import usable_cpus
 
 _LARGE = 4 << 20
 """Bytes from which one tensor is worth all threads; below, tensors are dealt out to threads whole."""
 _INLINE = 256 << 10
 """Bytes of a batch under which handing it to other threads costs more than it brings."""
-
-
-def _threads_here() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class _Done:
@@ -46,7 +40,7 @@ class CpuDigester:
     device = "cpu"
 
     def __init__(self, threads: int | None = None, *, why: str | None = None) -> None:
-        self.threads = _threads_here() if threads is None else max(1, threads)
+        self.threads = usable_cpus() if threads is None else max(1, threads)
         self.description = f"CPU, {self.threads} thread{'s' * (self.threads > 1)}" + (f" ({why})" if why else "")
         self._pool: ThreadPoolExecutor | None = None
 

@@ -1,25 +1,24 @@
 """Who does the work of a pass: this process and its threads, or a Ray cluster. The output is the same.
 
-An engine hashes tensors and carries out jobs (`tierewrite.jobs`); the driver plans, confirms, commits and verifies, and
-is the only one that decides. `local` writes an output on this machine in one pass over the source instead, each byte
-read once.
+An engine hashes tensors and carries out jobs (`tierewrite.output.jobs`); the driver plans, confirms, commits and
+verifies, and is the only one that decides. `local` writes an output on this machine in one pass over the source instead,
+each byte read once.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Protocol
 
 from tierewrite.engines.progress import Progress
 from tierewrite.errors import UsageError
-from tierewrite.output.jobs import Job, Result
-from tierewrite.source.table import Checkpoint
+from tierewrite.output.engine import Engine as Worker
 
 ENGINES = ("local", "ray")
 
 
-class Engine(Protocol):
+class Engine(Worker, Protocol):
     """Carries out the work of one pass. A context manager.
 
     Attributes:
@@ -31,20 +30,6 @@ class Engine(Protocol):
     @property
     def device(self) -> str:
         """What does the hashing, for people."""
-
-    def hash(self, source: Checkpoint, keys: Iterable[str], phase: str) -> dict[str, bytes]:
-        """BLAKE3 of the tensors `keys` of `source`.
-
-        Raises:
-            SourceChanged: it is not what it was when its headers were read. SystemFailure: reading failed.
-        """
-
-    def carry_out(self, jobs: Sequence[Job], phase: str) -> list[Result]:
-        """Carries out all of `jobs`; their results, in the same order.
-
-        Raises:
-            SourceChanged, SystemFailure: a job failed for good; those that were finished stay.
-        """
 
     def __enter__(self) -> Engine: ...
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 from tierewrite import digest
 from tierewrite.engines.progress import Progress
 from tierewrite.output.files import PartFiles
-from tierewrite.output.jobs import Job, Result, carry_out
-from tierewrite.output.one_pass import Task, Transfer, default_threads, tasks
+from tierewrite.output.jobs import Job, run_job
+from tierewrite.output.one_pass import Transfer
+from tierewrite.output.result import Result
+from tierewrite.output.work import Work, work_of
 from tierewrite.source.table import Checkpoint
+from tierewrite.source.threads import io_threads
 
 log = logging.getLogger(__name__)
 
@@ -64,39 +67,23 @@ class LocalEngine:
             self._selecting.shutdown(wait=True, cancel_futures=True)
 
     def hash(self, source: Checkpoint, keys: Iterable[str], phase: str) -> dict[str, bytes]:
-        return self.transfer(source, tasks(source, keys), phase)
+        return self.run_pass(work_of(source, keys), phase).digests
 
-    def transfer(
-        self,
-        source: Checkpoint,
-        work: Sequence[Task],
-        phase: str,
-        outputs: PartFiles | None = None,
-        patches: Mapping[str, bytes] | None = None,
-        originals: Mapping[str, bytes] | None = None,
-    ) -> dict[str, bytes]:
-        """Carries out `work` in one pass; returns the digests. Raises what `Transfer.run` raises."""
-        self.progress.start(phase, sum(task.nbytes for task in work))
-        transfer = Transfer(
-            source,
-            self.digester,
-            outputs,
-            patches,
-            originals,
-            threads=self.threads,
-            advance=self.progress.advance,
-        )
+    def run_pass(self, work: Work, phase: str, outputs: PartFiles | None = None) -> Result:
+        """Carries out `work` in one pass. Raises what `Transfer.run` raises."""
+        self.progress.start(phase, work.nbytes)
+        transfer = Transfer(work, self.digester, outputs, self.threads, self.progress.advance)
         try:
-            return transfer.run(work)
+            return transfer.run()
         finally:
             if transfer.failed:
                 self._digester = self._cpu
 
-    def carry_out(self, jobs: Sequence[Job], phase: str) -> list[Result]:
+    def run_jobs(self, jobs: Sequence[Job], phase: str) -> list[Result]:
         self.progress.start(phase, sum(job.nbytes for job in jobs))
         stop = threading.Event()
-        with ThreadPoolExecutor(self.threads or default_threads(), thread_name_prefix="tierewrite") as pool:
-            futures = [pool.submit(carry_out, job, self.digester(), self.progress.advance, stop) for job in jobs]
+        with ThreadPoolExecutor(self.threads or io_threads(), thread_name_prefix="tierewrite") as pool:
+            futures = [pool.submit(run_job, job, self.digester(), self.progress.advance, stop) for job in jobs]
             try:
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
                 for future in futures:

@@ -1,7 +1,7 @@
 """The tasks of a Ray cluster: one for each output shard, or for each batch of ranges to hash.
 
 The cluster's nodes have this tierewrite installed, as they have vLLM, and all see SRC and DST under the same paths. The
-driver ships a job (`tierewrite.jobs`) and gets its result; bytes go between the nodes and the storage, never through
+driver ships a job (`tierewrite.output.jobs`) and gets its result; bytes go between the nodes and the storage, never through
 Ray. Scheduling, placement and retries are Ray's. A shard appears under its name whole or not at all, so a task that
 dies may be carried out again, anywhere.
 """
@@ -30,7 +30,8 @@ from tierewrite import digest
 from tierewrite.digest import Digester
 from tierewrite.engines.progress import Progress
 from tierewrite.errors import Interrupted, SystemFailure, TierewriteError, UsageError
-from tierewrite.output.jobs import Job, Result, carry_out, hash_jobs
+from tierewrite.output.jobs import Job, hash_jobs, run_job
+from tierewrite.output.result import Result
 from tierewrite.source.table import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,9 @@ class RayEngine:
         UsageError: Ray is not installed, or "cuda" without a GPU in the cluster.
         SystemFailure: no cluster answers there, or it is of another version.
     """
+
+    run_pass = None
+    """Its workers are other processes: they take jobs."""
 
     def __init__(self, device: str = "auto", progress: Progress | None = None, address: str | None = None) -> None:
         if device not in ("auto", "cpu", "cuda"):
@@ -140,11 +144,11 @@ class RayEngine:
         keys = list(keys)
         total = sum(source.tensors[key].nbytes for key in keys)
         digests: dict[str, bytes] = {}
-        for result in self.carry_out(hash_jobs(source, keys, hash_batch(total, self._cpus)), phase):
+        for result in self.run_jobs(hash_jobs(source, keys, hash_batch(total, self._cpus)), phase):
             digests.update(result.digests)
         return digests
 
-    def carry_out(self, jobs: Sequence[Job], phase: str) -> list[Result]:
+    def run_jobs(self, jobs: Sequence[Job], phase: str) -> list[Result]:
         self.progress.start(phase, sum(job.nbytes for job in jobs))
         results: dict[int, Result] = {}
         waiting: dict[Future[Result], _Task] = {}
@@ -218,7 +222,7 @@ def _on_worker(version: str, device: str, data: bytes) -> Result:
     """The task: carries out the job that is pickled in `data`. Runs in a worker process of Ray's.
 
     Raises:
-        SystemFailure: another version of tierewrite is installed there, or as `carry_out`.
+        SystemFailure: another version of tierewrite is installed there, or as `run_job`.
         UsageError: "cuda", and CuPy does not work there.
     """
     host = socket.gethostname()
@@ -231,7 +235,7 @@ def _on_worker(version: str, device: str, data: bytes) -> Result:
     # A task that died may have left its file, and on a node that only seemed dead one may still write to it.
     job = dataclasses.replace(job, token=f"{job.token}{secrets.token_hex(4)}")
     try:
-        return carry_out(job, _digester(device))
+        return run_job(job, _digester(device))
     except SystemFailure as error:
         if isinstance(error.__cause__, FileNotFoundError):
             # (An error's text names its file by itself.)

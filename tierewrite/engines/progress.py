@@ -1,11 +1,8 @@
-"""TODO."""
+"""What a caller may watch while a rewrite runs."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from tierewrite.batches.results import BatchResult
+from typing import Any
 
 
 
@@ -31,5 +28,5 @@ class Progress:
         """The checkpoint `name` of a batch begins, the `number`-th of `total`. Returns who is told of it."""
         return self
 
-    def finish(self, result: BatchResult | None) -> None:
-        """What `part` began is over; None if the batch was interrupted."""
+    def finish(self, result: Any) -> None:
+        """What `part` began is over: its `BatchResult`, or None if the batch was interrupted."""

@@ -28,7 +28,7 @@ _FLUSHERS = 2
 _SYNC_FILE_RANGE_WRITE = 2
 
 
-def part(path: Path, token: str = "") -> Path:
+def part_path(path: Path, token: str = "") -> Path:
     """The name of a shard until it is complete and flushed; `token` tells several that write it apart."""
     return path.with_name(f"{path.name}{token and '.'}{token}.part")
 
@@ -114,7 +114,7 @@ class _Growing:
 
 
 class PartFiles:
-    """New files that threads write in any order, each `part(path)` until it is complete and flushed.
+    """New files that threads write in any order, each `part_path(path)` until it is complete and flushed.
 
     Whoever writes waits for the page cache only: a few threads of its own keep the disk at work, and flush. A context
     manager; files that are not durable when it ends keep the name of a part.
@@ -135,7 +135,7 @@ class PartFiles:
         try:
             for number, path in paths.items():
                 with system_errors("opening", path):
-                    fd = os.open(part(path), os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                    fd = os.open(part_path(path), os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
                 self._files[number] = _Growing(path, fd)
         except BaseException:
             self.close()
@@ -172,7 +172,7 @@ class PartFiles:
                 return 0
             with system_errors("flushing", file.path):
                 flush(file.fd)
-                os.rename(part(file.path), file.path)
+                os.rename(part_path(file.path), file.path)
                 return os.fstat(file.fd).st_size
         finally:
             os.close(file.fd)
@@ -256,7 +256,7 @@ def open_sink(path: FilePath, size: int, token: str = "") -> Sink:
     """
     if isinstance(path, RemotePath):
         return Upload(path, size)
-    return LocalSink(path, part(path, token) if token else None)
+    return LocalSink(path, part_path(path, token) if token else None)
 
 
 def write_file(path: Path, data: bytes) -> None:

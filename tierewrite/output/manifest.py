@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import isfinite
 
-from blake3 import blake3
-
 from tierewrite.json_text import JsonText, dumps, encode, quoted
 from tierewrite.planning.plan import Action, RewritePlan, TensorPlan
-from tierewrite.report import GroupReport, MergedScale, Report
+from tierewrite.report import GroupReport, Report
 from tierewrite.source.table import gc_paused
 from tierewrite.ties.on_disk import DiskTies
+from tierewrite.values.content import Made
+from tierewrite.values.merged import MergedScale
 
 MANIFEST_SCHEMA = "tierewrite/manifest/1"
 
@@ -22,16 +22,14 @@ MANIFEST_SCHEMA = "tierewrite/manifest/1"
 @gc_paused()
 def written_tensors(
     plan: RewritePlan,
-    patches: Mapping[str, bytes],
-    reencoded: Mapping[str, bytes],
+    made: Mapping[str, Made],
     merged: Mapping[str, tuple[str, MergedScale]],
     known: Mapping[str, bytes],
 ) -> dict[str, list[str]]:
     """Per group, as JSON text, the output tensors that stand for several source tensors or have a new name.
 
     Args:
-        patches: source key -> the bytes that were written in its place.
-        reencoded: source key -> digest of what was written in its place, for NVFP4 blobs that were encoded anew.
+        made: output key -> what was written, where that is no copy.
         merged: target -> (group id, how the value came about).
         known: source key -> digest.
     """
@@ -49,15 +47,12 @@ def written_tensors(
     result: dict[str, list[str]] = {group.id: [] for group in plan.groups}
     for name, action, target, _, group in stay:
         assert group is not None
-        if action is repack and name not in reencoded:
+        if action is repack and target not in made:
             action = keep if name == target else Action.RENAME  # it had the right scale already
         twin = dropped.get(target)
         if action is keep and twin is None:
             continue
-        digest = reencoded.get(name)
-        if digest is None:
-            data = patches.get(name)
-            digest = known[name] if data is None else blake3(data).digest()
+        digest = made[target].digest if target in made else known[name]
         how = "false"
         more = ""
         value = merged.get(target)

@@ -15,8 +15,9 @@ from tierewrite.errors import SystemFailure, TierewriteError, shown
 from tierewrite.output.manifest import ties_on_disk
 from tierewrite.planning.policy import Policy
 from tierewrite.proof import Problem
-from tierewrite.proof.reading import hash_file, threads
+from tierewrite.proof.reading import hash_file
 from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME, Checkpoint, SideFile
+from tierewrite.source.threads import io_threads
 from tierewrite.ties.on_disk import DiskTies
 from tierewrite.ties.tie_map import TieMap
 
@@ -167,7 +168,7 @@ def check_side_files(
             return Problem("unreadable", other.name, str(e))
         return None if same else Problem("side-file", other.name, "does not hold the bytes of SRC's")
 
-    with ThreadPoolExecutor(max_workers=threads()) as pool:
+    with ThreadPoolExecutor(max_workers=io_threads()) as pool:
         problems += [problem for problem in pool.map(compare, pairs) if problem is not None]
     return problems
 

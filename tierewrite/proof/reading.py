@@ -19,6 +19,7 @@ from tierewrite.errors import SourceChanged, SystemFailure
 from tierewrite.formats import Role
 from tierewrite.proof.values import BLOBS
 from tierewrite.source.table import Checkpoint, Shard, SideFile, TensorEntry
+from tierewrite.source.threads import io_threads
 from tierewrite.stores.remote import RemoteFile, RemotePath
 
 _PIECE = 8 << 20  # bytes read at once
@@ -70,16 +71,11 @@ def hash_tensors(checkpoint: Checkpoint, values: Collection[str], advance: Calla
         taken += entry.nbytes
         previous = (entry.shard, entry.end)
     contents = Contents({}, {})
-    with ThreadPoolExecutor(max_workers=threads()) as pool:
+    with ThreadPoolExecutor(max_workers=io_threads()) as pool:
         for digests, kept in pool.map(lambda run: _hash_run(run[0], run[1], values, advance), runs):
             contents.digests.update(digests)
             contents.values.update(kept)
     return contents
-
-
-def threads() -> int:
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(count, 8)
 
 
 def _hash_run(

@@ -31,9 +31,8 @@ from tierewrite.rewriting.options import SourceOptions
 from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME
 from tierewrite.stores.remote import FilePath
 from tierewrite.values.confirm import refusal, refuted
-from tierewrite.values.filled import Fills, fill
-from tierewrite.values.merged import ScaleValues, apart_warnings, merge_scales
-from tierewrite.values.reencoded import Reencodings, reencodings
+from tierewrite.values.decide import CannotBe, Values, decide
+from tierewrite.values.merged import separate_kv_warnings
 
 
 @dataclass(frozen=True)
@@ -62,19 +61,12 @@ class Written:
     plan: RewritePlan
     output: Output
     evidence: Evidence
-    values: ScaleValues
-    fills: Fills
-    encodings: Reencodings
+    values: Values
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the values of scales and blobs are worth saying to a person."""
-        return (
-            *self.values.warnings,
-            *apart_warnings(self.evidence.separate_kv),
-            *self.fills.warnings,
-            *self.encodings.warnings,
-        )
+        return (*self.values.warnings, *separate_kv_warnings(self.evidence.separate_kv))
 
 
 def refuse_unconfirmed(opened: Opened, plan: RewritePlan, workers: Engine) -> None:
@@ -97,15 +89,15 @@ def attempt(run: Pass, plan: RewritePlan, evidence: Evidence) -> Written | Evide
     """
     checkpoint = run.opened.checkpoint
     side_file_clashes(checkpoint, plan.shards)
-    values = merge_scales(checkpoint, plan)
-    if values.apart:
-        return replace(evidence, separate_kv=evidence.separate_kv | values.apart)
-    fills = fill(checkpoint, plan, values.patches)
-    if fills.hopeless:
-        return replace(evidence, unfillable=evidence.unfillable | fills.hopeless)
-    encodings = reencodings(checkpoint, plan)
+    values = decide(checkpoint, plan)
+    if isinstance(values, CannotBe):
+        return replace(
+            evidence,
+            separate_kv=evidence.separate_kv | values.separate_kv,
+            unfillable=evidence.unfillable | values.unfillable,
+        )
     metadata, _ = merged_metadata(checkpoint)
-    output = run.outputs.enter_context(Output(checkpoint, plan, values, encodings, fills, run.staging, metadata))
+    output = run.outputs.enter_context(Output(checkpoint, plan, values.contents, run.staging, metadata))
     if run.resume:
         output.keep_finished(run.workers, run.digests)
     output.write(run.workers, run.digests)
@@ -114,7 +106,7 @@ def attempt(run: Pass, plan: RewritePlan, evidence: Evidence) -> Written | Evide
         evidence = evidence.with_refuted(checkpoint, plan, run.digests, found)
         output.remove()
         return evidence
-    return Written(plan, output, evidence, values, fills, encodings)
+    return Written(plan, output, evidence, values)
 
 
 def write_shards(run: Pass, plan: RewritePlan) -> Written:
@@ -146,9 +138,7 @@ def finish(
     # All that takes long to work out comes first: the disk is still at work.
     index = index_bytes(plan.shards, checkpoint.index_metadata)
     configs, config_warnings = ignore_lists(checkpoint, plan, opened.disk)
-    listed = (
-        written_tensors(plan, output.patches, output.digests, written.values.merged, run.digests) if manifest else {}
-    )
+    listed = written_tensors(plan, output.made, written.values.merged, run.digests) if manifest else {}
     output.durable(progress)
     staging.put(INDEX_NAME, index)
     progress.start("copying other files", sum(side.size for side in checkpoint.side_files))
@@ -168,8 +158,8 @@ def finish(
         src,
         dst,
         run.workers.device,
-        reencoded=output.reencoded,
-        filled=written.fills.filled,
+        reencoded=[reencoding.done(output.made) for reencoding in written.values.reencoded],
+        filled=written.values.filled,
         warnings=(*metadata_warnings, *written.warnings, *config_warnings),
     )
     if manifest:

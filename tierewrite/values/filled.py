@@ -16,6 +16,7 @@ from tierewrite.numbers import merging
 from tierewrite.planning.plan import RewritePlan
 from tierewrite.source.bytes import read_tensors
 from tierewrite.source.table import Checkpoint
+from tierewrite.values.content import Added, Content, Patch
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,60 +38,59 @@ class Filled:
 
 
 @dataclass(frozen=True)
-class Fills:
+class FilledScales:
     """What is filled in.
 
     Attributes:
-        added: output key -> bytes, for tensors that the source does not have.
-        patches: source key -> bytes to write in its place.
-        originals: source key -> the bytes that were read.
+        contents: output key -> what is written there.
         filled: the record, in the order of the plan.
-        hopeless: output keys that nothing can be chosen for: no expert of the layer has a valid scale.
+        unfillable: output keys that nothing can be chosen for: no expert of the layer has a valid scale.
         warnings: projections of which no expert has a valid scale.
     """
 
-    added: Mapping[str, bytes]
-    patches: Mapping[str, bytes]
-    originals: Mapping[str, bytes]
+    contents: Mapping[str, Content]
     filled: tuple[Filled, ...]
-    hopeless: frozenset[str] = frozenset()
+    unfillable: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = ()
 
 
-def fill(checkpoint: Checkpoint, plan: RewritePlan, merged: Mapping[str, bytes]) -> Fills:
+def fill_missing_scales(checkpoint: Checkpoint, plan: RewritePlan, merged: Mapping[str, Patch]) -> FilledScales:
     """Chooses the values for the plan's sets of experts.
 
     Args:
-        merged: source key -> bytes of the scales that are merged already.
+        merged: output key -> content of the scales that are merged already.
 
     Raises:
         SourceChanged, SystemFailure: reading failed.
     """
     keys = [key for group in plan.expert_scales for key in group.members.values()]
     data = read_tensors(checkpoint, keys)
-    added: dict[str, bytes] = {}
-    patches: dict[str, bytes] = {}
+    contents: dict[str, Content] = {}
     filled: list[Filled] = []
-    hopeless: set[str] = set()
+    unfillable: set[str] = set()
     warnings: list[str] = []
     for group in plan.expert_scales:
         by_key = {key: target for target, key in group.members.items()}
         sides = [
-            merging.Side(key, checkpoint.tensors[key].dtype, checkpoint.tensors[key].shape, merged.get(key, data[key]))
-            for key in group.members.values()
+            merging.Side(
+                key,
+                checkpoint.tensors[key].dtype,
+                checkpoint.tensors[key].shape,
+                merged[target].data if target in merged else data[key],
+            )
+            for target, key in group.members.items()
         ]
         reason = merging.mergeable([(side.dtype, side.shape) for side in sides])
         (result,) = merging.merge_many([(sides, group.companion)]) if reason is None else (None,)
         if result is None or not result.calibrated:
-            hopeless.update(group.missing)
+            unfillable.update(group.missing)
             warnings.append(f"'{shown(group.name)}': nothing to fill in: no expert of the layer has a valid scale")
             continue
         source = by_key.get(result.taken_from or "")
         for target in group.missing:
-            added[target] = result.data
+            contents[target] = Added(result.data)
             filled.append(Filled(target, True, source))
         for key in result.invalid:
-            patches[key] = result.data
+            contents[by_key[key]] = Patch(result.data, data[key], key)
             filled.append(Filled(by_key[key], False, source))
-    originals = {key: data[key] for key in patches}
-    return Fills(added, patches, originals, tuple(filled), frozenset(hopeless), tuple(warnings))
+    return FilledScales(contents, tuple(filled), frozenset(unfillable), tuple(warnings))

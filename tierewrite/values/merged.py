@@ -1,34 +1,63 @@
-"""TODO."""
+"""Scales of several sides that become one value: read, merged, and put in the place of the carrying side's bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from tierewrite.errors import Refused, shown
 from tierewrite.numbers import merging
 from tierewrite.planning.plan import Merge, RewritePlan
-from tierewrite.report import MergedScale
 from tierewrite.source.bytes import read_tensors
 from tierewrite.source.table import Checkpoint, gc_paused
+from tierewrite.values.content import Patch
+
+
+class MergedScale(NamedTuple):
+    """One scale that stands for several sides (a tuple: there is one an expert).
+
+    Attributes:
+        target: its key in the output.
+        sources: the source keys that it stands for, the carrying one first.
+        ratio: largest valid side over smallest valid side; None with fewer than two valid sides.
+        calibrated: False when no side had a valid value, and the first side's bytes were kept.
+        invalid: source keys that took no part: missing values, 0, negative, NaN, inf, denormal.
+        kv: True for a KV-cache scale.
+    """
+
+    target: str
+    sources: tuple[str, ...]
+    ratio: float | None
+    calibrated: bool
+    invalid: tuple[str, ...] = ()
+    kv: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "target": self.target,
+            "sources": list(self.sources),
+            "ratio": self.ratio,
+            "calibrated": self.calibrated,
+            "invalid": list(self.invalid),
+            "kv": self.kv,
+        }
 
 
 @dataclass(frozen=True)
-class ScaleValues:
+class MergedScales:
     """The merged scales of a plan.
 
     Attributes:
-        patches: carrying source key -> bytes to write in its place.
-        originals: carrying source key -> the bytes that were read.
-        merged: target -> how the value came about, with the id of its group.
-        apart: targets of KV-scale merges that must not be carried out, since the layer's biases or scales differ.
+        contents: output key -> what is written there.
+        merged: output key -> how the value came about, with the id of its group.
+        separate_kv: output keys of KV-scale merges that must not be carried out: the layer's biases or scales differ.
         warnings: for the report.
     """
 
-    patches: Mapping[str, bytes]
-    originals: Mapping[str, bytes]
+    contents: Mapping[str, Patch]
     merged: Mapping[str, tuple[str, MergedScale]]
-    apart: frozenset[str]
+    separate_kv: frozenset[str]
     warnings: tuple[str, ...]
 
 
@@ -37,7 +66,7 @@ def merge_scales(
     checkpoint: Checkpoint,
     plan: RewritePlan,
     read: Callable[[Checkpoint, Iterable[str]], dict[str, bytes]] = read_tensors,
-) -> ScaleValues:
+) -> MergedScales:
     """Reads every scale that the plan merges, and merges it.
 
     Args:
@@ -51,43 +80,38 @@ def merge_scales(
     wanted = {key for _, merge in work for key in merge.keys}
     wanted.update(key for _, merge in work for row in merge.only_if_equal for key in row)
     data = read(checkpoint, wanted)
-    apart = frozenset(
+    separate_kv = frozenset(
         merge.target
         for _, merge in work
         if merge.only_if_equal
         and any(data[key] != data[row[0]] for row in merge.only_if_equal for key in row[1:])
     )
-    todo = [
+    mergeable = [
         (group, merge)
         for group, merge in work
-        if merge.companion.merge is not None and merge.target not in apart
+        if merge.companion.merge is not None and merge.target not in separate_kv
     ]
     tensors = checkpoint.tensors
-    jobs = [
+    sides = [
         ([merging.Side(key, *tensors[key][1:3], data[key]) for key in merge.keys], merge.companion)
-        for _, merge in todo
+        for _, merge in mergeable
     ]
     try:
-        results = merging.merge_many(jobs)
+        results = merging.merge_many(sides)
     except ValueError as error:
         raise Refused(f"{error}; store that scale in the other side's dtype, or use --on-mismatch keep") from error
-    patches: dict[str, bytes] = {}
-    originals: dict[str, bytes] = {}
+    contents: dict[str, Patch] = {}
     merged: dict[str, tuple[str, MergedScale]] = {}
     warnings: list[str] = []
-    for (group, merge), result in zip(todo, results, strict=True):
-        carrier = merge.keys[0]
-        originals[carrier] = data[carrier]
-        patches[carrier] = result.data
-        merged[merge.target] = (
-            group,
-            MergedScale(merge.target, merge.keys, result.ratio, result.calibrated, result.invalid, merge.kv),
-        )
+    for (group, merge), result in zip(mergeable, results, strict=True):
+        contents[merge.target] = Patch(result.data, data[merge.keys[0]], merge.keys[0])
+        scale = MergedScale(merge.target, merge.keys, result.ratio, result.calibrated, result.invalid, merge.kv)
+        merged[merge.target] = (group, scale)
         warnings.extend(_scale_warnings(merge, result))
-    return ScaleValues(patches, originals, merged, apart, tuple(warnings))
+    return MergedScales(contents, merged, separate_kv, tuple(warnings))
 
 
-def apart_warnings(targets: Iterable[str]) -> list[str]:
+def separate_kv_warnings(targets: Iterable[str]) -> list[str]:
     """For the KV scales that were to be merged and could not be."""
     return [
         f"KV scales stay on both sides of '{shown(target)}': the layer has biases and its sides differ"
