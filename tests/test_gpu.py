@@ -100,7 +100,8 @@ def test_the_cpu_hashes_until_the_gpu_is_ready(
 ) -> None:
     late = Late(monkeypatch, buffers)
     monkeypatch.setattr("tierewrite.output.one_pass.BUFFER_BYTES", 1 << 20)
-    monkeypatch.setattr("tierewrite.output.one_pass._RUNS_PER_TASK", 16)
+    monkeypatch.setattr("tierewrite.output.work.BUFFER_BYTES", 1 << 20)
+    monkeypatch.setattr("tierewrite.output.work._TENSORS_PER_TASK", 16)
     report = tierewrite.rewrite(naive("dg_nvfp4_sharded"), tmp_path / "out", threads=1)
     assert digests(tmp_path / "out") == right_answer("dg_nvfp4_sharded")
     assert late.used >= 1
@@ -179,6 +180,7 @@ def test_gpu_that_fails_midway_is_replaced_by_the_cpu(
     choose = lambda device, **more: failing if device == "auto" else select(device, **more)  # noqa: E731
     monkeypatch.setattr(digest, "select", choose)
     monkeypatch.setattr("tierewrite.output.one_pass.BUFFER_BYTES", 1 << 20)
+    monkeypatch.setattr("tierewrite.output.work.BUFFER_BYTES", 1 << 20)
     report = tierewrite.rewrite(naive("dg_nvfp4_sharded"), tmp_path / "out", max_shard_size="50KB")
     assert digests(tmp_path / "out") == right_answer("dg_nvfp4_sharded")
     assert any("the CPU goes on" in record.message for record in caplog.records)

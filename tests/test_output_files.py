@@ -14,13 +14,13 @@ import tierewrite
 from tests.checkpoints import FIXTURES
 from tierewrite.errors import SystemFailure
 from tierewrite.output import files
-from tierewrite.output.files import PartFiles, part
+from tierewrite.output.files import PartFiles, part_path
 
 
 def _made(folder: Path, count: int = 2) -> dict[int, Path]:
     paths = {number: folder / f"{number}.safetensors" for number in range(count)}
     for path in paths.values():
-        part(path).touch()
+        part_path(path).touch()
     return paths
 
 

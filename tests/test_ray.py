@@ -28,7 +28,7 @@ from tierewrite import engines, errors
 from tierewrite.engines import on_ray
 from tierewrite.engines.progress import Progress
 from tierewrite.errors import Interrupted, SourceChanged, SystemFailure, TierewriteError, UsageError
-from tierewrite.output.one_pass import BUFFER_BYTES
+from tierewrite.output.result import BUFFER_BYTES
 
 ray = pytest.importorskip("ray")
 cluster_utils = pytest.importorskip("ray.cluster_utils")
@@ -646,4 +646,4 @@ def test_connecting_leaves_the_signal_handlers(cluster: Cluster, monkeypatch: py
 def test_the_engine_is_the_one_that_was_asked_for(cluster: Cluster) -> None:
     with engines.select("ray", ray_address=cluster.address) as engine:
         assert isinstance(engine, on_ray.RayEngine)
-        assert engine.carry_out([], "rewriting") == []
+        assert engine.run_jobs([], "rewriting") == []

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 import tierewrite
 from tests.checkpoints import digests, right_answer
 from tests.conftest import snapshot
-from tierewrite.output import one_pass, staging
-from tierewrite.output.one_pass import Span, tasks
+from tierewrite.output import staging, work
+from tierewrite.output.work import Task, Work, work_of
 from tierewrite.planning.plan import OutShard, OutTensor
 from tierewrite.source.folder import open_folder
 from tierewrite.source.table import Checkpoint, Shard, TensorEntry
@@ -198,11 +198,29 @@ def test_stray_file_with_the_name_of_an_output_shard_is_refused(copied: Naive, t
 def test_work_on_a_tensor_that_the_source_does_not_have_is_an_error(naive: Naive, hashed: list[str]) -> None:
     shard = OutShard("model.safetensors", (OutTensor("a", "nobody", 0, 1),))
     with pytest.raises(KeyError, match="nobody"):
-        tasks(open_folder(naive("dg_bf16")), hashed, () if hashed else (shard,), (8,))
+        work_of(open_folder(naive("dg_bf16")), hashed, () if hashed else (shard,), (8,))
 
 
 _FULL, _MOST = 100, 4
 _SOME = st.tuples(st.sampled_from([0, 0, 1, 30, 50, 99, 100, 101, 250]), st.booleans(), st.sampled_from([-1, 0, 1]))
+
+
+def check_steps(whole: Work, task: Task, rows: list[tuple[str, int, int, bool, int, int]]) -> None:
+    """Every byte of a task is read into the buffer in order, and hashed and written from where it then is."""
+    steps = whole.steps(task)
+    read = [at for start, end in steps.reads for at in range(start, end)]
+    assert read == [at for _, start, end, *_ in rows for at in range(start, end)]
+    hashed = [read[start : start + length] for _, start, length, *_ in steps.hashed.tolist()]
+    assert hashed == [list(range(start, end)) for _, start, end, is_hashed, *_ in rows if is_hashed]
+    written = {
+        (out, position + at - start): read[at] for out, start, end, position in steps.writes for at in range(start, end)
+    }
+    assert written == {
+        (out, position + at - start): at
+        for _, start, end, _, out, position in rows
+        for at in range(start, end)
+        if out >= 0
+    }
 
 
 @given(st.lists(st.lists(_SOME, max_size=20), min_size=1, max_size=3))
@@ -211,7 +229,7 @@ def test_tasks_hold_every_span_once_in_order_and_are_as_full_as_they_may(
 ) -> None:
     # Lengths from nothing to more than a buffer; each tensor is hashed or not, and goes to the output 0, 1 or to none.
     entries: dict[str, TensorEntry] = {}
-    wanted: dict[int, list[Span]] = {}
+    wanted: dict[int, list[tuple[str, int, int, bool, int, int]]] = {}
     hashed: list[str] = []
     outs: tuple[list[OutTensor], ...] = ([], [])
     ends = [0, 0]
@@ -224,7 +242,7 @@ def test_tasks_hold_every_span_once_in_order_and_are_as_full_as_they_may(
                 hashed.append(key)
             if is_hashed or out >= 0:
                 position = 1000 * (out + 1) + ends[out] if out >= 0 else 0
-                wanted.setdefault(number, []).append(Span(key, at, at + length, is_hashed, out, position))
+                wanted.setdefault(number, []).append((key, at, at + length, is_hashed, out, position))
             if out >= 0:
                 outs[out].append(OutTensor(key, key, ends[out], ends[out] + length))
                 ends[out] += length
@@ -232,20 +250,27 @@ def test_tasks_hold_every_span_once_in_order_and_are_as_full_as_they_may(
     files = tuple(Shard(str(n), Path(str(n)), 0, 0, 0, 8, {}) for n in range(len(shards)))
     shards_out = [OutShard(str(n), tuple(tensors)) for n, tensors in enumerate(outs)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(one_pass, "BUFFER_BYTES", _FULL)
-        patch.setattr(one_pass, "_RUNS_PER_TASK", _MOST)
-        found = tasks(Checkpoint.of(Path(), files, entries), hashed, shards_out, [1000, 2000])
+        patch.setattr(work, "BUFFER_BYTES", _FULL)
+        patch.setattr(work, "_TENSORS_PER_TASK", _MOST)
+        checkpoint = Checkpoint.of(Path(), files, entries)
+        whole = work_of(checkpoint, hashed, shards_out, [1000, 2000])
+    found = [task for task in whole.tasks if isinstance(task, Task)]
+    names = checkpoint.tensors.names
+    rows = [(names[row], *others) for row, *others in zip(*(c.tolist() for c in whole.columns), strict=True)]
+    held = {task: rows[task.first : task.stop] for task in found}
     sizes = [task.nbytes for task in found]
     large = [size for size in sizes if size > _FULL]
     assert sizes[: len(large)] == sorted(large, reverse=True), "the large ones come first"
     for task in found:
-        assert task.nbytes == sum(span.end - span.start for span in task.spans)
-        assert task.outs == {span.out for span in task.spans if span.out >= 0}
-        assert len(task.spans) == 1 or (task.nbytes <= _FULL and len(task.spans) <= _MOST)
+        assert task.nbytes == sum(end - start for _, start, end, *_ in held[task])
+        assert task.outs == {out for *_, out, _ in held[task] if out >= 0}
+        assert len(held[task]) == 1 or (task.nbytes <= _FULL and len(held[task]) <= _MOST)
+        if task.nbytes <= _FULL:
+            check_steps(whole, task, held[task])
     for number in range(len(shards)):
         mine = [task for task in found if task.shard == number]
-        mine.sort(key=lambda task: int(task.spans[0].key.partition(".")[2]))
-        assert [span for task in mine for span in task.spans] == wanted.get(number, [])
+        mine.sort(key=lambda task: task.first)
+        assert [row for task in mine for row in held[task]] == wanted.get(number, [])
         for one, following in itertools.pairwise(mine):
-            next_length = following.spans[0].end - following.spans[0].start
-            assert one.nbytes + next_length > _FULL or len(one.spans) == _MOST, "the next one had no room"
+            _, start, end, *_ = held[following][0]
+            assert one.nbytes + end - start > _FULL or len(held[one]) == _MOST, "the next one had no room"

@@ -1,8 +1,8 @@
 """Who does the work of a pass: this process and its threads, or a Ray cluster. The output is the same.
 
 An engine hashes tensors and carries out jobs (`tierewrite.output.jobs`); the driver plans, confirms, commits and
-verifies, and is the only one that decides. `local` writes an output on this machine in one pass over the source instead,
-each byte read once.
+verifies, and is the only one that decides. `local` writes an output on this machine in one pass over the source
+instead, each byte read once.
 """
 
 from __future__ import annotations

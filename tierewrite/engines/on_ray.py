@@ -1,9 +1,9 @@
 """The tasks of a Ray cluster: one for each output shard, or for each batch of ranges to hash.
 
 The cluster's nodes have this tierewrite installed, as they have vLLM, and all see SRC and DST under the same paths. The
-driver ships a job (`tierewrite.output.jobs`) and gets its result; bytes go between the nodes and the storage, never through
-Ray. Scheduling, placement and retries are Ray's. A shard appears under its name whole or not at all, so a task that
-dies may be carried out again, anywhere.
+driver ships a job (`tierewrite.output.jobs`) and gets its result; bytes go between the nodes and the storage, never
+through Ray. Scheduling, placement and retries are Ray's. A shard appears under its name whole or not at all, so a task
+that dies may be carried out again, anywhere.
 """
 
 from __future__ import annotations

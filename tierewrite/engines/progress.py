@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 
-
 class Progress:
     """What a caller may watch. Subclass it; the methods may be called from any thread.
 

@@ -155,7 +155,8 @@ class Output:
     def keep_finished(self, engine: Engine, known: dict[str, bytes]) -> None:
         """Takes over the shards that a killed run finished, if they are what this plan would write.
 
-        Header and digest of every tensor are compared with what would be written; anything else in their place is removed.
+        Header and digest of every tensor are compared with what would be written; anything else in their place is
+        removed.
         """
         there = self.staging.kept()
         self._leave_only_planned(there)

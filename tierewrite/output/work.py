@@ -1,8 +1,8 @@
 """The work of one pass, as a table: which bytes of the source are read, hashed, replaced and written where.
 
-The source's tensors that are hashed or written, in their order, cut into tasks. A `Task` is a batch of neighbours, small
-enough for one buffer, or one larger tensor that streams through it. Bytes that are neither hashed nor written are not
-read.
+The source's tensors that are hashed or written, in their order, cut into tasks. A `Task` is a batch of neighbours,
+small enough for one buffer, or one larger tensor that streams through it. Bytes that are neither hashed nor written are
+not read.
 """
 
 from __future__ import annotations
