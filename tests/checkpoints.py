@@ -6,34 +6,53 @@ import json
 import re
 import resource
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from blake3 import blake3
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
-Tensor = tuple[str, list[int], bytes]  # dtype, shape, bytes
+
+class Tensor(NamedTuple):
+    """One tensor as a safetensors file stores it; as read, the shape is a list."""
+
+    dtype: str
+    shape: Sequence[int]
+    data: bytes
 
 
-def read_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+Tensors = dict[str, Tensor]
+Given = Mapping[str, tuple[str, Sequence[int], bytes]]  # what is written: a plain tuple will do for a tensor
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of one file, `__metadata__` included, and where the data begin. The data are not read."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        return json.loads(file.read(length)), 8 + length
+
+
+def read_shard(path: Path) -> tuple[Tensors, dict[str, str]]:
     """The tensors of one file in file order, and its metadata."""
-    data = path.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
+    header, start = read_header(path)
     metadata = header.pop("__metadata__", {})
-    base = 8 + length
+    data = path.read_bytes()[start:]
     rows = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    return {
-        name: (info["dtype"], info["shape"], data[base + info["data_offsets"][0] : base + info["data_offsets"][1]])
-        for name, info in rows
-    }, metadata
+    tensors = {name: Tensor(info["dtype"], info["shape"], data[slice(*info["data_offsets"])]) for name, info in rows}
+    return tensors, metadata
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
+def read_shapes(folder: Path) -> dict[str, list[int]]:
+    """name -> shape of all tensors of a checkpoint, in the order of the headers, without reading the data."""
+    headers = [read_header(path)[0] for path in sorted(folder.glob("*.safetensors"))]
+    return {name: info["shape"] for header in headers for name, info in header.items() if name != "__metadata__"}
+
+
+def read_tensors(folder: Path) -> Tensors:
     """All tensors of a checkpoint; a name may occur once."""
-    tensors: dict[str, Tensor] = {}
+    tensors: Tensors = {}
     for path in sorted(folder.glob("*.safetensors")):
         shard, _ = read_shard(path)
         assert not tensors.keys() & shard.keys()
@@ -49,21 +68,43 @@ def digests(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file by hand."""
+def _header_bytes(
+    sizes: Mapping[str, tuple[str, Sequence[int], int]],
+    metadata: Mapping[str, str] | None = None,
+    separators: tuple[str, str] | None = None,
+) -> bytes:
+    """The length and the header of tensors of these dtypes, shapes and bytes that lie one behind the other."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
-    for name, (dtype, shape, data) in tensors.items():
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + len(data)]}
-        position += len(data)
-    text = json.dumps(header).encode()
+    for name, (dtype, shape, size) in sizes.items():
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
+        position += size
+    text = json.dumps(header, separators=separators).encode()
     text += b" " * (-len(text) % 8)
-    path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(data for _, _, data in tensors.values()))
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_shard(path: Path, tensors: Given, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file by hand."""
+    sizes = {name: (dtype, shape, len(data)) for name, (dtype, shape, data) in tensors.items()}
+    path.write_bytes(_header_bytes(sizes, metadata) + b"".join(data for _, _, data in tensors.values()))
+
+
+def write_sparse_shard(path: Path, sizes: Mapping[str, tuple[str, Sequence[int], int]]) -> int:
+    """Writes a safetensors file of zeros that takes no room on disk: name -> (dtype, shape, bytes), a compact header.
+
+    Returns where the data begin.
+    """
+    header = _header_bytes(sizes, separators=(",", ":"))
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + sum(size for _, _, size in sizes.values()))
+    return len(header)
 
 
 def write_checkpoint(
     folder: Path,
-    tensors: Mapping[str, Tensor],
+    tensors: Given,
     config: Mapping[str, Any] | None = None,
     shards: int = 1,
     metadata: Mapping[str, str] | None = None,
@@ -95,7 +136,7 @@ def right_answer(case: str) -> dict[str, dict[str, Any]]:
     return answer
 
 
-def edit_tensors(folder: Path, changes: Mapping[str, Tensor | None]) -> None:
+def edit_tensors(folder: Path, changes: Mapping[str, tuple[str, Sequence[int], bytes] | None]) -> None:
     """Replaces, adds or (None) removes tensors of a one-file checkpoint."""
     path = folder / "model.safetensors"
     tensors, metadata = read_shard(path)
@@ -103,7 +144,7 @@ def edit_tensors(folder: Path, changes: Mapping[str, Tensor | None]) -> None:
         if value is None:
             del tensors[name]
         else:
-            tensors[name] = value
+            tensors[name] = Tensor(*value)
     write_shard(path, tensors, metadata)
 
 

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.checkpoints import read_shard, write_shard
+
 DECODER = "model.decoder."
 ENCODER = "model.encoder.language_model."
 INDEX = "model.safetensors.index.json"
@@ -75,29 +77,15 @@ class Draft:
 
         shards: dict[str, dict[str, Raw]] = {}
         for path in sorted(folder.glob("*.safetensors")):
-            blob = path.read_bytes()
-            (size,) = struct.unpack("<Q", blob[:8])
-            header = json.loads(blob[8 : 8 + size])
-            header.pop("__metadata__", None)
-            shards[path.name] = {
-                n: Raw(t["dtype"], tuple(t["shape"]), blob[8 + size :][slice(*t["data_offsets"])])
-                for n, t in header.items()
-            }
+            tensors, _ = read_shard(path)
+            shards[path.name] = {n: Raw(t.dtype, tuple(t.shape), t.data) for n, t in tensors.items()}
         return cls(shards, load("config.json"), load("hf_quant_config.json"),
                    load("generation_config.json"), load(INDEX))  # fmt: skip
 
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True)
         for shard, tensors in self.shards.items():
-            header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-            at = 0
-            for name, t in tensors.items():
-                header[name] = {"dtype": t.dtype, "shape": t.shape, "data_offsets": [at, at + len(t.data)]}
-                at += len(t.data)
-            text = json.dumps(header).encode()
-            text += b" " * (-len(text) % 8)
-            body = b"".join(t.data for t in tensors.values())
-            (folder / shard).write_bytes(struct.pack("<Q", len(text)) + text + body)
+            write_shard(folder / shard, {n: (t.dtype, t.shape, t.data) for n, t in tensors.items()}, {"format": "pt"})
         if self.index is not None and self.index_follows:
             self.index["weight_map"] = {n: shard for shard, ts in self.shards.items() for n in sorted(ts)}
         files = {"config.json": self.config, "hf_quant_config.json": self.hf_quant,

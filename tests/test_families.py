@@ -7,7 +7,6 @@ state and the same outputs as of the checkpoint that `save_pretrained` writes.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 
 import tierewrite
+from tests.checkpoints import read_shapes
 from tests.zoo import quiet
 
 TINY: dict[str, Any] = {
@@ -425,8 +425,7 @@ def write_naive(model: Any, folder: Path) -> set[str]:
 
 
 def stored(folder: Path) -> set[str]:
-    data = (folder / "model.safetensors").read_bytes()
-    return set(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])) - {"__metadata__"}
+    return set(read_shapes(folder))
 
 
 def load(model_class: Any, folder: Path) -> tuple[Any, dict[str, Any]]:

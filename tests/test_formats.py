@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import struct
 from itertools import combinations
 from pathlib import Path
 
 import pytest
 
+from tests.checkpoints import FIXTURES, read_shapes
 from tierewrite.formats import FAMILIES, Adjacency, Role, classify, concerns, detect, kv_scale
 from tierewrite.formats.ignore_lists import (
     CONFIG,
@@ -20,24 +20,7 @@ from tierewrite.formats.ignore_lists import (
     sorted_modules,
 )
 
-FIXTURES = Path(__file__).parent.parent / "fixtures"
 CHECKPOINTS = sorted({path.parent for path in FIXTURES.rglob("config.json") if list(path.parent.glob("*.safetensors"))})
-
-
-def keys_of(folder: Path) -> list[str]:
-    keys: list[str] = []
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            (size,) = struct.unpack("<Q", file.read(8))
-            keys += [key for key in json.loads(file.read(size)) if key != "__metadata__"]
-    return keys
-
-
-def shapes_of(path: Path) -> list[tuple[str, tuple[int, ...]]]:
-    with path.open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(size))
-    return [(key, tuple(info["shape"])) for key, info in header.items() if key != "__metadata__"]
 
 
 def configs_of(folder: Path) -> tuple[dict, dict]:
@@ -311,7 +294,7 @@ EXPECTED_FAMILY = [
 
 @pytest.mark.parametrize("folder", CHECKPOINTS, ids=lambda path: path.relative_to(FIXTURES).as_posix())
 def test_fixture_is_detected_and_every_suffix_in_it_is_known(folder: Path) -> None:
-    keys = keys_of(folder)
+    keys = list(read_shapes(folder))
     families = detect(*configs_of(folder), keys)
     quantized = "quantization_config" in configs_of(folder)[0]
     assert not quantized or families != ("plain",)
@@ -515,14 +498,12 @@ def test_fixed_text_keeps_the_files_style(style: dict, end: str) -> None:
 def test_real_exporters_lists_name_both_sides(folder: Path) -> None:
     """What exporters write is consistent: they list modules of the live model, which has both sides."""
     config, quant_config = configs_of(folder)
-    keys = keys_of(folder)
+    keys = list(read_shapes(folder))
     modules = {key.rpartition(".")[0] for key in keys}
     old, new = "model.encoder.language_model.", "model.decoder."
     pairs = [(m, new + m.removeprefix(old)) for m in modules if m.startswith(old)]
     pairs.append(("lm_head", new + "embed_tokens"))
-    quantized, plain = sorted_modules(
-        (key, shape) for path in folder.glob("*.safetensors") for key, shape in shapes_of(path)
-    )
+    quantized, plain = sorted_modules((key, tuple(shape)) for key, shape in read_shapes(folder).items())
     if folder.parent.name == "dg_nvfp4_encoder_bf16":
         found = inconsistencies(config, quant_config, pairs, quantized, plain)
         assert found

@@ -26,13 +26,13 @@ import safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.checkpoints import FIXTURES
 from tierewrite.errors import ShardIndexError, SourceError
 from tierewrite.source.folder import open_folder
 from tierewrite.source.header import _parse_any, header_length, parse_header, read_header
 from tierewrite.source.index import read_index
 from tierewrite.source.table import DTYPE_BITS
 
-FIXTURES = Path(__file__).parent.parent / "fixtures"
 SECONDS_AN_INPUT = 5.0  # hundreds of times what the slowest takes; a hang or a blow-up is far beyond
 KNOWN = set(DTYPE_BITS)
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.checkpoints import FIXTURES, digests, read_shard, right_answer, write_checkpoint, write_shard
+from tests.checkpoints import FIXTURES, digests, read_header, read_shard, right_answer, write_checkpoint, write_shard
 from tests.hub_server import Hub, Repo
 from tierewrite import ShardIndexError, UsageError
 from tierewrite.source import hub
@@ -260,7 +260,7 @@ def test_header_longer_than_the_first_read_is_fetched_to_its_end_and_no_further(
     names = [f"model.layers.{i}.mlp.{'very_' * 8}long_name.weight" for i in range(1500)]
     tensors = {name: ("F32", [64], bytes(256)) for name in names}
     folder = write_checkpoint(tmp_path / "src", tensors, {"model_type": "qwen3"})
-    length = int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little")
+    length = read_header(folder / "model.safetensors")[1] - 8
     assert length > 100_001
     client.server.repos["org/long"] = Repo({"main": folder})
     (done,) = client("inspect org/long --no-ties --json")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.checkpoints import FIXTURES
+from tests.checkpoints import FIXTURES, write_sparse_shard
 
 MiB = 1 << 20
 
@@ -30,18 +28,13 @@ def large(folder: Path, mebibytes: int) -> None:
     """Two equal tensors of a size, and small ones, in a file that is sparse on disk."""
     folder.mkdir()
     size = mebibytes * MiB
-    header = {}
-    position = 0
-    for name, length in (("a.weight", size), ("b.weight", size), *((f"c.{i}.weight", 4096) for i in range(64))):
-        header[name] = {"dtype": "U8", "shape": [length], "data_offsets": [position, position + length]}
-        position += length
-    text = json.dumps(header).encode()
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+    lengths = {"a.weight": size, "b.weight": size, **{f"c.{i}.weight": 4096 for i in range(64)}}
+    path = folder / "model.safetensors"
+    start = write_sparse_shard(path, {name: ("U8", [length], length) for name, length in lengths.items()})
+    with path.open("r+b") as file:
         for offset in (12345, size + 12345):
-            file.seek(8 + len(text) + offset)
+            file.seek(start + offset)
             file.write(b"the same on both sides")
-        file.truncate(8 + len(text) + position)
     (folder.parent / "ties.json").write_text('{"b.weight": "a.weight"}')
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import struct
 import tracemalloc
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +10,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from tests.checkpoints import FIXTURES, read_tensors
 from tierewrite.numbers import nvfp4
 
-FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 MODELOPT = np.load(FIXTURES / "nvfp4_codec" / "modelopt.npz")
 CASES = sorted({name.rpartition(".")[0] for name in MODELOPT.files})
 QUICK = settings(max_examples=60, deadline=None)
@@ -37,22 +34,9 @@ def random_weight(seed: int, shape: tuple[int, ...] = (24, 64), spread: float = 
     return (rng.standard_normal(shape) * factor).astype(np.float32)
 
 
-def tensors(folder: Path) -> dict[str, tuple[str, list[int], bytes]]:
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        data = path.read_bytes()
-        (length,) = struct.unpack("<Q", data[:8])
-        header = json.loads(data[8 : 8 + length])
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            begin, end = (8 + length + o for o in entry["data_offsets"])
-            found[name] = (entry["dtype"], entry["shape"], data[begin:end])
-    return found
-
-
 def fixture_weights(case: str, names: tuple[str, str, str]) -> dict[str, nvfp4.Packed]:
     """Module name -> its three tensors, for every module of the naive checkpoint that has all three."""
-    found = tensors(FIXTURES / case / "naive")
+    found = read_tensors(FIXTURES / case / "naive")
     weights = {}
     for name in found:
         module, _, suffix = name.rpartition(".")

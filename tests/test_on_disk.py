@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.checkpoints import FIXTURES
+from tests.checkpoints import FIXTURES, read_shapes
 from tierewrite.ties.on_disk import DiskTies, TieGroup, on_disk, places
 from tierewrite.ties.tie import Tie
 from tierewrite.ties.tie_map import TieMap
@@ -30,9 +30,7 @@ def ties_of(case: str) -> TieMap:
 
 
 def keys_of(case: str) -> list[str]:
-    data = (FIXTURES / case / "naive" / "model.safetensors").read_bytes()
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return [key for key in header if key != "__metadata__"]
+    return list(read_shapes(FIXTURES / case / "naive"))
 
 
 def group(disk: DiskTies, name: str) -> TieGroup:

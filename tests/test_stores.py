@@ -22,7 +22,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 import tierewrite
-from tests.checkpoints import FIXTURES, edit_tensors, read_shard, write_checkpoint
+from tests.checkpoints import FIXTURES, edit_tensors, read_header, read_shard, write_checkpoint
 from tests.hub_server import Hub, Repo
 from tests.s3_server import Store
 from tests.test_hub import Client
@@ -43,7 +43,7 @@ def files(folder: Path) -> Files:
 
 
 def headers_end(path: Path) -> int:
-    return 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    return read_header(path)[1]
 
 
 def large(folder: Path) -> dict[str, Any]:

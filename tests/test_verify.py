@@ -18,7 +18,15 @@ import numpy as np
 import pytest
 
 import tierewrite
-from tests.checkpoints import FIXTURES, Tensor, read_shard, read_tensors, write_checkpoint, write_shard
+from tests.checkpoints import (
+    FIXTURES,
+    Tensor,
+    read_shard,
+    read_tensors,
+    write_checkpoint,
+    write_shard,
+    write_sparse_shard,
+)
 from tierewrite.errors import SourceChanged, SourceError, SystemFailure, TierewriteError
 from tierewrite.numbers import nvfp4
 from tierewrite.proof.verify import Verification, verify
@@ -136,14 +144,9 @@ def test_each_byte_is_read_once(rewritten: Callable[..., Path]) -> None:
 def test_memory_is_bounded_whatever_the_size_of_a_tensor(tmp_path: Path) -> None:
     size = 1 << 29
     for folder, names in (("src", ["a.weight", "b.weight"]), ("dst", ["a.weight"])):
-        header: dict[str, Any] = {"big": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
-        for i, name in enumerate(names):
-            header[name] = {"dtype": "F32", "shape": [], "data_offsets": [size + 4 * i, size + 4 * i + 4]}
-        text = json.dumps(header).encode()
         (tmp_path / folder).mkdir()
-        with open(tmp_path / folder / "model.safetensors", "wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            file.truncate(8 + len(text) + size + 4 * len(names))
+        scalars = dict.fromkeys(names, ("F32", [], 4))
+        write_sparse_shard(tmp_path / folder / "model.safetensors", {"big": ("U8", [size], size), **scalars})
     (tmp_path / "ties.json").write_text('{"b.weight": "a.weight"}')
     code = (
         "import tierewrite, tierewrite.proof.verify\n"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import math
 import pkgutil
 import warnings
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.checkpoints import write_sparse_shard
 from tierewrite.source.folder import open_folder
 
 DTYPES = {
@@ -202,19 +204,10 @@ def write_headers(folder: Path, naive: Naive, config: dict[str, Any]) -> None:
     """config.json and one sparse model.safetensors whose data is a hole of the right length."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
-    header: dict[str, Any] = {}
-    offset = 0
-    for key, (dtype, shape) in naive.entries.items():
-        size = SIZES.get(dtype, 1)
-        for extent in shape:
-            size *= extent
-        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(folder / "model.safetensors", "wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        out.truncate(8 + len(text) + offset)
+    write_sparse_shard(
+        folder / "model.safetensors",
+        {key: (dtype, shape, SIZES.get(dtype, 1) * math.prod(shape)) for key, (dtype, shape) in naive.entries.items()},
+    )
 
 
 def judge(name: str, module: str, folder: Path) -> dict[str, Any]:

@@ -14,30 +14,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from tests.checkpoints import Tensors, read_header, read_tensors
+
 from . import generate as generator
 from . import run, scale
 from .generate import ALIAS, CANONICAL, PRESETS, Generated, Recipe, generate
 
 FIXTURE = generator.TEMPLATE
-
-
-def header(path: Path) -> tuple[dict[str, Any], int]:
-    with open(path, "rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        return json.loads(file.read(size)), 8 + size
-
-
-def read(root: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """Every tensor of a checkpoint: dtype, shape, bytes."""
-    found = {}
-    for path in sorted(root.glob("*.safetensors")):
-        entries, start = header(path)
-        data = path.read_bytes()[start:]
-        for name, entry in entries.items():
-            if name != "__metadata__":
-                a, b = entry["data_offsets"]
-                found[name] = (entry["dtype"], tuple(entry["shape"]), data[a:b])
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +29,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Generated:
 
 
 @pytest.fixture(scope="module")
-def tiny_tensors(tiny: Generated) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    return read(tiny.path)
+def tiny_tensors(tiny: Generated) -> Tensors:
+    return read_tensors(tiny.path)
 
 
 def meta_model(recipe: Recipe, folder: Path) -> Any:
@@ -121,8 +104,8 @@ def test_layout_is_the_real_exporters(tmp_path: Path) -> None:
         vocabulary=text["vocab_size"],
     )
     made = generate(tmp_path / "made", recipe)
-    real, _ = header(FIXTURE / "model.safetensors")
-    ours, _ = header(made.path / "model.safetensors")
+    real, _ = read_header(FIXTURE / "model.safetensors")
+    ours, _ = read_header(made.path / "model.safetensors")
     assert list(ours.items()) == list(real.items())
     for name in ("config.json", "hf_quant_config.json"):
         ours_config = json.loads((made.path / name).read_text())
@@ -134,7 +117,7 @@ def test_layout_is_the_real_exporters(tmp_path: Path) -> None:
 
 
 def test_both_sides_are_equal_but_for_what_is_the_sides_own(
-    tiny_tensors: dict[str, tuple[str, tuple[int, ...], bytes]],
+    tiny_tensors: Tensors,
 ) -> None:
     pairs = [
         (name, name.replace(ALIAS, CANONICAL))
@@ -149,7 +132,7 @@ def test_both_sides_are_equal_but_for_what_is_the_sides_own(
 
 
 def test_payload_is_random_and_every_scale_valid(
-    tiny_tensors: dict[str, tuple[str, tuple[int, ...], bytes]],
+    tiny_tensors: Tensors,
 ) -> None:
     large = [data for dtype, _, data in tiny_tensors.values() if dtype == "U8"]
     assert len(set(large)) == len(large) // 2
@@ -173,8 +156,8 @@ def test_the_same_recipe_gives_the_same_bytes_with_any_number_of_threads(tiny: G
     for path in tiny.path.iterdir():
         assert (again.path / path.name).read_bytes() == path.read_bytes(), path.name
     other = generate(tmp_path / "other", dataclasses.replace(PRESETS["tiny"], seed=1))
-    assert read(other.path).keys() == read(tiny.path).keys()
-    assert read(other.path) != read(tiny.path)
+    assert read_tensors(other.path).keys() == read_tensors(tiny.path).keys()
+    assert read_tensors(other.path) != read_tensors(tiny.path)
 
 
 def test_the_full_preset_is_the_published_checkpoint() -> None:
@@ -199,7 +182,7 @@ def test_a_headers_only_checkpoint_has_its_full_size_and_no_data(tmp_path: Path)
     recipe = dataclasses.replace(PRESETS["tiny"], headers_only=True, max_shard_bytes=1 << 40)
     made = generate(tmp_path / "sparse", recipe)
     path = made.path / "model.safetensors"
-    entries, start = header(path)
+    entries, start = read_header(path)
     assert path.stat().st_size == start + made.data_bytes
     assert max(entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__") == made.data_bytes
     assert not any(path.read_bytes()[start:])
@@ -306,7 +289,7 @@ def test_ours_and_the_users_script_do_the_same_job(tiny: Generated, tmp_path: Pa
 
     tierewrite.rewrite(tiny.path, tmp_path / "ours", ties=tiny.ties_file)
     user_script.main(tiny.path, tmp_path / "theirs", "save_file")
-    ours, theirs = read(tmp_path / "ours"), read(tmp_path / "theirs")
+    ours, theirs = read_tensors(tmp_path / "ours"), read_tensors(tmp_path / "theirs")
     assert len(ours) == tiny.canonical_tensors
     assert sum(len(data) for _, _, data in ours.values()) == tiny.canonical_bytes
     assert ours == theirs
