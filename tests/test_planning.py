@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tierewrite.numbers.merging import mergeable
-from tierewrite.planning.groups import plan
+from tierewrite.planning.planner import plan
 from tierewrite.planning.plan import RewritePlan
 from tierewrite.planning.policy import Policy
 from tierewrite.source.table import DTYPE_BITS, Checkpoint, Shard, TensorEntry

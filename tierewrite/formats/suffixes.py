@@ -96,6 +96,12 @@ def kv_scale(key: str, families: tuple[str, ...] | None = None) -> tuple[str, st
     return None
 
 
+@lru_cache(maxsize=1)
+def kv_words() -> frozenset[str]:
+    """The last words of all keys that `kv_scale` knows, of any family."""
+    return frozenset(row.suffix.rpartition(".")[2] for family in FAMILIES.values() for row in family.kv)
+
+
 # --- which tensors are parameters, and which only belong to one -------------------------------------------------------
 
 

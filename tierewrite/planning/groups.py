@@ -1,761 +1,444 @@
-"""What to do: a pure function of what is on disk, what the model declares and what the caller wants.
-
-`plan()` reads no tensor bytes. It answers: if every tie is confirmed, what becomes of each tensor of the source, and
-in which output shard does each survivor stand? Groups that the headers alone refute are listed as unconfirmed and their
-tensors kept. The result is data: printed by `tierewrite plan`, executed as it stands by the pass.
+"""What becomes of the tensors of one tie, if its bytes agree: slots that are alike are planned together, as columns.
 
 Refused here (the group is kept whole and the reason recorded):
   - sides with different sets of weight-derived tensors, or with different dtypes or shapes of them;
   - a companion that no family knows (`suffix` below the module of a tied weight);
-  - a key that two groups claim, or a canonical name that is taken by something else.
+  - activation scales that cannot become one value.
 """
 
 from __future__ import annotations
 
-import bisect
-import math
-import operator
-import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import accumulate, chain, repeat
-from typing import Any, NamedTuple, TypeVar, cast
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from tierewrite import formats
-from tierewrite.formats import Companion, Role
-from tierewrite.formats.nvfp4_blobs import blob_of, fused_sets
+from tierewrite.formats import Companion
 from tierewrite.numbers import merging
-from tierewrite.planning.plan import (
-    Action,
-    ExpertScales,
-    GroupPlan,
-    Merge,
-    OutShard,
-    OutTensor,
-    RewritePlan,
-    TensorPlan,
-    kind_of,
-)
-from tierewrite.planning.policy import Policy
-from tierewrite.source.rows import rows_of
-from tierewrite.source.table import Checkpoint, TensorEntry, gc_paused
-from tierewrite.ties.on_disk import DiskTies, TieGroup
-
-_T = TypeVar("_T")
+from tierewrite.planning.plan import Action, Checks, Merges, keys_of
+from tierewrite.planning.sides import Layout, Sides
+from tierewrite.source.table import Tensors
+from tierewrite.ties.on_disk import TieGroup
 
 
-_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.([^.]+)\.([^.]+)")
+class Unconfirmed(Exception):
+    """Headers refute a group: `reason` says why, `slot` is the position of the first slot that they refute."""
+
+    def __init__(self, reason: str, slot: int = 0) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.slot = slot
 
 
-# An enum's members take several times as long to look up as a name of the module, and there is one a tensor.
-_KEEP, _RENAME, _DROP, _MERGE = Action.KEEP, Action.RENAME, Action.DROP, Action.MERGE
-
-
-@gc_paused()
-def plan(
-    checkpoint: Checkpoint,
-    ties: DiskTies,
-    policy: Policy | None = None,
-    *,
-    ties_source: str = "none",
-    ties_detail: str = "",
-    unpaired: tuple[str, ...] = (),
-    warnings: Iterable[str] = (),
-    refuted: Mapping[str, str] | None = None,
-    separate_kv: Iterable[str] = (),
-    repacked: Mapping[str, frozenset[str]] | None = None,
-    unfillable: frozenset[str] = frozenset(),
-) -> RewritePlan:
-    """What will be done with `checkpoint` if every tie that the headers allow is confirmed.
-
-    Args:
-        checkpoint: the source, headers only.
-        ties: the declared ties under the names that are on disk.
-        policy: the options; defaults to `Policy()`.
-        ties_source, ties_detail, unpaired: who declared the ties, for the record.
-        warnings: what reading the checkpoint and asking for its ties had to say.
-        refuted: group id -> reason, for groups that their bytes have already refuted: they are kept whole.
-        separate_kv: targets of KV-scale merges that are not to be carried out (their biases differ).
-        repacked: group id -> modules whose NVFP4 blobs are known to differ by scaling alone.
-        unfillable: output keys of scales that are missing and stay so.
-
-    Returns:
-        A plan in which each tensor of the source occurs once.
-    """
-    policy = policy or Policy()
-    drafted = _Planner(
-        checkpoint, ties, policy, refuted or {}, frozenset(separate_kv), repacked or {}, unfillable
-    ).run()
-    said = tuple(dict.fromkeys((*warnings, *drafted.warnings)))
-    return replace(drafted, ties_source=ties_source, ties_detail=ties_detail, unpaired=unpaired, warnings=said)
-
-
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """What the suffixes below one parameter are; the same for every expert, so it is worked out once.
+@dataclass(frozen=True)
+class Decisions:
+    """What becomes of some tensors, as columns; where a row occurs twice the later one counts.
 
     Attributes:
-        exact: part -> index of its suffix, for the tensors that must be identical on all sides.
-        ranges: part -> (index, companion), for the activation scales.
-        unknown: index of the first suffix that no family knows, or -1.
+        row: int64, rows of the source.
+        action: int8, position in `ACTIONS`.
+        stands_for: int64, the row that holds it in the output.
+        merged: bool, whether a merged value is written in its place.
+        new_names: row -> key in the output, of those that are renamed.
     """
 
-    exact: dict[str, int]
-    ranges: dict[str, tuple[int, Companion]]
-    unknown: int = -1
+    row: np.ndarray
+    action: np.ndarray
+    stands_for: np.ndarray
+    merged: np.ndarray
+    new_names: dict[int, str] = field(default_factory=dict)
 
 
-_Header = tuple[str, tuple[int, ...]]
-_first = operator.itemgetter(0)
-_header_of = operator.itemgetter(1, 2)
-"""Dtype and shape of an entry."""
-
-_TOGETHER = (256, 16, 1)
-"""How many slots are planned together: fewer where one of them is unlike the first, or refuted by its headers."""
-
-
-class _Column(NamedTuple):
-    """One side of the slots that are planned together; each slot has the same suffixes there.
+@dataclass(frozen=True)
+class Draft:
+    """A group whose headers agree.
 
     Attributes:
-        names: the parameter's name in each slot.
-        keys: for each suffix, its key in each slot.
-        headers: for each suffix, dtype and shape in each slot.
-        layout: what the suffixes are.
+        decisions: what becomes of its tensors, slot by slot.
+        checks: what must be equal, slot by slot: weight-derived tensors, in a smoothed checkpoint their neighbours too.
+        merges: activation scales that become one, slot by slot.
+        slots: the positions of the slots of which any side is there, ascending.
+        touched: False where nothing is to be done: the canonical side alone is there.
     """
 
-    names: Sequence[str]
-    keys: list[list[str]]
-    headers: list[list[_Header]]
-    layout: _Layout
+    decisions: Decisions
+    checks: Checks
+    merges: Merges
+    slots: list[int]
+    touched: bool
 
 
-class _Rows(NamedTuple):
-    """Tensors of which one survives, in each slot.
+@dataclass(frozen=True)
+class _Line:
+    """One part of slots that are alike: the tensors of which one survives.
 
     Attributes:
-        keys: for each side, its key in each slot; the first side's survives.
-        targets: the survivor's key in the output, in each slot.
-        merged: whether a merged value takes its place.
+        part: what `Layout` calls it.
+        rows: int64 [slots, sides that have it]; the first side's survives.
+        renamed: whether the survivor takes the canonical side's name.
+        companion: the role of an activation scale; None for what must be equal.
     """
 
-    keys: list[list[str]]
-    targets: list[str]
-    merged: bool = False
+    part: str
+    rows: np.ndarray
+    renamed: bool
+    companion: Companion | None = None
+
+    @property
+    def merged(self) -> bool:
+        """Whether a merged value takes the survivor's place."""
+        return self.companion is not None and (self.renamed or self.rows.shape[1] > 1)
 
     @property
     def action(self) -> Action:
         """What becomes of the survivor."""
-        return _RENAME if self.keys[0] != self.targets else _MERGE if self.merged else _KEEP
+        return Action.RENAME if self.renamed else Action.MERGE if self.merged else Action.KEEP
 
 
-class _Unconfirmed(Exception):
-    """Raised inside the planner when headers refute a group."""
+@dataclass(frozen=True)
+class _Together:
+    """Slots that are alike, planned.
+
+    Attributes:
+        slots: int64 [slots], their positions in the tie, ascending.
+        lines: one a part: first those that must be equal, then the activation scales.
+        exact: how many of `lines` must be equal.
+        neighbours: of a smoothed checkpoint: position in `slots`, and the two rows that must be equal too.
+        touched: whether there is anything to do.
+    """
+
+    slots: np.ndarray
+    lines: list[_Line]
+    exact: int
+    neighbours: list[tuple[int, int, int]]
+    touched: bool
 
 
-@dataclass
-class _Draft:
-    """A group while it is planned."""
+class GroupPlanner:
+    """Plans one tie after the other.
 
-    tie: TieGroup
-    tensors: dict[str, TensorPlan] = field(default_factory=dict)
-    checks: list[tuple[str, ...]] = field(default_factory=list)
-    merges: list[Merge] = field(default_factory=list)
-    attention: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    touched: bool = False
+    Args:
+        tensors: the source.
+        sides: what each parameter became on disk.
+        adjacency: in a smoothed checkpoint, what a module's scale was folded into.
+        canonical_of: there, parameter -> canonical parameter of its slot.
+    """
 
-
-class _Planner:
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        ties: DiskTies,
-        policy: Policy,
-        refuted: Mapping[str, str],
-        separate_kv: frozenset[str],
-        repacked: Mapping[str, frozenset[str]],
-        unfillable: frozenset[str],
+        self, tensors: Tensors, sides: Sides, adjacency: formats.Adjacency, canonical_of: dict[str, str]
     ) -> None:
-        self.entries = checkpoint.tensors
-        self.checkpoint = checkpoint
-        self.ties = ties
-        self.policy = policy
-        self.refuted = refuted
-        self.separate_kv = separate_kv
-        self.repacked = repacked
-        self.unfillable = unfillable
-        last_words = {name.rpartition(".")[2] for name in self.entries}  # all that detection looks at
-        self.families = formats.detect(checkpoint.config, checkpoint.quant_config, last_words)
-        self.adjacency = formats.Adjacency(self.entries.keys(), checkpoint.config, checkpoint.quant_config)
-        self.canonical_of = (
-            {name: slot[0] for group in ties.groups for slot in group.slots for name in slot}
-            if self.adjacency.smoothed
-            else {}
-        )
-        # Looking half a million keys up costs more than all else here: what can be walked in an order is not looked up.
-        self.sorted_entries = sorted(self.entries.values(), key=_first)
-        self.sorted_keys = [entry[0] for entry in self.sorted_entries]
-        # A tied parameter's own name is never a companion of its neighbour (a tied bias beside a tied weight).
-        self.reserved = {name for group in ties.groups for slot in group.slots for name in slot}
-        self.reserved |= ties.owned
-        # None until a group decides; what none does is kept, in the end.
-        self.fates: dict[str, TensorPlan | None] = dict.fromkeys(self.entries)
-        self.plans: dict[str, TensorPlan] = {}
-        self.layouts: dict[tuple[str, tuple[str, ...]], _Layout] = {}
-        self.mergeable: dict[tuple[_Header, ...], str | None] = {}
-        self.planned: set[str] = set()
-        self.taken: set[str] = set()
-        self.warnings: list[str] = []
+        self._tensors = tensors
+        self._sides = sides
+        self._adjacency = adjacency
+        self._canonical_of = canonical_of
+        self._mergeable: dict[tuple[int, ...], str | None] = {}
 
-    def run(self) -> RewritePlan:
-        groups: list[GroupPlan] = []
-        attention: dict[str, dict[str, tuple[str, ...]]] = {}
-        blocked: set[str] = set()
-        for tie in self.ties.groups:
-            draft = _Draft(tie)
-            reason = self.refuted.get(tie.id) or tie.problem
-            if reason is None:
-                try:
-                    self._slots(draft, tie.slots)
-                    self._claim(draft)
-                except _Unconfirmed as error:
-                    reason = str(error)
-            if reason is not None:
-                groups.append(self._group(tie, "unconfirmed", reason=reason))
-                blocked.update(_attention_of(slot[0]) for slot in tie.slots)
-                for key in self._members(tie):
-                    self.fates[key] = TensorPlan(key, Action.KEEP, key, group=tie.id)
-                continue
-            self.fates.update(draft.tensors)
-            for alias, canonical in draft.attention.items():
-                attention.setdefault(alias, {}).setdefault(tie.id, canonical)
-            modules = self.repacked.get(tie.id, frozenset())
-            differing = (
-                tuple(row for row in draft.checks if blob_of(row[0], self.entries)[0] in modules) if modules else ()
-            )
-            replaced = set(differing)
-            for row in differing:
-                self.fates[row[0]] = draft.tensors[row[0]]._replace(action=Action.REPACK)
-            groups.append(
-                self._group(
-                    tie,
-                    "planned" if draft.touched else "canonical",
-                    checks=tuple(row for row in draft.checks if row not in replaced),
-                    merges=tuple(draft.merges),
-                    repacked=modules,
-                    differing=differing,
-                )
-            )
-        by_id = {group.id: group for group in groups}
-        if self.policy.kv_scales == "merge":
-            self._kv_scales({a: o for a, o in attention.items() if a not in blocked}, by_id)
-        undecided = [name for name, fate in self.fates.items() if fate is None]
-        self.fates.update(zip(undecided, map(TensorPlan, undecided, repeat(_KEEP), undecided), strict=True))
-        self.plans = cast("dict[str, TensorPlan]", self.fates)
-        if self.policy.unify_fused_scales:
-            self._mark_fused()
-        survivors, shard_bytes = self._counted(by_id)
-        expert_scales = self._expert_scales() if self.policy.fill_missing_scales else ()
-        return RewritePlan(
-            expert_scales=expert_scales,
-            tensors=self.plans,
-            groups=tuple(by_id.values()),
-            shards=self._layout(survivors, expert_scales, max(shard_bytes, default=0)),
-            policy=self.policy,
-            warnings=tuple(self.warnings),
-            source_bytes=sum(shard_bytes),
-            source_shards=len(self.checkpoint.shards),
-            families=self.families,
-            by_id=by_id,
-        )
-
-    def _counted(self, by_id: dict[str, GroupPlan]) -> tuple[dict[str, TensorEntry], list[int]]:
-        """Writes into the groups what is dropped; returns output key -> entry of all else, and each shard's bytes."""
-        shard_bytes = [0] * len(self.checkpoint.shards)
-        survivors: dict[str, TensorEntry] = {}
-        dropped: dict[str | None, list[int]] = {name: [] for name in by_id}
-        for entry, (_, action, target, _, owner) in zip(self.entries.values(), self.plans.values(), strict=True):
-            _, _, _, shard, start, end = entry
-            shard_bytes[shard] += end - start
-            if action is _DROP:
-                dropped[owner].append(end - start)
-            else:
-                survivors[target] = entry
-        for name, group in by_id.items():
-            if sizes := dropped[name]:
-                by_id[name] = replace(group, dropped=len(sizes), dropped_bytes=sum(sizes))
-        return survivors, shard_bytes
-
-    @staticmethod
-    def _group(tie: TieGroup, status: str, **more: Any) -> GroupPlan:
-        return GroupPlan(tie.id, tie.canonical, tie.aliases, tie.origins, status, kind=kind_of(tie.canonical), **more)
-
-    # -- one parameter as it is on disk --------------------------------------------------------------------------
-
-    def _below(self, prefix: str) -> list[TensorEntry]:
-        """The tensors whose keys begin with `prefix`, by bisection: no list is searched."""
-        keys = self.sorted_keys
-        start = end = bisect.bisect_left(keys, prefix)
-        while end < len(keys) and keys[end].startswith(prefix):
-            end += 1
-        return self.sorted_entries[start:end]
-
-    def _side(self, name: str) -> tuple[list[TensorEntry], _Layout]:
-        """What the parameter `name` became on disk.
-
-        A part is the same on every side of a tie: the suffix below the module, with the parameter's own last word
-        written as "*" (sides may call it differently).
-
-        Raises:
-            _Unconfirmed: a suffix that no family knows.
-        """
-        parent, _, leaf = name.rpartition(".")
-        stem = f"{parent}." if parent else ""
-        if leaf == "weight":
-            entries = self._below(stem) if parent else self._below(leaf)
-        else:
-            entries = [*self._below(f"{name}_"), *self._below(f"{name}.")]
-            if name in self.entries:
-                entries.insert(0, self.entries[name])
-        reserved = self.reserved
-        entries = [entry for entry in entries if (key := entry[0]) not in reserved or key == name]
-        cut = len(stem)
-        suffixes = tuple([entry[0][cut:] for entry in entries])
-        layout = self.layouts.get((leaf, suffixes))
-        if layout is None:
-            layout = self.layouts[leaf, suffixes] = self._classified(leaf, suffixes)
-        if layout.unknown >= 0:
-            raise _Unconfirmed(
-                f"no known format has the tensor '{entries[layout.unknown].name}' (suffix "
-                f"'{suffixes[layout.unknown]}') beside the tied parameter '{name}'"
-            )
-        return entries, layout
-
-    def _column(self, names: Sequence[str]) -> _Column:
-        """What the parameters `names`, one side of as many slots, became on disk.
-
-        Raises:
-            _Unconfirmed: as `_side` does for the first; or another is unlike the first.
-        """
-        entries, layout = self._side(names[0])
-        count = len(entries)
-        if len(names) > 1:
-            entries = self._alike(names, [entry.name for entry in entries])
-        keys = [entry[0] for entry in entries]
-        headers = list(map(_header_of, entries))
-        return _Column(
-            names, [keys[i::count] for i in range(count)], [headers[i::count] for i in range(count)], layout
-        )
-
-    def _alike(self, names: Sequence[str], first: Sequence[str]) -> list[TensorEntry]:
-        """The tensors below the weights `names`, one after the other.
+    def planned(self, tie: TieGroup, first: np.ndarray, layout: np.ndarray) -> Draft:
+        """What becomes of the tensors of `tie`.
 
         Args:
-            first: the keys below the first: every other has to have the same suffixes, and none that is reserved.
+            first, layout: [slots, sides], as `Sides` has them.
 
         Raises:
-            _Unconfirmed: one has not.
+            Unconfirmed: headers refute one of the slots: the first that they do.
         """
-        stems = [name.removesuffix("weight") for name in names]
-        suffixes = [key[len(stems[0]) :] for key in first]
-        count = len(first)
-        starts = [bisect.bisect_left(self.sorted_keys, stem) for stem in stems]
-        entries = [entry for start in starts for entry in self.sorted_entries[start : start + count]]
-        following = [self.sorted_keys[start + count : start + count + 1] for start in starts]
-        keys = [stem + suffix for stem in stems for suffix in suffixes]
-        if (
-            not all(name.endswith(".weight") for name in names)
-            or [entry[0] for entry in entries] != keys
-            or any(key.startswith(stem) for stem, more in zip(stems, following, strict=True) for key in more)
-            or any(not self.reserved.isdisjoint(keys[i::count]) for i in range(count) if suffixes[i] != "weight")
-        ):
-            raise _Unconfirmed(f"'{names[0]}' and the other {len(names) - 1} are not alike")
-        return entries
-
-    def _classified(self, leaf: str, suffixes: tuple[str, ...]) -> _Layout:
-        exact: dict[str, int] = {}
-        ranges: dict[str, tuple[int, Companion]] = {}
-        for index, suffix in enumerate(suffixes):
-            companion = formats.classify(leaf, suffix, self.families) or formats.classify(leaf, suffix)
-            if companion is None:
-                return _Layout(exact, ranges, unknown=index)
-            part = "*" + suffix[len(leaf) :] if suffix.startswith(leaf) else suffix
-            if companion.role.identical:
-                exact[part] = index
-            elif companion.role is Role.ACTIVATION:
-                ranges[part] = (index, companion)
-        return _Layout(exact, ranges)
-
-    def _canonical_key(self, name: str, part: str) -> str:
-        parent, _, leaf = name.rpartition(".")
-        suffix = leaf + part[1:] if part.startswith("*") else part
-        return f"{parent}.{suffix}" if parent else suffix
-
-    def _slots(self, draft: _Draft, slots: Sequence[tuple[str, ...]], sizes: Sequence[int] = _TOGETHER) -> None:
-        """Plans all `slots`, as many together as the first of `sizes` says.
-
-        Raises:
-            _Unconfirmed: headers refute one of them: the first.
-        """
-        size, *smaller = sizes
-        for at in range(0, len(slots), size):
-            some = slots[at : at + size]
+        done: list[_Together] = []
+        refused: Unconfirmed | None = None
+        for slots in _alike(layout):
             try:
-                self._together(draft, some)
-            except _Unconfirmed:
-                if len(some) == 1:
-                    raise
-                self._slots(draft, some, smaller)
+                together = self._together(tie, slots, first[slots], layout[slots[0]])
+            except Unconfirmed as error:
+                if refused is None or error.slot < refused.slot:
+                    refused = error
+            else:
+                if together is not None:
+                    done.append(together)
+        if refused is not None:
+            raise refused
+        return Draft(
+            _decisions(tie, done),
+            Checks(self._tensors, _checks(done, layout.shape[1])),
+            self._merges(tie, done, layout.shape[1]),
+            sorted(slot for together in done for slot in together.slots.tolist()),
+            any(together.touched for together in done),
+        )
 
-    def _together(self, draft: _Draft, slots: Sequence[tuple[str, ...]]) -> None:
-        """Plans slots that are alike, as the thousands of a mixture of experts are: by columns, which is faster.
+    # -- slots that are alike
+
+    def _together(self, tie: TieGroup, slots: np.ndarray, first: np.ndarray, layout: np.ndarray) -> _Together | None:
+        """Plans `slots`, of which each side has one layout; None where no side has any weight.
 
         Raises:
-            _Unconfirmed: headers refute one of them, or several are not alike. Nothing is planned then.
+            Unconfirmed: headers refute one of them.
         """
-        columns = [self._column(names) for names in zip(*slots, strict=True)]
-        present = [column for column in columns if column.layout.exact]
+        layouts = [self._sides.layouts[number] for number in layout]
+        names = tie.slots[slots[0]]
+        for side, one in enumerate(layouts):
+            if one.unknown >= 0:
+                key = self._tensors.names[self._sides.rows[first[0, side] + one.unknown]]
+                raise Unconfirmed(
+                    f"no known format has the tensor '{key}' (suffix '{one.suffixes[one.unknown]}') beside the tied "
+                    f"parameter '{names[side]}'",
+                    int(slots[0]),
+                )
+        present = [side for side, one in enumerate(layouts) if one.exact]
         if not present:
-            return
-        first = present[0]
-        self._compare(present)
-        rows = []
-        for part in first.layout.exact:
-            keys = [column.keys[column.layout.exact[part]] for column in present]
-            targets = self._targets(columns[0], first, part, keys[0])
-            rows.append(_Rows(keys, targets))
-        checks = self._checks(rows, present) if len(present) > 1 else []
-        merges = []
-        ranges = {part: companion for column in present for part, (_, companion) in column.layout.ranges.items()}
-        for part, companion in ranges.items():
-            found = [(column, column.layout.ranges[part][0]) for column in present if part in column.layout.ranges]
-            keys = [column.keys[index] for column, index in found]
-            for headers in set(zip(*[column.headers[index] for column, index in found], strict=True)):
-                reason = self._unmergeable([column[0] for column in keys], headers)
-                if reason is not None:
-                    raise _Unconfirmed(reason)
-            targets = self._targets(columns[0], found[0][0], part, keys[0])
-            merged = len(keys) > 1 or keys[0] != targets
-            rows.append(_Rows(keys, targets, merged))
-            if merged:
-                merges.append(map(Merge, targets, zip(*keys, strict=True), repeat(companion)))
-        draft.tensors.update(_fates(rows, draft.tie.id))
-        draft.checks.extend(checks)
-        draft.merges.extend(_in_turn(merges))
-        if first is not columns[0] or len(present) > 1:
-            draft.touched = True
-        if self.policy.kv_scales == "merge" and len(columns) > 1:
-            for slot in slots:
-                attention = _attention_of(slot[0])
-                if attention:
-                    draft.attention[attention] = tuple(map(_attention_of, slot))
+            return None
+        self._same_parts(names, present, layouts, first[0], int(slots[0]))
+        exact = [
+            self._line(part, present, [layouts[side].exact[part] for side in present], first)
+            for part in layouts[present[0]].exact
+        ]
+        ranges = self._ranges(present, layouts, first)
+        neighbours, refusals = self._neighbours(tie, slots, present)
+        refusals.extend(self._differing(exact, present, layouts))
+        refusals.extend(self._unmergeable(ranges))
+        if refusals:
+            at, _, reason = min(refusals)
+            raise Unconfirmed(reason, int(slots[at]))
+        touched = present[0] != 0 or len(present) > 1
+        return _Together(slots, [*exact, *ranges], len(exact), neighbours, touched)
 
-    def _targets(self, canonical: _Column, survivor: _Column, part: str, keys: list[str]) -> list[str]:
-        """The output's keys for the `keys` of `survivor`: its own if it is the canonical side, else put together."""
-        return keys if survivor is canonical else [self._canonical_key(name, part) for name in canonical.names]
+    def _line(
+        self,
+        part: str,
+        sides: list[int],
+        indices: list[int],
+        first: np.ndarray,
+        companion: Companion | None = None,
+    ) -> _Line:
+        """`part` on `sides`, where it is the tensor number `indices` of each."""
+        return _Line(part, self._sides.rows[first[:, sides] + indices], sides[0] != 0, companion)
 
-    def _checks(self, rows: Sequence[_Rows], present: Sequence[_Column]) -> list[tuple[str, ...]]:
-        """What must be equal, slot by slot: weight-derived tensors, and in a smoothed checkpoint their neighbours."""
-        exact = [zip(*row.keys, strict=True) for row in rows]
-        if not self.adjacency.smoothed:
-            return _in_turn(exact)
-        checks: list[tuple[str, ...]] = []
-        sides = zip(*[column.names for column in present], strict=True)
-        for names, of_slot in zip(sides, zip(*exact, strict=True), strict=True):
-            checks.extend(of_slot)
-            checks.extend(self._neighbours(names))
-        return checks
+    def _ranges(self, present: list[int], layouts: list[Layout], first: np.ndarray) -> list[_Line]:
+        """The activation scales of the sides that are there."""
+        companions = {part: found for side in present for part, (_, found) in layouts[side].ranges.items()}
+        lines = []
+        for part, companion in companions.items():
+            having = [side for side in present if part in layouts[side].ranges]
+            indices = [layouts[side].ranges[part][0] for side in having]
+            lines.append(self._line(part, having, indices, first, companion))
+        return lines
 
-    def _compare(self, present: Sequence[_Column]) -> None:
-        """The weight-derived tensors of the first side, the same set with the same headers, against every other's.
+    def _same_parts(
+        self, names: Sequence[str], present: list[int], layouts: list[Layout], first: np.ndarray, slot: int
+    ) -> None:
+        """All sides have the same set of weight-derived tensors; in the first slot with the same headers.
 
         Raises:
-            _Unconfirmed: with the first difference.
+            Unconfirmed: one has not.
         """
-        first = present[0]
-        exact = first.layout.exact
+        lead = present[0]
+        parts = layouts[lead].exact
+        rows, kind = self._sides.rows, self._tensors.kind
         for side in present[1:]:
-            other = side.layout.exact
-            if other.keys() != exact.keys():
-                lacking = sorted(exact.keys() - other.keys())
-                extra = sorted(other.keys() - exact.keys())
-                have = first.keys[exact[lacking[0]]][0] if lacking else side.keys[other[extra[0]]][0]
-                name = side.names[0] if lacking else first.names[0]
-                raise _Unconfirmed(
-                    f"'{first.names[0]}' and '{side.names[0]}' are stored differently: '{have}' has no twin on the "
-                    f"side of '{name}'"
+            other = layouts[side].exact
+            if other.keys() != parts.keys():
+                lacking, extra = sorted(parts.keys() - other.keys()), sorted(other.keys() - parts.keys())
+                at = first[lead] + parts[lacking[0]] if lacking else first[side] + other[extra[0]]
+                raise Unconfirmed(
+                    f"'{names[lead]}' and '{names[side]}' are stored differently: '{self._tensors.names[rows[at]]}' "
+                    f"has no twin on the side of '{names[side if lacking else lead]}'",
+                    slot,
                 )
             for part, index in other.items():
-                if first.headers[exact[part]] != side.headers[index]:
-                    mine, theirs = self.entries[first.keys[exact[part]][0]], self.entries[side.keys[index][0]]
-                    raise _Unconfirmed(
-                        f"'{mine.name}' is {_header_text(mine)} but '{theirs.name}' is {_header_text(theirs)}"
-                    )
+                mine, theirs = rows[first[lead] + parts[part]], rows[first[side] + index]
+                if kind[mine] != kind[theirs]:
+                    raise Unconfirmed(f"{self._described(mine)} but {self._described(theirs)}", slot)
 
-    def _neighbours(self, names: Sequence[str]) -> Iterator[tuple[str, str]]:
-        """In a smoothed checkpoint, what a side's scale was folded into must be one as well."""
+    def _differing(self, lines: list[_Line], present: list[int], layouts: list[Layout]) -> list[tuple[int, int, str]]:
+        """The first slot whose headers differ where they must not: its position, 0 and the reason; or nothing."""
+        kind = self._tensors.kind
+        differs = np.zeros(len(lines[0].rows), bool)
+        for line in lines:
+            kinds = kind[line.rows]
+            differs |= (kinds != kinds[:, :1]).any(axis=1)
+        if not differs.any():
+            return []
+        at = int(differs.argmax())
+        rows = {line.part: line.rows[at].tolist() for line in lines}
+        pairs = [(rows[part][0], rows[part][n]) for n, side in enumerate(present) for part in layouts[side].exact]
+        mine, theirs = next((mine, theirs) for mine, theirs in pairs if kind[mine] != kind[theirs])
+        return [(at, 0, f"{self._described(mine)} but {self._described(theirs)}")]
+
+    def _unmergeable(self, lines: list[_Line]) -> Iterator[tuple[int, int, str]]:
+        """For each of the activation scales, the first slot whose sides cannot become one by their headers."""
+        for number, line in enumerate(lines):
+            kinds = self._tensors.kind[line.rows]
+            alike = kinds[:1] if (kinds == kinds[0]).all() else np.unique(kinds, axis=0)
+            for some in alike:
+                reason = self._why_unmergeable(tuple(some.tolist()))
+                if reason is not None:
+                    at = int((kinds == some).all(axis=1).argmax())
+                    keys = keys_of(self._tensors.names, line.rows[at].tolist())
+                    yield at, 2 + number, f"{', '.join(map(repr, keys))}: {reason}"
+
+    def _why_unmergeable(self, kinds: tuple[int, ...]) -> str | None:
+        """Why scales of these kinds cannot become one; None if they can."""
+        if kinds not in self._mergeable:
+            self._mergeable[kinds] = merging.mergeable(tuple([self._tensors.kinds[kind] for kind in kinds]))
+        return self._mergeable[kinds]
+
+    def _described(self, row: int) -> str:
+        return f"'{self._tensors.names[row]}' is {self._header(row)}"
+
+    def _header(self, row: int) -> str:
+        dtype, shape = self._tensors.kinds[self._tensors.kind[row]]
+        return f"{dtype} {list(shape)}"
+
+    # -- smoothed checkpoints
+
+    def _neighbours(
+        self, tie: TieGroup, slots: np.ndarray, present: list[int]
+    ) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, str]]]:
+        """In a smoothed checkpoint, what a side's scale was folded into must be one as well.
+
+        Returns:
+            Position of the slot and the two rows that must be equal; and the first slot of which the headers of two
+            differ: its position, 1 and the reason.
+        """
+        pairs: list[tuple[int, int, int]] = []
+        if not self._adjacency.smoothed or len(present) < 2:
+            return pairs, []
+        kind = self._tensors.kind
+        for at, slot in enumerate(slots.tolist()):
+            names = [tie.slots[slot][side] for side in present]
+            for twin, row in self._twins(names):
+                if kind[twin] != kind[row]:
+                    reason = (
+                        f"{self._described(twin)} but {self._described(row)}, and both were smoothed together with "
+                        f"'{names[0]}'"
+                    )
+                    return pairs, [(at, 1, reason)]
+                pairs.append((at, twin, row))
+        return pairs, []
+
+    def _twins(self, names: Sequence[str]) -> Iterator[tuple[int, int]]:
+        """The rows of the tied neighbours of a slot's sides, the first side's and another's."""
+        row = self._tensors.row
         first, *others = (
-            {self._untied(key): key for key in self.adjacency.of(name.rpartition(".")[0])} for name in names
+            {self._canonical_name(key): key for key in self._adjacency.of(name.rpartition(".")[0])} for name in names
         )
         for other in others:
-            for untied, key in other.items():
-                twin = first.get(untied, key)
-                if twin == key:
-                    continue
-                mine, theirs = self.entries[twin], self.entries[key]
-                if (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape):
-                    raise _Unconfirmed(
-                        f"'{twin}' is {_header_text(mine)} but '{key}' is {_header_text(theirs)}, and both were "
-                        f"smoothed together with '{names[0]}'"
-                    )
-                yield twin, key
+            for canonical, key in other.items():
+                twin = first.get(canonical, key)
+                if twin != key:
+                    yield row[twin], row[key]
 
-    def _untied(self, key: str) -> str:
+    def _canonical_name(self, key: str) -> str:
         """The canonical name of a tied parameter or of its companion; any other key as it is."""
-        if key in self.canonical_of:
-            return self.canonical_of[key]
+        if key in self._canonical_of:
+            return self._canonical_of[key]
         parent, _, suffix = key.rpartition(".")
-        canonical = self.canonical_of.get(f"{parent}.weight")
+        canonical = self._canonical_of.get(f"{parent}.weight")
         return key if canonical is None else f"{canonical.rpartition('.')[0]}.{suffix}"
 
-    def _claim(self, draft: _Draft) -> None:
-        """A tensor belongs to one group, and a canonical name to one survivor."""
-        renamed = [target for _, action, target, _, _ in draft.tensors.values() if action is _RENAME]
-        if renamed or any(map(self.fates.get, draft.tensors)):
-            for key, fate in draft.tensors.items():
-                if self._claimed(key):
-                    raise _Unconfirmed(f"'{key}' already belongs to the tie of '{self._claimed(key)}'")
-                target = fate.target
-                if fate.action is _RENAME and (
-                    (target in self.entries and target not in draft.tensors) or target in self.taken
-                ):
-                    raise _Unconfirmed(f"'{key}' would become '{target}', a name that another tensor has")
-        self.planned.add(draft.tie.id)
-        self.taken.update(renamed)
+    # -- all slots of a tie
 
-    def _claimed(self, key: str) -> str | None:
-        """The planned group that `key` belongs to; a group that is kept whole claims nothing."""
-        fate = self.fates[key]
-        return fate.group if fate is not None and fate.group in self.planned else None
-
-    def _members(self, tie: TieGroup) -> list[str]:
-        """Keys that belong to an unconfirmed group: the named parameters and what stands below their modules."""
-        members: list[str] = []
-        for slot in tie.slots:
-            for name in slot:
-                if name.endswith(".weight"):
-                    below = self._below(name[: -len("weight")])
-                else:
-                    below = [*self._below(f"{name}_"), *self._below(f"{name}.")]
-                members.extend(
-                    entry.name
-                    for entry in below
-                    if entry.name not in self.reserved and not self._claimed(entry.name)
-                )
-                if name in self.entries and not self._claimed(name):
-                    members.append(name)
-        return members
-
-    def _unmergeable(self, keys: Sequence[str], headers: tuple[_Header, ...]) -> str | None:
-        """Why the scales `keys` cannot become one, by their headers; None if they can."""
-        if headers not in self.mergeable:
-            self.mergeable[headers] = merging.mergeable(headers)
-        reason = self.mergeable[headers]
-        return None if reason is None else f"{', '.join(repr(key) for key in keys)}: {reason}"
-
-    # -- KV-cache scales -----------------------------------------------------------------------------------------
-
-    def _kv_scales(
-        self, attention: dict[str, dict[str, tuple[str, ...]]], by_id: dict[str, GroupPlan]
-    ) -> None:
-        """Merges the KV-cache scales of attention modules whose projections are tied.
-
-        The pairing of the attention modules comes from the ties of their projections, so that a layer which has a
-        `v_proj.v_scale` but no `v_proj.weight` is paired too.
-        """
-        found: dict[str, dict[str, tuple[str, Companion]]] = {}
-        for key in self.sorted_keys:
-            hit = formats.kv_scale(key, self.families) or formats.kv_scale(key)
-            if hit is not None:
-                module, rest, companion = hit
-                found.setdefault(module, {})[rest] = (key, companion)
-        claimed = {key for rests in found.values() for key, _ in rests.values() if self._claimed(key)}
-        for canonical, owners in sorted(attention.items()):
-            sides = next(iter(owners.values()))
-            rests = sorted({rest for side in sides for rest in found.get(side, {})})
-            # Biases and zero points have no common value: they are equal, or the layer's scales stay apart.
-            exact = [r for r in rests if any(r in found.get(s, {}) and found[s][r][1].merge is None for s in sides)]
-            biases = tuple(
-                keys
-                for rest in exact
-                for keys in [tuple(found[s][rest][0] for s in sides if rest in found.get(s, {}))]
-                if len(keys) > 1
-            )
-            scales_ = tuple(
-                tuple(found[s][rest][0] for s in sides if rest in found.get(s, {})) for rest in rests
-            )
-            lone_bias = any(
-                sum(rest in found.get(side, {}) for side in sides) != len([s for s in sides if s in found])
-                for rest in exact
-            )
-            if lone_bias:
-                self.warnings.append(f"KV scales of '{canonical}' are kept apart: a bias has no twin on another side")
+    def _merges(self, tie: TieGroup, done: Sequence[_Together], sides: int) -> Merges:
+        """The activation scales that become one, slot by slot."""
+        rows, slot, companion = [_empty(sides)], [_empty()], [_empty()]
+        companions: dict[Companion, int] = {}
+        names: list[str | None] = []  # in the order of `rows`: the key in the output, where it is not the carrier's
+        for together in done:
+            lines = [line for line in together.lines if line.merged]
+            if not lines:
                 continue
-            for rest in rests:
-                keys = tuple(found[s][rest][0] for s in sides if rest in found.get(s, {}))
-                companion = found[next(s for s in sides if rest in found.get(s, {}))][rest][1]
-                target = f"{canonical}.{rest}"
-                owner = self._kv_owner(rest, owners)
-                if keys == (target,) or target in self.separate_kv:
-                    continue
-                headers = tuple((self.entries[key].dtype, self.entries[key].shape) for key in keys)
-                if companion.merge is None:
-                    apart = len(set(headers)) > 1
-                else:
-                    apart = self._unmergeable(keys, headers) is not None
-                if apart or not claimed.isdisjoint(keys):
-                    self.warnings.append(f"KV scale '{target}' is kept apart: its sides are stored differently")
-                    continue
-                # With a bias the zero point moves too: only equal scales and biases stand for each other.
-                merge = Merge(target, keys, companion, kv=True, only_if_equal=scales_ if biases else ())
-                group = by_id[owner]
-                by_id[owner] = replace(group, merges=(*group.merges, merge), status="planned")
-                row = _Rows([[key] for key in keys], [target], companion.merge is not None)
-                self.fates.update(_fates([row], owner))
-
-    @staticmethod
-    def _kv_owner(rest: str, owners: Iterable[str]) -> str:
-        """The group that a KV scale is listed under: its own projection's, else the attention's first."""
-        word = rest.partition(".")[0]
-        for group in sorted(owners):
-            if f".{word}." in f".{group}.":
-                return group
-        return min(owners)
-
-    def _expert_scales(self) -> tuple[ExpertScales, ...]:
-        """The activation scales of unpacked experts, projection by projection."""
-        have: dict[tuple[str, str, str], dict[str, str]] = {}
-        weights: dict[tuple[str, str], dict[str, None]] = {}
-        companions: dict[str, Companion | None] = {}
-        for plan_ in self.plans.values():
-            if plan_.action is Action.DROP:
-                continue
-            found = _EXPERT.match(plan_.target)
-            if found is None:
-                continue
-            prefix, number, projection, suffix = found.groups()
-            companion = formats.classify("weight", suffix, self.families) or formats.classify("weight", suffix)
-            companions[suffix] = companion
-            if companion is None:
-                continue
-            if companion.main:
-                weights.setdefault((prefix, projection), {})[number] = None
-            elif companion.role is Role.ACTIVATION and companion.merge is not None:
-                have.setdefault((prefix, projection, suffix), {})[number] = plan_.name
-        sets = []
-        for (prefix, projection, suffix), members in have.items():
-            companion = companions[suffix]
-            assert companion is not None
-            sets.append(
-                ExpertScales(
-                    f"{prefix}.*.{projection}.{suffix}",
-                    companion,
-                    {f"{prefix}.{number}.{projection}.{suffix}": key for number, key in members.items()},
-                    tuple(
-                        name
-                        for number in weights.get((prefix, projection), {})
-                        if number not in members
-                        and (name := f"{prefix}.{number}.{projection}.{suffix}") not in self.unfillable
-                    ),
-                )
-            )
-        return tuple(sets)
-
-    def _mark_fused(self) -> None:
-        """Which weights may be re-encoded: headers do not tell whether the fused scales differ already."""
-        survivors = {p.target: self.entries[p.name] for p in self.plans.values() if p.action is not Action.DROP}
-        for modules in fused_sets(survivors):
-            for module, parts in modules.items():
-                for part in parts:
-                    name = survivors[f"{module}.{part}"].name
-                    self.plans[name] = self.plans[name]._replace(action=Action.REPACK)
-
-    # -- where the survivors stand -------------------------------------------------------------------------------
-
-    def _layout(
-        self, survivors: dict[str, TensorEntry], expert_scales: tuple[ExpertScales, ...], fullest: int
-    ) -> tuple[OutShard, ...]:
-        """The output's shards, of `survivors` and of the scales that are added; `fullest` limits them by default."""
-        limit = fullest if self.policy.max_shard_size is None else self.policy.max_shard_size
-        added = {name: group for group in expert_scales for name in group.missing}
-        for name, group in added.items():
-            survivors[name] = self.entries[next(iter(group.members.values()))]
-        if not survivors:
-            return (OutShard("model.safetensors", ()),)
-        widths = _element_sizes(survivors.values())
-        shards = []
-        for filename, names in _files(survivors, limit).items():
-            # Wide dtypes first keeps every tensor aligned to its element, as safetensors' own serializer does; within a
-            # width the source's order makes neighbours of neighbours, so that runs are copied in one piece.
-            rows = [
-                (widths[dtype], name, source, end - start)
-                for name in names
-                for source, dtype, _, _, start, end in [survivors[name]]
-            ]
-            rows.sort(key=_first, reverse=True)
-            ordered = [row[1] for row in rows]
-            ends = list(accumulate([row[3] for row in rows]))
-            columns = (ordered, [row[2] for row in rows], [0, *ends[:-1]], ends, map(added.__contains__, ordered))
-            shards.append(OutShard(filename, tuple(rows_of(OutTensor, zip(*columns, strict=True)))))
-        return tuple(shards)
+            count = len(together.slots)
+            numbers = [companions.setdefault(line.companion, len(companions)) for line in lines if line.companion]
+            rows.append(np.stack([_padded(line.rows, sides) for line in lines], axis=1).reshape(-1, sides))
+            slot.append(np.repeat(together.slots, len(lines)))
+            companion.append(np.tile(np.array(numbers, np.int64), count))
+            for at in together.slots.tolist():
+                names.extend(canonical_key(tie.slots[at][0], line.part) if line.renamed else None for line in lines)
+        order = np.argsort(np.concatenate(slot), kind="stable")
+        targets = {at: name for at, old in enumerate(order.tolist()) if (name := names[old]) is not None}
+        return Merges(
+            self._tensors,
+            np.concatenate(rows)[order],
+            np.concatenate(companion)[order],
+            tuple(companions),
+            targets,
+        )
 
 
-def _in_turn(columns: Iterable[Iterable[_T]]) -> list[_T]:
-    """The first of each column, then the second of each, and so on."""
-    return list(chain.from_iterable(zip(*columns, strict=True)))
+def canonical_key(name: str, part: str) -> str:
+    """The key of `part` of the parameter `name`: see `Layout`."""
+    parent, _, leaf = name.rpartition(".")
+    suffix = leaf + part[1:] if part.startswith("*") else part
+    return f"{parent}.{suffix}" if parent else suffix
 
 
-def _fates(rows: Sequence[_Rows], group: str) -> dict[str, TensorPlan]:
-    """The plans of all keys in `rows`, slot by slot."""
-    columns = [
-        zip(keys, repeat(action), row.targets, repeat(merged), repeat(group), strict=False)
-        for row in rows
-        for keys, action, merged in [
-            (row.keys[0], row.action, row.merged),
-            *((others, _DROP, False) for others in row.keys[1:]),
+def _alike(layout: np.ndarray) -> Iterator[np.ndarray]:
+    """Positions of the slots that have the same layout on every side, set by set; each set ascending.
+
+    Args:
+        layout: [slots, sides].
+    """
+    left = np.arange(len(layout))
+    while len(left):
+        here = (layout[left] == layout[left[0]]).all(axis=1)
+        yield left[here]
+        left = left[~here]
+
+
+def _decisions(tie: TieGroup, done: Sequence[_Together]) -> Decisions:
+    """What becomes of the tensors of all slots, slot by slot, and in a slot part by part."""
+    slot, row, action, stands_for, merged = [_empty()], [_empty()], [_empty()], [_empty()], [_empty()]
+    renamed: list[tuple[int, int, str]] = []  # slot, row, key in the output
+    for together in done:
+        count = len(together.slots)
+        rows = [line.rows for line in together.lines]
+        row.append(np.concatenate(rows, axis=1).ravel())
+        width = sum(some.shape[1] for some in rows)
+        slot.append(np.repeat(together.slots, width))
+        stands_for.append(np.concatenate([np.broadcast_to(some[:, :1], some.shape) for some in rows], axis=1).ravel())
+        actions = [
+            code
+            for line in together.lines
+            for code in (line.action.code, *[Action.DROP.code] * (line.rows.shape[1] - 1))
         ]
-    ]
-    return {plan_[0]: plan_ for plan_ in _in_turn([rows_of(TensorPlan, column) for column in columns])}
+        action.append(np.tile(np.array(actions, np.int64), count))
+        values = [value for line in together.lines for value in (line.merged, *[False] * (line.rows.shape[1] - 1))]
+        merged.append(np.tile(np.array(values, np.int64), count))
+        for line in together.lines:
+            if line.renamed:
+                slots = together.slots.tolist()
+                keys = [canonical_key(tie.slots[at][0], line.part) for at in slots]
+                renamed.extend(zip(slots, line.rows[:, 0].tolist(), keys, strict=True))
+    order = np.argsort(np.concatenate(slot), kind="stable")
+    renamed.sort(key=lambda entry: entry[0])
+    return Decisions(
+        np.concatenate(row)[order],
+        np.concatenate(action)[order].astype(np.int8),
+        np.concatenate(stands_for)[order],
+        np.concatenate(merged)[order].astype(bool),
+        {at: name for _, at, name in renamed},
+    )
 
 
-def _files(survivors: Mapping[str, TensorEntry], limit: int) -> Mapping[str, Collection[str]]:
-    """File name -> names, as Hugging Face's own splitting has it, which is asked only where there is more than one."""
-    if sum([end - start for _, _, _, _, start, end in survivors.values()]) <= limit:
-        return {"model.safetensors": survivors.keys()}
-    from huggingface_hub.serialization import split_state_dict_into_shards_factory
-
-    return split_state_dict_into_shards_factory(
-        survivors,
-        get_storage_size=lambda entry: entry.end - entry.start,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=limit,
-    ).filename_to_tensors
-
-
-def _attention_of(name: str) -> str:
-    """The module around a projection: "a.self_attn" for "a.self_attn.k_proj.weight"."""
-    return name.rpartition(".")[0].rpartition(".")[0]
+def _checks(done: Sequence[_Together], sides: int) -> np.ndarray:
+    """int64 [checks, sides]: the rows that must be equal, slot by slot."""
+    slot, rows = [_empty()], [_empty(sides)]
+    for together in done:
+        exact = [line.rows for line in together.lines[: together.exact]]
+        if exact[0].shape[1] < 2:
+            continue
+        slot.append(np.repeat(together.slots, len(exact)))
+        rows.append(_padded(np.stack(exact, axis=1).reshape(-1, exact[0].shape[1]), sides))
+        if together.neighbours:
+            found = np.array(together.neighbours, np.int64)
+            slot.append(together.slots[found[:, 0]])
+            rows.append(_padded(found[:, 1:], sides))
+    return np.concatenate(rows)[np.argsort(np.concatenate(slot), kind="stable")]
 
 
-def _header_text(entry: TensorEntry) -> str:
-    return f"{entry.dtype} {list(entry.shape)}"
+def _padded(rows: np.ndarray, sides: int) -> np.ndarray:
+    """`rows` [n, fewer sides] with -1 for the sides that are not there."""
+    return np.pad(rows, ((0, 0), (0, sides - rows.shape[1])), constant_values=-1)
 
 
-def _element_sizes(entries: Iterable[TensorEntry]) -> dict[str, int]:
-    """Bytes an element of each dtype (0 for less than one): derived, so that a new dtype needs no table."""
-    sizes: dict[str, int] = {}
-    for _, dtype, shape, _, start, end in entries:
-        if not sizes.get(dtype):
-            count = math.prod(shape)
-            sizes[dtype] = (end - start) // count if count else 0
-    return sizes
+def _empty(sides: int | None = None) -> np.ndarray:
+    """The first of arrays to concatenate: none of them may be there."""
+    return np.empty(0 if sides is None else (0, sides), np.int64)

@@ -1,21 +1,25 @@
-"""TODO."""
+"""What will be done with each tensor of a source: columns over its rows, groups, and the shards of the output."""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple, overload
+
+import msgspec
+import numpy as np
 
 from tierewrite.formats import Companion
 from tierewrite.planning.policy import Policy
-from tierewrite.source.table import gc_paused
+from tierewrite.source.table import TensorEntry, Tensors
 
 PLAN_SCHEMA = "tierewrite/plan/1"
 
 
 class Action(str, enum.Enum):
-    """What becomes of one tensor of the source."""
+    """What becomes of one tensor of the source. `code` is its number in a plan's column."""
 
     KEEP = "keep"
     RENAME = "rename"
@@ -23,15 +27,23 @@ class Action(str, enum.Enum):
     MERGE = "merge"
     REPACK = "repack"
 
+    @property
+    def code(self) -> int:
+        """Its position in `ACTIONS`."""
+        return ACTIONS.index(self)
+
+
+ACTIONS = tuple(Action)
+
 
 class TensorPlan(NamedTuple):
-    """The fate of one source tensor (a tuple, since there are as many as tensors).
+    """The fate of one source tensor: one row of a plan, for whoever asks for it by name.
 
     Attributes:
         name: its key in the source.
         action: see `Action`; the canonical side of a merged scale is MERGE, its other sides DROP.
         target: the key in the output that holds it or stands for it.
-        merged: True where a merged value is written under `target` by this tensor's place.
+        merged: True where a merged value is written under `target` in this tensor's place.
         group: id of the tie group it belongs to, or None.
     """
 
@@ -43,7 +55,7 @@ class TensorPlan(NamedTuple):
 
 
 class Merge(NamedTuple):
-    """Scales of several sides that become one value (a tuple: there is one an expert).
+    """Scales of several sides that become one value.
 
     Attributes:
         target: key in the output.
@@ -60,12 +72,122 @@ class Merge(NamedTuple):
     only_if_equal: tuple[tuple[str, ...], ...] = ()
 
 
+class Checks(Sequence[tuple[str, ...]]):
+    """Tuples of keys whose tensors must be equal byte for byte, the side that stays first.
+
+    Attributes:
+        rows: int64 [tuples, sides], rows of the source; -1 where a tuple has fewer sides.
+    """
+
+    def __init__(self, source: Tensors, rows: np.ndarray) -> None:
+        self._names = source.names
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[str, ...]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Checks: ...
+    def __getitem__(self, index: int | slice) -> tuple[str, ...] | Checks:
+        if isinstance(index, slice):
+            return self.where(index)
+        return keys_of(self._names, self.rows[index].tolist())
+
+    def __iter__(self) -> Iterator[tuple[str, ...]]:
+        return (keys_of(self._names, rows) for rows in self.rows.tolist())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def where(self, chosen: slice | np.ndarray) -> Checks:
+        """Those of a slice, a mask or an array of positions."""
+        part = Checks.__new__(Checks)
+        part._names, part.rows = self._names, self.rows[chosen]
+        return part
+
+    def __repr__(self) -> str:
+        return f"<{len(self):,} checks>"
+
+
+class Merges(Sequence[Merge]):
+    """The merges of a group: those beside its weights as columns, then those of KV-cache scales.
+
+    Attributes:
+        rows: int64 [merges, sides], rows of the source, the carrying one first; -1 where a merge has fewer sides.
+        companion: int32 [merges], position in `companions`.
+        companions: the roles that occur.
+        targets: position in `rows` -> key in the output, where that is not the carrying key itself.
+        kv: the merges of KV-cache scales.
+    """
+
+    def __init__(
+        self,
+        source: Tensors,
+        rows: np.ndarray,
+        companion: np.ndarray,
+        companions: Sequence[Companion],
+        targets: Mapping[int, str],
+        kv: Sequence[Merge] = (),
+    ) -> None:
+        self._names = source.names
+        self.rows = rows
+        self.companion = companion
+        self.companions = tuple(companions)
+        self.targets = targets
+        self.kv = tuple(kv)
+
+    def __len__(self) -> int:
+        return len(self.rows) + len(self.kv)
+
+    @overload
+    def __getitem__(self, index: int) -> Merge: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Merge]: ...
+    def __getitem__(self, index: int | slice) -> Merge | list[Merge]:
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(len(self)))]
+        at = range(len(self))[index]
+        if at >= len(self.rows):
+            return self.kv[at - len(self.rows)]
+        return self._made(at, self.rows[at].tolist(), int(self.companion[at]))
+
+    def __iter__(self) -> Iterator[Merge]:
+        columns = zip(self.rows.tolist(), self.companion.tolist(), strict=True)
+        for at, (rows, companion) in enumerate(columns):
+            yield self._made(at, rows, companion)
+        yield from self.kv
+
+    def _made(self, at: int, rows: list[int], companion: int) -> Merge:
+        keys = keys_of(self._names, rows)
+        return Merge(self.targets.get(at, keys[0]), keys, self.companions[companion])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"<{len(self):,} merges>"
+
+
+def keys_of(names: Sequence[str], rows: Iterable[int]) -> tuple[str, ...]:
+    """The keys of `rows`, without the -1 that fill a line up."""
+    return tuple([names[row] for row in rows if row >= 0])
+
+
 @dataclass(frozen=True, slots=True)
 class GroupPlan:
     """One tie with everything that its parameter became on disk: dropped whole or kept whole.
 
     Attributes:
         id: the canonical parameter's name.
+        canonical: the same name.
+        aliases: the parameters tied to it, in the order of their declaration.
+        origins: who declared each, one per alias.
         status: "planned" (will be rewritten if the bytes confirm it), "canonical" (nothing to do) or "unconfirmed".
         reason: why it is unconfirmed, else None.
         checks: keys that must be equal byte for byte, canonical (or surviving) side first.
@@ -73,6 +195,8 @@ class GroupPlan:
         repacked: modules of NVFP4 blobs whose sides differ by scaling alone: one is written, re-encoded.
         differing: the checks that those replace.
         kind: what sort of parameter it is, e.g. "experts.down_proj", for summaries.
+        dropped: number of tensors that are dropped for it.
+        dropped_bytes: their size.
     """
 
     id: str
@@ -80,21 +204,24 @@ class GroupPlan:
     aliases: tuple[str, ...]
     origins: tuple[str, ...]
     status: str
-    reason: str | None = None
-    checks: tuple[tuple[str, ...], ...] = ()
-    merges: tuple[Merge, ...] = ()
-    repacked: frozenset[str] = frozenset()
-    differing: tuple[tuple[str, ...], ...] = ()
-    kind: str = ""
-    dropped: int = 0
-    dropped_bytes: int = 0
+    reason: str | None
+    checks: Checks
+    merges: Merges
+    repacked: frozenset[str]
+    differing: Checks
+    kind: str
+    dropped: int
+    dropped_bytes: int
 
 
 class OutTensor(NamedTuple):
     """A tensor of the output: the bytes of `source`, unless a merged value takes their place.
 
-    `start` and `end` are byte offsets in the data section of its shard, end exclusive. `added`: the source has no such
-    tensor; only the header of `source` is taken.
+    Attributes:
+        name: its key in the output.
+        source: the key in the source whose header it has.
+        start, end: byte range in the data section of its shard, end exclusive.
+        added: the source has no such tensor; only the header of `source` is taken.
     """
 
     name: str
@@ -102,6 +229,65 @@ class OutTensor(NamedTuple):
     start: int
     end: int
     added: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class OutShard:
+    """One file of the output, as columns: tensors in file order, offsets without holes.
+
+    Attributes:
+        name: of the file.
+        source: the tensors of the source.
+        names: the keys in the output.
+        rows: int64 [tensors], the row of the source that each tensor is of.
+        end: int64 [tensors], end of each tensor in the data section; each starts where the one before ends.
+        added: bool [tensors], whether the source has no such tensor: only the header of its row is taken.
+    """
+
+    name: str
+    source: Tensors = field(repr=False)
+    names: Sequence[str] = field(repr=False)
+    rows: np.ndarray = field(repr=False)
+    end: np.ndarray = field(repr=False)
+    added: np.ndarray = field(repr=False)
+
+    @property
+    def start(self) -> np.ndarray:
+        """int64 [tensors], start of each tensor in the data section."""
+        return self.end - self.source.nbytes[self.rows]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data section."""
+        return int(self.end[-1]) if len(self.end) else 0
+
+    @property
+    def tensors(self) -> OutTensors:
+        """The rows one by one."""
+        return OutTensors(self)
+
+
+class OutTensors(Sequence[OutTensor]):
+    """The tensors of a shard in file order, each made for whoever asks for it."""
+
+    def __init__(self, shard: OutShard) -> None:
+        self._shard = shard
+
+    def __len__(self) -> int:
+        return len(self._shard.names)
+
+    @overload
+    def __getitem__(self, index: int) -> OutTensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[OutTensor]: ...
+    def __getitem__(self, index: int | slice) -> OutTensor | list[OutTensor]:
+        return list(self)[index]
+
+    def __iter__(self) -> Iterator[OutTensor]:
+        shard = self._shard
+        sources = map(shard.source.names.__getitem__, shard.rows.tolist())
+        columns = (shard.names, sources, shard.start.tolist(), shard.end.tolist(), shard.added.tolist())
+        return map(OutTensor, *columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,23 +307,45 @@ class ExpertScales:
     missing: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class OutShard:
-    """One file of the output; tensors in file order, offsets without holes."""
+class TensorJson(msgspec.Struct, gc=False):
+    """One tensor as `tierewrite plan --json` prints it."""
 
     name: str
-    tensors: tuple[OutTensor, ...]
+    action: str
+    target: str
+    merged: bool
+    group: str | None
 
-    @property
-    def nbytes(self) -> int:
-        return self.tensors[-1].end if self.tensors else 0
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RewritePlan:
-    """Everything that will be done, before a byte moves."""
+    """Everything that will be done, before a byte moves: columns over the rows of the source.
 
-    tensors: Mapping[str, TensorPlan]
+    Attributes:
+        source: the tensors of the source.
+        action: int8 [rows], position in `ACTIONS`.
+        stands_for: int64 [rows], the row that holds the tensor in the output: its own, unless it is dropped.
+        merged: bool [rows], whether a merged value is written in the row's place.
+        group: int32 [rows], position in `groups`; -1 for none.
+        new_names: row -> key in the output, where that is not its key in the source.
+        groups: every declared tie of which something is on disk.
+        shards: the files of the output.
+        policy: the options.
+        warnings: sentences for people.
+        ties_source, ties_detail: who declared the ties: "ties-file", "config", "class" or "none", and which.
+        unpaired: declared aliases whose partner is not known.
+        source_bytes: tensor bytes of the source.
+        source_shards: number of its files.
+        families: names of the quantization formats that were found.
+        expert_scales: activation scales of unpacked experts, with `fill_missing_scales`.
+    """
+
+    source: Tensors
+    action: np.ndarray = field(repr=False)
+    stands_for: np.ndarray = field(repr=False)
+    merged: np.ndarray = field(repr=False)
+    group: np.ndarray = field(repr=False)
+    new_names: Mapping[int, str] = field(repr=False)
     groups: tuple[GroupPlan, ...]
     shards: tuple[OutShard, ...]
     policy: Policy
@@ -149,48 +357,148 @@ class RewritePlan:
     source_shards: int = 0
     families: tuple[str, ...] = ()
     expert_scales: tuple[ExpertScales, ...] = ()
-    by_id: Mapping[str, GroupPlan] = field(default_factory=dict, repr=False)
+
+    @property
+    def tensors(self) -> TensorPlans:
+        """By source key, what becomes of each tensor."""
+        return TensorPlans(self)
+
+    @cached_property
+    def by_id(self) -> dict[str, GroupPlan]:
+        """The groups by their ids."""
+        return {group.id: group for group in self.groups}
 
     @property
     def total_bytes(self) -> int:
         """Tensor bytes of the output."""
         return sum(shard.nbytes for shard in self.shards)
 
+    @property
+    def total_tensors(self) -> int:
+        """Number of tensors of the output."""
+        return sum(len(shard.names) for shard in self.shards)
+
+    def survivors(self) -> Survivors:
+        """What is not dropped, by its key in the output."""
+        return Survivors(self.source, self.action, self.new_names)
+
+    def target(self, row: int) -> str:
+        """The key in the output that holds the tensor of `row` or stands for it."""
+        holder = int(self.stands_for[row])
+        return self.new_names.get(holder) or self.source.names[holder]
+
+    def targets(self) -> list[str]:
+        """`target` of every row."""
+        names = self.source.names
+        if self.new_names:
+            names = list(names)
+            for row, name in self.new_names.items():
+                names[row] = name
+        return list(map(names.__getitem__, self.stands_for.tolist()))
+
     def unconfirmed(self) -> list[GroupPlan]:
+        """The groups that stay whole."""
         return [group for group in self.groups if group.status == "unconfirmed"]
 
     def planned(self) -> list[GroupPlan]:
+        """The groups of which something is dropped, renamed or merged."""
         return [group for group in self.groups if group.status == "planned"]
 
-    @gc_paused()
     def to_json(self) -> dict[str, Any]:
         """The object that `tierewrite plan --json` prints (schema tierewrite/plan/1)."""
+        data = self.to_structs()
+        return {**data, "tensors": msgspec.to_builtins(data["tensors"])}
+
+    def to_structs(self) -> dict[str, Any]:
+        """`to_json`, with the tensors as `TensorJson`: less to build where it is only to be written."""
         return {
             "schema": PLAN_SCHEMA,
             "options": self.policy.to_json(),
             "ties": {"source": self.ties_source, "detail": self.ties_detail, "unpaired": list(self.unpaired)},
             "formats": list(self.families),
-            "before": {"tensors": len(self.tensors), "bytes": self.source_bytes},
+            "before": {"tensors": len(self.source), "bytes": self.source_bytes},
             "after": {
-                "tensors": sum(len(shard.tensors) for shard in self.shards),
+                "tensors": self.total_tensors,
                 "bytes": self.total_bytes,
-                "shards": [
-                    {"name": s.name, "tensors": len(s.tensors), "bytes": s.nbytes} for s in self.shards
-                ],
+                "shards": [{"name": s.name, "tensors": len(s.names), "bytes": s.nbytes} for s in self.shards],
             },
             "groups": [group_json(group) for group in self.groups],
-            "tensors": [
-                {
-                    "name": t.name,
-                    "action": t.action.value,
-                    "target": t.target,
-                    "merged": t.merged,
-                    "group": t.group,
-                }
-                for t in self.tensors.values()
-            ],
+            "tensors": self._tensor_json(),
             "warnings": list(self.warnings),
         }
+
+    def _tensor_json(self) -> list[TensorJson]:
+        actions = [action.value for action in ACTIONS]
+        ids = [*(group.id for group in self.groups), None]  # the last one for -1
+        return list(
+            map(
+                TensorJson,
+                self.source.names,
+                map(actions.__getitem__, self.action.tolist()),
+                self.targets(),
+                self.merged.tolist(),
+                map(ids.__getitem__, self.group.tolist()),
+            )
+        )
+
+
+class TensorPlans(Mapping[str, TensorPlan]):
+    """A plan's rows by source key, in the order of the source; each is made for whoever asks for it."""
+
+    def __init__(self, plan: RewritePlan) -> None:
+        self._plan = plan
+
+    def __getitem__(self, name: str) -> TensorPlan:
+        plan = self._plan
+        row = plan.source.row[name]
+        group = int(plan.group[row])
+        owner = plan.groups[group].id if group >= 0 else None
+        return TensorPlan(name, ACTIONS[plan.action[row]], plan.target(row), bool(plan.merged[row]), owner)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._plan.source)
+
+    def __len__(self) -> int:
+        return len(self._plan.source)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._plan.source
+
+
+class Survivors(Mapping[str, TensorEntry]):
+    """The tensors of the source that are not dropped, by their keys in the output.
+
+    Attributes:
+        rows: int64 [survivors], their rows in the source, ascending.
+        names: their keys in the output.
+    """
+
+    def __init__(self, source: Tensors, action: np.ndarray, new_names: Mapping[int, str]) -> None:
+        self._source = source
+        self.rows = np.flatnonzero(action != Action.DROP.code)
+        names = source.names
+        if new_names:
+            self.names = [new_names.get(row) or names[row] for row in self.rows.tolist()]
+        else:
+            self.names = list(map(names.__getitem__, self.rows.tolist()))
+
+    @cached_property
+    def row(self) -> dict[str, int]:
+        """Key in the output -> row in the source."""
+        return dict(zip(self.names, self.rows.tolist(), strict=True))
+
+    def __getitem__(self, name: str) -> TensorEntry:
+        """The source's entry, under its own key."""
+        return self._source.entry(self.row[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.row
 
 
 def group_json(group: GroupPlan) -> dict[str, Any]:
@@ -215,4 +523,4 @@ def kind_of(parameter: str) -> str:
 
 def needed_for_confirmation(groups: Sequence[GroupPlan]) -> set[str]:
     """Keys whose digests decide whether the planned `groups` are confirmed."""
-    return {key for group in groups if group.status == "planned" for row in group.checks for key in row}
+    return {key for group in groups if group.status == "planned" for keys in group.checks for key in keys}

@@ -147,9 +147,7 @@ def _option_of(name: str, default: Any, metadata: Mapping[str, Any]) -> Option:
     return Option(name, default, metadata["help"], choices, types)
 
 
-OPTIONS: Mapping[str, Option] = {
-    one.name: _option_of(one.name, one.default, one.metadata) for one in fields(Policy)
-}
+OPTIONS: Mapping[str, Option] = {one.name: _option_of(one.name, one.default, one.metadata) for one in fields(Policy)}
 """All options that decide content, by name."""
 
 FOR_CONSUMER: Mapping[str, PolicyOptions] = {

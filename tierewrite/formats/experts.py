@@ -1,0 +1,35 @@
+"""How the tensors of unpacked experts are called: `model.layers.0.mlp.experts.3.up_proj.weight`."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.([^.]+)\.([^.]+)")
+
+
+class ExpertKey(NamedTuple):
+    """The key of one expert's tensor in its words.
+
+    Attributes:
+        experts: the module that holds the experts.
+        number: the expert's, as it is written.
+        projection: its linear layer.
+        suffix: the tensor of that.
+    """
+
+    experts: str
+    number: str
+    projection: str
+    suffix: str
+
+    @property
+    def key(self) -> str:
+        """All of it again."""
+        return ".".join(self)
+
+
+def expert_key(key: str) -> ExpertKey | None:
+    """`key` in its words; None if it is no tensor of an unpacked expert's linear layer."""
+    found = _EXPERT.fullmatch(key)
+    return None if found is None else ExpertKey(*found.groups())

@@ -1,0 +1,98 @@
+"""What has been decided so far for each tensor of the source: a tensor belongs to one group, a name to one survivor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tierewrite.planning.groups import Decisions, Unconfirmed
+from tierewrite.planning.plan import Action
+from tierewrite.source.table import Tensors
+
+
+class Fates:
+    """Columns over the rows of the source, filled in group by group; what no group decides is kept.
+
+    Args:
+        tensors: the source.
+        groups: their ids.
+
+    Attributes:
+        action, stands_for, merged, group, new_names: as in `RewritePlan`.
+    """
+
+    def __init__(self, tensors: Tensors, groups: Sequence[str]) -> None:
+        count = len(tensors)
+        self._tensors = tensors
+        self._ids = groups
+        self.action = np.full(count, Action.KEEP.code, np.int8)
+        self.stands_for = np.arange(count, dtype=np.int64)
+        self.merged = np.zeros(count, bool)
+        self.group = np.full(count, -1, np.int32)
+        self.new_names: dict[int, str] = {}
+        self._planned = np.zeros(len(groups) + 1, bool)  # the last one for -1: no group
+        self._taken: set[str] = set()
+
+    def claimed(self, rows: np.ndarray) -> np.ndarray:
+        """bool, whether each row belongs to a planned group; one that is kept whole claims nothing."""
+        return self._planned[self.group[rows]]
+
+    def claim(self, group: int, made: Decisions) -> None:
+        """Enters what is planned for a group.
+
+        Raises:
+            Unconfirmed: a tensor belongs to another group, or a new name to another tensor. Nothing is entered then.
+        """
+        self._check(made)
+        self._planned[group] = True
+        self._taken.update(made.new_names.values())
+        self.enter(group, made)
+
+    def _check(self, made: Decisions) -> None:
+        """Raises Unconfirmed, with the first tensor that cannot be had, or cannot be renamed."""
+        names = self._tensors.names
+        claimed = self.claimed(made.row)
+        clashing = self._clashing(made)
+        if not claimed.any() and not clashing:
+            return
+        for row, taken in zip(made.row.tolist(), claimed.tolist(), strict=True):
+            if taken:
+                raise Unconfirmed(f"'{names[row]}' already belongs to the tie of '{self._ids[self.group[row]]}'")
+            if row in clashing:
+                raise Unconfirmed(
+                    f"'{names[row]}' would become '{made.new_names[row]}', a name that another tensor has"
+                )
+
+    def _clashing(self, made: Decisions) -> set[int]:
+        """The rows that would take the name of a tensor outside of their group, or one that is taken already."""
+        there = self._tensors.row
+        renamed = {row: name for row, name in made.new_names.items() if name in there or name in self._taken}
+        if not renamed:
+            return set()
+        own = set(made.row.tolist())
+        return {row for row, name in renamed.items() if name in self._taken or there[name] not in own}
+
+    def enter(self, group: int, made: Decisions) -> None:
+        """Enters what becomes of some tensors, whoever had them before."""
+        self.action[made.row] = made.action
+        self.stands_for[made.row] = made.stands_for
+        self.merged[made.row] = made.merged
+        self.group[made.row] = group
+        rename = Action.RENAME.code
+        self.new_names.update({row: name for row, name in made.new_names.items() if self.action[row] == rename})
+
+    def keep(self, group: int, rows: np.ndarray) -> None:
+        """Enters a group that is kept whole: of its tensors those that no planned group has."""
+        self.group[rows[~self.claimed(rows)]] = group
+
+    def repack(self, rows: Sequence[int] | np.ndarray) -> None:
+        """Marks survivors that are re-encoded, or may be."""
+        self.action[rows] = Action.REPACK.code
+
+    def dropped(self) -> tuple[list[int], list[int]]:
+        """How many tensors are dropped for each group, and their bytes."""
+        rows = np.flatnonzero(self.action == Action.DROP.code)
+        sizes = np.zeros(len(self._ids), np.int64)
+        np.add.at(sizes, self.group[rows], self._tensors.nbytes[rows])
+        return np.bincount(self.group[rows], minlength=len(self._ids)).tolist(), sizes.tolist()

@@ -1,0 +1,83 @@
+"""Where the tensors of the output stand: in which file, in which order, at which offset."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from tierewrite.planning.plan import OutShard
+from tierewrite.source.table import Tensors
+
+
+def shards(
+    tensors: Tensors, rows: np.ndarray, names: Sequence[str], added: Sequence[tuple[str, int]], limit: int
+) -> tuple[OutShard, ...]:
+    """The output's files.
+
+    Args:
+        tensors: the source.
+        rows: int64, what is written of it, ascending.
+        names: their keys in the output.
+        added: key in the output, and the row whose header it gets, of tensors that the source does not have.
+        limit: most tensor bytes in a file; a larger tensor has one for itself.
+    """
+    rows = np.concatenate([rows, np.array([row for _, row in added], np.int64)])
+    names = [*names, *(name for name, _ in added)]
+    is_added = np.arange(len(rows)) >= len(rows) - len(added)
+    width = _element_sizes(tensors, rows)[tensors.kind[rows]]
+    sizes = tensors.nbytes[rows]
+    files = split(sizes, limit) or [np.arange(0)]
+    made = []
+    for number, members in enumerate(files):
+        # Wide dtypes first keeps every tensor aligned to its element, as safetensors' own serializer does; within a
+        # width the source's order makes neighbours of neighbours, so that runs are copied in one piece.
+        order = members[np.argsort(-width[members], kind="stable")]
+        suffix = "" if len(files) == 1 else f"-{number + 1:05d}-of-{len(files):05d}"
+        made.append(
+            OutShard(
+                f"model{suffix}.safetensors",
+                tensors,
+                list(map(names.__getitem__, order.tolist())),
+                rows[order],
+                np.cumsum(sizes[order]),
+                is_added[order],
+            )
+        )
+    return tuple(made)
+
+
+def split(sizes: np.ndarray, limit: int) -> list[np.ndarray]:
+    """Positions of the tensors of each file, as Hugging Face splits: in their order, each file as full as it may be.
+
+    Source: huggingface_hub.serialization.split_state_dict_into_shards_factory. A tensor above the limit has a file for
+    itself, which comes before the one that is being filled at that moment.
+
+    Args:
+        sizes: int64 [tensors], bytes.
+        limit: most bytes in a file.
+    """
+    large = np.flatnonzero(sizes > limit)
+    closed = [(int(at), np.array([at])) for at in large]  # the tensor at which the file is closed, and its members
+    small = np.flatnonzero(sizes <= limit)
+    before = np.concatenate([[0], np.cumsum(sizes[small])])
+    at = 0
+    while at < len(small):
+        stop = int(np.searchsorted(before, before[at] + limit, side="right")) - 1
+        closed.append((int(small[stop]) if stop < len(small) else len(sizes), small[at:stop]))
+        at = stop
+    closed.sort(key=lambda file: file[0])
+    return [members for _, members in closed]
+
+
+def _element_sizes(tensors: Tensors, rows: np.ndarray) -> np.ndarray:
+    """int64 [kinds], bytes an element of each kind of `rows` (0 for less than one): a new dtype needs no table."""
+    kinds, where = np.unique(tensors.kind[rows], return_index=True)
+    nbytes = tensors.nbytes[rows[where]]
+    by_dtype: dict[str, int] = {}
+    for kind, size in zip(kinds.tolist(), nbytes.tolist(), strict=True):
+        dtype, shape = tensors.kinds[kind]
+        if not by_dtype.get(dtype):
+            by_dtype[dtype] = size // (math.prod(shape) or 1)
+    return np.array([by_dtype.get(dtype, 0) for dtype, _ in tensors.kinds] or [0], np.int64)

@@ -1,0 +1,220 @@
+"""What to do: a pure function of what is on disk, what the model declares and what the caller wants.
+
+`plan()` reads no tensor bytes. It answers: if every tie is confirmed, what becomes of each tensor of the source, and
+in which output shard does each survivor stand? Groups that the headers alone refute are listed as unconfirmed and their
+tensors kept. The result is data: printed by `tierewrite plan`, executed as it stands by the pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tierewrite import formats
+from tierewrite.formats.nvfp4_blobs import fused_sets
+from tierewrite.planning.experts import expert_scales
+from tierewrite.planning.fates import Fates
+from tierewrite.planning.groups import Draft, GroupPlanner, Unconfirmed
+from tierewrite.planning.kv_scales import Attentions, KvScales
+from tierewrite.planning.layout import shards
+from tierewrite.planning.plan import (
+    Checks,
+    ExpertScales,
+    GroupPlan,
+    Merge,
+    Merges,
+    RewritePlan,
+    Survivors,
+    kind_of,
+)
+from tierewrite.planning.policy import Policy
+from tierewrite.planning.sides import Sides
+from tierewrite.source.table import Checkpoint, Tensors
+from tierewrite.ties.on_disk import DiskTies, TieGroup
+
+
+def plan(
+    checkpoint: Checkpoint,
+    ties: DiskTies,
+    policy: Policy | None = None,
+    *,
+    ties_source: str = "none",
+    ties_detail: str = "",
+    unpaired: tuple[str, ...] = (),
+    warnings: Iterable[str] = (),
+    refuted: Mapping[str, str] | None = None,
+    separate_kv: Iterable[str] = (),
+    repacked: Mapping[str, frozenset[str]] | None = None,
+    unfillable: frozenset[str] = frozenset(),
+) -> RewritePlan:
+    """What will be done with `checkpoint` if every tie that the headers allow is confirmed.
+
+    Args:
+        checkpoint: the source, headers only.
+        ties: the declared ties under the names that are on disk.
+        policy: the options; defaults to `Policy()`.
+        ties_source, ties_detail, unpaired: who declared the ties, for the record.
+        warnings: what reading the checkpoint and asking for its ties had to say.
+        refuted: group id -> reason, for groups that their bytes have already refuted: they are kept whole.
+        separate_kv: targets of KV-scale merges that are not to be carried out (their biases differ).
+        repacked: group id -> modules whose NVFP4 blobs are known to differ by scaling alone.
+        unfillable: output keys of scales that are missing and stay so.
+
+    Returns:
+        A plan in which each tensor of the source occurs once.
+    """
+    policy = policy or Policy()
+    tensors = checkpoint.tensors
+    families = formats.detect(checkpoint.config, checkpoint.quant_config, tensors.leaves)
+    fates = Fates(tensors, [tie.id for tie in ties.groups])
+    attentions = Attentions()
+    outcomes = _outcomes(checkpoint, ties, families, fates, refuted or {}, attentions)
+    kv = KvScales(tensors, families, fates, {tie.id: n for n, tie in enumerate(ties.groups)}, frozenset(separate_kv))
+    if policy.kv_scales == "merge":
+        kv.plan(attentions.paired())
+    groups = [
+        _group(tensors, outcome, (repacked or {}).get(outcome.tie.id, frozenset()), kv.merges.get(outcome.tie.id, ()))
+        for outcome in outcomes
+    ]
+    for group in groups:
+        fates.repack(group.differing.rows[:, 0])
+    survivors = Survivors(tensors, fates.action, fates.new_names)
+    if policy.unify_fused_scales:
+        # Headers do not tell whether the fused scales differ already: these may be re-encoded.
+        fates.repack([survivors.row[key] for key in _fused(survivors)])
+    experts: tuple[ExpertScales, ...] = ()
+    if policy.fill_missing_scales:
+        pairs = zip(survivors.names, map(tensors.names.__getitem__, survivors.rows.tolist()), strict=True)
+        experts = expert_scales(pairs, families, unfillable)
+    shard_bytes = np.zeros(len(checkpoint.shards), np.int64)
+    np.add.at(shard_bytes, tensors.shard, tensors.nbytes)
+    limit = int(shard_bytes.max(initial=0)) if policy.max_shard_size is None else policy.max_shard_size
+    return RewritePlan(
+        source=tensors,
+        action=fates.action,
+        stands_for=fates.stands_for,
+        merged=fates.merged,
+        group=fates.group,
+        new_names=fates.new_names,
+        groups=_counted(groups, fates),
+        shards=shards(tensors, survivors.rows, survivors.names, _added(experts, tensors), limit),
+        policy=policy,
+        warnings=tuple(dict.fromkeys((*warnings, *kv.warnings))),
+        ties_source=ties_source,
+        ties_detail=ties_detail,
+        unpaired=unpaired,
+        source_bytes=int(shard_bytes.sum()),
+        source_shards=len(checkpoint.shards),
+        families=families,
+        expert_scales=experts,
+    )
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """A tie, and what is planned for it or why it stays whole."""
+
+    tie: TieGroup
+    draft: Draft | None = None
+    reason: str | None = None
+
+
+def _outcomes(
+    checkpoint: Checkpoint,
+    ties: DiskTies,
+    families: tuple[str, ...],
+    fates: Fates,
+    refuted: Mapping[str, str],
+    attentions: Attentions,
+) -> list[_Outcome]:
+    """Plans one tie after the other; what is decided is entered into `fates` and `attentions`."""
+    tensors = checkpoint.tensors
+    names = [name for tie in ties.groups for slot in tie.slots for name in slot]
+    sides = Sides(tensors, families, names, ties.owned)
+    adjacency = _adjacency(checkpoint)
+    canonical_of = {name: slot[0] for tie in ties.groups for slot in tie.slots for name in slot if adjacency.smoothed}
+    planner = GroupPlanner(tensors, sides, adjacency, canonical_of)
+    outcomes: list[_Outcome] = []
+    at = 0
+    for number, tie in enumerate(ties.groups):
+        shape = (len(tie.slots), len(tie.slots[0]))
+        here = slice(at, at := at + shape[0] * shape[1])
+        first, layout = sides.first[here].reshape(shape), sides.layout[here].reshape(shape)
+        reason = refuted.get(tie.id) or tie.problem
+        draft = None
+        if reason is None:
+            try:
+                draft = planner.planned(tie, first, layout)
+                fates.claim(number, draft.decisions)
+                attentions.add(tie, draft.slots)
+            except Unconfirmed as error:
+                reason, draft = error.reason, None
+        if draft is None:
+            attentions.block(tie)
+            fates.keep(number, sides.rows_of(first.ravel(), layout.ravel()))
+        outcomes.append(_Outcome(tie, draft, reason))
+    return outcomes
+
+
+def _adjacency(checkpoint: Checkpoint) -> formats.Adjacency:
+    """In a smoothed checkpoint, which it is by its configs or by the last words of its keys, what was smoothed."""
+    configs = checkpoint.config, checkpoint.quant_config
+    shown = formats.Adjacency(checkpoint.tensors.leaves, *configs)
+    return formats.Adjacency(checkpoint.tensors.keys(), *configs) if shown.smoothed else shown
+
+
+def _group(tensors: Tensors, outcome: _Outcome, repacked: frozenset[str], kv: Iterable[Merge]) -> GroupPlan:
+    """The plan of a group, without what is dropped for it.
+
+    Args:
+        repacked: modules of NVFP4 blobs that differ by scaling alone.
+        kv: the merges of KV-cache scales that are listed under it.
+    """
+    tie, draft = outcome.tie, outcome.draft
+    nothing = np.empty((0, len(tie.slots[0])), np.int64)
+    checks = Checks(tensors, nothing) if draft is None else draft.checks
+    merges = Merges(tensors, nothing, nothing[:, 0], (), {}) if draft is None else draft.merges
+    merges = Merges(tensors, merges.rows, merges.companion, merges.companions, merges.targets, tuple(kv))
+    if draft is None:
+        repacked = frozenset()
+    differs = np.zeros(len(checks), bool)
+    if repacked:
+        differs[:] = [keys[0].rpartition(".")[0] in repacked for keys in checks]
+    planned = draft is not None and (draft.touched or len(merges.kv) > 0)
+    return GroupPlan(
+        tie.id,
+        tie.canonical,
+        tie.aliases,
+        tie.origins,
+        status="unconfirmed" if draft is None else "planned" if planned else "canonical",
+        reason=outcome.reason,
+        checks=checks.where(~differs),
+        merges=merges,
+        repacked=repacked,
+        differing=checks.where(differs),
+        kind=kind_of(tie.canonical),
+        dropped=0,
+        dropped_bytes=0,
+    )
+
+
+def _counted(groups: Iterable[GroupPlan], fates: Fates) -> tuple[GroupPlan, ...]:
+    """The groups with what is dropped for each."""
+    return tuple(
+        replace(group, dropped=number, dropped_bytes=nbytes)
+        for group, number, nbytes in zip(groups, *fates.dropped(), strict=True)
+    )
+
+
+def _fused(survivors: Survivors) -> Iterator[str]:
+    """Keys of the output's NVFP4 weights that a consumer fuses with others."""
+    for modules in fused_sets(survivors):
+        for module, parts in modules.items():
+            yield from (f"{module}.{part}" for part in parts)
+
+
+def _added(experts: Iterable[ExpertScales], tensors: Tensors) -> list[tuple[str, int]]:
+    """The scales that the source does not have, with the row of another expert's, whose header they get."""
+    return [(name, tensors.row[next(iter(scales.members.values()))]) for scales in experts for name in scales.missing]
