@@ -47,7 +47,7 @@ def test_the_types_say_what_rewrite_takes() -> None:
     assert own | set(FIELDS) == set(RewriteOptions.__optional_keys__)
 
 
-@pytest.mark.parametrize("command", ["rewrite", "plan", "batch"])
+@pytest.mark.parametrize("command", ["rewrite", "plan", "batch", "verify"])
 def test_the_command_line_has_every_option_with_its_choices_and_help(command: str) -> None:
     options = {one.name: one for one in cli.commands[command].params if isinstance(one, click.Option)}
     for name in FIELDS:

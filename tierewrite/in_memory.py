@@ -205,7 +205,7 @@ def _ties_of(ties: Any, config: dict[str, Any], keys: Iterable[str]) -> TieMap:
         if not config.get("architectures"):
             # The class that AutoModel takes then has no head, and says nothing about it.
             raise UsageError(
-                f"the config ({type(ties).__name__}) names no architectures, so nobody knows whose ties count; pass "
+                f"the config ({type(ties).__name__}) names no architectures, so whose ties count is not known; pass "
                 'the model, or set config.architectures to its class, as in ["Qwen3ForCausalLM"]'
             )
         return TieMap.resolve(Path(), config, keys=keys)

@@ -262,7 +262,7 @@ def _below(root: Path, into: str | None) -> list[str]:
         except SystemFailure:
             if not name:
                 raise
-            found.append(name)  # what is in there cannot be told: it fails by itself, and the batch says why
+            found.append(name)  # unreadable: its own rewrite fails, and says why
             continue
         if is_checkpoint(files):
             found.append(name)

@@ -1,7 +1,7 @@
 """Whether a DST is what a rewrite of SRC would make: asked before a batch does again what it has done.
 
 Cheap, from headers, manifest and a few tensors; `tierewrite verify` is the proof. DST must have been written by this
-version of ours, from shards of the same names and sizes, with the same options and ties; nothing in SRC may be newer
+version, from shards of the same names and sizes, with the same options and ties; nothing in SRC may be newer
 than it, every side file must be there in the same size, and the bytes of a few tensors must agree (two models of one
 kind have the same names and sizes).
 """
@@ -47,7 +47,7 @@ class Made:
 
 
 def has_manifest(dst: FilePath) -> bool:
-    """Whether a rewrite of ours left its manifest in `dst`. Raises SystemFailure: a store cannot be asked."""
+    """Whether a rewrite left its manifest in `dst`. Raises SystemFailure: a store cannot be asked."""
     if isinstance(dst, RemotePath):
         return MANIFEST_NAME in listing(dst)
     return (dst / MANIFEST_NAME).is_file()
@@ -157,9 +157,9 @@ def _sample_agrees(source: Checkpoint, target: Checkpoint, manifest: Mapping[str
     pairs.sort(key=lambda pair: source.tensors[pair[0]].nbytes)
     quick = [pair for pair in pairs if source.tensors[pair[0]].nbytes <= _SAMPLE_BYTES]
     chosen = quick[-_SAMPLES:] or pairs[:1]
-    ours = read_tensors(source, [key for key, _ in chosen])
-    theirs = read_tensors(target, [name for _, name in chosen])
-    return all(ours[key] == theirs[name] for key, name in chosen)
+    before = read_tensors(source, [key for key, _ in chosen])
+    after = read_tensors(target, [name for _, name in chosen])
+    return all(before[key] == after[name] for key, name in chosen)
 
 
 def _numbers(source: Checkpoint, target: Checkpoint, manifest: Mapping[str, Any]) -> Made:

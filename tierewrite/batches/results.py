@@ -34,9 +34,9 @@ class BatchResult:
         before_tensors, after_tensors: number of tensors.
         groups: declared ties of which something is on disk.
         kept: how many of them stay on every side; with `plan_only`, those that the headers do not confirm (a rewrite
-            refuses them unless told otherwise).
+            refuses them by default).
         merged_scales: activation scales that stand for several sides; None with `plan_only`.
-        median_ratio, max_ratio: how far apart these sides were.
+        median_ratio, max_ratio: the ratio between these sides.
         consumer_errors: what the consumer that DST was prepared for would still stumble over.
         warnings: as in the report or plan.
     """

@@ -69,7 +69,7 @@ def batch(
         into: folder or URL below which the outputs are made.
         plan_only: write nothing and read headers only: report what could be saved. Needs no `into`.
         jobs: how many at a time.
-        progress: told of each checkpoint by its `part`, and through what that returns, from any thread.
+        progress: its `part` is called for each checkpoint, and what that returns as it moves on, from any thread.
         options: of `rewrite`, for every checkpoint that does not choose otherwise: all but `dst`, `in_place` and
             `backup`.
 
@@ -142,7 +142,7 @@ def _make(folder: Path, made: list[Path]) -> None:
 
 
 class _Stop(BaseException):
-    """Raised in a rewrite when the batch is to end. No Exception: nobody may take it for a failure and go on."""
+    """Raised in a rewrite when the batch is to end. No Exception: no handler takes it for a failure and goes on."""
 
 
 class _Stoppable(Progress):
@@ -255,9 +255,9 @@ class _Batch:
         except Exception as exception:
             log.debug("%s ended early", src, exc_info=True)
             # No name for the error: it holds this frame, and with it all that the rewrite had in memory.
-            told = to_tierewrite_error(exception).to_json()
+            described = to_tierewrite_error(exception).to_json()
             status = "refused" if isinstance(exception, Refused) else "failed"
-            return BatchResult(src, dst, status, told["exit_code"], told)
+            return BatchResult(src, dst, status, described["exit_code"], described)
 
     def _plan(self, item: Item) -> RewritePlan:
         return rewriting.plan(item.src, **item.policy.to_json(), **_chosen(item, (*_READING, "revision")))

@@ -59,7 +59,7 @@ def run(arguments: list[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         return _failed(Interrupted(signal.SIGINT), as_json)
     except BrokenPipeError:
-        # Whoever read our output has gone; nobody is left to tell.
+        # The reader of the output has gone: there is no place for a message.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_SYSTEM
     except Exception as error:

@@ -102,7 +102,7 @@ def rewrite(
 
     SRC and DST may be URLs of any fsspec file system (s3://, gs://, memory://, ...: pip install 'tierewrite[remote]').
     A DST in a store must be new; its index is written last, and makes it a checkpoint. After a kill, --resume goes on
-    there and --overwrite starts anew.
+    there and --overwrite starts again.
     """
     options = given(options)
     if no_backup and "in_place" not in options:
@@ -315,7 +315,7 @@ def check(checkpoint: str, consumer: str, strict: bool, as_json: bool, **options
     """Find what a consumer would load wrong, before it does. Reads headers, configs and scales only.
 
     vLLM loads incomplete and contradictory checkpoints without a warning. Each finding has an id, a severity, the
-    tensors or config entries concerned, what the consumer will do, and the mend if there is one. Exit code 6 if any is
+    tensors or config entries concerned, what the consumer will do, and the fix if there is one. Exit code 6 if any is
     an error (with --strict, or a warning).
 
     \b

@@ -63,7 +63,7 @@ def show_report(console: Console, report: Report) -> None:
     )
     _say_ties(console, report.ties_source, report.ties_detail, report.unpaired)
     table = Table("tied parameters", box=None, pad_edge=False, header_style="bold")
-    for name in ("groups", "kept", "tensors dropped", "bytes dropped", "scales merged", "sides apart (median, max)"):
+    for name in ("groups", "kept", "tensors dropped", "bytes dropped", "scales merged", "ratio (median, max)"):
         table.add_column(name, justify="right")
     by_id = {group.group.id: group for group in report.groups}
     for kind, rows in _by_kind([group.group for group in report.groups]).items():
@@ -89,7 +89,7 @@ def show_report(console: Console, report: Report) -> None:
         console.print(f"{len(report.filled)} experts' scales filled in from their layer's others.", style="yellow")
     if report.reencoded:
         largest = max(job.largest or 0.0 for job in report.reencoded)
-        console.print(f"{len(report.reencoded)} NVFP4 weights encoded anew; an element moved by {largest:.3g} at most.")
+        console.print(f"{len(report.reencoded)} NVFP4 weights re-encoded; an element moved by {largest:.3g} at most.")
     _say_warnings(console, report.warnings)
     if report.readiness is not None:
         show_readiness(console, report.readiness)
@@ -156,7 +156,7 @@ def show_readiness(console: Console, report: Readiness) -> None:
         console.print(Text(f"    where: {where}{more}"))
         console.print(Text(f"    {report.consumer}: {finding.consequence}"))
         if finding.mend:
-            console.print(Text(f"    mend: {finding.mend}"))
+            console.print(Text(f"    fix: {finding.mend}"))
     for note in report.notes:
         console.print(Text(f"note: {note}"))
     counts = f"{_count(len(report.errors), 'error')}, {_count(len(report.warnings), 'warning')}"
@@ -188,8 +188,8 @@ def show_batch(console: Console, report: BatchReport) -> None:
         if report.plan_only:
             cells += [Text(size(result.saved_bytes) if result.ok else ""), kept]
         else:
-            apart = f" ({result.median_ratio:.2f}x, {result.max_ratio:.2f}x)" if result.max_ratio is not None else ""
-            scales = f"{result.merged_scales:,}{apart}" if result.merged_scales else ""
+            ratios = f" ({result.median_ratio:.2f}x, {result.max_ratio:.2f}x)" if result.max_ratio is not None else ""
+            scales = f"{result.merged_scales:,}{ratios}" if result.merged_scales else ""
             cells += [kept, Text(scales), Text(_seconds(result.seconds))]
         table.add_row(*cells)
     if folder:

@@ -97,8 +97,8 @@ def rewrite(
             no `dst`.
         force: with `consumer`, let the output appear all the same.
         manifest: write `tierewrite.json` with what was done and the digests.
-        progress: told how many bytes have moved. What its `start` or `advance` raises stops the rewrite, which then
-            leaves nothing behind.
+        progress: called with how many bytes have moved. What its `start` or `advance` raises stops the rewrite, which
+            then leaves nothing behind.
         options: what decides content, the fields of `planning.policy.Policy`: on_mismatch, kv_scales, max_shard_size
             (bytes, or a text such as "5GB"), ...; `planning.policy.OPTIONS` and `tierewrite rewrite --help` say what
             each of them does.
@@ -235,7 +235,7 @@ class Route:
         return cls(place, where, target)
 
     def check_space(self, needed: int, progress: Progress) -> None:
-        """Raises SystemFailure: the disk cannot hold `needed` bytes. (Of a store nobody knows.)"""
+        """Raises SystemFailure: the disk cannot hold `needed` bytes. (A store does not say.)"""
         if isinstance(self.target, Target):
             check_space(self.target.path, needed)
             if self.swapped is not None:

@@ -81,7 +81,7 @@ def refuse_unconfirmed(opened: Opened, plan: RewritePlan, workers: Engine) -> No
 
 
 def attempt(run: Pass, plan: RewritePlan, evidence: Evidence) -> Written | Evidence:
-    """Writes the shards of `plan`; or says what the bytes told that a next plan has to know, with nothing written.
+    """Writes the shards of `plan`; or returns what its bytes say that the next plan has to know, and leaves nothing.
 
     Raises:
         Refused: the bytes do not confirm a tie, and the policy does not let it be kept.
@@ -200,7 +200,7 @@ def check_for(consumer: str, staging: Staged, dst: object, *, trust_remote_code:
         lines = "\n".join(f"  {finding}" for finding in found.errors[:12])
         raise NotReady(
             f"{len(found.errors)} errors would be left for {consumer}, nothing was written:\n{lines}\n"
-            "Mend the export, or write it all the same with --force.",
+            "Fix the export, or write it all the same with --force.",
             details={"readiness": found.to_json()},
         )
     return replace(found, checkpoint=str(dst))
