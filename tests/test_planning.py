@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from tierewrite.numbers.merging import mergeable
-from tierewrite.planning.planner import plan
 from tierewrite.planning.plan import RewritePlan
+from tierewrite.planning.planner import plan
 from tierewrite.planning.policy import Policy
 from tierewrite.source.table import DTYPE_BITS, Checkpoint, Shard, TensorEntry
 from tierewrite.ties.on_disk import DiskTies, TieGroup

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
-from tierewrite.planning.planner import plan as make_plan
 from tierewrite.planning.plan import RewritePlan
+from tierewrite.planning.planner import plan as make_plan
 from tierewrite.planning.policy import Policy
 from tierewrite.source.open import Place, open_checkpoint
 from tierewrite.source.table import Checkpoint, gc_paused
