@@ -212,7 +212,7 @@ def write_headers(folder: Path, naive: Naive, config: dict[str, Any]) -> None:
 
 def judge(name: str, module: str, folder: Path) -> dict[str, Any]:
     """Plan every naive checkpoint of one class and compare with the right answer; a JSON-like record."""
-    from tierewrite.rewriting.opened import Opened
+    from tierewrite.values.opened import Opened
 
     case = make_case(name, module)
     wrong: list[str] = []
@@ -260,7 +260,7 @@ def without_canonicals(naive: Naive) -> Naive:
 def renaming_differences(naive: Naive, folder: Path, ties: Any) -> list[str]:
     """Where the plan is not: one alias of each tie takes the canonical name, its siblings go, the rest stays."""
     from tierewrite.planning.policy import Policy
-    from tierewrite.rewriting.opened import Opened
+    from tierewrite.values.opened import Opened
     from tierewrite.ties.on_disk import on_disk
 
     checkpoint = open_folder(folder)

@@ -24,7 +24,7 @@ from tierewrite.errors import UsageError, shown
 from tierewrite.planning.plan import Action, RewritePlan, needed_for_confirmation
 from tierewrite.planning.policy import KVScales, Policy
 from tierewrite.report import Report, build_report
-from tierewrite.rewriting.opened import Evidence, Opened
+from tierewrite.values.opened import Evidence, Opened
 from tierewrite.rewriting.options import Device
 from tierewrite.source.table import Checkpoint, Shard, TensorEntry, Tensors, gc_paused
 from tierewrite.ties.on_disk import on_disk

@@ -20,7 +20,7 @@ from tierewrite.errors import shown
 from tierewrite.output.manifest import ties_on_disk
 from tierewrite.planning.policy import Policy
 from tierewrite.proof.files import read_manifest
-from tierewrite.rewriting.opened import Opened
+from tierewrite.values.opened import Opened
 from tierewrite.source.bytes import read_tensors
 from tierewrite.source.open import open_checkpoint
 from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME, Checkpoint

@@ -16,7 +16,7 @@ from tierewrite.output.target import Target, check_space, listing, still_as_list
 from tierewrite.planning.plan import RewritePlan
 from tierewrite.planning.policy import Policy, PolicyOptions
 from tierewrite.report import Report
-from tierewrite.rewriting.opened import Opened
+from tierewrite.values.opened import Opened
 from tierewrite.rewriting.options import Consumer, Device, EngineName, RewriteOptions, SourceOptions
 from tierewrite.rewriting.steps import Pass, check_for, finish, prove, refuse_unconfirmed, write_shards
 from tierewrite.source import read_ahead

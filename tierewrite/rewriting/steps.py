@@ -26,7 +26,7 @@ from tierewrite.planning.plan import RewritePlan, needed_for_confirmation
 from tierewrite.planning.policy import Policy
 from tierewrite.proof.verify import verify
 from tierewrite.report import Report, build_report
-from tierewrite.rewriting.opened import Evidence, Opened
+from tierewrite.values.opened import Evidence, Opened
 from tierewrite.rewriting.options import SourceOptions
 from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME
 from tierewrite.stores.remote import FilePath
