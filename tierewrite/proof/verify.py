@@ -29,8 +29,8 @@ Ids of problems:
     merge            not the value that covers every side
     fill             not the widest scale of the layer's other experts
     not-unified      not encoded to the one scale of the linears that consumers fuse
-    index, total-size, metadata, shard-name, shard-size
-                     the index, its total_size, the metadata that is carried over, names and sizes of shards
+    index, total-size, metadata, shard-name, shard-size, layout
+                     the index, its total_size, the metadata that is carried over, names, sizes and order of shards
     side-file        a file that is missing, not expected, not regular, or different; or a folder
     manifest         a statement of tierewrite.json that is not true, or that is not what the caller asked to be proved
 """
@@ -39,14 +39,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tierewrite.errors import SourceError, SystemFailure
 from tierewrite.planning.policy import Policy, PolicyOptions
 from tierewrite.proof import Problem
 from tierewrite.proof.compare import Proof, check_statements
-from tierewrite.proof.files import check_claims, check_layout, check_side_files, read_manifest
+from tierewrite.proof.exact import check_files, exact_files
+from tierewrite.proof.files import (
+    check_claims,
+    check_layout,
+    check_side_files,
+    check_with_safetensors,
+    configs_for,
+    read_manifest,
+)
 from tierewrite.proof.reading import hash_tensors, is_scale
 from tierewrite.source.open import Place, fetched, name_of, open_checkpoint
 from tierewrite.source.table import MANIFEST_NAME, Checkpoint
@@ -178,6 +186,13 @@ def verify(
         notes=tuple(dict.fromkeys((*note, *source.warnings, *tie_map.warnings, *proof.notes))),
         **proof.counts,
     )
+
+
+def _as_told(ties: TieMap, manifest: Mapping[str, Any] | None) -> TieMap:
+    """The ties as a manifest tells of them: where only the manifest could be asked, it says who declared them."""
+    if ties.source != "manifest" or manifest is None:
+        return ties
+    return replace(ties, source=manifest["ties"]["source"], detail=manifest["ties"]["detail"])
 
 
 def _declared(

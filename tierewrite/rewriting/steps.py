@@ -91,11 +91,7 @@ def attempt(run: Pass, plan: RewritePlan, evidence: Evidence) -> Written | Evide
     side_file_clashes(checkpoint, plan.shards)
     values = decide(checkpoint, plan)
     if isinstance(values, CannotBe):
-        return replace(
-            evidence,
-            separate_kv=evidence.separate_kv | values.separate_kv,
-            unfillable=evidence.unfillable | values.unfillable,
-        )
+        return evidence.without(values)
     metadata, _ = merged_metadata(checkpoint)
     output = run.outputs.enter_context(Output(checkpoint, plan, values.contents, run.staging, metadata))
     if run.resume:
@@ -168,7 +164,13 @@ def finish(
 
 
 def prove(
-    src: FilePath, staging: Staged, policy: Policy, progress: Progress, total: int, reading: SourceOptions
+    src: FilePath,
+    staging: Staged,
+    policy: Policy,
+    consumer: str | None,
+    progress: Progress,
+    total: int,
+    reading: SourceOptions,
 ) -> None:
     """Proves the staged output from the source.
 
@@ -179,7 +181,7 @@ def prove(
         VerificationFailed: it is not what the source makes.
     """
     progress.start("proving", total)
-    result = verify(src, staging.view(), advance=progress.advance, **reading, **policy.to_json())
+    result = verify(src, staging.view(), advance=progress.advance, consumer=consumer, **reading, **policy.to_json())
     if not result.ok:
         first = result.problems[0]
         raise VerificationFailed(

@@ -15,6 +15,7 @@ from tierewrite.stores.remote import PathLike
 from tierewrite.ties.on_disk import DiskTies, on_disk
 from tierewrite.ties.tie_map import TieMap
 from tierewrite.values.confirm import refusal
+from tierewrite.values.decide import CannotBe
 from tierewrite.values.reencoded import reconcile
 
 
@@ -33,6 +34,14 @@ class Evidence:
     separate_kv: frozenset[str] = frozenset()
     repacked: Mapping[str, frozenset[str]] = field(default_factory=dict)
     unfillable: frozenset[str] = frozenset()
+
+    def without(self, values: CannotBe) -> Evidence:
+        """This, and that the values of scales do not allow what `values` names."""
+        return replace(
+            self,
+            separate_kv=self.separate_kv | values.separate_kv,
+            unfillable=self.unfillable | values.unfillable,
+        )
 
     def with_refuted(
         self, checkpoint: Checkpoint, plan: RewritePlan, digests: Mapping[str, bytes], found: Mapping[str, str]

@@ -1,0 +1,176 @@
+"""DST file by file: what a rewrite of SRC with these options writes around the tensors, worked out without writing it.
+
+The other half of the proof. `compare` judges by a reading of its own what each tensor has to hold; here the code that
+rewrites says which bytes it would write: headers with their order and offsets, index, configurations, manifest. None of
+them is asked of DST, and DST has to hold just these bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import tierewrite
+from tierewrite.errors import Refused, shown
+from tierewrite.output.configs import ignore_lists
+from tierewrite.output.manifest import build_manifest, written_tensors
+from tierewrite.output.safetensors import index_bytes, merged_metadata, shard_header
+from tierewrite.planning.plan import RewritePlan
+from tierewrite.planning.policy import Policy
+from tierewrite.proof import Problem
+from tierewrite.report import ShardSize, build_report
+from tierewrite.source.bytes import open_source
+from tierewrite.source.strict_json import strict_json
+from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME, Checkpoint
+from tierewrite.values.confirm import refuted
+from tierewrite.values.content import Copy, made_of
+from tierewrite.values.decide import CannotBe, Values, decide
+from tierewrite.values.opened import Evidence, Opened
+
+_DIFFERENCES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class ExactFiles:
+    """The files of DST, but for the tensors' bytes and what is carried over unchanged.
+
+    Attributes:
+        headers: shard -> its header, length field included, and the bytes of data behind it.
+        index: the bytes of the index.
+        configs: configurations whose ignore lists are corrected, by name; the others are SRC's.
+        manifest: the bytes of tierewrite.json.
+    """
+
+    headers: Mapping[str, tuple[bytes, int]]
+    index: bytes
+    configs: Mapping[str, bytes]
+    manifest: bytes
+
+
+def exact_files(opened: Opened, policy: Policy, digests: Mapping[str, bytes]) -> ExactFiles | None:
+    """What a rewrite writes; None where it refuses SRC.
+
+    Args:
+        digests: source key -> BLAKE3 of its bytes, for all of SRC.
+
+    Raises:
+        SourceChanged, SystemFailure: reading scales or re-encoding weights failed.
+    """
+    try:
+        plan, values = _settled(opened, policy, digests)
+    except Refused:
+        return None
+    checkpoint = opened.checkpoint
+    metadata, _ = merged_metadata(checkpoint)
+    headers = {
+        shard.name: (shard_header(shard, checkpoint.tensors, metadata), shard.nbytes) for shard in plan.shards
+    }
+    nbytes = {tensor.name: tensor.end - tensor.start for shard in plan.shards for tensor in shard.tensors}
+    made = {
+        name: made_of(content, nbytes[name])
+        for name, content in values.contents.items()
+        if not isinstance(content, Copy)
+    }
+    report = build_report(
+        checkpoint,
+        opened.ties,
+        plan,
+        values.merged,
+        [ShardSize(name, len(header) + data) for name, (header, data) in headers.items()],
+        src="",
+        dst="",
+        device="",
+        reencoded=[reencoding.done(made) for reencoding in values.reencoded],
+        filled=values.filled,
+    )
+    configs, _ = ignore_lists(checkpoint, plan, opened.disk)
+    listed = written_tensors(plan, made, values.merged, digests)
+    return ExactFiles(
+        headers,
+        index_bytes(plan.shards, checkpoint.index_metadata),
+        configs,
+        build_manifest(report, opened.disk, listed, tierewrite.__version__),
+    )
+
+
+def _settled(opened: Opened, policy: Policy, digests: Mapping[str, bytes]) -> tuple[RewritePlan, Values]:
+    """The plan that a rewrite ends with, and what the values in it become.
+
+    Raises:
+        Refused: the bytes do not confirm a tie, and the policy does not let it be kept.
+    """
+    evidence = Evidence()
+    while True:
+        plan = opened.plan(policy, evidence)
+        if policy.on_mismatch != "keep" and plan.unconfirmed():
+            raise Refused("the headers refute a tie")
+        values = decide(opened.checkpoint, plan)
+        if isinstance(values, CannotBe):
+            evidence = evidence.without(values)
+            continue
+        found = refuted(opened.checkpoint, plan, digests)
+        if not found:
+            return plan, values
+        evidence = evidence.with_refuted(opened.checkpoint, plan, digests, found)
+
+
+def check_files(exact: ExactFiles, target: Checkpoint) -> Iterator[Problem]:
+    """Headers, index and manifest of DST against `exact`."""
+    there = {shard.name: shard for shard in target.shards}
+    for name in sorted(exact.headers.keys() ^ there.keys()):
+        yield Problem("shard-name", name, "missing" if name in exact.headers else "no rewrite of SRC writes this file")
+    for name in exact.headers.keys() & there.keys():
+        header, nbytes = exact.headers[name]
+        shard = there[name]
+        if shard.size != len(header) + nbytes or shard.data_start != len(header):
+            yield Problem("layout", name, f"has {shard.size:,} bytes; expected {len(header) + nbytes:,}")
+            continue
+        found = bytearray(len(header))
+        with open_source(shard) as file:
+            file.read_runs([(0, len(header))], memoryview(found))
+        if found != header:
+            yield Problem("layout", name, "its header has another order, other offsets or other text than expected")
+    for name, expected in ((INDEX_NAME, exact.index), (MANIFEST_NAME, exact.manifest)):
+        try:
+            data = (target.root / name).read_bytes()
+        except OSError as error:
+            yield Problem("index" if name == INDEX_NAME else "manifest", name, f"cannot be read: {error.strerror}")
+            continue
+        if data != expected:
+            kind = "index" if name == INDEX_NAME else "manifest"
+            yield from (Problem(kind, name, said) for said in _differences(expected, data))
+
+
+def _differences(expected: bytes, found: bytes) -> list[str]:
+    """Where two JSON texts differ, for people: the first few places."""
+    try:
+        places = list(_places(json.loads(expected), strict_json(found.decode()), ""))
+    except (ValueError, RecursionError) as error:
+        return [f"is not the JSON that is expected: {error}"]
+    if not places:
+        return ["says the right things, but in other bytes than a rewrite writes"]
+    more = [f"and {len(places) - _DIFFERENCES_SHOWN} more differences"] if len(places) > _DIFFERENCES_SHOWN else []
+    return places[:_DIFFERENCES_SHOWN] + more
+
+
+def _places(expected: Any, found: Any, at: str) -> Iterator[str]:
+    if isinstance(expected, dict) and isinstance(found, dict):
+        for key in sorted(expected.keys() | found.keys()):
+            if key not in found:
+                yield f"lacks {at}{shown(key)}"
+            elif key not in expected:
+                yield f"has {at}{shown(key)}, which is not expected"
+            else:
+                yield from _places(expected[key], found[key], f"{at}{shown(key)} > ")
+    elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
+        for number, (one, other) in enumerate(zip(expected, found, strict=True)):
+            yield from _places(one, other, f"{at}{number} > ")
+    elif type(expected) is not type(found) or expected != found:
+        yield f"{at.removesuffix(' > ')} is {_short(found)}; expected {_short(expected)}"
+
+
+def _short(value: Any) -> str:
+    text = shown(json.dumps(value, default=str))
+    return text if len(text) <= 80 else f"{text[:80]}..."
