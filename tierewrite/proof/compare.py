@@ -10,6 +10,7 @@ from tierewrite.proof import Problem
 from tierewrite.proof.expected import Expected, agree, expected
 from tierewrite.proof.judge import Group, Judge, Stand
 from tierewrite.proof.kv import kv_stands
+from tierewrite.proof.orphans import orphans
 from tierewrite.proof.reading import Contents
 from tierewrite.source.table import MANIFEST_NAME, Checkpoint
 from tierewrite.ties.on_disk import DiskTies
@@ -50,6 +51,10 @@ class Proof:
         self._say_refused(refuted)
         left = self._left_as_they_were()
         self._compare(refuted, left)
+        for name, weight in orphans(self.source.tensors, self.target.tensors.keys(), disk.owned):
+            self._say(
+                "orphan", name, f"still there, though '{weight}', which it belongs to, is gone; expected both or none"
+            )
         self._count()
 
     def _stands(self) -> dict[str, Stand]:
@@ -121,9 +126,7 @@ class Proof:
             elif stand.sources[0] in refuted:
                 lost.setdefault(refuted[stand.sources[0]].tie.id, []).append(stand.sources[0])
             elif want.digest in held:
-                self._say(
-                    "undeclared-drop", name, "gone; equal bytes are there, but no declared tie makes them one"
-                )
+                self._say("undeclared-drop", name, "gone; equal bytes are there, but no declared tie makes them one")
             else:
                 self._say("missing", name, "not in DST; expected")
         reasons = {group.tie.id: group.reason for group in refuted.values()}

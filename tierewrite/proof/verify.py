@@ -23,6 +23,7 @@ Ids of problems:
     undeclared-drop  the same, though its bytes are there under another name: no declared tie says they are one
     unconfirmed-drop a tie was carried out that the bytes of SRC do not confirm
     tie-left         a tie that the bytes of SRC confirm was not carried out, or only in part
+    orphan           a tensor that belonged to a packed weight is there under its own name, and the weight is gone
     unexpected       a tensor of DST that nothing in SRC accounts for
     header           another dtype or shape than the tensor it stands for
     bytes            other bytes than the tensor it stands for
@@ -69,7 +70,6 @@ if TYPE_CHECKING:
 __all__ = ["VERIFICATION_SCHEMA", "Problem", "Verification", "verify"]
 
 VERIFICATION_SCHEMA = "tierewrite/verification/1"
-
 
 
 @dataclass(frozen=True)
