@@ -20,7 +20,7 @@ from tierewrite.consumers import Finding, ReadinessReport, check
 from tierewrite.consumers.backbone import Backbone
 from tierewrite.consumers.folder import Folder
 from tierewrite.consumers.vllm import VllmSubject
-from tierewrite.consumers.vllm.ignore import consistent_ignore, mended_ignore_lists
+from tierewrite.consumers.vllm.ignore import consistent_ignore, corrected_ignore_lists
 from tierewrite.consumers.vllm.quantization import Ignore
 from tierewrite.errors import ConfigError, SourceError, UsageError
 from tierewrite.ties.tie_map import TieMap
@@ -254,7 +254,7 @@ IGNORE_DEFECTS = [d for d in DEFECTS if d.mended and (d.finding or "").startswit
 def test_consistent_ignore_list_mends_the_pattern(defect: Defect, good: Good, tmp_path: Path) -> None:
     defect.make(good(defect.base), tmp_path / "variant")
     before = Draft.read(tmp_path / "variant")
-    contents, sentences = mended_ignore_lists(tmp_path / "variant")
+    contents, sentences = corrected_ignore_lists(Folder.open(tmp_path / "variant", "vllm"))
     assert len(contents) == len(sentences) > 0
     for name, data in contents.items():
         (tmp_path / "variant" / name).write_bytes(data)
@@ -275,7 +275,7 @@ OTHERS = [d for d in DEFECTS if not d.mended and not (d.finding or "").startswit
 @pytest.mark.parametrize("defect", OTHERS, ids=lambda d: d.name)
 def test_ignore_lists_stay_where_they_are_not_at_fault(defect: Defect, good: Good, tmp_path: Path) -> None:
     defect.make(good(defect.base), tmp_path / "variant")
-    assert mended_ignore_lists(tmp_path / "variant") == ({}, ())
+    assert corrected_ignore_lists(Folder.open(tmp_path / "variant", "vllm")) == ({}, ())
 
 
 @pytest.mark.parametrize("base", ["dg_nvfp4", "dg_nvfp4_experts_only", "dg_nvfp4_sharded", "dg_fp8"])

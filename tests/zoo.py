@@ -260,8 +260,8 @@ def without_canonicals(naive: Naive) -> Naive:
 def renaming_differences(naive: Naive, folder: Path, ties: Any) -> list[str]:
     """Where the plan is not: one alias of each tie takes the canonical name, its siblings go, the rest stays."""
     from tierewrite.planning.policy import Policy
-    from tierewrite.values.opened import Opened
     from tierewrite.ties.on_disk import on_disk
+    from tierewrite.values.opened import Opened
 
     checkpoint = open_folder(folder)
     plan = Opened(checkpoint, ties, on_disk(ties, checkpoint.tensors.keys())).plan(Policy())

@@ -24,7 +24,6 @@ from tierewrite.errors import UsageError, shown
 from tierewrite.planning.plan import Action, RewritePlan, needed_for_confirmation
 from tierewrite.planning.policy import KVScales, Policy
 from tierewrite.report import Report, build_report
-from tierewrite.values.opened import Evidence, Opened
 from tierewrite.rewriting.options import Device
 from tierewrite.source.table import Checkpoint, Shard, TensorEntry, Tensors, gc_paused
 from tierewrite.ties.on_disk import on_disk
@@ -32,6 +31,7 @@ from tierewrite.ties.tie_map import TieMap
 from tierewrite.values.confirm import refusal, refuted
 from tierewrite.values.content import Patch
 from tierewrite.values.merged import MergedScales, merge_scales, separate_kv_warnings
+from tierewrite.values.opened import Evidence, Opened
 
 if TYPE_CHECKING:
     import torch

@@ -20,11 +20,11 @@ from tierewrite.errors import shown
 from tierewrite.output.manifest import ties_on_disk
 from tierewrite.planning.policy import Policy
 from tierewrite.proof.files import read_manifest
-from tierewrite.values.opened import Opened
 from tierewrite.source.bytes import read_tensors
 from tierewrite.source.open import open_checkpoint
 from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME, Checkpoint
 from tierewrite.stores.remote import FilePath, PathLike, RemotePath, listing
+from tierewrite.values.opened import Opened
 
 _SAMPLES = 16
 _SAMPLE_BYTES = 4 << 20

@@ -6,16 +6,24 @@ import json
 import os
 import re
 import stat
+import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import safetensors
+
+from tierewrite.consumers.folder import Folder
+from tierewrite.consumers.vllm.ignore import corrected_ignore_lists
 from tierewrite.errors import SystemFailure, TierewriteError, shown
 from tierewrite.output.manifest import ties_on_disk
 from tierewrite.planning.policy import Policy
 from tierewrite.proof import Problem
 from tierewrite.proof.reading import hash_file
+from tierewrite.source.bytes import read_side_file
+from tierewrite.source.open import Place
 from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME, Checkpoint, SideFile
 from tierewrite.source.threads import io_threads
 from tierewrite.ties.on_disk import DiskTies
@@ -116,27 +124,60 @@ def _frozen(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-# Lists of modules that are not quantized, in config.json's quantization_config and in hf_quant_config.json
-_IGNORE_LISTS = {
-    *("ignore", "exclude_modules", "exclude", "modules_to_not_convert", "ignored_layers", "llm_int8_skip_modules"),
-}
+def corrected_for_vllm(
+    source: Checkpoint, dst: Place, configs: Mapping[str, bytes], trust_remote_code: bool
+) -> dict[str, bytes]:
+    """The configurations of a rewrite for vLLM: its ignore lists say what is on disk in vLLM's own reading.
+
+    Args:
+        dst: whose tensors' names and shapes are looked at; they are proved.
+        configs: the configurations that the rewrite has corrected before; the others are those of `source`.
+    """
+    wanted = ("config.json", "hf_quant_config.json")
+    contents = {side.name: read_side_file(side) for side in source.side_files if side.name in wanted} | dict(configs)
+    with tempfile.TemporaryDirectory(prefix="tierewrite-") as folder:
+        for name in wanted:
+            if name in contents:
+                Path(folder, name).write_bytes(contents[name])
+        parsed = {name: json.loads(contents[name]) if name in contents else {} for name in wanted}
+        there = replace(
+            Folder.open(dst, "vllm"), root=Path(folder), config=parsed[wanted[0]], quant_config=parsed[wanted[1]]
+        )
+        corrected, _ = corrected_ignore_lists(there, trust_remote_code=trust_remote_code)
+    return {**configs, **corrected}
 
 
-def _without_ignore_lists(value: Any, depth: int = 0) -> Any:
-    """A config without its lists of unquantized modules."""
-    if isinstance(value, dict) and depth < 4:
-        return {
-            key: _without_ignore_lists(child, depth + 1)
-            for key, child in value.items()
-            if not (key in _IGNORE_LISTS and isinstance(child, list))
-        }
-    return value
+def check_with_safetensors(target: Checkpoint) -> list[Problem]:
+    """DST's shards, read by safetensors itself: the reader of most consumers."""
+    problems: list[Problem] = []
+    names: dict[int, set[str]] = {number: set() for number in range(len(target.shards))}
+    for entry in target.tensors.values():
+        names[entry.shard].add(entry.name)
+    for number, shard in enumerate(target.shards):
+        if not isinstance(shard.path, Path):
+            continue  # it reads local files only
+        try:
+            with safetensors.safe_open(shard.path, framework="np") as file:
+                found = set(file.keys())
+        except (OSError, safetensors.SafetensorError) as error:
+            problems.append(Problem("unreadable", shard.name, f"safetensors cannot read it: {error}"))
+            continue
+        if found != names[number]:
+            problems.append(Problem("unreadable", shard.name, "safetensors reads other names in it"))
+    return problems
 
 
 def check_side_files(
-    source: Checkpoint, target: Checkpoint, advance: Callable[[int], None] | None, fix_ignore: bool
+    source: Checkpoint,
+    target: Checkpoint,
+    configs: Mapping[str, bytes],
+    advance: Callable[[int], None] | None,
 ) -> list[Problem]:
-    """Every other file and folder of SRC arrives unchanged, and nothing beside them."""
+    """Every other file and folder of SRC arrives unchanged, and nothing beside them.
+
+    Args:
+        configs: the files that a rewrite changes, with the bytes that it writes.
+    """
     problems: list[Problem] = []
     expected = {side.name: side for side in source.side_files}
     found = {side.name: side for side in target.side_files}
@@ -155,10 +196,10 @@ def check_side_files(
         mine, other = pair
         if other.path not in (target.place / other.name, target.root / other.name):
             return Problem("side-file", other.name, "is a link in DST; expected a file")
-        if fix_ignore and mine.name in ("config.json", "hf_quant_config.json"):
-            name = "config" if mine.name == "config.json" else "quant_config"
-            one, two = (_frozen(_without_ignore_lists(getattr(side, name))) for side in (source, target))
-            return None if one == two else Problem("side-file", other.name, "differs in more than its ignore lists")
+        if mine.name in configs:
+            if read_side_file(other) == configs[mine.name]:
+                return None
+            return Problem("side-file", other.name, "is not SRC's with its ignore lists corrected")
         if mine.size != other.size:
             return Problem("side-file", other.name, f"has {other.size} bytes; expected {mine.size}")
         digest = hash_file(mine, advance)

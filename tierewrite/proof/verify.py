@@ -53,7 +53,7 @@ from tierewrite.proof.files import (
     check_layout,
     check_side_files,
     check_with_safetensors,
-    configs_for,
+    corrected_for_vllm,
     read_manifest,
 )
 from tierewrite.proof.reading import hash_tensors, is_scale
@@ -63,6 +63,7 @@ from tierewrite.stores.remote import PathLike
 from tierewrite.ties.on_disk import on_disk
 from tierewrite.ties.tie import Tie
 from tierewrite.ties.tie_map import TieMap
+from tierewrite.values.opened import Opened
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -173,11 +174,18 @@ def verify(
     proof = Proof(source, target, before, after, policy)
     proof.run(disk, tie_map)
     problems += proof.problems
+    exact = exact_files(Opened(source, _as_told(tie_map, manifest), disk), policy, before.digests)
     if manifest is not None:
         problems += check_claims(manifest, policy, tie_map, disk)
         problems += check_statements(proof, manifest)
+        if not problems and exact is not None:  # else what differs was said already, tensor by tensor
+            problems += check_files(exact, target)
     problems += check_layout(source, target, manifest, policy)
-    problems += check_side_files(source, target, advance, policy.fix_ignore)
+    configs = exact.configs if exact is not None else {}
+    if consumer == "vllm" and policy.fix_ignore:
+        configs = corrected_for_vllm(source, dst, configs, trust_remote_code)
+    problems += check_side_files(source, target, configs, advance)
+    problems += check_with_safetensors(target)
     return Verification(
         ok=not problems,
         problems=tuple(problems),

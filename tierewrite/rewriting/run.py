@@ -16,12 +16,12 @@ from tierewrite.output.target import Target, check_space, listing, still_as_list
 from tierewrite.planning.plan import RewritePlan
 from tierewrite.planning.policy import Policy, PolicyOptions
 from tierewrite.report import Report
-from tierewrite.values.opened import Opened
 from tierewrite.rewriting.options import Consumer, Device, EngineName, RewriteOptions, SourceOptions
 from tierewrite.rewriting.steps import Pass, check_for, finish, prove, refuse_unconfirmed, write_shards
 from tierewrite.source import read_ahead
 from tierewrite.source.open import fetched, local_only, name_of
 from tierewrite.stores.remote import FilePath, PathLike, RemotePath, located
+from tierewrite.values.opened import Opened
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -146,7 +146,7 @@ def rewrite(
             )
             if verify:
                 total = opened.checkpoint.total_bytes + written.plan.total_bytes
-                prove(route.src, staging, policy, progress, total, reading)
+                prove(route.src, staging, policy, consumer, progress, total, reading)
             if consumer is not None:
                 readiness = check_for(
                     consumer, staging, route.dst, trust_remote_code=trust_remote_code, force=force

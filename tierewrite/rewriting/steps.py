@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 
 import tierewrite
 from tierewrite.consumers import ReadinessReport, check
-from tierewrite.consumers.vllm.ignore import mended_ignore_lists
+from tierewrite.consumers.folder import Folder
+from tierewrite.consumers.vllm.ignore import corrected_ignore_lists
 from tierewrite.engines import Engine
 from tierewrite.engines.progress import Progress
 from tierewrite.errors import NotReady, VerificationFailed, shown
@@ -26,13 +27,13 @@ from tierewrite.planning.plan import RewritePlan, needed_for_confirmation
 from tierewrite.planning.policy import Policy
 from tierewrite.proof.verify import verify
 from tierewrite.report import Report, build_report
-from tierewrite.values.opened import Evidence, Opened
 from tierewrite.rewriting.options import SourceOptions
 from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME
 from tierewrite.stores.remote import FilePath
 from tierewrite.values.confirm import refusal, refuted
 from tierewrite.values.decide import CannotBe, Values, decide
 from tierewrite.values.merged import separate_kv_warnings
+from tierewrite.values.opened import Evidence, Opened
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,9 @@ def finish(
     progress.start("copying other files", sum(side.size for side in checkpoint.side_files))
     copy_side_files(checkpoint.side_files, checkpoint.directories, staging, progress.advance, configs)
     if consumer == "vllm" and run.policy.fix_ignore:
-        corrected, sentences = mended_ignore_lists(staging.view(), trust_remote_code=trust_remote_code)
+        corrected, sentences = corrected_ignore_lists(
+            Folder.open(staging.view(), "vllm"), trust_remote_code=trust_remote_code
+        )
         for name, data in corrected.items():
             staging.put(name, data)
         config_warnings = (*config_warnings, *sentences)

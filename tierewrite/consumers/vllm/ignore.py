@@ -15,7 +15,6 @@ from typing import Any
 from tierewrite.consumers.folder import Folder
 from tierewrite.consumers.vllm import VllmSubject
 from tierewrite.consumers.vllm.quantization import Ignore
-from tierewrite.source.open import Place
 
 
 def consistent_ignore(s: VllmSubject) -> list[str] | None:
@@ -75,10 +74,10 @@ def _spellings(s: VllmSubject, name: str) -> list[str]:
     return [side + name.removeprefix(s.backbone.map(side)) for side in sides] or [name]
 
 
-def mended_ignore_lists(
-    folder: Place, *, trust_remote_code: bool = False
+def corrected_ignore_lists(
+    opened: Folder, *, trust_remote_code: bool = False
 ) -> tuple[dict[str, bytes], tuple[str, ...]]:
-    """The configs of `folder` with the list of `consistent_ignore`, where they need it.
+    """The configs of `opened` with the list of `consistent_ignore`, where they need it.
 
     Both config.json and hf_quant_config.json get it, each under the key that it uses. Everything else in them stays,
     in its order; the indentation is kept.
@@ -89,7 +88,6 @@ def mended_ignore_lists(
     Raises:
         SourceError and its kin: the folder cannot be read.
     """
-    opened = Folder.open(folder, "vllm")
     patterns = consistent_ignore(VllmSubject(opened, trust_remote_code=trust_remote_code))
     if patterns is None:
         return {}, ()
