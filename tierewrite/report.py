@@ -220,7 +220,7 @@ def build_report(
         before_bytes=checkpoint.total_bytes,
         after_bytes=plan.total_bytes,
         before_tensors=len(checkpoint.tensors),
-        after_tensors=sum(len(shard.tensors) for shard in plan.shards),
+        after_tensors=plan.total_tensors,
         before_shards=tuple(ShardSize(shard.name, shard.size) for shard in checkpoint.shards),
         after_shards=tuple(shards),
         groups=tuple(

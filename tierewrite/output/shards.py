@@ -14,7 +14,7 @@ from tierewrite.output.jobs import Job, JobTensor
 from tierewrite.output.safetensors import shard_header
 from tierewrite.output.staging import Staged
 from tierewrite.output.work import work_of
-from tierewrite.planning.plan import Action, OutShard, RewritePlan, needed_for_confirmation
+from tierewrite.planning.plan import OutShard, RewritePlan, digests_wanted
 from tierewrite.report import ShardSize
 from tierewrite.source.bytes import open_source
 from tierewrite.source.open import header_of
@@ -76,7 +76,7 @@ class Output:
         Raises:
             SourceChanged, SystemFailure: as `Engine.run_jobs`.
         """
-        wanted = digests_wanted(self.plan) - known.keys()
+        wanted = set(digests_wanted(self.plan)) - known.keys()
         if engine.run_pass is not None and isinstance(self.staging.folder, Path):
             known.update(self._in_one_pass(engine.run_pass, wanted))
         else:
@@ -219,19 +219,3 @@ class Output:
             ShardSize(shard.name, len(header) + shard.nbytes)
             for shard, header in zip(self.plan.shards, self.headers, strict=True)
         ]
-
-
-def digests_wanted(plan: RewritePlan) -> set[str]:
-    """What has to be confirmed, and what the manifest gives digests of."""
-    wanted = needed_for_confirmation(plan.groups)
-    drop, merge = Action.DROP, Action.MERGE  # looked up once: there are as many as tensors
-    fates = plan.tensors.values()
-    # Few, where most is tied: a set of what all that is dropped stands for would cost more than the rest.
-    others = {
-        fate.target: fate.name
-        for fate in fates
-        if fate.name not in wanted and fate.action is not drop and fate.action is not merge
-    }
-    wanted.update([name for target, name in others.items() if name != target])
-    wanted.update([others[fate.target] for fate in fates if fate.action is drop and fate.target in others])
-    return wanted
