@@ -138,7 +138,8 @@ class OutShard:
     @property
     def start(self) -> np.ndarray:
         """int64 [tensors], start of each tensor in the data section."""
-        return self.end - self.source.nbytes[self.rows]
+        start: np.ndarray = self.end - self.source.nbytes[self.rows]
+        return start
 
     @property
     def nbytes(self) -> int:

@@ -166,7 +166,8 @@ class Tensors(Mapping[str, TensorEntry]):
     @property
     def nbytes(self) -> np.ndarray:
         """int64 [rows], bytes of data."""
-        return self.end - self.start
+        size: np.ndarray = self.end - self.start
+        return size
 
     def entry(self, row: int) -> TensorEntry:
         """One row."""
