@@ -356,7 +356,8 @@ def numbers(dtype: str, data: bytes) -> np.ndarray[Any, np.dtype[np.float64]]:
     if dtype == "BF16":
         return (raw.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     if dtype == "F8_E4M3":
-        return _e4m3()[raw]
+        values: np.ndarray[Any, np.dtype[np.float64]] = _e4m3()[raw]
+        return values
     with np.errstate(invalid="ignore"):
         return raw.astype(np.float64)
 
