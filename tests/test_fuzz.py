@@ -47,12 +47,13 @@ def ours(raw: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]] | None:
     """
     try:
         length = header_length(raw[:8], len(raw), Path("x"))
-        metadata, entries = parse_header(raw[8 : 8 + length], len(raw) - 8 - length)
+        metadata, tensors = parse_header(raw[8 : 8 + length], len(raw) - 8 - length)
     except SourceError:
         return None
-    assert (metadata, entries) == _parse_any(raw[8 : 8 + length].decode(), len(raw) - 8 - length, None, 0, 0)
+    same, rows = _parse_any(raw[8 : 8 + length], len(raw) - 8 - length, None, 0, 0)
+    assert (metadata, list(tensors.values())) == (same, list(rows.values()))
     data = memoryview(raw)[8 + length :]
-    return {e.name: (e.dtype, e.shape, bytes(data[e.start : e.end])) for e in entries}
+    return {e.name: (e.dtype, e.shape, bytes(data[e.start : e.end])) for e in tensors.values()}
 
 
 def theirs(raw: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]] | None:
@@ -439,12 +440,12 @@ def test_files_on_disk_get_the_same_verdict_as_their_bytes(tmp_path: Path) -> No
         path.write_bytes(raw)
         expected = ours(raw)
         try:
-            _, entries = read_header(path)
+            _, tensors = read_header(path)
         except SourceError:
             assert expected is None
         else:
             accepted += 1
-            assert expected == {e.name: (e.dtype, e.shape, raw[e.start : e.end]) for e in entries}
+            assert expected == {e.name: (e.dtype, e.shape, raw[e.start : e.end]) for e in tensors.values()}
     assert accepted > 30
 
 

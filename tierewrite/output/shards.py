@@ -174,7 +174,7 @@ class Output:
     ) -> bool:
         header = self.headers[index]
         try:
-            staged_shard, entries = header_of(path)
+            staged_shard, tensors = header_of(path)
         except SourceError:
             return False
         if staged_shard.size != len(header) + shard.nbytes or staged_shard.data_start != len(header):
@@ -184,7 +184,7 @@ class Output:
             file.read_runs([(0, len(header))], memoryview(found_header))
         if found_header != header:
             return False
-        staged = Checkpoint.of(Path(), (staged_shard,), {entry.name: entry for entry in entries})
+        staged = Checkpoint.of(Path(), (staged_shard,), tensors)
         found = engine.hash(staged, [tensor.name for tensor in shard.tensors], "checking what was finished")
         copied = [tensor for tensor in shard.tensors if tensor.name not in self.contents]
         unknown = [tensor.source for tensor in copied if tensor.source not in known]
