@@ -104,7 +104,7 @@ def body_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     [
         ("transformers", {"ties"}),
         ("torch", {"ties", "digest", "in_memory"}),
-        ("cupy", {"digest/cuda.py", "numbers/nvfp4.py"}),
+        ("cupy", {"digest/cuda.py", "numbers/arithmetic.py"}),
         ("fsspec", {"stores"}),
         ("ray", {"engines"}),
     ],

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tierewrite import formats
 from tierewrite.consumers.backbone import Backbone
 from tierewrite.consumers.folder import _BATCH, Folder
 from tierewrite.errors import TierewriteError
+from tierewrite.numbers.float8 import float8_values
 from tierewrite.source.bytes import open_source, read_tensors
 from tierewrite.source.table import TensorEntry
 from tierewrite.ties.on_disk import WHOLE, Part, on_disk, places
@@ -356,22 +357,13 @@ def numbers(dtype: str, data: bytes) -> np.ndarray[Any, np.dtype[np.float64]]:
     if dtype == "BF16":
         return (raw.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     if dtype == "F8_E4M3":
-        values: np.ndarray[Any, np.dtype[np.float64]] = _e4m3()[raw]
+        values: np.ndarray[Any, np.dtype[np.float64]] = float8_values(dtype)[raw]
         return values
     with np.errstate(invalid="ignore"):
         return raw.astype(np.float64)
 
 
-@lru_cache(maxsize=1)
-def _e4m3() -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The 256 values of OCP E4M3 (OFP8, section 5.2): bias 7, no infinities, 0x7F and 0xFF are NaN."""
-    code = np.arange(256)
-    exponent, mantissa = (code >> 3) & 15, (code & 7) / 8.0
-    value = np.where(exponent == 0, mantissa * 2.0**-6, (1 + mantissa) * 2.0 ** (exponent - 7.0))
-    value = np.where((code & 0x7F) == 0x7F, np.nan, value)
-    return np.where(code & 0x80, -value, value)
-
-
 def rounded_to_e4m3(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Which values E4M3 holds exactly."""
-    return np.isin(values, _e4m3()[~np.isnan(_e4m3())])
+    exact = float8_values("F8_E4M3")
+    return np.isin(values, exact[~np.isnan(exact)])
