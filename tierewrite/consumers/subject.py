@@ -30,7 +30,6 @@ from tierewrite.ties.tie_map import TieMap
 
 FLOATS = frozenset({"F64", "F32", "BF16", "F16"})
 PACKED = frozenset({"U8", "I8", "F4"})
-WEIGHTS = ("weight", "weight_packed")  # what a linear module's weight is called on disk
 
 
 # ----------------------------------------------------------------------------------------------- the subject
@@ -162,7 +161,7 @@ class Subject:
             return {}
         plain: dict[str, str] = {}
         for key in self.entries:
-            plain[f"{key.removesuffix('_packed')}" if key.endswith(".weight_packed") else key] = key
+            plain[formats.main_parameter(key) or key] = key
         return {plain[name]: place for name, place in places(self.model, plain).items()}
 
     @cached_property
@@ -182,7 +181,7 @@ class Subject:
         return {name: m for name, m in self.modules.items() if self._is_quantized(m)}
 
     def _is_quantized(self, module: Module) -> bool:
-        if any(leaf in module.leaves for leaf in ("weight_packed", "weight_scale", "weight_scale_2", "qweight")):
+        if any(_shows_quantization(leaf) for leaf in module.leaves):
             return True
         key = module.key("weight")
         return key is not None and self.entries[key].dtype not in FLOATS and len(self.entries[key].shape) == 2
@@ -345,6 +344,11 @@ class Subject:
         self.bytes_read += sum(map(len, data.values()))
         for i, group in enumerate(groups):
             yield all(data[f"{i}.{j}"] == data[f"{i}.0"] for j in range(1, len(group)))
+
+
+def _shows_quantization(leaf: str) -> bool:
+    part = formats.classify("weight", leaf) if leaf != "weight" else None
+    return part is not None and part.role.quantizes
 
 
 SCALE_ENDINGS = ("_scale", "_scale_2", "_scale_inv")  # weight_global_scale, k_scale, input_scale, ...
