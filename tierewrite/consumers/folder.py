@@ -14,7 +14,7 @@ from tierewrite.errors import ConfigError, SourceError
 from tierewrite.source.folder import WANTED, natural_key, refuse_half_written, what_is_here
 from tierewrite.source.header import read_header
 from tierewrite.source.index import read_index
-from tierewrite.source.open import Mirror, Place, RemoteFolder, folder_of, told_of
+from tierewrite.source.open import Mirror, Place, RemoteFolder, folder_of, rename_in_errors
 from tierewrite.source.table import INDEX_NAME, Checkpoint, Header, Shard, TensorEntry, Tensors
 from tierewrite.stores.remote import FilePath
 
@@ -103,7 +103,7 @@ class Folder:
         repeated: dict[str, list[TensorEntry]] = {}
         unread = {}
         headers = nullcontext(_local_header(root)) if mirror is None else mirror.headers(there)
-        with told_of(where, root), headers as header:
+        with rename_in_errors(where, root), headers as header:
             for number, name in enumerate(names):
                 shard, found = header(name, number)
                 shards.append(shard)

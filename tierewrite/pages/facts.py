@@ -27,7 +27,7 @@ from tierewrite.errors import SourceError, UsageError, system_errors
 from tierewrite.output.manifest import read_manifest
 from tierewrite.planning.plan import kind_of
 from tierewrite.source.folder import natural_key, open_folder, refuse_half_written
-from tierewrite.source.open import open_checkpoint, told_of
+from tierewrite.source.open import open_checkpoint, rename_in_errors
 from tierewrite.source.table import MANIFEST_NAME, Checkpoint, gc_paused
 from tierewrite.stores.remote import FilePath, RemotePath, located
 
@@ -366,7 +366,7 @@ def read_facts(
     if consumer is not None and folder is None:
         what = "is a manifest alone; a check for a consumer needs the folder: give that, or leave out --for"
         raise UsageError(what, file=where)
-    with told_of(where, manifest_path.parent):
+    with rename_in_errors(where, manifest_path.parent):
         manifest = read_manifest(manifest_path)
         sizes = None if folder is None else _sizes(folder, manifest, manifest_path)
     readiness: ReadinessReport | None = None

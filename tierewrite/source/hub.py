@@ -163,7 +163,7 @@ class _Remote:
             root = path.parents[name.count("/")]
         top = sorted({name.partition("/")[0] for name in self.sizes})
         shards = [n for n in self.sizes if "/" not in n and n.endswith(".safetensors") and not n.startswith(".")]
-        with asked_together(shards, self.header) as header:
+        with prefetched(shards, self.header) as header:
             return assembled(
                 root,
                 top,
@@ -223,7 +223,7 @@ class _Remote:
 
 
 @contextlib.contextmanager
-def asked_together(names: Iterable[str], header: Callable[[str], Header]) -> Iterator[Callable[[str, int], Header]]:
+def prefetched(names: Iterable[str], header: Callable[[str], Header]) -> Iterator[Callable[[str, int], Header]]:
     """A function (name, number) that gives a header by `header`; those of `names` are on their way already.
 
     All of them will be asked for, one after the other; asked together they take one round trip, not one each.

@@ -171,7 +171,7 @@ class Mirror:
     def checkpoint(self, ignore_unindexed: bool) -> Checkpoint:
         """All that `Checkpoint.open` would read, and nothing more."""
         shards = [n for n in self.infos if "/" not in n and n.endswith(".safetensors") and not n.startswith(".")]
-        with told_of(self.folder.base, self.root), self.headers(shards) as header:
+        with rename_in_errors(self.folder.base, self.root), self.headers(shards) as header:
             return assembled(
                 self.root,
                 self.top,
@@ -184,8 +184,8 @@ class Mirror:
             )
 
     def headers(self, names: Iterable[str]) -> contextlib.AbstractContextManager[Callable[[str, int], Header]]:
-        """A function (name, number) that gives a header; see `hub.asked_together`."""
-        return hub.asked_together(names, self.header)
+        """A function (name, number) that gives a header; see `hub.prefetched`."""
+        return hub.prefetched(names, self.header)
 
     def header(self, name: str) -> Header:
         """The header of one file. Raises what `remote_header` raises."""
@@ -236,7 +236,7 @@ def header_of(path: FilePath) -> Header:
 
 
 @contextlib.contextmanager
-def told_of(origin: FilePath | None, root: Path) -> Iterator[None]:
+def rename_in_errors(origin: FilePath | None, root: Path) -> Iterator[None]:
     """Inside, errors about a copy in `root` name the remote file instead, if `origin` is remote."""
     try:
         yield
