@@ -18,7 +18,6 @@ from typing import Any
 
 from tierewrite import formats
 from tierewrite.errors import ConfigError, TieFileError, shown
-from tierewrite.formats import Role
 from tierewrite.source.strict_json import BadJson, kind_of_json, strict_json
 from tierewrite.ties.scopes import Scopes
 from tierewrite.ties.tie import Declared, rooted
@@ -55,7 +54,7 @@ def parameters_of(keys: Collection[str]) -> dict[str, None]:
         part = formats.part_of_weight(key)
         if part is None:
             unknown.append(key)
-        elif part[1].main or part[1].role in (Role.WEIGHT, Role.ACTIVATION, Role.ADJACENT):
+        elif part[1].role.of_weight:
             names[part[0]] = None
             quantized.add(part[0].rpartition(".")[0])
     for key in unknown:
