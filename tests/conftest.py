@@ -38,9 +38,9 @@ def _sources() -> list[Path]:
     return sorted(FIXTURES.glob("*/naive"))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _sources_keep_their_times() -> Iterator[None]:
-    """The naive fixtures' files, sizes, modes and times are the same after every test."""
+    """The naive fixtures' files, sizes, modes and times are the same after every module of tests."""
     before = [snapshot(folder, content=False) for folder in _sources()]
     yield
     assert [snapshot(folder, content=False) for folder in _sources()] == before

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from tierewrite.digest import DeviceFailed, Digester, Span, cut, layout, select
 from tierewrite.digest import cuda as cuda_room
+from tierewrite.digest import schedule as schedule_room
 from tierewrite.digest.cpu import CpuDigester
 from tierewrite.digest.spans import Ledger, host_bytes
 from tierewrite.digest.tree import IV, PARENT, PERMUTATION, ROOT, combine
@@ -337,7 +338,7 @@ def test_combining_nothing_is_nothing_and_one_subtree_is_refused() -> None:
 # ---------------------------------------------------------------- what the GPU is told to do
 
 
-def execute(plan: cuda_room.Schedule, data: bytes, fan: int) -> list[bytes]:
+def execute(plan: schedule_room.Schedule, data: bytes, fan: int) -> list[bytes]:
     """A schedule carried out as the kernels' comments say, slowly."""
     table = plan.table.tolist()
     n = plan.jobs
@@ -377,11 +378,11 @@ def execute(plan: cuda_room.Schedule, data: bytes, fan: int) -> list[bytes]:
 
 
 def test_a_schedule_carried_out_gives_the_digests(monkeypatch: pytest.MonkeyPatch, noise: bytes) -> None:
-    monkeypatch.setattr(cuda_room, "_FAN", 4)
+    monkeypatch.setattr(schedule_room, "FAN", 4)
     lengths = [0, 5, 1024, 1025, 4096, 4097, 5 * 1024, 17 * 1024 + 1, 3, 70 * 1024, 64 * 1024, 16 * 1024, 16 * 1024 + 9]
     start = np.arange(len(lengths), dtype=np.uint64) * np.uint64(333)
     u64 = np.array(lengths, np.uint64)
-    plan = cuda_room.schedule(start, u64, np.zeros_like(u64), np.ones(len(lengths), bool))
+    plan = schedule_room.schedule(start, u64, np.zeros_like(u64), np.ones(len(lengths), bool))
     assert len(plan.levels) == 4
     found = execute(plan, noise, 4)
     assert found == [blake3(noise[int(s) : int(s) + n]).digest() for s, n in zip(start, lengths, strict=True)]
@@ -390,7 +391,7 @@ def test_a_schedule_carried_out_gives_the_digests(monkeypatch: pytest.MonkeyPatc
 def test_a_schedule_of_pieces_gives_their_subtrees(noise: bytes) -> None:
     lengths, counters = [4096, 8192, 1024, 700], [8, 16, 1 << 32, 3]
     start = np.array([10, 5000, 20000, 30000], np.uint64)
-    plan = cuda_room.schedule(start, np.array(lengths, np.uint64), np.array(counters, np.uint64), np.zeros(4, bool))
+    plan = schedule_room.schedule(start, np.array(lengths, np.uint64), np.array(counters, np.uint64), np.zeros(4, bool))
     found = execute(plan, noise, 1024)
     expected = [subtree(noise[int(s) : int(s) + n], c) for s, n, c in zip(start, lengths, counters, strict=True)]
     assert found == expected
@@ -400,17 +401,19 @@ def test_a_schedule_of_pieces_gives_their_subtrees(noise: bytes) -> None:
 @settings(max_examples=200, deadline=None)
 def test_the_memory_set_aside_holds_any_schedule(lengths: list[int]) -> None:
     length = np.array(lengths, np.uint64)
-    plan = cuda_room.schedule(length, length, np.zeros_like(length), np.ones(len(lengths), bool))
-    words, values = cuda_room.bounds(len(lengths), sum(lengths))
+    plan = schedule_room.schedule(length, length, np.zeros_like(length), np.ones(len(lengths), bool))
+    words, values = schedule_room.bounds(len(lengths), sum(lengths))
     assert len(plan.table) <= words
     assert plan.chunks + plan.groups <= values
 
 
 def test_launches_are_counted_per_batch_and_not_per_tensor() -> None:
     length = np.full(46_000, 700_000, np.uint64)
-    plan = cuda_room.schedule(length, length, np.zeros_like(length), np.ones(len(length), bool))
+    plan = schedule_room.schedule(length, length, np.zeros_like(length), np.ones(len(length), bool))
     assert len(plan.levels) == 1
-    assert len(cuda_room.schedule(*(np.array([n], np.uint64) for n in (0, 1 << 32, 0)), np.ones(1, bool)).levels) == 3
+    assert (
+        len(schedule_room.schedule(*(np.array([n], np.uint64) for n in (0, 1 << 32, 0)), np.ones(1, bool)).levels) == 3
+    )
 
 
 # ---------------------------------------------------------------- which device

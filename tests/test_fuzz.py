@@ -33,7 +33,7 @@ from tierewrite.source.header import _parse_any, header_length, parse_header, re
 from tierewrite.source.index import read_index
 from tierewrite.source.table import DTYPE_BITS
 
-SECONDS_AN_INPUT = 5.0  # hundreds of times what the slowest takes; a hang or a blow-up is far beyond
+CPU_SECONDS_AN_INPUT = 5.0  # hundreds of times what the slowest takes; a hang or a blow-up is far beyond
 KNOWN = set(DTYPE_BITS)
 
 
@@ -47,12 +47,13 @@ def ours(raw: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]] | None:
     """
     try:
         length = header_length(raw[:8], len(raw), Path("x"))
-        metadata, entries = parse_header(raw[8 : 8 + length], len(raw) - 8 - length)
+        metadata, tensors = parse_header(raw[8 : 8 + length], len(raw) - 8 - length)
     except SourceError:
         return None
-    assert (metadata, entries) == _parse_any(raw[8 : 8 + length].decode(), len(raw) - 8 - length, None, 0, 0)
+    same, rows = _parse_any(raw[8 : 8 + length], len(raw) - 8 - length, None, 0, 0)
+    assert (metadata, list(tensors.values())) == (same, list(rows.values()))
     data = memoryview(raw)[8 + length :]
-    return {e.name: (e.dtype, e.shape, bytes(data[e.start : e.end])) for e in entries}
+    return {e.name: (e.dtype, e.shape, bytes(data[e.start : e.end])) for e in tensors.values()}
 
 
 def theirs(raw: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]] | None:
@@ -102,10 +103,10 @@ def deliberately_accepted(raw: bytes) -> bool:
 
 def judge(raw: bytes) -> str:
     """Compare both verdicts; returns which case it was, fails on a difference that is not deliberate."""
-    before = time.perf_counter()
+    before = time.process_time()
     mine = ours(raw)
-    took = time.perf_counter() - before
-    assert took < SECONDS_AN_INPUT, f"{took:.1f} s for {raw[:200]!r}"
+    took = time.process_time() - before
+    assert took < CPU_SECONDS_AN_INPUT, f"{took:.1f} s for {raw[:200]!r}"
     reference = theirs(raw)
     if mine is None and reference is None:
         return "refused by both"
@@ -324,22 +325,19 @@ class Mutator:
         return raw
 
 
-def fuzz_headers(seed: int, inputs: int, seconds: float) -> tuple[Counter[str], float]:
-    """Judge up to `inputs` mutated files within `seconds`; returns the cases and the slowest, in seconds."""
+def fuzz_headers(seed: int, inputs: int) -> tuple[Counter[str], float]:
+    """Judge `inputs` mutated files; returns the cases and the slowest, in seconds of CPU."""
     mutator, cases, slowest = Mutator(seed), Counter[str](), 0.0
-    until = time.monotonic() + seconds
     for _ in range(inputs):
         raw = mutator()
-        before = time.perf_counter()
+        before = time.process_time()
         cases[judge(raw)] += 1
-        slowest = max(slowest, time.perf_counter() - before)
-        if time.monotonic() > until:
-            break
+        slowest = max(slowest, time.process_time() - before)
     return cases, slowest
 
 
 def test_mutated_real_headers_get_the_verdict_of_safetensors() -> None:
-    cases, _ = fuzz_headers(seed=int(os.environ.get("TIEREWRITE_FUZZ_SEED", "0")), inputs=20_000, seconds=20)
+    cases, _ = fuzz_headers(seed=int(os.environ.get("TIEREWRITE_FUZZ_SEED", "0")), inputs=20_000)
     assert all(cases[case] for case in ("accepted by both", "refused by both", "refused on purpose")), cases
 
 
@@ -356,12 +354,11 @@ def index_and_tensors() -> tuple[bytes, dict[str, Any]]:
 INDEX_TOKENS = [*TOKENS, b"../", b"/", b"..", b"model-00001-of-00003.safetensors", b'"weight_map":', b'"metadata":']
 
 
-def fuzz_indexes(seed: int, inputs: int, seconds: float, folder: Path) -> Counter[str]:
-    """Read up to `inputs` broken indexes; each is refused, or gives plain file names as JSON itself reads them."""
+def fuzz_indexes(seed: int, inputs: int, folder: Path) -> Counter[str]:
+    """Read `inputs` broken indexes; each is refused, or gives plain file names as JSON itself reads them."""
     mutator, cases = Mutator(seed), Counter[str]()
     text, _ = index_and_tensors()
     path = folder / "model.safetensors.index.json"
-    until = time.monotonic() + seconds
     for _ in range(inputs):
         raw = text
         for _ in range(mutator.random.choice((1, 1, 1, 2, 4))):
@@ -370,7 +367,7 @@ def fuzz_indexes(seed: int, inputs: int, seconds: float, folder: Path) -> Counte
                 at = mutator.random.randrange(len(raw) + 1)
                 raw = raw[:at] + mutator.random.choice(INDEX_TOKENS) + raw[at:]
         path.write_bytes(raw)
-        before = time.perf_counter()
+        before = time.process_time()
         try:
             metadata, weight_map = read_index(path)
         except ShardIndexError:
@@ -384,14 +381,12 @@ def fuzz_indexes(seed: int, inputs: int, seconds: float, folder: Path) -> Counte
                 assert name not in ("", ".", "..")
                 assert os.path.basename(name) == name
                 assert "\\" not in name
-        assert time.perf_counter() - before < SECONDS_AN_INPUT
-        if time.monotonic() > until:
-            break
+        assert time.process_time() - before < CPU_SECONDS_AN_INPUT
     return cases
 
 
 def test_a_broken_index_is_refused_or_read_as_json_reads_it(tmp_path: Path) -> None:
-    cases = fuzz_indexes(seed=0, inputs=4_000, seconds=20, folder=tmp_path)
+    cases = fuzz_indexes(seed=0, inputs=4_000, folder=tmp_path)
     assert cases["accepted"] > 50
     assert cases["refused"] > 50
 
@@ -439,22 +434,22 @@ def test_files_on_disk_get_the_same_verdict_as_their_bytes(tmp_path: Path) -> No
         path.write_bytes(raw)
         expected = ours(raw)
         try:
-            _, entries = read_header(path)
+            _, tensors = read_header(path)
         except SourceError:
             assert expected is None
         else:
             accepted += 1
-            assert expected == {e.name: (e.dtype, e.shape, raw[e.start : e.end]) for e in entries}
+            assert expected == {e.name: (e.dtype, e.shape, raw[e.start : e.end]) for e in tensors.values()}
     assert accepted > 30
 
 
 @pytest.mark.long
 def test_a_million_inputs_neither_crash_nor_hang_nor_grow(tmp_path: Path) -> None:
     inputs = int(os.environ.get("TIEREWRITE_FUZZ_INPUTS", "1000000"))
-    fuzz_headers(seed=1, inputs=2_000, seconds=60)  # allocators warm
+    fuzz_headers(seed=1, inputs=2_000)  # allocators warm
     started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    cases, slowest = fuzz_headers(seed=20_26, inputs=inputs, seconds=6 * 3600)
-    indexes = fuzz_indexes(seed=20_26, inputs=inputs // 10, seconds=3600, folder=tmp_path)
+    cases, slowest = fuzz_headers(seed=20_26, inputs=inputs)
+    indexes = fuzz_indexes(seed=20_26, inputs=inputs // 10, folder=tmp_path)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     print(
         f"\n{sum(cases.values()):,} headers {dict(cases)}, {sum(indexes.values()):,} indexes {dict(indexes)}, "

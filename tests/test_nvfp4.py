@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests.checkpoints import FIXTURES, read_tensors
-from tierewrite.numbers import nvfp4
+from tierewrite.numbers import float8, nvfp4
 
 MODELOPT = np.load(FIXTURES / "nvfp4_codec" / "modelopt.npz")
 CASES = sorted({name.rpartition(".")[0] for name in MODELOPT.files})
@@ -71,24 +71,24 @@ def by_hand(weight: np.ndarray, weight_scale: np.ndarray, scale: float) -> np.nd
 
 def test_every_e4m3_byte_survives_the_way_to_float32_and_back() -> None:
     bits = np.arange(256, dtype=np.uint8)
-    np.testing.assert_array_equal(nvfp4.float32_to_e4m3(nvfp4.e4m3_to_float32(bits)), bits)
+    np.testing.assert_array_equal(float8.float32_to_e4m3(float8.e4m3_to_float32(bits)), bits)
 
 
 def test_e4m3_halfway_points_go_to_the_even_byte_and_their_neighbours_to_the_nearer_one() -> None:
-    values = nvfp4.e4m3_to_float32(np.arange(0x7F, dtype=np.uint8)).astype(np.float64)
+    values = float8.e4m3_to_float32(np.arange(0x7F, dtype=np.uint8)).astype(np.float64)
     middle = ((values[:-1] + values[1:]) / 2).astype(np.float32)
     lower = np.arange(0x7E, dtype=np.uint8)
-    np.testing.assert_array_equal(nvfp4.float32_to_e4m3(middle), lower + (lower & 1))
-    np.testing.assert_array_equal(nvfp4.float32_to_e4m3(np.nextafter(middle, np.float32(0))), lower)
-    np.testing.assert_array_equal(nvfp4.float32_to_e4m3(np.nextafter(middle, np.float32(999))), lower + 1)
-    np.testing.assert_array_equal(nvfp4.float32_to_e4m3(-middle), (lower + (lower & 1)) | 0x80)
+    np.testing.assert_array_equal(float8.float32_to_e4m3(middle), lower + (lower & 1))
+    np.testing.assert_array_equal(float8.float32_to_e4m3(np.nextafter(middle, np.float32(0))), lower)
+    np.testing.assert_array_equal(float8.float32_to_e4m3(np.nextafter(middle, np.float32(999))), lower + 1)
+    np.testing.assert_array_equal(float8.float32_to_e4m3(-middle), (lower + (lower & 1)) | 0x80)
 
 
 def test_e4m3_saturates_at_448_and_keeps_nan() -> None:
     values = np.array([448, 449, 464, 465, 1e38, np.inf, -np.inf, -500, np.nan, 1e-45, 2**-10], dtype=np.float32)
     expected = [0x7E] * 6 + [0xFE, 0xFE, 0x7F, 0, 0]
-    assert nvfp4.float32_to_e4m3(values).tolist() == expected
-    assert nvfp4.float32_to_e4m3(np.float32(-0.0).reshape(())).item() == 0x80
+    assert float8.float32_to_e4m3(values).tolist() == expected
+    assert float8.float32_to_e4m3(np.float32(-0.0).reshape(())).item() == 0x80
 
 
 def test_e4m3_agrees_with_torch_on_random_bit_patterns() -> None:
@@ -97,7 +97,7 @@ def test_e4m3_agrees_with_torch_on_random_bit_patterns() -> None:
     values = np.clip(bits.view(np.float32), -448, 448)
     values = values[~np.isnan(values)]
     expected = torch.from_numpy(values).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
-    np.testing.assert_array_equal(nvfp4.float32_to_e4m3(values), expected)
+    np.testing.assert_array_equal(float8.float32_to_e4m3(values), expected)
 
 
 # --- encode and decode against ModelOpt -----------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def test_decode_gives_modelopts_bits(case: str) -> None:
 def test_a_tensor_of_zeros_encodes_to_nan_scales_as_in_modelopt() -> None:
     weight, weight_scale, weight_scale_2 = nvfp4.encode(np.zeros((2, 32), np.float32))
     assert weight_scale_2 == 0
-    assert np.isnan(nvfp4.e4m3_to_float32(weight_scale)).all()
+    assert np.isnan(float8.e4m3_to_float32(weight_scale)).all()
     assert (weight == 0x77).all()
 
 
@@ -157,8 +157,8 @@ def test_dividing_by_six_first_would_give_other_bytes_now_and_then() -> None:
     weight = random_weight(1, (4000, 16))
     _, scales, scale = nvfp4.encode(weight)
     amax = np.abs(weight).max(axis=1)
-    other = nvfp4.float32_to_e4m3(np.clip(amax / np.float32(6) / scale, np.float32(2**-9), np.float32(448)))
-    mine = nvfp4.float32_to_e4m3(np.clip(amax / (np.float32(6) * scale), np.float32(2**-9), np.float32(448)))
+    other = float8.float32_to_e4m3(np.clip(amax / np.float32(6) / scale, np.float32(2**-9), np.float32(448)))
+    mine = float8.float32_to_e4m3(np.clip(amax / (np.float32(6) * scale), np.float32(2**-9), np.float32(448)))
     np.testing.assert_array_equal(scales[:, 0], mine)
     quotients = np.random.default_rng(0).uniform(0, 448, 400_000).astype(np.float32)
     assert ((quotients / np.float32(6) / scale) != (quotients / (np.float32(6) * scale))).any()
@@ -184,7 +184,7 @@ def test_real_checkpoints_encode_to_what_they_were(case: str) -> None:
         decoded = nvfp4.decode(*packed)
         block = decoded.shape[-1] // packed.weight_scale.shape[-1]
         again = nvfp4.encode(decoded, packed.scale, block=block)
-        multiplier = nvfp4.e4m3_to_float32(packed.weight_scale.ravel()) * packed.scale
+        multiplier = float8.e4m3_to_float32(packed.weight_scale.ravel()) * packed.scale
         full = np.abs(decoded).reshape(-1, block).max(1) == 6 * multiplier
         assert full.mean() > 0.5  # most blocks use the largest magnitude; for those the scale comes back
         same = (again[1].ravel() == packed.weight_scale.ravel())[full]
@@ -326,8 +326,8 @@ def test_the_new_block_scale_is_the_old_one_times_the_ratio_clamped_and_rounded(
     packed = nvfp4.encode(random_weight(8, spread=9))
     for new in (packed[2] * np.float32(1.37), packed[2] * np.float32(400), packed[2] / np.float32(5)):
         _, scales = nvfp4.repack(*packed, new)
-        wanted = nvfp4.e4m3_to_float32(packed[1]) * packed[2] / new
-        expected = nvfp4.float32_to_e4m3(np.clip(wanted, np.float32(2**-9), np.float32(448)))
+        wanted = float8.e4m3_to_float32(packed[1]) * packed[2] / new
+        expected = float8.float32_to_e4m3(np.clip(wanted, np.float32(2**-9), np.float32(448)))
         np.testing.assert_array_equal(scales, expected)
 
 
@@ -339,9 +339,9 @@ def test_repack_to_a_larger_scale_moves_no_element_further_than_promised(
     packed = nvfp4.encode(random_weight(seed, (5, 48), spread))
     new = np.float32(packed[2] * np.float32(ratio))
     weight, scales = nvfp4.repack(*packed, new)
-    assert not np.isnan(nvfp4.e4m3_to_float32(scales)).any()
+    assert not np.isnan(float8.e4m3_to_float32(scales)).any()
     before, after = nvfp4.decode(*packed).astype(float), nvfp4.decode(weight, scales, new).astype(float)
-    unit = np.repeat(nvfp4.e4m3_to_float32(scales), 16, axis=-1)
+    unit = np.repeat(float8.e4m3_to_float32(scales), 16, axis=-1)
     bound = np.maximum(unit, 3 * 2.0**-9) * float(new)
     assert (np.abs(before - after) <= bound * (1 + 1e-6)).all()
     # and what was nearest stays nearest: no other code of the same sign comes closer

@@ -598,7 +598,7 @@ def test_report_leaves_the_checkpoint_as_it_was(
         (["deep.json"], errors.EXIT_SOURCE, "nested too deeply"),
         (["array.json"], errors.EXIT_SOURCE, "no object with a schema"),
         (["other.json"], errors.EXIT_SOURCE, "its schema is other/1"),
-        (["groups.json"], errors.EXIT_SOURCE, "a group lacks"),
+        (["groups.json"], errors.EXIT_SOURCE, "Expected `str`, got `int` - at `$.groups[0].canonical`"),
         (["nan.json"], errors.EXIT_SOURCE, "is not described as it should be"),
         (["less.json"], errors.EXIT_SOURCE, "is not described as it should be"),
         (["good.json", "--for", "vllm"], errors.EXIT_USAGE, "needs the folder"),

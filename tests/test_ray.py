@@ -529,10 +529,9 @@ def test_no_cluster_at_the_address(
     options = {"ray_address": address}
     if how == "environment":
         monkeypatch.setenv("RAY_ADDRESS", options.pop("ray_address"))
-    begun = time.monotonic()
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray is asked, which tries for minutes"))
     with pytest.raises(SystemFailure, match="cannot connect to a Ray cluster at") as failed:
         tierewrite.rewrite(naive("bart_bf16"), tmp_path / "out", engine="ray", **options)
-    assert time.monotonic() - begun < 30
     assert address in str(failed.value)
     assert "ray start --head" in str(failed.value)
     assert names_in(tmp_path) == []

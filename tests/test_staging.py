@@ -196,9 +196,10 @@ def test_stray_file_with_the_name_of_an_output_shard_is_refused(copied: Naive, t
 
 @pytest.mark.parametrize("hashed", [["nobody"], []])
 def test_work_on_a_tensor_that_the_source_does_not_have_is_an_error(naive: Naive, hashed: list[str]) -> None:
-    shard = OutShard("model.safetensors", (OutTensor("a", "nobody", 0, 1),))
+    checkpoint = open_folder(naive("dg_bf16"))
+    written = [] if hashed else [OutTensor("a", "nobody", 0, 1)]
     with pytest.raises(KeyError, match="nobody"):
-        work_of(open_folder(naive("dg_bf16")), hashed, () if hashed else (shard,), (8,))
+        work_of(checkpoint, hashed, (OutShard.of("model.safetensors", checkpoint.tensors, written),), (8,))
 
 
 _FULL, _MOST = 100, 4
@@ -248,11 +249,11 @@ def test_tasks_hold_every_span_once_in_order_and_are_as_full_as_they_may(
                 ends[out] += length
             at += length
     files = tuple(Shard(str(n), Path(str(n)), 0, 0, 0, 8, {}) for n in range(len(shards)))
-    shards_out = [OutShard(str(n), tuple(tensors)) for n, tensors in enumerate(outs)]
+    checkpoint = Checkpoint.of(Path(), files, entries)
+    shards_out = [OutShard.of(str(n), checkpoint.tensors, tensors) for n, tensors in enumerate(outs)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(work, "BUFFER_BYTES", _FULL)
         patch.setattr(work, "_TENSORS_PER_TASK", _MOST)
-        checkpoint = Checkpoint.of(Path(), files, entries)
         whole = work_of(checkpoint, hashed, shards_out, [1000, 2000])
     found = [task for task in whole.tasks if isinstance(task, Task)]
     names = checkpoint.tensors.names

@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,8 @@ from tierewrite.stores import remote
 
 ROOT = FIXTURES.parent
 MiB = 1 << 20
-EVER = float("inf")
+EVER = 1_000_000
+TRIES = 40  # s3fs tries a request five times; a few requests are under way at once
 SHARDS = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
 LATE = ["config.json", "hf_quant_config.json", INDEX_NAME]
 
@@ -140,10 +140,9 @@ def test_download_that_fails_twice_is_taken_up_again(
 def test_upload_that_always_fails_leaves_nothing(op: str, how: Any, case: Case, store: Store) -> None:
     of_shard = "" if op == "list" else "-of-00003.safetensors"
     store.faults.append(Fault(of(op, of_shard), how, EVER))
-    begun = time.monotonic()
     with pytest.raises(tierewrite.SystemFailure) as error:
         up(case, store)
-    assert time.monotonic() - begun < 30
+    assert EVER - store.faults[0].times <= TRIES
     assert store.url("out") in str(error.value)
     assert error.value.exit_code == 5
     assert store.objects() == {}
@@ -160,10 +159,9 @@ def test_download_that_always_fails_leaves_nothing(
     op: str, how: Any, case: Case, store: Store, tmp_path: Path
 ) -> None:
     store.faults.append(Fault(of(op, "" if op == "list" else "model.safetensors"), how, EVER))
-    begun = time.monotonic()
     with pytest.raises(tierewrite.SystemFailure) as error:
         down(case, store, tmp_path)
-    assert time.monotonic() - begun < 30
+    assert EVER - store.faults[0].times <= TRIES
     assert store.url("src") in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -181,10 +179,9 @@ def test_store_that_goes_away_keeps_the_marker_and_a_next_run_goes_on(
 
     store.after = strike
     store.faults.append(gone)
-    begun = time.monotonic()
     with pytest.raises(tierewrite.SystemFailure) as error:
         up(case, store, threads=1)
-    assert time.monotonic() - begun < 30
+    assert EVER - gone.times <= TRIES
     assert store.url("out") in str(error.value)
     assert "--resume" in caplog.text
     assert INCOMPLETE_NAME in store.objects()

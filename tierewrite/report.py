@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from tierewrite.planning.plan import GroupPlan, RewritePlan, group_json
 from tierewrite.planning.policy import Policy
@@ -16,6 +16,7 @@ from tierewrite.values.merged import MergedScale
 from tierewrite.values.reencoded import Reencoding
 
 REPORT_SCHEMA = "tierewrite/report/1"
+Status = Literal["rewritten", "canonical", "kept"]
 
 
 class Finding(Protocol):
@@ -68,7 +69,7 @@ class GroupReport:
     """
 
     group: GroupPlan
-    status: str
+    status: Status
     scales: tuple[MergedScale, ...] = ()
 
     @property
@@ -212,7 +213,7 @@ def build_report(
     by_group: dict[str, list[MergedScale]] = {}
     for group_id, scale in merged.values():
         by_group.setdefault(group_id, []).append(scale)
-    status = {"planned": "rewritten", "unconfirmed": "kept", "canonical": "canonical"}
+    status: dict[str, Status] = {"planned": "rewritten", "unconfirmed": "kept", "canonical": "canonical"}
     return Report(
         src=str(src),
         dst=str(dst),
@@ -220,7 +221,7 @@ def build_report(
         before_bytes=checkpoint.total_bytes,
         after_bytes=plan.total_bytes,
         before_tensors=len(checkpoint.tensors),
-        after_tensors=sum(len(shard.tensors) for shard in plan.shards),
+        after_tensors=plan.total_tensors,
         before_shards=tuple(ShardSize(shard.name, shard.size) for shard in checkpoint.shards),
         after_shards=tuple(shards),
         groups=tuple(

@@ -25,7 +25,8 @@ import numpy as np
 from blake3 import blake3
 
 from tierewrite.digest import Span
-from tierewrite.digest.cuda import CudaDigester, schedule
+from tierewrite.digest.cuda import CudaDigester
+from tierewrite.digest.schedule import schedule
 
 GB = 1e9
 GIB = 1 << 30

@@ -169,7 +169,7 @@ def planned(src: str, plan: RewritePlan) -> BatchResult:
         before_bytes=plan.source_bytes,
         after_bytes=plan.total_bytes,
         before_tensors=len(plan.tensors),
-        after_tensors=sum(len(shard.tensors) for shard in plan.shards),
+        after_tensors=plan.total_tensors,
         groups=len(plan.groups),
         kept=unconfirmed,
         warnings=plan.warnings,

@@ -25,7 +25,7 @@ _WARNINGS_SHOWN = 10
 
 def show_plan(console: Console, plan: RewritePlan) -> None:
     """The summary of a plan."""
-    tensors = sum(len(shard.tensors) for shard in plan.shards)
+    tensors = plan.total_tensors
     console.print(
         _sizes(
             plan.source_bytes, len(plan.tensors), plan.source_shards, plan.total_bytes, tensors, len(plan.shards)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from tierewrite.json_text import pieces
+from tierewrite.json_text import chunks
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,4 +21,4 @@ def console(stderr: bool = False) -> Console:
 
 def print_json(data: dict[str, Any]) -> None:
     """One JSON object, in ASCII."""
-    sys.stdout.writelines(pieces(data, ascii_only=True))
+    sys.stdout.writelines(chunks(data, ascii_only=True))

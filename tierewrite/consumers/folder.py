@@ -14,8 +14,8 @@ from tierewrite.errors import ConfigError, SourceError
 from tierewrite.source.folder import WANTED, natural_key, refuse_half_written, what_is_here
 from tierewrite.source.header import read_header
 from tierewrite.source.index import read_index
-from tierewrite.source.open import Mirror, Place, RemoteFolder, folder_of, told_of
-from tierewrite.source.table import INDEX_NAME, Checkpoint, Shard, TensorEntry, Tensors
+from tierewrite.source.open import Mirror, Place, RemoteFolder, folder_of, rename_in_errors
+from tierewrite.source.table import INDEX_NAME, Checkpoint, Header, Shard, TensorEntry, Tensors
 from tierewrite.stores.remote import FilePath
 
 Files = Literal["vllm", "transformers"]
@@ -103,18 +103,18 @@ class Folder:
         repeated: dict[str, list[TensorEntry]] = {}
         unread = {}
         headers = nullcontext(_local_header(root)) if mirror is None else mirror.headers(there)
-        with told_of(where, root), headers as header:
+        with rename_in_errors(where, root), headers as header:
             for number, name in enumerate(names):
                 shard, found = header(name, number)
                 shards.append(shard)
-                for entry in found:
+                for entry in found.values():
                     earlier = entries.get(entry.name)
                     if earlier is not None:
                         repeated.setdefault(entry.name, [earlier]).append(entry)
                     entries[entry.name] = entry
             for name in there:
                 if name not in names:
-                    unread[name] = tuple(e.name for e in header(name, 0)[1])
+                    unread[name] = tuple(header(name, 0)[1])
         return cls(
             root,
             tuple(shards),
@@ -136,7 +136,7 @@ class Folder:
         return Checkpoint(self.root, self.shards, found, None, (), (), self.config, self.quant_config, ())
 
 
-def _local_header(root: Path) -> Callable[[str, int], tuple[Shard, list[TensorEntry]]]:
+def _local_header(root: Path) -> Callable[[str, int], Header]:
     return lambda name, number: read_header(root / name, shard=number, name=name)
 
 

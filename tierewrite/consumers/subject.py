@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tierewrite import formats
 from tierewrite.consumers.backbone import Backbone
 from tierewrite.consumers.folder import _BATCH, Folder
 from tierewrite.errors import TierewriteError
+from tierewrite.numbers.float8 import float8_values
 from tierewrite.source.bytes import open_source, read_tensors
 from tierewrite.source.table import TensorEntry
 from tierewrite.ties.on_disk import WHOLE, Part, on_disk, places
@@ -29,7 +30,6 @@ from tierewrite.ties.tie_map import TieMap
 
 FLOATS = frozenset({"F64", "F32", "BF16", "F16"})
 PACKED = frozenset({"U8", "I8", "F4"})
-WEIGHTS = ("weight", "weight_packed")  # what a linear module's weight is called on disk
 
 
 # ----------------------------------------------------------------------------------------------- the subject
@@ -161,7 +161,7 @@ class Subject:
             return {}
         plain: dict[str, str] = {}
         for key in self.entries:
-            plain[f"{key.removesuffix('_packed')}" if key.endswith(".weight_packed") else key] = key
+            plain[formats.main_parameter(key) or key] = key
         return {plain[name]: place for name, place in places(self.model, plain).items()}
 
     @cached_property
@@ -181,7 +181,7 @@ class Subject:
         return {name: m for name, m in self.modules.items() if self._is_quantized(m)}
 
     def _is_quantized(self, module: Module) -> bool:
-        if any(leaf in module.leaves for leaf in ("weight_packed", "weight_scale", "weight_scale_2", "qweight")):
+        if any(_shows_quantization(leaf) for leaf in module.leaves):
             return True
         key = module.key("weight")
         return key is not None and self.entries[key].dtype not in FLOATS and len(self.entries[key].shape) == 2
@@ -346,6 +346,11 @@ class Subject:
             yield all(data[f"{i}.{j}"] == data[f"{i}.0"] for j in range(1, len(group)))
 
 
+def _shows_quantization(leaf: str) -> bool:
+    part = formats.classify("weight", leaf) if leaf != "weight" else None
+    return part is not None and part.role.quantizes
+
+
 SCALE_ENDINGS = ("_scale", "_scale_2", "_scale_inv")  # weight_global_scale, k_scale, input_scale, ...
 _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1"}
 
@@ -356,21 +361,13 @@ def numbers(dtype: str, data: bytes) -> np.ndarray[Any, np.dtype[np.float64]]:
     if dtype == "BF16":
         return (raw.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     if dtype == "F8_E4M3":
-        return _e4m3()[raw]
+        values: np.ndarray[Any, np.dtype[np.float64]] = float8_values(dtype)[raw]
+        return values
     with np.errstate(invalid="ignore"):
         return raw.astype(np.float64)
 
 
-@lru_cache(maxsize=1)
-def _e4m3() -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The 256 values of OCP E4M3 (OFP8, section 5.2): bias 7, no infinities, 0x7F and 0xFF are NaN."""
-    code = np.arange(256)
-    exponent, mantissa = (code >> 3) & 15, (code & 7) / 8.0
-    value = np.where(exponent == 0, mantissa * 2.0**-6, (1 + mantissa) * 2.0 ** (exponent - 7.0))
-    value = np.where((code & 0x7F) == 0x7F, np.nan, value)
-    return np.where(code & 0x80, -value, value)
-
-
 def rounded_to_e4m3(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Which values E4M3 holds exactly."""
-    return np.isin(values, _e4m3()[~np.isnan(_e4m3())])
+    exact = float8_values("F8_E4M3")
+    return np.isin(values, exact[~np.isnan(exact)])

@@ -177,7 +177,9 @@ def unexpected_tensors(s: Subject) -> Iterator[Finding]:
 @rule
 def shapes(s: Subject) -> Iterator[Finding]:
     """core_model_loading.py `set_param_for_module`: a mismatch raises unless `ignore_mismatched_sizes`."""
-    packed = {k for m in s.quantized.values() for leaf in ("weight", "weight_packed") for k in m.leaves.get(leaf, ())}
+    packed = {
+        key for m in s.quantized.values() for leaf, keys in m.leaves.items() if formats.is_main(leaf) for key in keys
+    }
     wrong = tuple(
         key
         for key, (parameter, part) in s.places.items()

@@ -27,14 +27,13 @@ from blake3 import blake3
 
 from tierewrite.digest import DeviceFailed
 from tierewrite.digest.kernels import SOURCE
+from tierewrite.digest.schedule import FAN, Schedule, Table, bounds, schedule
 from tierewrite.digest.spans import CHUNK, PIECE, Bytes, Columns, Ledger, Row, host_bytes, layout
 from tierewrite.digest.tree import combine
 
 _THREADS = 128  # a block of either kernel
-_FAN = 1024  # chaining values that one block of `parents` joins
 _DIGEST = 32
 _PAGE = 4096
-_ROOT_BIT = np.uint64(1 << 63)
 _JOBS = 32768
 """Jobs that a stream's slot takes at most before it is hashed."""
 _SLOT = 32 << 20
@@ -43,89 +42,6 @@ _RESIDENT_CHUNKS = 4 << 20
 """Chunks (4 GiB) of one batch of data on the GPU: bounds its scratch memory at 128 MiB."""
 _STAGE = 16 << 20
 """Bytes of each buffer through which host data go that were not handed over in a stream."""
-
-Table = npt.NDArray[np.uint64]
-
-
-@dataclass(frozen=True)
-class Level:
-    """One launch of `parents`: rows of the job table (from `row`, 4 columns of `jobs` each), and its blocks."""
-
-    row: int
-    jobs: int
-    groups: int
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The launches for a batch of jobs, as plain data.
-
-    Attributes:
-        table: uint64, flat: for `chunks`, then for each level of `parents`, 4 rows of as many jobs (see kernels).
-            Addresses count from the start of the data.
-        jobs: byte ranges, which is also digests out.
-        chunks: chunks of all jobs.
-        levels: launches of `parents`, from the leaves up.
-    """
-
-    table: Table
-    jobs: int
-    chunks: int
-    levels: tuple[Level, ...]
-
-    @property
-    def groups(self) -> int:
-        """Chaining values that pass between levels of `parents`."""
-        return sum(level.groups for level in self.levels)
-
-
-def _before(counts: Table) -> tuple[Table, int]:
-    """Exclusive prefix sums, and the sum."""
-    ends = np.cumsum(counts, dtype=np.uint64)
-    return ends - counts, int(ends[-1]) if len(ends) else 0
-
-
-def schedule(start: Table, length: Table, counter: Table, root: npt.NDArray[np.bool_]) -> Schedule:
-    """Plans the launches for n >= 1 jobs.
-
-    Args:
-        start, length: uint64 (n,), bytes.
-        counter: uint64 (n,), BLAKE3's number of each job's first chunk within its tensor.
-        root: bool (n,), whether the job is a whole tensor: then its result is a digest, else a chaining value.
-    """
-    chunks = np.maximum(np.uint64(1), (length + np.uint64(CHUNK - 1)) // np.uint64(CHUNK))
-    first, total = _before(chunks)
-    flag = np.where(root, _ROOT_BIT, np.uint64(0))
-    parts: list[Table] = [start, length, first, counter | flag]
-    row = 4 * len(start)
-    levels: list[Level] = []
-    many = chunks > 1
-    source, count, target = first[many], chunks[many], (np.arange(len(start), dtype=np.uint64) | flag)[many]
-    while len(source):
-        groups = (count + np.uint64(_FAN - 1)) // np.uint64(_FAN)
-        place, blocks = _before(groups)
-        parts += [source, count, place, target]
-        levels.append(Level(row, len(source), blocks))
-        row += 4 * len(source)
-        more = groups > 1
-        source, count, target = place[more], groups[more], target[more]
-    return Schedule(np.concatenate(parts), len(start), total, tuple(levels))
-
-
-def bounds(jobs: int, data: int) -> tuple[int, int]:
-    """The largest `Schedule.table`, and the largest number of chaining values between launches.
-
-    For at most `jobs` jobs over at most `data` bytes: (uint64 words, values of 32 bytes).
-    """
-    chunks = data // CHUNK + jobs
-    rows, values = jobs, chunks
-    width = 1  # chunks under one input value of the level
-    while chunks // width:
-        here = min(jobs, chunks // width)
-        rows += here
-        width *= _FAN
-        values += chunks // width + here
-    return 4 * rows, values
 
 
 @contextmanager
@@ -240,7 +156,7 @@ class _Gpu:
         return combine([np.concatenate(leaves)])[0]
 
     def _self_test(self) -> None:
-        lengths = np.array([0, 1, 64, 1025, 5000, CHUNK * _FAN + 1], np.uint64)
+        lengths = np.array([0, 1, 64, 1025, 5000, CHUNK * FAN + 1], np.uint64)
         data = (np.arange(int(lengths.max()) + 3, dtype=np.uint32) * 2654435761 >> 13).astype(np.uint8)
         there = self.cupy.asarray(data)
         starts = np.arange(len(lengths), dtype=np.uint64) % np.uint64(4)

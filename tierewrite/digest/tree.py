@@ -28,7 +28,8 @@ _QUARTERS = (
 
 
 def _rotate(x: Words, bits: int) -> Words:
-    return (x >> np.uint32(bits)) | (x << np.uint32(32 - bits))
+    rotated: Words = (x >> np.uint32(bits)) | (x << np.uint32(32 - bits))
+    return rotated
 
 
 def parents(left: Words, right: Words, root: npt.NDArray[np.bool_]) -> Words:

@@ -29,6 +29,11 @@ class Role(enum.Enum):
         return self in (Role.WEIGHT, Role.ADJACENT)
 
     @property
+    def of_weight(self) -> bool:
+        """Whether a tensor of this role goes where its weight goes, so that it shows that there is one."""
+        return self in (Role.WEIGHT, Role.ACTIVATION, Role.ADJACENT)
+
+    @property
     def quantizes(self) -> bool:
         """Whether a tensor of this role beside a `weight` shows that the module is quantized."""
         return self in (Role.WEIGHT, Role.ADJACENT)

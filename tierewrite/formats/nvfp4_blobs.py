@@ -1,4 +1,4 @@
-"""TODO."""
+"""The three tensors that an NVFP4 weight is, and the linears whose NVFP4 weights consumers load into one parameter."""
 
 from __future__ import annotations
 

@@ -15,13 +15,13 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from tierewrite.formats import Companion
+from tierewrite.numbers.float8 import float8_values
 
 _F64 = npt.NDArray[np.float64]
 _Bool = npt.NDArray[np.bool_]
@@ -84,32 +84,6 @@ _CODECS = {
 }
 
 
-def _small_float(mantissa: int, bias: int, *, inf: bool) -> _F64:
-    """All 256 values of an OCP FP8 format ("OFP8", section 5.2): only E5M2 has infinities."""
-    code = np.arange(256)
-    exponent = ((code & 0x7F) >> mantissa).astype(np.float64)
-    fraction = (code & ((1 << mantissa) - 1)) / float(1 << mantissa)
-    value = np.where(exponent == 0, fraction * 2.0 ** (1 - bias), (1 + fraction) * 2.0 ** (exponent - bias))
-    top = (1 << (7 - mantissa)) - 1
-    if inf:
-        value = np.where(exponent == top, np.where(fraction == 0, np.inf, np.nan), value)
-    else:
-        value = np.where((code & 0x7F) == 0x7F, np.nan, value)
-    return np.where(code & 0x80, -value, value)
-
-
-@lru_cache(maxsize=8)
-def _table(dtype: str) -> _F64:
-    """The 256 values of an 8-bit dtype, by code."""
-    if dtype == "F8_E4M3":
-        return _small_float(3, 7, inf=False)
-    if dtype == "F8_E5M2":
-        return _small_float(2, 15, inf=True)
-    values: _F64 = np.exp2(np.arange(256) - 127.0)  # E8M0: OCP Microscaling Formats, section 5.4.1
-    values[255] = np.nan
-    return values
-
-
 def _decode(dtype: str, data: bytes) -> _F64:
     """The values of `data` as float64; exact for every dtype."""
     codec = _CODECS[dtype]
@@ -117,7 +91,7 @@ def _decode(dtype: str, data: bytes) -> _F64:
     if dtype == "BF16":
         return (raw.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     if codec.itemsize == 1:
-        return np.take(_table(dtype), raw)
+        return np.take(float8_values(dtype), raw)
     # A signalling NaN among uninitialised values is no news.
     with np.errstate(invalid="ignore"):
         return raw.astype(np.float64)
@@ -130,7 +104,7 @@ def _encode(dtype: str, values: _F64, up: bool) -> npt.NDArray[np.uint8]:
     """
     codec = _CODECS[dtype]
     if codec.itemsize == 1:
-        table = _table(dtype)[:255]
+        table = float8_values(dtype)[:255]
         codes = np.flatnonzero(np.isfinite(table) & (table > 0)).astype(np.uint8)  # ascending with the value
         at = np.searchsorted(table[codes], values, side="left" if up else "right") - (0 if up else 1)
         # 0xFF is NaN in all of these formats.

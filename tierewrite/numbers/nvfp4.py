@@ -24,17 +24,24 @@ were meant to say is not in the file, so nothing new is made of them).
 
 from __future__ import annotations
 
-import contextlib
 import math
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-Array = Any
-"""A numpy.ndarray or a cupy.ndarray."""
+from tierewrite.numbers.arithmetic import (
+    INFINITY,
+    NO_SIGN,
+    Array,
+    array_module,
+    divide,
+    float32_bits,
+    multiply,
+    quiet,
+)
+from tierewrite.numbers.float8 import e4m3_to_float32, float32_to_e4m3
 
 BLOCK = 16
 """Elements that share one block scale; ModelOpt's W4A8_NVFP4_FP8 shares one among 32."""
@@ -53,8 +60,6 @@ _MAGNITUDES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=np.float3
 # code below where that is even, else to the code above.
 _EVEN_BELOW = [np.uint32(np.float32(x).view(np.uint32)) for x in (0.25, 1.25, 2.5, 5.0)]
 _EVEN_ABOVE = [np.uint32(np.float32(x).view(np.uint32)) for x in (0.75, 1.75, 3.5)]
-_NO_SIGN = np.uint32(0x7FFFFFFF)
-_INFINITY = np.uint32(0x7F800000)
 _CELL_LOW = np.array([0.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
 _CELL_HIGH = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0])
 
@@ -98,50 +103,6 @@ class Agreement:
         return self.agrees
 
 
-# CuPy compiles its kernels with -ftz=true, which reads and writes denormal float32 as zero; ModelOpt does not. So
-# the two operations that can meet a denormal are PTX here, and comparisons are made on the bits, which order
-# non-negative floats as the floats themselves (a NaN above infinity).
-_PTX = {operation: f'asm("{operation}.rn.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y))' for operation in ("mul", "div")}
-_kernels: dict[str, Any] = {}
-
-
-def _arithmetic(operation: str, left: Array, right: Array | np.float32) -> Array:
-    xp = _xp(left)
-    if xp is np:
-        return np.multiply(left, right) if operation == "mul" else np.divide(left, right)
-    if operation not in _kernels:
-        _kernels[operation] = xp.ElementwiseKernel(
-            "float32 x, float32 y", "float32 z", _PTX[operation], f"tierewrite_{operation}"
-        )
-    return _kernels[operation](left, right)
-
-
-def _mul(left: Array, right: Array | np.float32) -> Array:
-    """float32 product with denormals, on either device."""
-    return _arithmetic("mul", left, right)
-
-
-def _div(left: Array, right: Array | np.float32) -> Array:
-    """float32 quotient, correctly rounded and with denormals, on either device."""
-    return _arithmetic("div", left, right)
-
-
-def _bits(values: Array) -> Array:
-    """The float32 bits of an array, uint32 of the same shape."""
-    return _xp(values).ascontiguousarray(values).view(np.uint32).reshape(values.shape)
-
-
-def _e4m3_values() -> np.ndarray:
-    """The 256 values of E4M3 (FN: no infinities, S.1111.111 is NaN), float32, indexed by the byte."""
-    byte = np.arange(256)
-    exponent, mantissa = (byte >> 3) & 15, byte & 7
-    value = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
-    value = np.where(byte & 0x80, -value, value)
-    table = value.astype(np.float32)
-    table.view(np.uint32)[[0x7F, 0xFF]] = 0x7FF00000, 0xFFF00000  # the bits that torch gives a NaN
-    return table
-
-
 def _pair_values() -> np.ndarray:
     """float32 [256, 2]: the two elements of each byte.  Code 8 (-0) decodes to +0.0, as in ModelOpt."""
     signed = np.concatenate([_MAGNITUDES, -_MAGNITUDES])
@@ -150,25 +111,12 @@ def _pair_values() -> np.ndarray:
     return np.stack([signed[byte & 15], signed[byte >> 4]], axis=1)
 
 
-_E4M3 = _e4m3_values()
 _PAIRS = _pair_values()
-
-
-def _xp(array: Array) -> Any:
-    """The array's own module: cupy for a cupy array, numpy for all else.  Never imports cupy itself."""
-    if type(array).__module__.partition(".")[0] == "cupy":
-        return sys.modules["cupy"]
-    return np
-
-
-def _quiet(xp: Any) -> contextlib.AbstractContextManager[Any]:
-    # 0/0 and x/0 are part of ModelOpt's arithmetic here; NumPy would warn, CuPy never does.
-    return np.errstate(all="ignore") if xp is np else contextlib.nullcontext()
 
 
 def _scalar(value: Array, what: str) -> np.float32:
     """One float32 on the host, from a Python float, a 0-d or a one-element array on either device."""
-    if _xp(value) is not np:
+    if array_module(value) is not np:
         value = value.get()
     array = np.asarray(value)
     if array.size != 1:
@@ -199,7 +147,7 @@ def _blocks(weight: Array, weight_scale: Array) -> tuple[Array, Array]:
         )
     for block in _BLOCKS:
         if elements % block == 0 and tuple(weight_scale.shape) == (*weight.shape[:-1], elements // block):
-            xp = _xp(weight)
+            xp = array_module(weight)
             codes = xp.ascontiguousarray(weight).reshape(-1, block // 2)
             return codes, xp.ascontiguousarray(weight_scale).reshape(-1)
     raise ValueError(
@@ -214,47 +162,20 @@ def _chunks(blocks: int, xp: Any) -> Iterator[slice]:
         yield slice(start, min(start + step, blocks))
 
 
-def e4m3_to_float32(bits: Array) -> Array:
-    """E4M3 bytes (uint8, any shape) to float32; 0x7F and 0xFF are NaN."""
-    xp = _xp(bits)
-    return xp.asarray(_E4M3)[bits]
-
-
-def float32_to_e4m3(values: Array) -> Array:
-    """float32 (any shape) to E4M3 bytes (uint8): nearest, ties to even, saturating at +-448.
-
-    NaN becomes 0x7F, with the sign bit of the NaN.  Within +-464 the bytes are those of
-    `tensor.to(torch.float8_e4m3fn)`; beyond it torch gives NaN (ModelOpt clamps to 448 first).
-    """
-    xp = _xp(values)
-    bits = _bits(values)
-    magnitude = bits & _NO_SIGN
-    # Normal numbers: add half of the last kept place (less one where the kept mantissa is even), then cut.
-    rounded = magnitude + np.uint32(0x7FFFF) + ((magnitude >> np.uint32(20)) & np.uint32(1))
-    normal = (rounded >> np.uint32(20)).astype(np.int32) - ((127 - 7) << 3)
-    # Below 2^-6 the places are multiples of 2^-9, which float32 scales to integers without loss.
-    is_small = magnitude < np.uint32(0x3C800000)
-    small = xp.rint(xp.where(is_small, magnitude.view(np.float32), np.float32(0)) * np.float32(512))
-    code = xp.where(is_small, small.astype(np.int32), xp.minimum(normal, 0x7E))
-    code = xp.where(magnitude > _INFINITY, 0x7F, code)
-    sign = (bits >> np.uint32(24)).astype(np.uint8) & np.uint8(0x80)
-    return code.astype(np.uint8) | sign
-
-
 def _multiplier(scale_bytes: Array, scale: np.float32, reciprocal: bool) -> Array:
     """float32 [blocks]: what the magnitudes of each block are multiplied with, in the exporter's order."""
     block = e4m3_to_float32(scale_bytes)
-    return _div(block, scale) if reciprocal else _mul(block, scale)
+    return divide(block, scale) if reciprocal else multiply(block, scale)
 
 
 def _magnitudes(codes: Array) -> Array:
     """float32 [blocks, 16]: the two signed E2M1 values of each byte of codes."""
-    return _xp(codes).asarray(_PAIRS)[codes].reshape(codes.shape[0], -1)
+    return array_module(codes).asarray(_PAIRS)[codes].reshape(codes.shape[0], -1)
 
 
 def _decode_blocks(codes: Array, multiplier: Array) -> Array:
     """float32 [blocks, 16]."""
-    return _mul(_magnitudes(codes), multiplier[:, None])
+    return multiply(_magnitudes(codes), multiplier[:, None])
 
 
 def _magnitude_codes(bits: Array) -> Array:
@@ -262,7 +183,7 @@ def _magnitude_codes(bits: Array) -> Array:
 
     NaN gives 7, as in ModelOpt.
     """
-    codes = _xp(bits).zeros(bits.shape, dtype=np.uint8)
+    codes = array_module(bits).zeros(bits.shape, dtype=np.uint8)
     for bound in _EVEN_BELOW:
         codes += bits > bound
     for bound in _EVEN_ABOVE:
@@ -285,11 +206,11 @@ def decode(weight: Array, weight_scale: Array, weight_scale_2: Array, *, recipro
     Raises:
         ValueError: a last axis that is no multiple of 16, or dtypes and shapes that do not belong together.
     """
-    xp = _xp(weight)
+    xp = array_module(weight)
     scale = _scalar(weight_scale_2, "weight_global_scale" if reciprocal else "weight_scale_2")
     codes, scales = _blocks(weight, weight_scale)
     out = xp.empty((codes.shape[0], codes.shape[1] * 2), dtype=np.float32)
-    with _quiet(xp):
+    with quiet(xp):
         for part in _chunks(codes.shape[0], xp):
             out[part] = _decode_blocks(codes[part], _multiplier(scales[part], scale, reciprocal))
     return out.reshape(*weight.shape[:-1], weight.shape[-1] * 2)
@@ -317,7 +238,7 @@ def encode(weight: Array, weight_scale_2: Array | None = None, *, block: int = B
     Raises:
         ValueError: a last axis that is no multiple of 16, an empty weight, another dtype.
     """
-    xp = _xp(weight)
+    xp = array_module(weight)
     if weight.dtype not in (np.float32, np.float16):
         raise ValueError(f"weight has dtype {weight.dtype}; float32 was expected")
     if block not in _BLOCKS:
@@ -328,9 +249,9 @@ def encode(weight: Array, weight_scale_2: Array | None = None, *, block: int = B
         raise ValueError(f"weight has shape {list(weight.shape)}; an empty weight has no scale")
     rows = xp.ascontiguousarray(weight, dtype=np.float32).reshape(-1, block)
     blocks = rows.shape[0]
-    with _quiet(xp):
+    with quiet(xp):
         if weight_scale_2 is None:
-            largest = max(int((_bits(rows[part]) & _NO_SIGN).max()) for part in _chunks(blocks, xp))
+            largest = max(int((float32_bits(rows[part]) & NO_SIGN).max()) for part in _chunks(blocks, xp))
             amax = np.array(largest, np.uint32).view(np.float32)
             scale = np.float32(amax / np.float32(6.0 * 448.0))
         else:
@@ -339,15 +260,15 @@ def encode(weight: Array, weight_scale_2: Array | None = None, *, block: int = B
         scales = xp.empty(blocks, dtype=np.uint8)
         for part in _chunks(blocks, xp):
             values = rows[part]
-            block_amax = (_bits(values) & _NO_SIGN).max(axis=1).view(np.float32)
-            block_scale = _div(block_amax, np.float32(E2M1_MAX * scale))
-            block_scale[_bits(block_scale) == 0] = 1.0
+            block_amax = (float32_bits(values) & NO_SIGN).max(axis=1).view(np.float32)
+            block_scale = divide(block_amax, np.float32(E2M1_MAX * scale))
+            block_scale[float32_bits(block_scale) == 0] = 1.0
             scale_bytes = float32_to_e4m3(xp.clip(block_scale, E4M3_MIN, E4M3_MAX))
             # The sign of 0/0 differs between processors; one byte for all keeps the result the same.
             scale_bytes[xp.isnan(block_scale)] = _NAN_BYTE
-            scaled = _bits(_div(values, _mul(e4m3_to_float32(scale_bytes), scale)[:, None]))
-            magnitude = scaled & _NO_SIGN
-            negative = (scaled > _NO_SIGN) & (magnitude > 0) & (magnitude <= _INFINITY)
+            scaled = float32_bits(divide(values, multiply(e4m3_to_float32(scale_bytes), scale)[:, None]))
+            magnitude = scaled & NO_SIGN
+            negative = (scaled > NO_SIGN) & (magnitude > 0) & (magnitude <= INFINITY)
             nibbles = _magnitude_codes(magnitude) | (negative.astype(np.uint8) << np.uint8(3))
             codes[part] = nibbles[:, 0::2] | (nibbles[:, 1::2] << np.uint8(4))
             scales[part] = scale_bytes
@@ -415,21 +336,21 @@ def repack(
         return weight, weight_scale
     _positive(old, what)
     _positive(new, f"new {what}")
-    xp = _xp(weight)
+    xp = array_module(weight)
     new_codes = xp.empty(codes.shape, dtype=np.uint8)
     new_scales = xp.empty(scales.shape, dtype=np.uint8)
-    with _quiet(xp):
+    with quiet(xp):
         for part in _chunks(codes.shape[0], xp):
             old_bytes = scales[part]
             if bool((old_bytes >= np.uint8(0x7F)).any()):
                 raise ValueError("weight_scale holds a NaN or a negative scale; such a weight is not re-encoded")
             block = e4m3_to_float32(old_bytes)
             up, down = (new, old) if reciprocal else (old, new)
-            wanted = _div(_mul(block, up), down)
+            wanted = divide(multiply(block, up), down)
             scale_bytes = float32_to_e4m3(xp.clip(wanted, E4M3_MIN, E4M3_MAX))
             values = _decode_blocks(codes[part], _multiplier(old_bytes, old, reciprocal))
-            scaled = _div(values, _multiplier(scale_bytes, new, reciprocal)[:, None])
-            nibbles = _magnitude_codes(_bits(scaled) & _NO_SIGN)
+            scaled = divide(values, _multiplier(scale_bytes, new, reciprocal)[:, None])
+            nibbles = _magnitude_codes(float32_bits(scaled) & NO_SIGN)
             signs = codes[part] & np.uint8(0x88)
             new_codes[part] = nibbles[:, 0::2] | (nibbles[:, 1::2] << np.uint8(4)) | signs
             new_scales[part] = scale_bytes
@@ -457,12 +378,12 @@ def change(a: tuple[Array, Array, Array], b: tuple[Array, Array, Array], *, reci
     """
     a, b = Packed(*a), Packed(*b)
     _same_shapes(a, b)
-    xp = _xp(a.weight)
+    xp = array_module(a.weight)
     scale_a, scale_b = _scalar(a.scale, "weight scale of a"), _scalar(b.scale, "weight scale of b")
     codes_a, scales_a = _blocks(a.weight, a.weight_scale)
     codes_b, scales_b = _blocks(b.weight, b.weight_scale)
     largest, squares = 0.0, 0.0
-    with _quiet(xp):
+    with quiet(xp):
         for part in _chunks(codes_a.shape[0], xp):
             left = _decode_blocks(codes_a[part], _multiplier(scales_a[part], scale_a, reciprocal))
             right = _decode_blocks(codes_b[part], _multiplier(scales_b[part], scale_b, reciprocal))
@@ -479,7 +400,7 @@ def _cells(codes: Array, scale_bytes: Array, scale: np.float32, reciprocal: bool
     Returns (low, high) float64 [blocks, 16], the signed codes with code 8 read as 0, uint8 [blocks, 16], and
     the block multiplier, float64 [blocks].
     """
-    xp = _xp(codes)
+    xp = array_module(codes)
     # Values of E4M3 and the float32 scale are exact in float64, and so is their product.
     block = e4m3_to_float32(scale_bytes).astype(np.float64)
     unit = 1.0 / float(scale) if reciprocal else float(scale)
@@ -530,14 +451,14 @@ def agree_up_to_scaling(
     """
     a, b = Packed(*a), Packed(*b)
     _same_shapes(a, b)
-    xp = _xp(a.weight)
+    xp = array_module(a.weight)
     scale_a, scale_b = _scalar(a.scale, "weight scale of a"), _scalar(b.scale, "weight scale of b")
     codes_a, scales_a = _blocks(a.weight, a.weight_scale)
     codes_b, scales_b = _blocks(b.weight, b.weight_scale)
     elements = codes_a.size * 2
     sound = all(math.isfinite(scale) and scale > 0 for scale in (scale_a, scale_b))
     outside, first, worst = 0, -1, 0.0
-    with _quiet(xp):
+    with quiet(xp):
         for part in _chunks(codes_a.shape[0], xp):
             low_a, high_a, code_a, unit_a = _cells(codes_a[part], scales_a[part], scale_a, reciprocal)
             low_b, high_b, code_b, unit_b = _cells(codes_b[part], scales_b[part], scale_b, reciprocal)

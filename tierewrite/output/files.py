@@ -1,4 +1,4 @@
-"""TODO."""
+"""New files on this machine: created, written, flushed, and under their own name only once they are complete."""
 
 from __future__ import annotations
 

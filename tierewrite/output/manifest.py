@@ -1,22 +1,106 @@
-"""`tierewrite.json`: what was done, in terms that can be checked against the files.
+"""`tierewrite.json`: what was done, in terms that can be checked against the files. Written and read here.
 
-It holds nothing that two runs on the same input and options could differ in: no device, threads, paths, times or host.
+The form is declared once, below: it is written from the declaration, and what is read is held against it. It holds
+nothing that two runs on the same input and options could differ in: no device, threads, paths, times or host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from math import isfinite
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
 
-from tierewrite.json_text import JsonText, dumps, encode, quoted
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from tierewrite.errors import SourceError, SystemFailure, UsageError, shown
+from tierewrite.json_text import dumps
 from tierewrite.planning.plan import Action, RewritePlan, TensorPlan
-from tierewrite.report import GroupReport, Report
+from tierewrite.planning.policy import Policy
+from tierewrite.report import Report, Status
 from tierewrite.source.table import gc_paused
 from tierewrite.ties.on_disk import DiskTies
 from tierewrite.values.content import Made
 from tierewrite.values.merged import MergedScale
 
 MANIFEST_SCHEMA = "tierewrite/manifest/1"
+MAX_MANIFEST_BYTES = 512 * 1024**2
+"""The most that are read."""
+
+
+TieSource = Literal["ties-file", "config", "class", "none"]
+
+
+class ManifestTensor(msgspec.Struct, gc=False):
+    """A tensor of the output that stands for several source tensors, has a new name or was re-encoded.
+
+    Attributes:
+        sources: source keys that it stands for, the carrying one first; at least one.
+        action: of the carrying one.
+        merged: whether its value was merged from theirs; only then it has the last two.
+        blake3: of its bytes, in hex.
+        ratio: as `MergedScale.ratio`; null also where it is beyond float64.
+        calibrated: as `MergedScale.calibrated`.
+    """
+
+    sources: list[str] = msgspec.field(name="from")
+    action: Action
+    merged: bool
+    blake3: str
+    ratio: float | UnsetType | None = UNSET
+    calibrated: bool | UnsetType = UNSET
+
+
+class ManifestGroup(msgspec.Struct):
+    """A tie group; `reason` says why it was kept, and is null for the others."""
+
+    id: str
+    canonical: str
+    aliases: tuple[str, ...]
+    status: Status
+    reason: str | None
+    tensors: dict[str, ManifestTensor]
+
+
+class ManifestTool(msgspec.Struct):
+    """What wrote it."""
+
+    name: Literal["tierewrite"]
+    version: str
+
+
+class ManifestShard(msgspec.Struct):
+    """A shard of the source; its size in bytes."""
+
+    name: str
+    size: int
+
+
+class ManifestSource(msgspec.Struct):
+    """The source."""
+
+    shards: list[ManifestShard]
+
+
+class ManifestTies(msgspec.Struct):
+    """Who declared the ties, and alias -> canonical as on disk."""
+
+    source: TieSource
+    detail: str
+    map: dict[str, str]
+
+
+class Manifest(msgspec.Struct):
+    """All of it; `options` are the fields of `Policy`."""
+
+    schema: str
+    tool: ManifestTool
+    source: ManifestSource
+    options: dict[str, Any]
+    ties: ManifestTies
+    groups: list[ManifestGroup]
 
 
 @gc_paused()
@@ -25,53 +109,35 @@ def written_tensors(
     made: Mapping[str, Made],
     merged: Mapping[str, tuple[str, MergedScale]],
     known: Mapping[str, bytes],
-) -> dict[str, list[str]]:
-    """Per group, as JSON text, the output tensors that stand for several source tensors or have a new name.
+) -> dict[str, dict[str, ManifestTensor]]:
+    """Per group, the output tensors that stand for several source tensors or have a new name.
 
     Args:
         made: output key -> what was written, where that is no copy.
-        merged: target -> (group id, how the value came about).
+        merged: output key -> (group id, how the value came about).
         known: source key -> digest.
     """
-    keep, drop, repack = Action.KEEP, Action.DROP, Action.REPACK  # looked up once: there are as many as tensors
-    dropped: dict[str, str] = {}  # target -> the first name that was dropped for it
-    further: dict[str, list[str]] = {}  # target -> the others, where there are more than two sides
+    dropped: dict[str, list[str]] = {}  # output key -> the source keys that were dropped for it
     stay: list[TensorPlan] = []
     for fate in plan.tensors.values():
-        name, action, target, _, group = fate
-        if action is drop:
-            if dropped.setdefault(target, name) is not name:
-                further.setdefault(target, []).append(name)
-        elif group is not None:
+        if fate.action is Action.DROP:
+            dropped.setdefault(fate.target, []).append(fate.name)
+        elif fate.group is not None:
             stay.append(fate)
-    result: dict[str, list[str]] = {group.id: [] for group in plan.groups}
+    result: dict[str, dict[str, ManifestTensor]] = {group.id: {} for group in plan.groups}
     for name, action, target, _, group in stay:
         assert group is not None
-        if action is repack and target not in made:
-            action = keep if name == target else Action.RENAME  # it had the right scale already
-        twin = dropped.get(target)
-        if action is keep and twin is None:
+        if action is Action.REPACK and target not in made:
+            action = Action.KEEP if name == target else Action.RENAME  # it had the right scale already
+        others = dropped.get(target, ())
+        if action is Action.KEEP and not others:
             continue
         digest = made[target].digest if target in made else known[name]
-        how = "false"
-        more = ""
-        value = merged.get(target)
-        if value is not None:
-            _, _, ratio, calibrated, _, _ = value[1]
-            how = "true"
-            shown = repr(ratio) if ratio is not None and isfinite(ratio) else encode(ratio)
-            more = f', "ratio": {shown}, "calibrated": {"true" if calibrated else "false"}'
-        did = '"keep"' if action is keep else quoted(action)
-        key = quoted(target)
-        origin = key if name == target else quoted(name)  # the carrying one first
-        if twin is not None:
-            origin = f"{origin}, {quoted(twin)}"
-            if target in further:
-                origin = ", ".join((origin, *map(quoted, further[target])))
-        result[group].append(
-            f'{key}: {{"from": [{origin}], "action": {did}, "merged": {how}, '
-            f'"blake3": "{digest.hex()}"{more}}}'
-        )
+        tensor = ManifestTensor([name, *others], action, target in merged, digest.hex())
+        if target in merged:
+            scale = merged[target][1]
+            tensor.ratio, tensor.calibrated = scale.ratio, scale.calibrated
+        result[group][target] = tensor
     return result
 
 
@@ -87,33 +153,96 @@ def ties_on_disk(disk: DiskTies) -> dict[str, str]:
 
 @gc_paused()
 def build_manifest(
-    report: Report, disk: DiskTies, written: Mapping[str, Sequence[str]], version: str
+    report: Report, disk: DiskTies, written: Mapping[str, dict[str, ManifestTensor]], version: str
 ) -> bytes:
     """The manifest's JSON text.
 
     Args:
         written: what `written_tensors` gives.
     """
-    data = {
-        "schema": MANIFEST_SCHEMA,
-        "tool": {"name": "tierewrite", "version": version},
-        "source": {"shards": [{"name": shard.name, "size": shard.nbytes} for shard in report.before_shards]},
-        "options": report.policy.to_json(),
-        "ties": {
-            "source": report.ties_source,
-            # A ties file's name is the user's, and no part of the content.
-            "detail": report.ties_detail if report.ties_source == "class" else "",
-            "map": ties_on_disk(disk),
-        },
-        "groups": [_group_text(entry, written.get(entry.group.id, ())) for entry in report.groups],
-    }
-    return dumps(data).encode()
-
-
-def _group_text(entry: GroupReport, tensors: Sequence[str]) -> JsonText:
-    group = entry.group
-    return JsonText(
-        f'{{"id": {quoted(group.id)}, "canonical": {quoted(group.canonical)}, '
-        f'"aliases": [{", ".join(map(quoted, group.aliases))}], "status": {quoted(entry.status)}, '
-        f'"reason": {"null" if group.reason is None else quoted(group.reason)}, "tensors": {{{", ".join(tensors)}}}}}'
+    # A ties file's name is the user's, and no part of the content.
+    detail = report.ties_detail if report.ties_source == "class" else ""
+    manifest = Manifest(
+        MANIFEST_SCHEMA,
+        ManifestTool("tierewrite", version),
+        ManifestSource([ManifestShard(shard.name, shard.nbytes) for shard in report.before_shards]),
+        report.policy.to_json(),
+        ManifestTies(cast(TieSource, report.ties_source), detail, ties_on_disk(disk)),
+        [
+            ManifestGroup(
+                entry.group.id,
+                entry.group.canonical,
+                entry.group.aliases,
+                entry.status,
+                entry.group.reason,
+                written.get(entry.group.id, {}),
+            )
+            for entry in report.groups
+        ],
     )
+    return dumps(msgspec.structs.asdict(manifest)).encode()
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A manifest as JSON values, its form checked.
+
+    Raises:
+        SourceError: not a regular file, too large, no JSON, or of another form. SystemFailure: unreadable.
+    """
+    try:
+        if not path.is_file():
+            raise SourceError("is no regular file; expected a manifest that a rewrite wrote", file=path)
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise SourceError(f"has more than {MAX_MANIFEST_BYTES} bytes, the most that are read", file=path)
+        raw = path.read_bytes()
+    except OSError as e:
+        raise SystemFailure(f"cannot be read: {e.strerror or e}", file=path) from None
+    try:
+        manifest = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as e:
+        why = "nested too deeply" if isinstance(e, RecursionError) else shown(str(e))
+        raise SourceError(f"is no valid JSON: {why}; expected a manifest that a rewrite wrote", file=path) from None
+    wrong = form_problem(manifest)
+    if wrong is not None:
+        raise SourceError(f"{wrong}; expected a manifest that a rewrite wrote ({MANIFEST_SCHEMA})", file=path)
+    assert isinstance(manifest, dict)
+    return manifest
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key comes twice")
+    return found
+
+
+def form_problem(manifest: Any) -> str | None:
+    """Why a JSON value is no manifest; None if it is one."""
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("schema"), str):
+        return "is no object with a schema"
+    if manifest["schema"] != MANIFEST_SCHEMA:
+        return f"its schema is {shown(manifest['schema'])}"
+    try:
+        found = msgspec.convert(manifest, Manifest)
+        Policy(**found.options)
+    except msgspec.ValidationError as e:
+        return f"is not of its form: {shown(str(e))}"
+    except (TypeError, UsageError) as e:
+        return f"its options cannot be: {shown(str(e))}"
+    for group in found.groups:
+        if (group.reason is not None) != (group.status == "kept"):
+            return f"'{shown(group.id)}' is {group.status}, with the reason {shown(group.reason)}"
+        for name, tensor in group.tensors.items():
+            if not _can_be(tensor):
+                return f"the tensor '{shown(name)}' is not described as it should be"
+    return None
+
+
+def _can_be(tensor: ManifestTensor) -> bool:
+    """Whether a tensor stands for something, and its ratio is one: earlier versions wrote Infinity."""
+    if not tensor.sources:
+        return False
+    if not tensor.merged:
+        return True
+    ratio = None if tensor.ratio is UNSET else tensor.ratio
+    return tensor.calibrated is not UNSET and (ratio is None or (not math.isnan(ratio) and ratio >= 1))

@@ -1,18 +1,26 @@
-"""TODO."""
+"""The bytes of the safetensors format: headers of shards, their metadata, and the index."""
 
 from __future__ import annotations
 
 import json
 import struct
 from collections.abc import Mapping, Sequence
-from operator import itemgetter
 from typing import Any
 
+import msgspec
+
 from tierewrite.errors import UsageError, shown
-from tierewrite.json_text import quoted
 from tierewrite.planning.plan import OutShard
 from tierewrite.source.header import MAX_HEADER_BYTES
 from tierewrite.source.table import Checkpoint, TensorEntry, gc_paused
+
+
+class HeaderEntry(msgspec.Struct, gc=False):
+    """What a header says of one tensor; offsets are bytes in the data section."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
 
 
 @gc_paused()
@@ -22,17 +30,11 @@ def shard_header(shard: OutShard, entries: Mapping[str, TensorEntry], metadata: 
     Raises:
         UsageError: the header would be longer than the format allows.
     """
-    encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
-    rows = [f'"__metadata__":{encode(dict(metadata))}'] if metadata else []
-    kinds: dict[tuple[str, tuple[int, ...]], str] = {}  # the text of dtype and shape: there are few
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     for name, source, start, end, _ in shard.tensors:
-        entry = entries[source]
-        kind = kinds.get(entry[1:3])
-        if kind is None:
-            kind = f'"dtype":{encode(entry.dtype)},"shape":{encode(entry.shape)}'
-            kinds[entry.dtype, entry.shape] = kind
-        rows.append(f'{quoted(name)}:{{{kind},"data_offsets":[{start},{end}]}}')
-    text = f"{{{','.join(rows)}}}".encode()
+        _, dtype, shape, *_ = entries[source]
+        header[name] = HeaderEntry(dtype, shape, (start, end))
+    text = msgspec.json.encode(header)
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
         raise UsageError(
@@ -60,10 +62,7 @@ def merged_metadata(checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
 def index_bytes(shards: Sequence[OutShard], metadata: Mapping[str, Any] | None) -> bytes:
     """`model.safetensors.index.json`: canonical names, `total_size` in bytes of tensor data, other metadata kept."""
     about = {**(metadata or {}), "total_size": sum(shard.nbytes for shard in shards)}
-    files = [(tensor.name, file) for shard in shards for file in [quoted(shard.name)] for tensor in shard.tensors]
-    files.sort(key=itemgetter(0))
-    head = json.dumps({"metadata": about}, indent=2, sort_keys=True, ensure_ascii=False).removesuffix("\n}")
+    files = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
+    text = json.dumps({"metadata": about, "weight_map": files}, sort_keys=True, ensure_ascii=False)
     # What json.dumps(indent=2) prints, ten times as fast: the C encoder does not indent.
-    rows = ",\n    ".join([f"{quoted(name)}: {file}" for name, file in files])
-    body = f"{{\n    {rows}\n  }}" if rows else "{}"
-    return f'{head},\n  "weight_map": {body}\n}}\n'.encode()
+    return msgspec.json.format(text, indent=2).encode() + b"\n"

@@ -14,7 +14,7 @@ from tierewrite.output.jobs import Job, JobTensor
 from tierewrite.output.safetensors import shard_header
 from tierewrite.output.staging import Staged
 from tierewrite.output.work import work_of
-from tierewrite.planning.plan import Action, OutShard, RewritePlan, needed_for_confirmation
+from tierewrite.planning.plan import OutShard, RewritePlan, digests_wanted
 from tierewrite.report import ShardSize
 from tierewrite.source.bytes import open_source
 from tierewrite.source.open import header_of
@@ -76,7 +76,7 @@ class Output:
         Raises:
             SourceChanged, SystemFailure: as `Engine.run_jobs`.
         """
-        wanted = digests_wanted(self.plan) - known.keys()
+        wanted = set(digests_wanted(self.plan)) - known.keys()
         if engine.run_pass is not None and isinstance(self.staging.folder, Path):
             known.update(self._in_one_pass(engine.run_pass, wanted))
         else:
@@ -174,7 +174,7 @@ class Output:
     ) -> bool:
         header = self.headers[index]
         try:
-            staged_shard, entries = header_of(path)
+            staged_shard, tensors = header_of(path)
         except SourceError:
             return False
         if staged_shard.size != len(header) + shard.nbytes or staged_shard.data_start != len(header):
@@ -184,7 +184,7 @@ class Output:
             file.read_runs([(0, len(header))], memoryview(found_header))
         if found_header != header:
             return False
-        staged = Checkpoint.of(Path(), (staged_shard,), {entry.name: entry for entry in entries})
+        staged = Checkpoint.of(Path(), (staged_shard,), tensors)
         found = engine.hash(staged, [tensor.name for tensor in shard.tensors], "checking what was finished")
         copied = [tensor for tensor in shard.tensors if tensor.name not in self.contents]
         unknown = [tensor.source for tensor in copied if tensor.source not in known]
@@ -219,19 +219,3 @@ class Output:
             ShardSize(shard.name, len(header) + shard.nbytes)
             for shard, header in zip(self.plan.shards, self.headers, strict=True)
         ]
-
-
-def digests_wanted(plan: RewritePlan) -> set[str]:
-    """What has to be confirmed, and what the manifest gives digests of."""
-    wanted = needed_for_confirmation(plan.groups)
-    drop, merge = Action.DROP, Action.MERGE  # looked up once: there are as many as tensors
-    fates = plan.tensors.values()
-    # Few, where most is tied: a set of what all that is dropped stands for would cost more than the rest.
-    others = {
-        fate.target: fate.name
-        for fate in fates
-        if fate.name not in wanted and fate.action is not drop and fate.action is not merge
-    }
-    wanted.update([name for target, name in others.items() if name != target])
-    wanted.update([others[fate.target] for fate in fates if fate.action is drop and fate.target in others])
-    return wanted

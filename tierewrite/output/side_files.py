@@ -1,4 +1,4 @@
-"""TODO."""
+"""Side files: everything of the source that is not weights or index, copied as it is."""
 
 from __future__ import annotations
 

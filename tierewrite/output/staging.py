@@ -46,7 +46,7 @@ class Staged(Protocol):
     def folder(self) -> FilePath: ...
 
     def put(self, name: str, data: bytes) -> None:
-        """Writes a small file, or writes it anew. Raises SystemFailure."""
+        """Writes a small file, or replaces it. Raises SystemFailure."""
 
     def view(self) -> Path | RemoteFolder:
         """The output as a checkpoint that can be opened, though it has not appeared."""
@@ -169,7 +169,9 @@ class Staging:
         if self.resume:
             leftovers = [entry for entry in leftovers if not is_finished_shard(entry)]
         elif leftovers:
-            log.warning("a run into this DST was killed; starting anew (--resume would use what it finished)")
+            log.warning(
+                "a run into this DST was killed; starting again from the beginning (--resume would use what it finished)"
+            )
         for entry in leftovers:
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)

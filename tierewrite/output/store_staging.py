@@ -23,7 +23,7 @@ from tierewrite.errors import Interrupted, SourceError, SystemFailure, Tierewrit
 from tierewrite.source.folder import is_half_written
 from tierewrite.source.open import RemoteFolder
 from tierewrite.source.table import INCOMPLETE_NAME, INDEX_NAME
-from tierewrite.stores.remote import FilePath, RemotePath, in_time, listing
+from tierewrite.stores.remote import FilePath, RemotePath, listing, with_timeout
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ class RemoteStaging:
         """Removes what must not stay, the marker last."""
         if self._committed or not self._marked:
             return
-        if not in_time(self.still_ours):
+        if not with_timeout(self.still_ours):
             if self._marked:
                 log.warning(
                     "%s cannot be cleaned up: the store does not answer. What is there is marked as half-written: a "

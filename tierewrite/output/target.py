@@ -1,4 +1,4 @@
-"""TODO."""
+"""Whether the output may be written where it is wanted, whether it fits there, and whether SRC is unchanged."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ import numpy as np
 from tierewrite.output.result import BUFFER_BYTES
 from tierewrite.planning.plan import OutShard
 from tierewrite.source.table import Checkpoint
-from tierewrite.values.content import COPY, Content, needs_source
+from tierewrite.values.content import Content, needs_source
 
 _TENSORS_PER_TASK = 4096
 
@@ -221,7 +221,6 @@ def work_of(
     """
     contents = contents or {}
     tensors = checkpoint.tensors
-    row_of = tensors.row
     out = np.full(len(tensors), -1, np.int32)
     position = np.zeros(len(tensors), np.int64)
     patches: dict[int, tuple[str, Content]] = {}
@@ -230,21 +229,19 @@ def work_of(
         if index in finished:
             continue
         begin = data_starts[index]
-        rows: list[int] = []
-        starts: list[int] = []
-        for name, source, start, end, _ in shard.tensors:
-            content = contents.get(name, COPY)
-            if not needs_source(content):
-                made.append(MadeTask(name, content, index, begin + start, end - start))
-                continue
-            rows.append(row_of[source])
-            starts.append(begin + start)
-            if content is not COPY:
-                patches[rows[-1]] = name, content
-        out[rows] = index
-        position[rows] = starts
+        copied = np.ones(len(shard.names), bool)
+        start, end = begin + shard.start, begin + shard.end
+        for at in [at for at, name in enumerate(shard.names) if name in contents]:
+            name = shard.names[at]
+            if needs_source(contents[name]):
+                patches[int(shard.rows[at])] = name, contents[name]
+            else:
+                copied[at] = False
+                made.append(MadeTask(name, contents[name], index, int(start[at]), int(end[at] - start[at])))
+        out[shard.rows[copied]] = index
+        position[shard.rows[copied]] = start[copied]
     wanted = np.zeros(len(tensors), bool)
-    wanted[[row_of[key] for key in hashed]] = True
+    wanted[[tensors.row[key] for key in hashed]] = True
     row = np.flatnonzero(wanted | (out >= 0))
     columns = Columns(row, tensors.start[row], tensors.end[row], wanted[row], out[row], position[row])
     return Work(checkpoint, columns, patches, made)

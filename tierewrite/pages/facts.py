@@ -12,7 +12,6 @@ malformed, or that do not belong together (SourceError, exit 4).
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import Counter
@@ -24,16 +23,15 @@ from typing import Any
 
 from tierewrite import formats
 from tierewrite.consumers.findings import ReadinessReport
-from tierewrite.errors import SourceError, SystemFailure, UsageError, shown, system_errors
-from tierewrite.output.manifest import MANIFEST_SCHEMA
+from tierewrite.errors import SourceError, UsageError, system_errors
+from tierewrite.output.manifest import read_manifest
 from tierewrite.planning.plan import kind_of
 from tierewrite.source.folder import natural_key, open_folder, refuse_half_written
-from tierewrite.source.open import open_checkpoint, told_of
+from tierewrite.source.open import open_checkpoint, rename_in_errors
 from tierewrite.source.table import MANIFEST_NAME, Checkpoint, gc_paused
 from tierewrite.stores.remote import FilePath, RemotePath, located
 
 PAGE_SCHEMA = "tierewrite/page/1"
-MAX_MANIFEST_BYTES = 512 * 1024**2  # what `verify` reads at most
 WORST_SHOWN = 20
 STATUSES = ("rewritten", "canonical", "kept")
 
@@ -368,7 +366,7 @@ def read_facts(
     if consumer is not None and folder is None:
         what = "is a manifest alone; a check for a consumer needs the folder: give that, or leave out --for"
         raise UsageError(what, file=where)
-    with told_of(where, manifest_path.parent):
+    with rename_in_errors(where, manifest_path.parent):
         manifest = read_manifest(manifest_path)
         sizes = None if folder is None else _sizes(folder, manifest, manifest_path)
     readiness: ReadinessReport | None = None
@@ -480,77 +478,3 @@ def _sizes(checkpoint: Checkpoint, manifest: Mapping[str, Any], path: Path) -> S
 def _rows(table: Mapping[str, Sequence[int]]) -> tuple[SizeRow, ...]:
     rows = [SizeRow(name, *values) for name, values in table.items()]
     return tuple(sorted(rows, key=lambda r: (-r.before_bytes, natural_key(r.name))))
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """A manifest, its form checked as far as this room relies on it.
-
-    Raises:
-        SourceError: not a regular file, too large, no JSON, or of another form. SystemFailure: unreadable.
-    """
-    try:
-        if not path.is_file():
-            raise SourceError("is no regular file; expected a manifest that a rewrite wrote", file=path)
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise SourceError(f"has more than {MAX_MANIFEST_BYTES} bytes, the most that are read", file=path)
-        raw = path.read_bytes()
-    except OSError as e:
-        raise SystemFailure(f"cannot be read: {e.strerror or e}", file=path) from None
-    try:
-        manifest = json.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError) as e:
-        why = "nested too deeply" if isinstance(e, RecursionError) else str(e)
-        raise SourceError(f"is no valid JSON: {why}; expected a manifest that a rewrite wrote", file=path) from None
-    wrong = _form_problem(manifest)
-    if wrong is not None:
-        raise SourceError(f"{wrong}; expected a manifest that a rewrite wrote ({MANIFEST_SCHEMA})", file=path)
-    assert isinstance(manifest, dict)
-    return manifest
-
-
-def _form_problem(manifest: Any) -> str | None:
-    """What keeps `manifest` from being one; None if nothing does."""
-    if not _has(manifest, schema=str):
-        return "is no object with a schema"
-    if manifest["schema"] != MANIFEST_SCHEMA:
-        return f"its schema is {shown(manifest['schema'])}"
-    if not _has(manifest, tool=dict, source=dict, options=dict, ties=dict, groups=list):
-        return "lacks one of tool, source, options, ties and groups"
-    if not (
-        _has(manifest["tool"], version=str)
-        and _has(manifest["source"], shards=list)
-        and _has(manifest["ties"], source=str, detail=str)
-    ):
-        return "tool, source or ties is not as it should be"
-    for group in manifest["groups"]:
-        if not _has(group, canonical=str, aliases=list, status=str, tensors=dict):
-            return "a group lacks one of canonical, aliases, status and tensors"
-        name = shown(group["canonical"])
-        if group["status"] not in STATUSES or not _texts(group["aliases"]):
-            return f"the group '{name}' has a status or aliases that cannot be"
-        if not isinstance(group.get("reason"), (str, type(None))):
-            return f"the group '{name}' has a reason that is no text"
-        for key, tensor in group["tensors"].items():
-            if not _tensor_ok(tensor):
-                return f"the tensor '{shown(key)}' is not described as it should be"
-    return None
-
-
-def _tensor_ok(tensor: Any) -> bool:
-    if not _has(tensor, action=str, merged=bool) or not tensor.get("from") or not _texts(tensor["from"]):
-        return False
-    if not tensor["merged"]:
-        return True
-    ratio = tensor.get("ratio")
-    if not isinstance(tensor.get("calibrated"), bool):
-        return False
-    # Neither NaN nor an integer beyond float64; infinite it may be, when the sides are that far apart.
-    return ratio is None or (type(ratio) in (int, float) and (1 <= ratio <= 2**1023 or ratio == math.inf))
-
-
-def _has(value: Any, **types: type) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in types.items())
-
-
-def _texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)

@@ -36,7 +36,8 @@ class Fates:
 
     def claimed(self, rows: np.ndarray) -> np.ndarray:
         """bool, whether each row belongs to a planned group; one that is kept whole claims nothing."""
-        return self._planned[self.group[rows]]
+        planned: np.ndarray = self._planned[self.group[rows]]
+        return planned
 
     def claim(self, group: int, made: Decisions) -> None:
         """Enters what is planned for a group.

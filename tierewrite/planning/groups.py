@@ -16,7 +16,8 @@ import numpy as np
 from tierewrite import formats
 from tierewrite.formats import Companion
 from tierewrite.numbers import merging
-from tierewrite.planning.plan import Action, Checks, Merges, keys_of
+from tierewrite.planning.checks import Checks, Merges, keys_of
+from tierewrite.planning.plan import Action
 from tierewrite.planning.sides import Layout, Sides
 from tierewrite.source.table import Tensors
 from tierewrite.ties.on_disk import TieGroup

@@ -10,9 +10,10 @@ import numpy as np
 from tierewrite import formats
 from tierewrite.formats import Companion
 from tierewrite.numbers import merging
+from tierewrite.planning.checks import Merge, keys_of
 from tierewrite.planning.fates import Fates
 from tierewrite.planning.groups import Decisions
-from tierewrite.planning.plan import Action, Merge, keys_of
+from tierewrite.planning.plan import Action
 from tierewrite.source.table import Tensors
 from tierewrite.ties.on_disk import TieGroup
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, overload
@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from tierewrite.formats import Companion
+from tierewrite.planning.checks import Checks, Merges
 from tierewrite.planning.policy import Policy
 from tierewrite.source.table import TensorEntry, Tensors
 
@@ -52,131 +53,6 @@ class TensorPlan(NamedTuple):
     target: str
     merged: bool = False
     group: str | None = None
-
-
-class Merge(NamedTuple):
-    """Scales of several sides that become one value.
-
-    Attributes:
-        target: key in the output.
-        keys: source keys, the carrying one first: its dtype, shape and place are kept.
-        companion: the role, with the direction of the merge.
-        kv: True for a KV-cache scale (merged only on request).
-        only_if_equal: keys per companion bias, one tuple a bias, that must agree byte for byte, or nothing is merged.
-    """
-
-    target: str
-    keys: tuple[str, ...]
-    companion: Companion
-    kv: bool = False
-    only_if_equal: tuple[tuple[str, ...], ...] = ()
-
-
-class Checks(Sequence[tuple[str, ...]]):
-    """Tuples of keys whose tensors must be equal byte for byte, the side that stays first.
-
-    Attributes:
-        rows: int64 [tuples, sides], rows of the source; -1 where a tuple has fewer sides.
-    """
-
-    def __init__(self, source: Tensors, rows: np.ndarray) -> None:
-        self._names = source.names
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @overload
-    def __getitem__(self, index: int) -> tuple[str, ...]: ...
-    @overload
-    def __getitem__(self, index: slice) -> Checks: ...
-    def __getitem__(self, index: int | slice) -> tuple[str, ...] | Checks:
-        if isinstance(index, slice):
-            return self.where(index)
-        return keys_of(self._names, self.rows[index].tolist())
-
-    def __iter__(self) -> Iterator[tuple[str, ...]]:
-        return (keys_of(self._names, rows) for rows in self.rows.tolist())
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def where(self, chosen: slice | np.ndarray) -> Checks:
-        """Those of a slice, a mask or an array of positions."""
-        part = Checks.__new__(Checks)
-        part._names, part.rows = self._names, self.rows[chosen]
-        return part
-
-    def __repr__(self) -> str:
-        return f"<{len(self):,} checks>"
-
-
-class Merges(Sequence[Merge]):
-    """The merges of a group: those beside its weights as columns, then those of KV-cache scales.
-
-    Attributes:
-        rows: int64 [merges, sides], rows of the source, the carrying one first; -1 where a merge has fewer sides.
-        companion: int32 [merges], position in `companions`.
-        companions: the roles that occur.
-        targets: position in `rows` -> key in the output, where that is not the carrying key itself.
-        kv: the merges of KV-cache scales.
-    """
-
-    def __init__(
-        self,
-        source: Tensors,
-        rows: np.ndarray,
-        companion: np.ndarray,
-        companions: Sequence[Companion],
-        targets: Mapping[int, str],
-        kv: Sequence[Merge] = (),
-    ) -> None:
-        self._names = source.names
-        self.rows = rows
-        self.companion = companion
-        self.companions = tuple(companions)
-        self.targets = targets
-        self.kv = tuple(kv)
-
-    def __len__(self) -> int:
-        return len(self.rows) + len(self.kv)
-
-    @overload
-    def __getitem__(self, index: int) -> Merge: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Merge]: ...
-    def __getitem__(self, index: int | slice) -> Merge | list[Merge]:
-        if isinstance(index, slice):
-            return [self[at] for at in range(*index.indices(len(self)))]
-        at = range(len(self))[index]
-        if at >= len(self.rows):
-            return self.kv[at - len(self.rows)]
-        return self._made(at, self.rows[at].tolist(), int(self.companion[at]))
-
-    def __iter__(self) -> Iterator[Merge]:
-        columns = zip(self.rows.tolist(), self.companion.tolist(), strict=True)
-        for at, (rows, companion) in enumerate(columns):
-            yield self._made(at, rows, companion)
-        yield from self.kv
-
-    def _made(self, at: int, rows: list[int], companion: int) -> Merge:
-        keys = keys_of(self._names, rows)
-        return Merge(self.targets.get(at, keys[0]), keys, self.companions[companion])
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        return f"<{len(self):,} merges>"
-
-
-def keys_of(names: Sequence[str], rows: Iterable[int]) -> tuple[str, ...]:
-    """The keys of `rows`, without the -1 that fill a line up."""
-    return tuple([names[row] for row in rows if row >= 0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,10 +127,19 @@ class OutShard:
     end: np.ndarray = field(repr=False)
     added: np.ndarray = field(repr=False)
 
+    @classmethod
+    def of(cls, name: str, source: Tensors, tensors: Sequence[OutTensor]) -> OutShard:
+        """The file that holds `tensors`. Raises KeyError: one is of a tensor that the source does not have."""
+        rows = np.array([source.row[tensor.source] for tensor in tensors], np.int64)
+        end = np.array([tensor.end for tensor in tensors], np.int64)
+        added = np.array([tensor.added for tensor in tensors], bool)
+        return cls(name, source, [tensor.name for tensor in tensors], rows, end, added)
+
     @property
     def start(self) -> np.ndarray:
         """int64 [tensors], start of each tensor in the data section."""
-        return self.end - self.source.nbytes[self.rows]
+        start: np.ndarray = self.end - self.source.nbytes[self.rows]
+        return start
 
     @property
     def nbytes(self) -> int:
@@ -523,4 +408,18 @@ def kind_of(parameter: str) -> str:
 
 def needed_for_confirmation(groups: Sequence[GroupPlan]) -> set[str]:
     """Keys whose digests decide whether the planned `groups` are confirmed."""
-    return {key for group in groups if group.status == "planned" for keys in group.checks for key in keys}
+    return {key for group in groups if group.status == "planned" for key in group.checks.all_keys()}
+
+
+def digests_wanted(plan: RewritePlan) -> list[str]:
+    """Keys whose digests confirm the groups, or stand in the manifest; in the order of the source."""
+    wanted = np.zeros(len(plan.source), bool)
+    for group in plan.planned():
+        rows = group.checks.rows
+        wanted[rows[rows >= 0]] = True
+    # A tensor that stands for others, or has a new name; the value of a merge is known without reading it all.
+    shown = np.zeros(len(plan.source), bool)
+    shown[plan.stands_for[plan.action == Action.DROP.code]] = True
+    shown[list(plan.new_names)] = True
+    wanted |= shown & (plan.action != Action.DROP.code) & (plan.action != Action.MERGE.code)
+    return list(map(plan.source.names.__getitem__, np.flatnonzero(wanted).tolist()))

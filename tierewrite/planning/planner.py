@@ -14,17 +14,15 @@ import numpy as np
 
 from tierewrite import formats
 from tierewrite.formats.nvfp4_blobs import fused_sets
+from tierewrite.planning.checks import Checks, Merge, Merges
 from tierewrite.planning.experts import expert_scales
 from tierewrite.planning.fates import Fates
 from tierewrite.planning.groups import Draft, GroupPlanner, Unconfirmed
 from tierewrite.planning.kv_scales import Attentions, KvScales
 from tierewrite.planning.layout import shards
 from tierewrite.planning.plan import (
-    Checks,
     ExpertScales,
     GroupPlan,
-    Merge,
-    Merges,
     RewritePlan,
     Survivors,
     kind_of,

@@ -142,7 +142,8 @@ class Sides:
         """int64, the rows of all sides that begin at `first` and have these layouts, one after the other."""
         size = np.array([len(one.suffixes) for one in self.layouts], np.int64)[layout]
         before = np.cumsum(size) - size
-        return self.rows[np.repeat(first - before, size) + np.arange(size.sum())]
+        rows: np.ndarray = self.rows[np.repeat(first - before, size) + np.arange(size.sum())]
+        return rows
 
     # -- any parameter
 

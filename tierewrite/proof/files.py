@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import stat
 import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,8 @@ import safetensors
 
 from tierewrite.consumers.folder import Folder
 from tierewrite.consumers.vllm.ignore import corrected_ignore_lists
-from tierewrite.errors import SystemFailure, TierewriteError, shown
+from tierewrite.errors import SourceError, SystemFailure, TierewriteError, shown
+from tierewrite.output import manifest as manifests
 from tierewrite.output.manifest import ties_on_disk
 from tierewrite.planning.policy import Policy
 from tierewrite.proof import Problem
@@ -28,10 +28,6 @@ from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME, Checkpoint, SideF
 from tierewrite.source.threads import io_threads
 from tierewrite.ties.on_disk import DiskTies
 from tierewrite.ties.tie_map import TieMap
-
-_MANIFEST_SCHEMA = "tierewrite/manifest/1"
-_MAX_MANIFEST_BYTES = 512 * 1024**2
-
 
 _SHARD_NAME = re.compile(r"model-([0-9]{5,})-of-([0-9]{5,})\.safetensors\Z")
 
@@ -219,67 +215,9 @@ def read_manifest(path: Path, problems: list[Problem]) -> dict[str, Any] | None:
     if not os.path.lexists(path):
         return None
     try:
-        info = os.lstat(path)
-        if not stat.S_ISREG(info.st_mode) or info.st_size > _MAX_MANIFEST_BYTES:
-            raise ValueError("is no regular file, or huge")
-        manifest = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_unique)
-        why = _form_problem(manifest)
-    except (OSError, ValueError, RecursionError, TierewriteError) as e:
-        why = f"cannot be read: {e}"
-    if why is None:
-        assert isinstance(manifest, dict)
-        return manifest
-    problems.append(Problem("manifest", MANIFEST_NAME, why))
-    return None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key comes twice")
-    return found
-
-
-def _form_problem(manifest: Any) -> str | None:
-    """Why a manifest is not of the schema; None if it is."""
-
-    def has(value: Any, **types: Any) -> bool:
-        return isinstance(value, dict) and all(
-            name in value and isinstance(value[name], kind) for name, kind in types.items()
-        )
-
-    if not has(manifest, schema=str, tool=dict, source=dict, options=dict, ties=dict, groups=list):
-        return "lacks schema, tool, source, options, ties or groups"
-    if manifest["schema"] != _MANIFEST_SCHEMA:
-        return f"schema is {shown(manifest['schema'])}; expected {_MANIFEST_SCHEMA}"
-    if not has(manifest["tool"], name=str, version=str) or manifest["tool"]["name"] != "tierewrite":
-        return "tool is not tierewrite with its version"
-    if not has(manifest["source"], shards=list):
-        return "source lists no shards"
-    ties = manifest["ties"]
-    if not has(ties, source=str, detail=str, map=dict) or {type(name) for name in ties["map"].values()} - {str}:
-        return "ties is not source, detail and a map of names"
-    if ties["source"] not in ("ties-file", "config", "class", "none"):
-        return f"ties come from {shown(ties['source'])}, which is no source"
-    options = manifest["options"]
-    if options.get("on_mismatch") not in ("error", "keep", "repack") or options.get("kv_scales") not in (
-        "keep",
-        "merge",
-    ):
-        return "options lack on_mismatch or kv_scales, or hold unknown values"
-    limit = options.get("max_shard_size", False)
-    if limit is not None and (type(limit) is not int or limit <= 0):
-        return "options lack max_shard_size, or it is no size"
-    for group in manifest["groups"]:
-        if not has(group, id=str, canonical=str, aliases=list, status=str, reason=(str, type(None)), tensors=dict):
-            return "a group lacks id, canonical, aliases, status, reason or tensors"
-        if group["status"] not in ("rewritten", "kept", "unconfirmed", "canonical"):
-            return f"'{shown(group['id'])}' has the unknown status {shown(group['status'])}"
-        if (group["reason"] is not None) != (group["status"] in ("kept", "unconfirmed")):
-            return f"'{shown(group['id'])}' is {group['status']}, with the reason {shown(group['reason'])}"
-        for name, entry in group["tensors"].items():
-            if not has(entry, action=str, merged=bool, blake3=str) or not isinstance(entry.get("from"), list):
-                return f"'{shown(name)}' lacks from, action, merged or blake3"
-            if not entry["from"] or not all(isinstance(key, str) for key in entry["from"]):
-                return f"'{shown(name)}' is from nothing"
-    return None
+        if path.is_symlink():
+            raise SourceError("is a link; expected the file itself")
+        return manifests.read_manifest(path)
+    except TierewriteError as e:
+        problems.append(Problem("manifest", MANIFEST_NAME, str(e.args[0])))
+        return None

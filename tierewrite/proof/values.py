@@ -58,7 +58,8 @@ def _numbers(dtype: str, bits: npt.NDArray[Any]) -> _F64:
         with np.errstate(invalid="ignore"):
             return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     if dtype.startswith("F8_"):
-        return _float8(dtype)[bits]
+        values: _F64 = _float8(dtype)[bits]
+        return values
     with np.errstate(invalid="ignore"):
         return bits.view({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]).astype(np.float64)
 

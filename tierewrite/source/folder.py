@@ -1,18 +1,7 @@
-"""What is on disk: a checkpoint's shards, tensors, index, configurations and side files. Headers only.
+"""A checkpoint folder opened: index, headers, configurations and side files, held against each other.
 
-This is the one gate for input. A header or an index is validated in full here, before anything is planned, so
-that no later room has to ask whether an offset lies inside its file. Nothing is opened for writing, no tensor
-data is read, and time and memory are bounded by the size of the headers, whatever they say.
-
-Refused: anything but regular files; headers that safetensors' own reader refuses (length field beyond the
-file, over 100 MB, not UTF-8, not JSON, wrong types, negative or huge numbers, overflow, overlaps, holes,
-trailing or missing bytes, sizes that disagree with dtype and shape); and, unlike there, duplicate names or
-JSON keys anywhere, tensors given as arrays, dtypes given as objects. Accepted, unlike there: dtypes that
-nobody here knows, as long as the offsets tile the file.
-
-The format: https://github.com/huggingface/safetensors#format (8 bytes little-endian header length N, N bytes
-of JSON, then the data). The rules were compared with `safetensors` 0.8.0 by running it; tests/test_fuzz.py
-keeps them equal.
+This is the one gate for input. Nothing is opened for writing, no tensor data is read, and time and memory are bounded
+by the size of the headers, whatever they say. Anything but regular files is refused.
 """
 
 from __future__ import annotations
@@ -22,39 +11,35 @@ import os
 import re
 import stat
 from collections.abc import Callable, Collection
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
-from tierewrite.errors import (
-    ConfigError,
-    ShardIndexError,
-    SourceError,
-    shown,
-)
+import numpy as np
+
+from tierewrite.errors import ConfigError, ShardIndexError, SourceError, shown
 from tierewrite.source.header import read_header
 from tierewrite.source.index import check_against_index, check_total, read_index
 from tierewrite.source.regular_files import kind_of_file, names_in, read_small, resolved_path, stat_of
-from tierewrite.source.strict_json import kind_of_json
+from tierewrite.source.strict_json import kind_of_json, repeated_key
 from tierewrite.source.table import (
     INCOMPLETE_NAME,
     INDEX_NAME,
     MANIFEST_NAME,
     Checkpoint,
+    Header,
     Shard,
     SideFile,
-    TensorEntry,
     Tensors,
-    gc_paused,
 )
 from tierewrite.stores.remote import FilePath, RemotePath
 
 WANTED = "expected a checkpoint folder holding *.safetensors files"
-_MEND_JSON = "correct it, or copy it from the original model"
+_FIX_JSON = "correct it, or copy it from the original model"
 MAX_CONFIG_BYTES = 64 * 1024**2
 MAX_SIDE_ENTRIES = 1_000_000  # files and folders; ends the walk through folders that link to each other
 
 
-@gc_paused()
 def open_folder(path: str | os.PathLike[str], *, ignore_unindexed: bool = False) -> Checkpoint:
     """Read the headers, index and configurations of the checkpoint folder `path`.
 
@@ -90,7 +75,7 @@ def assembled(
     root: Path,
     top: list[str],
     indexed: Callable[[str], None],
-    header: Callable[[str, int], tuple[Shard, list[TensorEntry]]],
+    header: Callable[[str, int], Header],
     others: Callable[[set[str], list[str]], tuple[tuple[SideFile, ...], tuple[str, ...]]],
     *,
     ignore_unindexed: bool = False,
@@ -116,77 +101,26 @@ def assembled(
     config = _read_config(root / "config.json", warnings)
     quant_config = _read_config(root / "hf_quant_config.json", warnings)
 
-    index_path = root / INDEX_NAME
-    metadata: dict[str, Any] | None = None
-    weight_map: dict[str, str] | None = None
-    local = [name for name in top if name.endswith(".safetensors") and not name.startswith(".")]
-    if INDEX_NAME in top:
-        metadata, weight_map = read_index(index_path)
-        listed_files = set(weight_map.values())
-        names = sorted(listed_files, key=natural_key)
+    metadata, weight_map = read_index(root / INDEX_NAME) if INDEX_NAME in top else (None, None)
+    names, strays = _shard_names(top, weight_map, origin or root)
+    if weight_map is not None:
         for name in names:
             indexed(name)
-        strays = [name for name in local if name not in listed_files]
-    else:
-        names, strays = sorted(local, key=natural_key), []
-        if not names:
-            raise SourceError(f"no *.safetensors file here; {what_is_here(top)}", file=origin or root)
-
-    shards: list[Shard] = []
-    tensors: dict[str, TensorEntry] = {}
-    unindexed: list[TensorEntry] = []
-    for number, name in enumerate(names):
-        shard, entries = header(name, number)
-        shards.append(shard)
-        held = {entry.name: entry for entry in entries}
-        if not tensors.keys().isdisjoint(held):
-            key = next(key for key in held if key in tensors)
-            raise ShardIndexError(
-                f"also stored in {shown(shards[tensors[key].shard].name)}; expected each name in one shard only",
-                file=root / name,
-                tensor=key,
-                advice="remove the copy that is not meant",
-            )
-        tensors.update(held)
-        if weight_map is not None and not held.keys() <= weight_map.keys():
-            unindexed.extend(entry for entry in entries if entry.name not in weight_map)
-    if weight_map is not None:
-        check_against_index(weight_map, tensors, shards, index_path)
-        if unindexed:
-            listed = ", ".join(f"'{shown(entry.name)}'" for entry in unindexed[:5])
-            more = f" and {len(unindexed) - 5} more" if len(unindexed) > 5 else ""
-            if not ignore_unindexed:
-                raise ShardIndexError(
-                    f"holds {len(unindexed)} tensors that {INDEX_NAME} lacks: {listed}{more}. Loaders would not "
-                    "read them",
-                    file=root / shards[unindexed[0].shard].name,
-                    tensor=unindexed[0].name,
-                    details={"unindexed": [entry.name for entry in unindexed]},
-                    advice="add them to the index, or pass --ignore-unindexed to leave them out",
-                )
-            for entry in unindexed:
-                del tensors[entry.name]
-            warnings.append(f"left out {len(unindexed)} tensors that the index lacks: {listed}{more}")
-        check_total(metadata or {}, tensors, warnings)
+    shards, tensors = _joined(names, header, root)
+    if metadata is not None and weight_map is not None:
+        check_against_index(weight_map, tensors, shards, root / INDEX_NAME)
+        if len(tensors) > len(weight_map):
+            tensors = _without_unindexed(tensors, weight_map, shards, root, ignore_unindexed, warnings)
+        check_total(metadata, tensors, warnings)
     for name in strays:
-        _, entries = header(name, 0)
-        twice = [entry.name for entry in entries if entry.name in tensors]
-        if twice:
-            raise ShardIndexError(
-                f"is not in {INDEX_NAME}, yet holds {len(twice)} of its tensors",
-                file=root / name,
-                tensor=twice[0],
-                details={"overlap": twice},
-                advice="remove the file, or the index if the file is what counts",
-            )
-        warnings.append(f"{shown(name)} is not in {INDEX_NAME}: copied as it is, its tensors are not looked at")
+        _check_stray(root / name, header(name, 0)[1], tensors, warnings)
     if not tensors:
         raise SourceError("the safetensors files hold no tensors; nothing to rewrite", file=root)
     side_files, directories = others({*names, INDEX_NAME, MANIFEST_NAME, INCOMPLETE_NAME}, warnings)
     return Checkpoint(
         root=root,
-        shards=tuple(shards),
-        tensors=Tensors.of(tensors.values()),
+        shards=shards,
+        tensors=tensors,
         index_metadata=metadata,
         side_files=side_files,
         directories=directories,
@@ -196,6 +130,88 @@ def assembled(
         origin=origin,
         copies=copies,
     )
+
+
+def _shard_names(top: list[str], weight_map: dict[str, str] | None, where: FilePath) -> tuple[list[str], list[str]]:
+    """The files that are shards, in natural order, and the safetensors files that the index does not name."""
+    local = [name for name in top if name.endswith(".safetensors") and not name.startswith(".")]
+    if weight_map is not None:
+        listed = set(weight_map.values())
+        return sorted(listed, key=natural_key), [name for name in local if name not in listed]
+    if not local:
+        raise SourceError(f"no *.safetensors file here; {what_is_here(top)}", file=where)
+    return sorted(local, key=natural_key), []
+
+
+def _joined(names: list[str], header: Callable[[str, int], Header], root: Path) -> tuple[tuple[Shard, ...], Tensors]:
+    """The shards and all that they hold, each name in one of them only."""
+    headers = [header(name, number) for number, name in enumerate(names)]
+    shards = tuple(shard for shard, _ in headers)
+    tensors = Tensors.concatenated([table for _, table in headers])
+    if len(tensors.row) < len(tensors):
+        _refuse_stored_twice(tensors, shards, root)
+    return shards, tensors
+
+
+def _refuse_stored_twice(tensors: Tensors, shards: tuple[Shard, ...], root: Path) -> None:
+    """Raises ShardIndexError for the first name that an earlier row has too."""
+    first: dict[str, int] = {}
+    for row, name in enumerate(tensors.names):
+        earlier = first.setdefault(name, row)
+        if earlier != row:
+            raise ShardIndexError(
+                f"also stored in {shown(shards[tensors.shard[earlier]].name)}; expected each name in one shard only",
+                file=root / shards[tensors.shard[row]].name,
+                tensor=name,
+                advice="remove the copy that is not meant",
+            )
+
+
+def _without_unindexed(
+    tensors: Tensors,
+    weight_map: dict[str, str],
+    shards: tuple[Shard, ...],
+    root: Path,
+    ignore: bool,
+    warnings: list[str],
+) -> Tensors:
+    """What the index lists of `tensors`, which hold more; with `ignore` a warning says what is left out.
+
+    Raises:
+        ShardIndexError: without `ignore`.
+    """
+    indexed = np.fromiter(map(weight_map.__contains__, tensors.names), bool, len(tensors))
+    lacking = list(compress(tensors.names, ~indexed))
+    listed = ", ".join(f"'{shown(name)}'" for name in lacking[:5])
+    more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
+    if not ignore:
+        raise ShardIndexError(
+            f"holds {len(lacking)} tensors that {INDEX_NAME} lacks: {listed}{more}. Loaders would not read them",
+            file=root / shards[tensors[lacking[0]].shard].name,
+            tensor=lacking[0],
+            details={"unindexed": lacking},
+            advice="add them to the index, or pass --ignore-unindexed to leave them out",
+        )
+    warnings.append(f"left out {len(lacking)} tensors that the index lacks: {listed}{more}")
+    return tensors.where(indexed)
+
+
+def _check_stray(path: Path, held: Tensors, tensors: Tensors, warnings: list[str]) -> None:
+    """A safetensors file that the index does not name is a side file, unless it holds a name that the index lists.
+
+    Raises:
+        ShardIndexError: it does.
+    """
+    twice = [name for name in held.names if name in tensors.row]
+    if twice:
+        raise ShardIndexError(
+            f"is not in {INDEX_NAME}, yet holds {len(twice)} of its tensors",
+            file=path,
+            tensor=twice[0],
+            details={"overlap": twice},
+            advice="remove the file, or the index if the file is what counts",
+        )
+    warnings.append(f"{shown(path.name)} is not in {INDEX_NAME}: copied as it is, its tensors are not looked at")
 
 
 def is_half_written(top: Collection[str]) -> bool:
@@ -225,9 +241,7 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
 
 
 def _check_shard_link(root: Path, name: str, index_path: Path) -> None:
-    """An indexed file may be a link, but only to a file of this folder or of the hub cache that the folder is
-    in.
-    """
+    """An indexed file may be a link, but only to a file of this folder or of the hub cache that the folder is in."""
     path = root / name
     try:
         resolved = resolved_path(path)
@@ -242,8 +256,7 @@ def _check_shard_link(root: Path, name: str, index_path: Path) -> None:
 
 
 def _belongs(root: Path, resolved: Path) -> bool:
-    """Whether a link's end is the folder's own: below it, or a blob of the hub cache whose snapshot the
-    folder is.
+    """Whether a link's end is the folder's own: below it, or a blob of the hub cache whose snapshot the folder is.
 
     The cache keeps `models--<org>--<name>/snapshots/<revision>/<file>` as links to `blobs/<hash>` beside `snapshots`
     (https://huggingface.co/docs/huggingface_hub/guides/manage-cache). Since huggingface_hub 2 those may be links
@@ -261,35 +274,29 @@ def _belongs(root: Path, resolved: Path) -> bool:
     return False
 
 
-# --------------------------------------------------------------------------------- configurations, side files
-
-
 def _read_config(path: Path, warnings: list[str]) -> dict[str, Any]:
-    """A JSON object from a configuration file, as `json.load` sees it (NaN and Infinity included); {} if
-    absent.
-    """
+    """A JSON object from a configuration file, as `json.load` sees it (NaN and Infinity included); {} if absent."""
     if not os.path.lexists(path):
         return {}
     raw = read_small(path, MAX_CONFIG_BYTES, ConfigError)
     repeated: list[str] = []
 
     def pairs_hook(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            seen: set[str] = set()
-            repeated.append(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
-        return found
+        key = repeated_key(pairs)
+        if key is not None:
+            repeated.append(key)
+        return dict(pairs)
 
     try:
         found = json.loads(raw.decode("utf-8"), object_pairs_hook=pairs_hook)
     except UnicodeDecodeError as e:
-        raise ConfigError(f"is not UTF-8 at byte {e.start}; {_MEND_JSON}", file=path) from None
+        raise ConfigError(f"is not UTF-8 at byte {e.start}; {_FIX_JSON}", file=path) from None
     except RecursionError:
-        raise ConfigError(f"is nested too deeply; {_MEND_JSON}", file=path) from None
+        raise ConfigError(f"is nested too deeply; {_FIX_JSON}", file=path) from None
     except ValueError as e:
-        raise ConfigError(f"is no valid JSON: {e}; {_MEND_JSON}", file=path) from None
+        raise ConfigError(f"is no valid JSON: {e}; {_FIX_JSON}", file=path) from None
     if type(found) is not dict:
-        raise ConfigError(f"is {kind_of_json(found)}; expected an object: {_MEND_JSON}", file=path)
+        raise ConfigError(f"is {kind_of_json(found)}; expected an object: {_FIX_JSON}", file=path)
     if repeated:
         warnings.append(f"{path.name}: '{shown(repeated[0])}' comes twice in one object; the last one counts")
     return found

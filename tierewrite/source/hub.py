@@ -33,7 +33,7 @@ from tierewrite.errors import (
 )
 from tierewrite.source.folder import assembled, open_folder
 from tierewrite.source.header import MAX_HEADER_BYTES, parse_header
-from tierewrite.source.table import INDEX_NAME, Checkpoint, Shard, SideFile, TensorEntry, gc_paused
+from tierewrite.source.table import INDEX_NAME, Checkpoint, Header, Shard, SideFile
 from tierewrite.stores.remote import PathLike
 
 if TYPE_CHECKING:
@@ -152,7 +152,6 @@ class _Remote:
         """What messages call a file of the repository."""
         return f"{self.repo}/{file}"
 
-    @gc_paused()
     def checkpoint(self, ignore_unindexed: bool, trust_remote_code: bool) -> Checkpoint:
         """All that `Checkpoint.open` would read, and nothing more (Python files if they may be run)."""
         wanted = [name for name in _CONFIGS if name in self.sizes]
@@ -164,7 +163,7 @@ class _Remote:
             root = path.parents[name.count("/")]
         top = sorted({name.partition("/")[0] for name in self.sizes})
         shards = [n for n in self.sizes if "/" not in n and n.endswith(".safetensors") and not n.startswith(".")]
-        with asked_together(shards, self.header) as header:
+        with prefetched(shards, self.header) as header:
             return assembled(
                 root,
                 top,
@@ -183,7 +182,7 @@ class _Remote:
         sides = [SideFile(name, Path(self.name(name)), self.sizes[name] or 0, 0) for name in names]
         return tuple(sides), folders_of(self.sizes)
 
-    def header(self, name: str) -> tuple[Shard, list[TensorEntry]]:
+    def header(self, name: str) -> Header:
         """The header of one file, by huggingface_hub's own call, through the gate for headers.
 
         Raises:
@@ -216,20 +215,15 @@ class _Remote:
             raise HeaderError(f"huggingface_hub cannot read its header: {_first_line(error)}", file=file) from error
         size = self.sizes.get(name)
         base = 8 if size is None else size - data_bytes
-        metadata, entries = parse_header(header, data_bytes, file=file, base=base)
+        metadata, tensors = parse_header(header, data_bytes, file=file, base=base)
         needed = 8 + len(header) + data_bytes
         if size is not None and not needed <= size <= 8 + MAX_HEADER_BYTES + data_bytes:
             raise HeaderError(f"has {size} bytes; header and tensors take at least {needed}: truncated?", file=file)
-        return Shard(name, Path(file), base + data_bytes, 0, 0, base, metadata), entries
-
-
-_Header = tuple[Shard, list[TensorEntry]]
+        return Shard(name, Path(file), base + data_bytes, 0, 0, base, metadata), tensors
 
 
 @contextlib.contextmanager
-def asked_together(
-    names: Iterable[str], header: Callable[[str], _Header]
-) -> Iterator[Callable[[str, int], _Header]]:
+def prefetched(names: Iterable[str], header: Callable[[str], Header]) -> Iterator[Callable[[str, int], Header]]:
     """A function (name, number) that gives a header by `header`; those of `names` are on their way already.
 
     All of them will be asked for, one after the other; asked together they take one round trip, not one each.
@@ -237,9 +231,9 @@ def asked_together(
     with ThreadPoolExecutor(_PARALLEL, thread_name_prefix="headers") as pool:
         waiting = {name: pool.submit(header, name) for name in names}
 
-        def numbered(name: str, number: int) -> _Header:
-            shard, entries = waiting[name].result() if name in waiting else header(name)
-            return shard, [entry._replace(shard=number) for entry in entries] if number else entries
+        def numbered(name: str, number: int) -> Header:
+            shard, tensors = waiting[name].result() if name in waiting else header(name)
+            return shard, tensors.in_shard(number)
 
         try:
             yield numbered

@@ -1,24 +1,22 @@
-"""TODO."""
+"""The index of a checkpoint: which file holds which tensor, held against what the files hold."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-from tierewrite.errors import (
-    ShardIndexError,
-    shown,
-)
+import numpy as np
+
+from tierewrite.errors import ShardIndexError, shown
 from tierewrite.source.regular_files import read_small
 from tierewrite.source.strict_json import MAX_DEPTH, BadJson, as_dict, kind_of_json, strict_json
-from tierewrite.source.table import INDEX_NAME, Shard, TensorEntry
+from tierewrite.source.table import INDEX_NAME, Shard, Tensors
 
 MAX_INDEX_BYTES = 256 * 1024**2  # three times the index of 500,000 tensors
-
-
-# -------------------------------------------------------------------------------------------------- the index
 
 
 def read_index(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -83,22 +81,31 @@ def _plain(value: Any, path: Path, depth: int = 2) -> Any:
 
 
 def check_against_index(
-    weight_map: dict[str, str], tensors: dict[str, TensorEntry], shards: list[Shard], index_path: Path
+    weight_map: dict[str, str], tensors: Tensors, shards: Sequence[Shard], index_path: Path
 ) -> None:
-    """Every key of the index must be in the shard that the index says."""
-    files = [shard.name for shard in shards]
-    for key, name in weight_map.items():
-        entry = tensors.get(key)
-        if entry is None or files[entry[3]] != name:
-            where = "no shard holds it" if entry is None else f"it is in {shown(files[entry.shard])}"
-            raise ShardIndexError(f"listed as in {shown(name)}, but {where}", file=index_path, tensor=key)
+    """Every key of the index must be in the shard that the index says.
+
+    Raises:
+        ShardIndexError: one is not.
+    """
+    number = {shard.name: shard_number for shard_number, shard in enumerate(shards)}
+    count = len(weight_map)
+    rows = np.fromiter(map(tensors.row.get, weight_map, repeat(-1)), np.int64, count)
+    said = np.fromiter(map(number.__getitem__, weight_map.values()), np.int32, count)
+    held = np.append(tensors.shard, np.int32(-1))[rows]  # row -1, of a key that no shard holds, is the one appended
+    wrong = np.flatnonzero(held != said)
+    if len(wrong):
+        key, name = list(weight_map.items())[wrong[0]]
+        shard = int(held[wrong[0]])
+        where = "no shard holds it" if shard < 0 else f"it is in {shown(shards[shard].name)}"
+        raise ShardIndexError(f"listed as in {shown(name)}, but {where}", file=index_path, tensor=key)
 
 
-def check_total(metadata: dict[str, Any], tensors: dict[str, TensorEntry], warnings: list[str]) -> None:
-    if "total_size" in metadata:
-        total = sum([end - start for _, _, _, _, start, end in tensors.values()])
-        if metadata["total_size"] != total:
-            said = metadata["total_size"]
-            plain = type(said) is float or (type(said) is int and abs(said) < 2**200)
-            text = str(said) if plain else kind_of_json(said)
-            warnings.append(f"{INDEX_NAME} says total_size {text}; its tensors have {total} bytes")
+def check_total(metadata: dict[str, Any], tensors: Tensors, warnings: list[str]) -> None:
+    """Warns where the index's `total_size` is not the bytes of its tensors."""
+    total = tensors.total_bytes
+    said = metadata.get("total_size", total)
+    if said != total:
+        plain = type(said) is float or (type(said) is int and abs(said) < 2**200)
+        text = str(said) if plain else kind_of_json(said)
+        warnings.append(f"{INDEX_NAME} says total_size {text}; its tensors have {total} bytes")

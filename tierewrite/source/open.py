@@ -23,7 +23,7 @@ from tierewrite.source import hub
 from tierewrite.source.folder import assembled, open_folder
 from tierewrite.source.header import header_length, parse_header, read_header
 from tierewrite.source.index import MAX_INDEX_BYTES
-from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME, Checkpoint, Shard, SideFile, TensorEntry, gc_paused
+from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME, Checkpoint, Header, Shard, SideFile
 from tierewrite.stores.remote import (
     FilePath,
     PathLike,
@@ -168,11 +168,10 @@ class Mirror:
             raise SourceError(f"has {size} bytes; at most {MAX_INDEX_BYTES} are read", file=self.folder.base / name)
         return (self.folder.base / name).read_bytes()
 
-    @gc_paused()
     def checkpoint(self, ignore_unindexed: bool) -> Checkpoint:
         """All that `Checkpoint.open` would read, and nothing more."""
         shards = [n for n in self.infos if "/" not in n and n.endswith(".safetensors") and not n.startswith(".")]
-        with told_of(self.folder.base, self.root), self.headers(shards) as header:
+        with rename_in_errors(self.folder.base, self.root), self.headers(shards) as header:
             return assembled(
                 self.root,
                 self.top,
@@ -184,21 +183,17 @@ class Mirror:
                 copies=self,
             )
 
-    def headers(
-        self, names: Iterable[str]
-    ) -> contextlib.AbstractContextManager[Callable[[str, int], tuple[Shard, list[TensorEntry]]]]:
-        """A function (name, number) that gives a header; see `hub.asked_together`."""
-        return hub.asked_together(names, self.header)
+    def headers(self, names: Iterable[str]) -> contextlib.AbstractContextManager[Callable[[str, int], Header]]:
+        """A function (name, number) that gives a header; see `hub.prefetched`."""
+        return hub.prefetched(names, self.header)
 
-    def header(self, name: str) -> tuple[Shard, list[TensorEntry]]:
+    def header(self, name: str) -> Header:
         """The header of one file. Raises what `remote_header` raises."""
         return remote_header(self.folder.base / name, self.infos[name])
 
     def _indexed(self, name: str) -> None:
         if name not in self.infos:
-            raise ShardIndexError(
-                f"names '{shown(name)}', which is not there", file=self.folder.base / INDEX_NAME
-            )
+            raise ShardIndexError(f"names '{shown(name)}', which is not there", file=self.folder.base / INDEX_NAME)
 
     def _others(self, listed: set[str]) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
         sides = [
@@ -213,13 +208,13 @@ class Mirror:
         return tuple(sorted(sides, key=lambda side: side.name)), hub.folders_of(self.infos)
 
 
-def remote_header(path: RemotePath, info: Mapping[str, Any], shard: int = 0) -> tuple[Shard, list[TensorEntry]]:
-    """Reads and validates the header of one remote safetensors file; see `checkpoint.read_header`.
+def remote_header(path: RemotePath, info: Mapping[str, Any], shard: int = 0) -> Header:
+    """Reads and validates the header of one remote safetensors file; see `header.read_header`.
 
     Args:
         path: the file.
         info: what its file system says of it.
-        shard: the number that its entries carry.
+        shard: the number that its tensors carry.
     """
     size = info.get("size")
     if size is None:
@@ -229,11 +224,11 @@ def remote_header(path: RemotePath, info: Mapping[str, Any], shard: int = 0) -> 
     length = header_length(start[:8], size, path)
     base = 8 + length
     header = start[8:base] if len(start) >= base else start[8:] + file.read(len(start), base)
-    metadata, entries = parse_header(header, size - base, file=path, shard=shard, base=base)
-    return Shard(path.name, path, size, 0, 0, base, metadata, version=identity(info)), entries
+    metadata, tensors = parse_header(header, size - base, file=path, shard=shard, base=base)
+    return Shard(path.name, path, size, 0, 0, base, metadata, version=identity(info)), tensors
 
 
-def header_of(path: FilePath) -> tuple[Shard, list[TensorEntry]]:
+def header_of(path: FilePath) -> Header:
     """The header of one file, wherever it is."""
     if isinstance(path, Path):
         return read_header(path)
@@ -241,7 +236,7 @@ def header_of(path: FilePath) -> tuple[Shard, list[TensorEntry]]:
 
 
 @contextlib.contextmanager
-def told_of(origin: FilePath | None, root: Path) -> Iterator[None]:
+def rename_in_errors(origin: FilePath | None, root: Path) -> Iterator[None]:
     """Inside, errors about a copy in `root` name the remote file instead, if `origin` is remote."""
     try:
         yield

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Regular files opened for reading, and nothing else: no device, no FIFO, no file exchanged underneath."""
 
 from __future__ import annotations
 
@@ -9,13 +9,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from tierewrite.errors import (
-    SourceError,
-    SystemFailure,
-    TierewriteError,
-)
-
-# -------------------------------------------------------------------------------------------- the file system
+from tierewrite.errors import SourceError, SystemFailure, TierewriteError
 
 
 def kind_of_file(mode: int) -> str:

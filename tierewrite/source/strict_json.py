@@ -4,20 +4,40 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from tierewrite.errors import (
-    shown,
-)
+from tierewrite.errors import shown
 
 MAX_DEPTH = 127  # serde_json refuses the 128th nested container
 
 
-# ------------------------------------------------------------------------------------------------ strict JSON
-
-
 class BadJson(ValueError):
     """Why a text is not the JSON we accept."""
+
+
+def repeated_key(members: Sequence[tuple[str, Any]]) -> str | None:
+    """The first key that comes a second time among the members of a JSON object; None if each comes once."""
+    if len(dict(members)) == len(members):
+        return None
+    seen: set[str] = set()
+    for key, _ in members:
+        if key in seen:
+            return key
+        seen.add(key)
+    return None
+
+
+def unique_members(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object from its members: an `object_pairs_hook` for `json`.
+
+    Raises:
+        BadJson: a key comes twice.
+    """
+    key = repeated_key(members)
+    if key is not None:
+        raise BadJson(f"'{shown(key)}' comes twice in one object")
+    return dict(members)
 
 
 def kind_of_json(value: Any) -> str:
@@ -41,6 +61,7 @@ _FIELDS = ("dtype", "shape", "data_offsets")
 
 
 def as_dict(fields: tuple[Any, ...]) -> dict[str, Any]:
+    """The object that `strict_json` gives as a tuple."""
     return dict(zip(_FIELDS, fields, strict=True))
 
 
@@ -58,22 +79,15 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | tuple[Any, Any, An
         (a, first), (b, second), (c, third) = pairs
         if a == "dtype" and b == "shape" and c == "data_offsets":
             return first, second, third
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise BadJson(f"'{shown(key)}' comes twice in one object")
-            seen.add(key)
-    return found
+    return unique_members(pairs)
 
 
 def _no_constant(found: str) -> NoReturn:
     raise BadJson(f"{found} is not JSON")
 
 
-STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant)
-SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant)
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 
 
@@ -85,7 +99,7 @@ def strict_json(text: str) -> Any:
     """
     try:
         found = _parsed(text)
-        if SURROGATE.search(text):
+        if _SURROGATE.search(text):
             _refuse_half_pairs(text)
         return found
     except RecursionError:
@@ -101,16 +115,14 @@ def strict_json(text: str) -> Any:
 def _parsed(text: str) -> Any:
     if "-0" in text:
         return json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant, parse_int=_whole)
-    return STRICT.decode(text)
+    return _STRICT.decode(text)
 
 
 def _refuse_half_pairs(text: str) -> None:
-    """Python accepts half a surrogate pair in a string, which is no Unicode text and could not be written
-    again.
-    """
+    """Python accepts half a surrogate pair in a string, which is no Unicode text and could not be written again."""
     for match in _STRING.finditer(text):
         token = match.group()
-        if SURROGATE.search(token):
+        if _SURROGATE.search(token):
             try:
                 json.loads(token).encode("utf-8")
             except UnicodeEncodeError:

@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,15 +28,12 @@ DTYPE_BITS: Mapping[str, int] = {
     "I32": 32, "U32": 32, "F32": 32,
     "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
-"""Bits an element takes, for the dtypes that safetensors 0.8 knows. A dtype may be missing here: use `.get`.
-"""
+"""Bits an element takes, for the dtypes that safetensors 0.8 knows. A dtype may be missing here: use `.get`."""
 
 
 @contextlib.contextmanager
 def gc_paused() -> Iterator[None]:
-    """No cyclic garbage collection: it would scan a million young containers over and over, at twice the
-    time.
-    """
+    """No cyclic garbage collection: it would scan a million young containers over and over, at twice the time."""
     running = gc.isenabled()
     gc.disable()
     try:
@@ -50,8 +48,7 @@ def gc_paused() -> Iterator[None]:
 
 
 class TensorEntry(NamedTuple):
-    """One tensor: its name and where its bytes are. A named tuple, because half a million dataclasses take
-    seconds.
+    """One tensor: its name and where its bytes are.
 
     Attributes:
         name: the key in the checkpoint.
@@ -126,10 +123,50 @@ class Tensors(Mapping[str, TensorEntry]):
             tuple(number),
         )
 
+    @classmethod
+    def concatenated(cls, tables: Sequence[Tensors]) -> Tensors:
+        """The rows of all `tables`, at least one, in their order."""
+        number: dict[Kind, int] = {}
+        kind = [
+            np.array([number.setdefault(kind, len(number)) for kind in table.kinds], np.int32)[table.kind]
+            for table in tables
+        ]
+        return cls(
+            [name for table in tables for name in table.names],
+            np.concatenate([table.shard for table in tables]),
+            np.concatenate([table.start for table in tables]),
+            np.concatenate([table.end for table in tables]),
+            np.concatenate(kind),
+            tuple(number),
+        )
+
+    def where(self, wanted: np.ndarray) -> Tensors:
+        """The rows for which `wanted`, bool [rows], is true."""
+        numbers, kind = np.unique(self.kind[wanted], return_inverse=True)
+        return Tensors(
+            list(compress(self.names, wanted)),
+            self.shard[wanted],
+            self.start[wanted],
+            self.end[wanted],
+            kind.astype(np.int32),
+            [self.kinds[number] for number in numbers],
+        )
+
+    def in_shard(self, number: int) -> Tensors:
+        """The same rows, of the shard of that number."""
+        shard = np.full(len(self), number, np.int32)
+        return Tensors(self.names, shard, self.start, self.end, self.kind, self.kinds)
+
     @cached_property
     def row(self) -> dict[str, int]:
         """Key -> row."""
         return dict(zip(self.names, range(len(self.names)), strict=True))
+
+    @property
+    def total_bytes(self) -> int:
+        """Sum of all tensors' bytes, exact even where 64 bits do not hold it (files may have holes)."""
+        nbytes = self.nbytes
+        return (int((nbytes >> 32).sum()) << 32) + int((nbytes & 0xFFFFFFFF).sum())
 
     @cached_property
     def _halves(self) -> tuple[dict[str, int], dict[str, int], np.ndarray, np.ndarray]:
@@ -166,7 +203,8 @@ class Tensors(Mapping[str, TensorEntry]):
     @property
     def nbytes(self) -> np.ndarray:
         """int64 [rows], bytes of data."""
-        return self.end - self.start
+        size: np.ndarray = self.end - self.start
+        return size
 
     def entry(self, row: int) -> TensorEntry:
         """One row."""
@@ -188,7 +226,7 @@ class Tensors(Mapping[str, TensorEntry]):
         return name in self.row
 
     def __repr__(self) -> str:
-        return f"<{len(self):,} tensors, {int(self.nbytes.sum()):,} bytes>"
+        return f"<{len(self):,} tensors, {self.total_bytes:,} bytes>"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Tensors, (self.names, self.shard, self.start, self.end, self.kind, self.kinds)
@@ -201,8 +239,8 @@ class Shard:
     Attributes:
         name: file name in the checkpoint folder.
         path: the regular file it leads to, links resolved; or the remote file.
-        size, mtime_ns, inode, ctime_ns: of that file when its header was read (bytes, ns); to notice a
-            change underfoot. `version` is that of a remote file.
+        size, mtime_ns, inode, ctime_ns: of that file when its header was read (bytes, ns); to notice a change.
+        version: of a remote file, for the same.
         data_start: offset of the first data byte.
         metadata: its `__metadata__`.
     """
@@ -218,10 +256,19 @@ class Shard:
     version: str = ""
 
 
+Header = tuple[Shard, Tensors]
+"""What the header of one file says."""
+
+
 @dataclass(frozen=True, slots=True)
 class SideFile:
-    """A file that is carried along unchanged. `name` is its POSIX path below the root, `path` the resolved
-    file; a remote one has a `version`.
+    """A file that is carried along unchanged.
+
+    Attributes:
+        name: its POSIX path below the root.
+        path: the regular file it leads to, links resolved; or the remote file.
+        size, mtime_ns: of that file when it was listed (bytes, ns).
+        version: of a remote file.
     """
 
     name: str
@@ -240,8 +287,7 @@ class Checkpoint:
         shards: the files whose tensors count, in natural order of their names.
         tensors: by name, ordered by shard, then offset.
         index_metadata: the index's `metadata` ({} if it has none); None without an index.
-        side_files: everything else but the index and an old manifest, sorted by name; links as the files they
-            lead to.
+        side_files: everything else but the index and an old manifest, sorted by name; links as the files they lead to.
         directories: the folders below the root, empty ones too, sorted.
         config, quant_config: config.json and hf_quant_config.json, {} where absent.
         warnings: sentences for the report.
@@ -264,7 +310,8 @@ class Checkpoint:
     @classmethod
     def of(cls, root: Path, shards: tuple[Shard, ...], tensors: Mapping[str, TensorEntry]) -> Checkpoint:
         """Shards and tensors alone: enough to read from."""
-        return cls(root, shards, Tensors.of(tensors.values()), None, (), (), {}, {}, ())
+        table = tensors if isinstance(tensors, Tensors) else Tensors.of(tensors.values())
+        return cls(root, shards, table, None, (), (), {}, {}, ())
 
     @property
     def place(self) -> Path | RemotePath:
@@ -274,4 +321,4 @@ class Checkpoint:
     @property
     def total_bytes(self) -> int:
         """Sum of all tensors' bytes."""
-        return int(self.tensors.nbytes.sum())
+        return self.tensors.total_bytes

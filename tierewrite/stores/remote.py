@@ -403,12 +403,12 @@ class Upload:
 
     def abort(self) -> None:
         """Leaves nothing of it, as far as the store can be reached."""
-        in_time(lambda: self._file.discard())  # files that do not stream have no such thing
+        with_timeout(lambda: self._file.discard())  # files that do not stream have no such thing
         with contextlib.suppress(AttributeError):
             self._file.closed = True  # else the garbage collector would complete it
 
 
-def in_time(act: Callable[[], object]) -> bool:
+def with_timeout(act: Callable[[], object]) -> bool:
     """Whether `act` came to its end without an error, and soon. For clean-up: an error is being told already.
 
     A store that does not answer is not waited for as long as for work. `act` may still go on afterwards, so it must be

@@ -18,7 +18,7 @@ from typing import Any
 
 from tierewrite import formats
 from tierewrite.errors import ConfigError, TieFileError, shown
-from tierewrite.formats import Role
+from tierewrite.source.strict_json import BadJson, kind_of_json, strict_json
 from tierewrite.ties.scopes import Scopes
 from tierewrite.ties.tie import Declared, rooted
 
@@ -54,7 +54,7 @@ def parameters_of(keys: Collection[str]) -> dict[str, None]:
         part = formats.part_of_weight(key)
         if part is None:
             unknown.append(key)
-        elif part[1].main or part[1].role in (Role.WEIGHT, Role.ACTIVATION, Role.ADJACENT):
+        elif part[1].role.of_weight:
             names[part[0]] = None
             quantized.add(part[0].rpartition(".")[0])
     for key in unknown:
@@ -262,18 +262,9 @@ def read_ties(path: Path) -> dict[str, str]:
         why = exc.strerror if isinstance(exc, OSError) and exc.strerror else exc
         raise TieFileError(f"the ties file cannot be read: {why}; {TIES_WANTED}", file=path) from exc
 
-    def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        seen: dict[str, Any] = {}
-        for name, value in items:
-            if name in seen and seen[name] != value:
-                what = f"the ties file names the alias '{shown(name)}' twice, with two values; leave one of them"
-                raise TieFileError(what, file=path)
-            seen[name] = value
-        return seen
-
     try:
-        data = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as exc:
+        data = strict_json(text)
+    except BadJson as exc:
         raise TieFileError(f"the ties file is not JSON: {exc}; {TIES_WANTED}", file=path) from exc
     return checked_mapping(data, path, TieFileError, "the ties file")
 
@@ -282,7 +273,7 @@ def checked_mapping(
     data: Any, file: Path | None, error: type[TieFileError] | type[ConfigError], what: str
 ) -> dict[str, str]:
     if not isinstance(data, dict):
-        raise error(f"{what} holds a {type(data).__name__}; expected an object {{alias: canonical}}", file=file)
+        raise error(f"{what} holds {kind_of_json(data)}; expected an object {{alias: canonical}}", file=file)
     for alias, canonical in data.items():
         if not isinstance(canonical, str) or not canonical or not alias:
             raise error(

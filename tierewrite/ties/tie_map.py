@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tierewrite.errors import ConfigError, TieFileError
-from tierewrite.source.open import told_of
+from tierewrite.source.open import rename_in_errors
 from tierewrite.source.table import Checkpoint
 from tierewrite.ties import meta_model, model_class, patterns
 from tierewrite.ties.config_limits import CONFIG_FIX, check_config
@@ -58,7 +58,7 @@ class TieMap(Declared):
         cls, checkpoint: Checkpoint, ties_file: str | os.PathLike[str] | None = None, trust_remote_code: bool = False
     ) -> TieMap:
         """The ties of an open checkpoint, wherever it lies. Arguments and errors as of `resolve`."""
-        with told_of(checkpoint.origin, checkpoint.root):
+        with rename_in_errors(checkpoint.origin, checkpoint.root):
             return cls.resolve(
                 checkpoint.root,
                 checkpoint.config,

@@ -23,7 +23,7 @@ class Translator:
         # Where the class was not asked (or not built), the only parameters known are the tied ones.
         self.known: Mapping[str, Any] = model.shapes if model is not None and model.shapes else dict.fromkeys(tied, ())
         self.prefix = model.base_model_prefix if model is not None else ""
-        self._memo: dict[str, Any] = {}
+        self._memo: dict[str, tuple[str, tuple[Any, ...]] | None] = {}
         # Name on disk -> all parameters that it is loaded into, where it is several (a fused q/k/v).
         self.covers: dict[str, tuple[str, ...]] = {}
         self._renamings: list[Any] = []
@@ -58,10 +58,9 @@ class Translator:
             if name in self.known:
                 return name, WHOLE
             return self._fused.part(name) if name.endswith(ENDINGS) else None
-        place = self._memo.get(name, False)
-        if place is False:
-            place = self._memo[name] = self._locate(name)
-        return place
+        if name not in self._memo:
+            self._memo[name] = self._locate(name)
+        return self._memo[name]
 
     def _locate(self, name: str) -> tuple[str, Part] | None:
         renamed, pattern = self._forward(name)

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from tierewrite.errors import Refused, shown
 from tierewrite.numbers import merging
-from tierewrite.planning.plan import Merge, RewritePlan
+from tierewrite.planning.checks import Merge
+from tierewrite.planning.plan import RewritePlan
 from tierewrite.source.bytes import read_tensors
 from tierewrite.source.table import Checkpoint, gc_paused
 from tierewrite.values.content import Patch
