@@ -20,6 +20,7 @@ from tierewrite.json_text import dumps
 from tierewrite.planning.plan import Action, RewritePlan, TensorPlan
 from tierewrite.planning.policy import Policy
 from tierewrite.report import Report, Status
+from tierewrite.source.strict_json import unique_members
 from tierewrite.source.table import gc_paused
 from tierewrite.ties.on_disk import DiskTies
 from tierewrite.values.content import Made
@@ -198,7 +199,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except OSError as e:
         raise SystemFailure(f"cannot be read: {e.strerror or e}", file=path) from None
     try:
-        manifest = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        manifest = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_members)
     except (ValueError, RecursionError) as e:
         why = "nested too deeply" if isinstance(e, RecursionError) else shown(str(e))
         raise SourceError(f"is no valid JSON: {why}; expected a manifest that a rewrite wrote", file=path) from None
@@ -207,13 +208,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise SourceError(f"{wrong}; expected a manifest that a rewrite wrote ({MANIFEST_SCHEMA})", file=path)
     assert isinstance(manifest, dict)
     return manifest
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key comes twice")
-    return found
 
 
 def form_problem(manifest: Any) -> str | None:
@@ -225,7 +219,7 @@ def form_problem(manifest: Any) -> str | None:
     try:
         found = msgspec.convert(manifest, Manifest)
         Policy(**found.options)
-    except msgspec.ValidationError as e:
+    except (msgspec.ValidationError, UnicodeEncodeError) as e:  # the latter for half a surrogate pair
         return f"is not of its form: {shown(str(e))}"
     except (TypeError, UsageError) as e:
         return f"its options cannot be: {shown(str(e))}"
