@@ -179,7 +179,11 @@ def test_resume_takes_over_shards_with_added_and_reencoded_tensors(
     copied: Naive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     src = copied("dg_nvfp4")
-    edit_tensors(src, {f"{ENCODER}.{LOST}": None, f"{DECODER}.{LOST}": None})
+    scale = "layers.0.mlp.up_proj.weight_scale_2"
+    (old,) = struct.unpack("<f", read_tensors(src)[f"{DECODER}.{scale}"][2])
+    larger = ("F32", [], struct.pack("<f", 1.7 * old))  # than that of gate_proj, on both sides
+    edit_tensors(src, {f"{side}.{LOST}": None for side in (ENCODER, DECODER)})
+    edit_tensors(src, {f"{side}.{scale}": larger for side in (ENCODER, DECODER)})
     options = {**ALL, "max_shard_size": "20KB"}
     whole = tierewrite.rewrite(src, tmp_path / "whole", **options)  # type: ignore[arg-type]
     with monkeypatch.context() as patch:
