@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -33,7 +34,7 @@ def in_pieces(content: Content, before: bytes, cuts: list[int]) -> bytes:
     """The tensor that is made of `before`, filled in pieces that end at `cuts`."""
     made = bytearray(before)
     ends = [0, *cuts, len(before)]
-    for start, end in zip(ends, ends[1:], strict=False):
+    for start, end in itertools.pairwise(ends):
         fill(memoryview(made)[start:end], content, start)
     return bytes(made)
 
