@@ -25,6 +25,7 @@ from tierewrite.planning.policy import OPTIONS, Policy, of_type, type_names
 from tierewrite.rewriting.options import ITEM_TYPES
 from tierewrite.source import hub
 from tierewrite.source.folder import natural_key
+from tierewrite.source.strict_json import unique_members
 from tierewrite.source.table import INDEX_NAME
 from tierewrite.stores.remote import PathLike, RemotePath, listing, located
 
@@ -122,7 +123,7 @@ class Gatherer:
                 items.append(self._item(_from(folder, line, origin), None, {}, origin))
                 continue
             try:
-                described = json.loads(line, object_pairs_hook=_once)
+                described = json.loads(line, object_pairs_hook=unique_members)
             except (ValueError, RecursionError) as error:
                 raise UsageError(f"{origin}: no valid JSON object: {shown(error)}") from None
             items.append(self._described(described, folder, origin))
@@ -210,13 +211,6 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         line = line.strip()
         if line and not line.startswith("#"):
             yield number, line
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a member comes twice")
-    return found
 
 
 def _joined(folder: str, text: str, origin: str) -> str:

@@ -49,7 +49,8 @@ def _policy_option(option: Option) -> Decorator[Any]:
     if option.choices:
         text = f"{option.help}  [default: {option.default}]"
         return click.option(flag_of(option.name), type=click.Choice(option.choices), help=text)
-    return click.option(flag_of(option.name), metavar="SIZE" if str in option.types else "NUMBER", help=option.help)
+    kind = int if option.types == (int,) else str
+    return click.option(flag_of(option.name), type=kind, metavar=option.metavar, help=option.help)
 
 
 def _presets() -> str:

@@ -25,11 +25,13 @@ def ignore_lists(
         SourceChanged: a config is not what was read when the source was opened.
         SystemFailure: reading failed.
     """
-    tensors = checkpoint.tensors
+    shapes = [shape for _, shape in plan.source.kinds]
     quantized, plain = entries.sorted_modules(
-        (name, tensors[source][2])
+        (name, shapes[kind])
         for shard in plan.shards
-        for name, source, _, _, added in shard.tensors
+        for name, kind, added in zip(
+            shard.names, plan.source.kind[shard.rows].tolist(), shard.added.tolist(), strict=True
+        )
         if not added
     )
     pairs = [

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import msgspec
+import numpy as np
 from msgspec import UNSET, UnsetType
 
 from tierewrite.errors import SourceError, SystemFailure, UsageError, shown
 from tierewrite.json_text import dumps
-from tierewrite.planning.plan import Action, RewritePlan, TensorPlan
+from tierewrite.planning.plan import ACTIONS, Action, RewritePlan
 from tierewrite.planning.policy import Policy
 from tierewrite.report import Report, Status
+from tierewrite.source.strict_json import unique_members
 from tierewrite.source.table import gc_paused
 from tierewrite.ties.on_disk import DiskTies
 from tierewrite.values.content import Made
@@ -117,27 +119,27 @@ def written_tensors(
         merged: output key -> (group id, how the value came about).
         known: source key -> digest.
     """
-    dropped: dict[str, list[str]] = {}  # output key -> the source keys that were dropped for it
-    stay: list[TensorPlan] = []
-    for fate in plan.tensors.values():
-        if fate.action is Action.DROP:
-            dropped.setdefault(fate.target, []).append(fate.name)
-        elif fate.group is not None:
-            stay.append(fate)
-    result: dict[str, dict[str, ManifestTensor]] = {group.id: {} for group in plan.groups}
-    for name, action, target, _, group in stay:
-        assert group is not None
-        if action is Action.REPACK and target not in made:
-            action = Action.KEEP if name == target else Action.RENAME  # it had the right scale already
-        others = dropped.get(target, ())
-        if action is Action.KEEP and not others:
-            continue
+    names, group, action = plan.source.names, plan.group.tolist(), plan.action.tolist()
+    others: dict[int, list[str]] = {}  # row -> the keys that were dropped for it
+    dropped = np.flatnonzero(plan.action == Action.DROP.code)
+    for row, holder in zip(dropped.tolist(), plan.stands_for[dropped].tolist(), strict=True):
+        others.setdefault(holder, []).append(names[row])
+    listed = (plan.action != Action.DROP.code) & (plan.action != Action.KEEP.code)
+    listed[list(others)] = True
+    result: dict[str, dict[str, ManifestTensor]] = {one.id: {} for one in plan.groups}
+    for row in np.flatnonzero(listed & (plan.group >= 0)).tolist():
+        name, did = names[row], ACTIONS[action[row]]
+        target = plan.new_names.get(row, name)
+        if did is Action.REPACK and target not in made:
+            did = Action.KEEP if name == target else Action.RENAME  # it had the right scale already
+            if did is Action.KEEP and row not in others:
+                continue
         digest = made[target].digest if target in made else known[name]
-        tensor = ManifestTensor([name, *others], action, target in merged, digest.hex())
+        tensor = ManifestTensor([name, *others.get(row, ())], did, target in merged, digest.hex())
         if target in merged:
             scale = merged[target][1]
             tensor.ratio, tensor.calibrated = scale.ratio, scale.calibrated
-        result[group][target] = tensor
+        result[plan.groups[group[row]].id][target] = tensor
     return result
 
 
@@ -198,7 +200,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except OSError as e:
         raise SystemFailure(f"cannot be read: {e.strerror or e}", file=path) from None
     try:
-        manifest = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        manifest = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_members)
     except (ValueError, RecursionError) as e:
         why = "nested too deeply" if isinstance(e, RecursionError) else shown(str(e))
         raise SourceError(f"is no valid JSON: {why}; expected a manifest that a rewrite wrote", file=path) from None
@@ -207,13 +209,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise SourceError(f"{wrong}; expected a manifest that a rewrite wrote ({MANIFEST_SCHEMA})", file=path)
     assert isinstance(manifest, dict)
     return manifest
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key comes twice")
-    return found
 
 
 def form_problem(manifest: Any) -> str | None:
@@ -225,7 +220,7 @@ def form_problem(manifest: Any) -> str | None:
     try:
         found = msgspec.convert(manifest, Manifest)
         Policy(**found.options)
-    except msgspec.ValidationError as e:
+    except (msgspec.ValidationError, UnicodeEncodeError) as e:  # the latter for half a surrogate pair
         return f"is not of its form: {shown(str(e))}"
     except (TypeError, UsageError) as e:
         return f"its options cannot be: {shown(str(e))}"

@@ -12,7 +12,7 @@ import msgspec
 from tierewrite.errors import UsageError, shown
 from tierewrite.planning.plan import OutShard
 from tierewrite.source.header import MAX_HEADER_BYTES
-from tierewrite.source.table import Checkpoint, TensorEntry, gc_paused
+from tierewrite.source.table import Checkpoint, gc_paused
 
 
 class HeaderEntry(msgspec.Struct, gc=False):
@@ -24,16 +24,17 @@ class HeaderEntry(msgspec.Struct, gc=False):
 
 
 @gc_paused()
-def shard_header(shard: OutShard, entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> bytes:
+def shard_header(shard: OutShard, metadata: Mapping[str, str]) -> bytes:
     """The length field and JSON header of an output shard, padded to 8 bytes as safetensors' serializer pads.
 
     Raises:
         UsageError: the header would be longer than the format allows.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    for name, source, start, end, _ in shard.tensors:
-        _, dtype, shape, *_ = entries[source]
-        header[name] = HeaderEntry(dtype, shape, (start, end))
+    kinds = map(shard.source.kinds.__getitem__, shard.source.kind[shard.rows].tolist())
+    offsets = zip(shard.start.tolist(), shard.end.tolist(), strict=True)
+    for name, (dtype, shape), place in zip(shard.names, kinds, offsets, strict=True):
+        header[name] = HeaderEntry(dtype, shape, place)
     text = msgspec.json.encode(header)
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
@@ -62,7 +63,7 @@ def merged_metadata(checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
 def index_bytes(shards: Sequence[OutShard], metadata: Mapping[str, Any] | None) -> bytes:
     """`model.safetensors.index.json`: canonical names, `total_size` in bytes of tensor data, other metadata kept."""
     about = {**(metadata or {}), "total_size": sum(shard.nbytes for shard in shards)}
-    files = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
+    files = {name: shard.name for shard in shards for name in shard.names}
     text = json.dumps({"metadata": about, "weight_map": files}, sort_keys=True, ensure_ascii=False)
     # What json.dumps(indent=2) prints, ten times as fast: the C encoder does not indent.
     return msgspec.json.format(text, indent=2).encode() + b"\n"

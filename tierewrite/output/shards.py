@@ -49,7 +49,7 @@ class Output:
         self.plan = plan
         self.contents = contents
         self.made: dict[str, Made] = {}
-        self.headers = [shard_header(shard, checkpoint.tensors, metadata) for shard in plan.shards]
+        self.headers = [shard_header(shard, metadata) for shard in plan.shards]
         self.staging = staging
         self.paths: list[FilePath] = [staging.folder / shard.name for shard in plan.shards]
         self.finished: set[int] = set()

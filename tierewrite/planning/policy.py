@@ -61,6 +61,7 @@ class Policy:
         default=None,
         metadata={
             "types": get_args(Size),
+            "metavar": "SIZE",
             "help": 'Most tensor bytes in a shard, e.g. "5GB" (10^9). Default: as the fullest shard of SRC.',
         },
     )
@@ -123,6 +124,7 @@ class Option:
         help: what it does, for people.
         choices: the texts that it may be; () where it is no choice.
         types: what a JSON value of it may be.
+        metavar: what the command line's help calls its value.
     """
 
     name: str
@@ -130,6 +132,7 @@ class Option:
     help: str
     choices: tuple[str, ...]
     types: tuple[type, ...]
+    metavar: str | None
 
     def check(self, value: Any) -> None:
         """Raises UsageError: `value` is none of the choices, or of another type."""
@@ -144,7 +147,7 @@ class Option:
 def _option_of(name: str, default: Any, metadata: Mapping[str, Any]) -> Option:
     choices = metadata.get("choices", ())
     types = metadata.get("types", (str,) if choices else (type(default),))
-    return Option(name, default, metadata["help"], choices, types)
+    return Option(name, default, metadata["help"], choices, types, metadata.get("metavar"))
 
 
 OPTIONS: Mapping[str, Option] = {one.name: _option_of(one.name, one.default, one.metadata) for one in fields(Policy)}

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import os
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,8 @@ def _without_metadata(header: bytes) -> tuple[dict[str, str], bytes]:
     """`__metadata__`, {} unless it comes first and in canonical form, and the header without it."""
     if not header.startswith(b'{"__metadata__":{'):
         return {}, header
-    metadata = _METADATA.decode(header).metadata
+    end = header.find(b'"},"') + 2  # of metadata that is not empty; where a string holds this, decoding fails
+    metadata = _METADATA.decode(header[:end] + b"}" if end > 1 else header).metadata
     front = b'{"__metadata__":' + _ENCODER.encode(metadata) + b","
     return (metadata, b"{" + header[len(front) :]) if header.startswith(front) else ({}, header)
 
@@ -159,7 +161,8 @@ def _table(found: dict[str, _Tensor], data_bytes: int, shard: int, base: int) ->
     names, infos = list(found), found.values()
     number: dict[Kind, int] = {}
     kind = np.array([number.setdefault((info.dtype, info.shape), len(number)) for info in infos], np.int32)
-    starts, ends = np.array([info.data_offsets for info in infos], np.int64).T
+    offsets = chain.from_iterable(info.data_offsets for info in infos)
+    starts, ends = np.fromiter(offsets, np.int64, 2 * len(names)).reshape(-1, 2).T
     order = np.lexsort((ends, starts))
     if (order[1:] < order[:-1]).any():
         names = [names[row] for row in order]

@@ -93,10 +93,13 @@ def merge_scales(
         if merge.companion.merge is not None and merge.target not in separate_kv
     ]
     tensors = checkpoint.tensors
-    sides = [
-        ([merging.Side(key, *tensors[key][1:3], data[key]) for key in merge.keys], merge.companion)
-        for _, merge in mergeable
-    ]
+    row_of, kind = tensors.row, tensors.kind.tolist()
+
+    def side(key: str) -> merging.Side:
+        dtype, shape = tensors.kinds[kind[row_of[key]]]
+        return merging.Side(key, dtype, shape, data[key])
+
+    sides = [([side(key) for key in merge.keys], merge.companion) for _, merge in mergeable]
     try:
         results = merging.merge_many(sides)
     except ValueError as error:
