@@ -65,7 +65,7 @@ def exact_files(opened: Opened, policy: Policy, digests: Mapping[str, bytes]) ->
     checkpoint = opened.checkpoint
     metadata, _ = merged_metadata(checkpoint)
     headers = {
-        shard.name: (shard_header(shard, checkpoint.tensors, metadata), shard.nbytes) for shard in plan.shards
+        shard.name: (shard_header(shard, metadata), shard.nbytes) for shard in plan.shards
     }
     nbytes = {tensor.name: tensor.end - tensor.start for shard in plan.shards for tensor in shard.tensors}
     made = {
