@@ -14,6 +14,8 @@ import pytest
 import tierewrite
 from tests.checkpoints import FIXTURES, count_calls
 from tests.defects import CONTROLS, DECODER, DEFECTS, ENCODER, Defect, Draft, make_good
+from tests.vllm_loader.table import tables
+from tierewrite import cli, consumers
 from tierewrite.consumers import CONSUMERS, Finding, ReadinessReport, check, corrected_configs
 from tierewrite.consumers.rules import Rule
 from tierewrite.consumers.vllm import VLLM
@@ -151,6 +153,31 @@ def test_records_of_one_id_say_which_case_each_is_for(consumer: str) -> None:
         assert len({rule.when for rule in cases}) == len(cases)
         assert len({rule.title for rule in cases}) == 1
         assert len(cases) == 1 or all(rule.when for rule in cases)
+
+
+def test_tables_of_the_readme_are_those_of_the_records() -> None:
+    readme = Path(consumers.__file__).parent / "README.md"
+    assert readme.read_text(encoding="utf-8").endswith("\n\n" + tables()), "python -m tests.vllm_loader.table"
+
+
+@pytest.mark.parametrize("which", sorted({rule.id for _, rule in RECORDS}))
+def test_explain_says_what_the_records_of_a_rule_say(which: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["explain", which]) == 0
+    text = capsys.readouterr().out
+    for name, rule in RECORDS:
+        if rule.id == which:
+            assert all(said in text for said in (name, rule.consequence, rule.fix, rule.source, rule.when))
+
+
+def test_explain_lists_every_rule_and_refuses_what_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["explain", "--list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)["rules"]
+    assert [(row["consumer"], row["id"], row["when"]) for row in listed] == [(c, r.id, r.when) for c, r in RECORDS]
+    assert cli.run(["explain", "--list"]) == 0
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} == {rule.id for _, rule in RECORDS}
+    assert cli.run(["explain", "no-such-rule"]) == 2
+    assert "explain --list" in capsys.readouterr().err
+    assert cli.run(["explain"]) == 2
 
 
 def test_a_consumer_is_known_by_its_name_and_has_presets() -> None:

@@ -43,7 +43,7 @@ INDEX_NAMES_MISSING_FILE = Rule(
     title="the index names files that are not there",
     severity="error",
     consequence="transformers refuses to load",
-    fix="bring the files, or export anew",
+    fix="bring the files, or export again",
     source=f"{MODELING} _get_resolved_checkpoint_files",
 )
 INDEX_MISSING = Rule(
@@ -165,7 +165,7 @@ PARAMETER_MISSING = Rule(
     title="parameters are filled by no key",
     severity="error",
     consequence="transformers initialises them at random, with a table on the log",
-    fix="export anew, or copy them from a complete checkpoint",
+    fix="export again, or copy them from a complete checkpoint",
     source=f"{MODELING} _initialize_missing_keys",
 )
 
@@ -212,7 +212,7 @@ WRONG_SHAPE = Rule(
     title="tensors have other shapes than their parameters",
     severity="error",
     consequence="transformers refuses to load",
-    fix="correct the config, or export anew",
+    fix="correct the config, or export again",
     source="core_model_loading.py set_param_for_module",
 )
 

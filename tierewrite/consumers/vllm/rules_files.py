@@ -19,7 +19,7 @@ INDEX_NAMES_MISSING_FILE = Rule(
     title="the index names files that are not there",
     severity="error",
     consequence="vLLM refuses to load",
-    fix="bring the files, or export anew",
+    fix="bring the files, or export again",
     source=f"{WEIGHT_UTILS} filter_duplicate_safetensors_files",
 )
 

@@ -22,7 +22,7 @@ NAME_CONFLICT = Rule(
     title="tied names that become one parameter hold different bytes",
     when="activation scales that were calibrated per side",
     severity="error",
-    consequence="the one that is read last wins, without a word; another sharding has another winner",
+    consequence="the one that is read last wins, without a warning; another sharding has another winner",
     fix="rewrite merges them into one that covers all sides",
     fixed_by=REWRITE,
     source=f"{MODEL_UTILS} AutoWeightsLoader",
@@ -30,7 +30,7 @@ NAME_CONFLICT = Rule(
 NAME_CONFLICT_WEIGHTS = replace(
     NAME_CONFLICT,
     when="tied weights, or scales computed from them, with different bytes",
-    fix="the tie is not what the checkpoint holds; export anew",
+    fix="the tie is not what the checkpoint holds; export again",
     fixed_by=None,
 )
 SIDES_KV = replace(
@@ -133,7 +133,7 @@ EXPERT_MISSING = Rule(
     when="the checkpoint is quantized",
     severity="error",
     consequence=UNNOTICED,
-    fix="export anew, or copy them from a complete checkpoint",
+    fix="export again, or copy them from a complete checkpoint",
     source=f"{DEFAULT_LOADER} DefaultModelLoader.load_weights",
 )
 INCOMPLETE = (
@@ -168,14 +168,14 @@ UNEXPECTED_TENSOR = Rule(
     title="tensors belong to no parameter",
     severity="error",
     consequence="the load aborts at the first of them",
-    fix="export anew, or remove them from the files",
+    fix="export again, or remove them from the files",
     source=f"{MODEL_UTILS} AutoWeightsLoader._load_module",
 )
 IGNORED_TENSOR = Rule(
     id="ignored-tensor",
     title="tensors that vLLM has no use for (biases, experts beyond the config's number)",
     severity="warning",
-    consequence="vLLM passes over them without a word",
+    consequence="vLLM passes over them without a warning",
     fix="if they matter, the config is wrong",
     source=f"{MODEL_UTILS} AutoWeightsLoader.load_weights",
 )

@@ -25,7 +25,7 @@ SCALE_MISSING = Rule(
     when="any other scale",
     severity="error",
     consequence="uninitialised memory is used",
-    fix="calibrate and export anew",
+    fix="calibrate and export again",
     source=f"{MODELOPT} process_weights_after_loading",
 )
 INVALID = {
@@ -137,7 +137,7 @@ WEIGHT_SCALES_DIFFER = Rule(
 WEIGHT_SCALES_DIFFER_PACKED = replace(
     WEIGHT_SCALES_DIFFER,
     when="any other format",
-    fix="export anew with one scale for fused projections",
+    fix="export again with one scale for fused projections",
     fixed_by=None,
 )
 INPUT_SCALES_DIFFER = Rule(
@@ -206,7 +206,7 @@ ONE_KV_SCALE = Rule(
     when="one of k_scale and v_scale is there",
     severity="error",
     consequence="vLLM uses that one for both",
-    fix="calibrate the cache and export anew",
+    fix="calibrate the cache and export again",
     source=f"{KV_CACHE} BaseKVCacheMethod",
 )
 NO_KV_SCALE = replace(ONE_KV_SCALE, when="none is there", severity="warning", consequence="vLLM uses 1.0, and warns")

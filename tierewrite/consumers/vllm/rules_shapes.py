@@ -87,7 +87,7 @@ WRONG_SHAPE = Rule(
     title="tensors have other shapes than their parameters",
     severity="error",
     consequence="the load aborts; for an expert, what is missing stays uninitialised",
-    fix="export anew",
+    fix="export again",
     source=f"{WEIGHT_UTILS} default_weight_loader",
 )
 
@@ -141,7 +141,7 @@ WRONG_DTYPE = Rule(
     when="values are lost",
     severity="error",
     consequence="vLLM converts them by value: other numbers come out",
-    fix="export anew",
+    fix="export again",
     source=f"{WEIGHT_UTILS} default_weight_loader",
 )
 OTHER_DTYPE = replace(
