@@ -41,7 +41,7 @@ def _lines(consumer: Consumer[Any], rules: tuple[Rule, ...]) -> Iterator[str]:
 
 def listed() -> str:
     """A line for each rule: id, who has it, what it means."""
-    rows = {}
+    rows: dict[str, tuple[str, list[str]]] = {}
     for consumer in CONSUMERS.values():
         for rule in consumer.rules.records:
             rows.setdefault(rule.id, (rule.title, []))[1].append(consumer.name)

@@ -193,4 +193,4 @@ def _packed(s: VllmSubject, module: Module | None, key: str) -> bool:
     """The key is the weight of a quantized module, on whichever side."""
     if module is None or module.name not in s.quantized:
         return False
-    return key in module.leaves.get("weight", ()) or key in module.leaves.get("weight_packed", ())
+    return any(key in keys for leaf, keys in module.leaves.items() if formats.is_main(leaf))
