@@ -241,7 +241,7 @@ def plan(src: str, as_json: bool, **options: Any) -> None:
     """
     result = tierewrite.plan(src, **given(options))
     if as_json:
-        print_json(result.to_json())
+        print_json(result.to_structs())
     else:
         from tierewrite.cli.tables import show_plan
 

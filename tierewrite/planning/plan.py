@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from tierewrite.formats import Companion
+from tierewrite.json_text import Compact
 from tierewrite.planning.checks import Checks, Merges
 from tierewrite.planning.policy import Policy
 from tierewrite.source.table import TensorEntry, Tensors
@@ -312,10 +313,10 @@ class RewritePlan:
             "warnings": list(self.warnings),
         }
 
-    def _tensor_json(self) -> list[TensorJson]:
+    def _tensor_json(self) -> Compact:
         actions = [action.value for action in ACTIONS]
         ids = [*(group.id for group in self.groups), None]  # the last one for -1
-        return list(
+        return Compact(
             map(
                 TensorJson,
                 self.source.names,
