@@ -167,7 +167,12 @@ class OutTensors(Sequence[OutTensor]):
     @overload
     def __getitem__(self, index: slice) -> list[OutTensor]: ...
     def __getitem__(self, index: int | slice) -> OutTensor | list[OutTensor]:
-        return list(self)[index]
+        shard = self._shard
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(len(self)))]
+        row, end = shard.rows[index], int(shard.end[index])
+        start = end - int(shard.source.end[row] - shard.source.start[row])
+        return OutTensor(shard.names[index], shard.source.names[row], start, end, bool(shard.added[index]))
 
     def __iter__(self) -> Iterator[OutTensor]:
         shard = self._shard
