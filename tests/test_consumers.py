@@ -14,14 +14,15 @@ import pytest
 import tierewrite
 from tests.checkpoints import FIXTURES, count_calls
 from tests.defects import CONTROLS, DECODER, DEFECTS, ENCODER, Defect, Draft, make_good
-from tierewrite import consumers
-from tierewrite.consumers import Finding, ReadinessReport, check
-from tierewrite.consumers.backbone import Backbone
-from tierewrite.consumers.folder import Folder
-from tierewrite.consumers.vllm import VllmSubject
-from tierewrite.consumers.vllm.ignore import consistent_ignore, corrected_ignore_lists
-from tierewrite.consumers.vllm.quantization import Ignore
+from tests.vllm_loader.table import tables
+from tierewrite import cli, consumers
+from tierewrite.consumers import CONSUMERS, Finding, ReadinessReport, check, corrected_configs
+from tierewrite.consumers.rules import Rule
+from tierewrite.consumers.vllm import VLLM
+from tierewrite.consumers.vllm.corrected_ignore import consistent_ignore
+from tierewrite.consumers.vllm.ignore import Ignore
 from tierewrite.errors import ConfigError, SourceError, UsageError
+from tierewrite.planning.policy import FOR_CONSUMER
 from tierewrite.ties.tie_map import TieMap
 
 RECORDED: dict[str, Any] = json.loads((Path(__file__).parent / "vllm_behaviour.json").read_text(encoding="utf-8"))
@@ -78,6 +79,7 @@ def test_defect_is_found_by_its_id(defect: Defect, good: Good, tmp_path: Path) -
     report = check(tmp_path / "variant", "vllm")
     found = {(f.id, f.severity) for f in report.findings}
     assert (defect.finding, defect.severity) in found
+    assert all(made_by(f, "vllm") for f in report.findings)
     assert report.exit_code() == (6 if any(s == "error" for _, s in found) else 0)
 
 
@@ -106,12 +108,9 @@ def test_there_are_at_least_forty_defects_of_one_finding_each() -> None:
     assert len({d.name for d in DEFECTS}) == len(DEFECTS) >= 40
 
 
-def test_every_finding_id_of_the_rules_has_a_defect() -> None:
-    source = (Path(consumers.__file__).parent / "vllm" / "__init__.py").read_text(encoding="utf-8")
-    said = set(re.findall(r'^\s+"([a-z]+(?:-[a-z]+)+)",(?: "(?:error|warning)"|$)', source, re.MULTILINE))
-    said |= set(re.findall(r'= "(ignore[a-z]*-[a-z-]+)"', source)) | set(re.findall(r'"(scale-[a-z-]+)":', source))
-    assert len(said) > 30
-    assert said - {d.finding for d in DEFECTS} == set()
+def test_every_rule_of_vllm_has_a_defect() -> None:
+    """`alignment` is what every variant of the tiny models has; its test is the next."""
+    assert {rule.id for rule in VLLM.rules.records} - TINY == {d.finding for d in DEFECTS}
 
 
 def test_alignment_is_a_warning_only_where_the_hidden_size_is_no_multiple_of_128(good: Good, tmp_path: Path) -> None:
@@ -122,12 +121,68 @@ def test_alignment_is_a_warning_only_where_the_hidden_size_is_no_multiple_of_128
     assert only(check(good("dg_nvfp4"), "vllm"), "alignment").severity == "warning"
 
 
-def test_every_rule_names_its_source() -> None:
-    from tierewrite.consumers import transformers, vllm
+# --- the records -------------------------------------------------------------------------------------------
 
-    for rules in (vllm.RULES, transformers.RULES):
-        for rule in rules:
-            assert re.search(r"\.py\b", rule.__doc__ or ""), rule.__name__
+RECORDS = [(consumer.name, rule) for consumer in CONSUMERS.values() for rule in consumer.rules.records]
+
+
+def made_by(finding: Finding, consumer: str) -> list[Rule]:
+    """The records that say of the finding what it says, but for what depends on the checkpoint."""
+    return [
+        rule
+        for rule in CONSUMERS[consumer].rules.of_id(finding.id)
+        if (rule.severity, rule.consequence, rule.fixed_by)
+        == (finding.severity, finding.consequence, finding.mended_by)
+    ]
+
+
+@pytest.mark.parametrize(("consumer", "rule"), RECORDS, ids=lambda x: x if isinstance(x, str) else f"{x.id}-{x.when}")
+def test_a_record_says_what_happens_and_where_that_was_read(consumer: str, rule: Rule) -> None:
+    assert re.fullmatch(r"[a-z]+(-[a-z]+)*", rule.id)
+    assert rule.title
+    assert rule.consequence
+    assert re.search(r"\.py [A-Z_a-z]", rule.source)
+    assert rule.fixed_by is None or rule.fix
+
+
+@pytest.mark.parametrize("consumer", CONSUMERS)
+def test_records_of_one_id_say_which_case_each_is_for(consumer: str) -> None:
+    rules = CONSUMERS[consumer].rules
+    for which in {rule.id for rule in rules.records}:
+        cases = rules.of_id(which)
+        assert len({rule.when for rule in cases}) == len(cases)
+        assert len({rule.title for rule in cases}) == 1
+        assert len(cases) == 1 or all(rule.when for rule in cases)
+
+
+def test_tables_of_the_readme_are_those_of_the_records() -> None:
+    readme = Path(consumers.__file__).parent / "README.md"
+    assert readme.read_text(encoding="utf-8").endswith("\n\n" + tables()), "python -m tests.vllm_loader.table"
+
+
+@pytest.mark.parametrize("which", sorted({rule.id for _, rule in RECORDS}))
+def test_explain_says_what_the_records_of_a_rule_say(which: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["explain", which]) == 0
+    text = capsys.readouterr().out
+    for name, rule in RECORDS:
+        if rule.id == which:
+            assert all(said in text for said in (name, rule.consequence, rule.fix, rule.source, rule.when))
+
+
+def test_explain_lists_every_rule_and_refuses_what_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["explain", "--list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)["rules"]
+    assert [(row["consumer"], row["id"], row["when"]) for row in listed] == [(c, r.id, r.when) for c, r in RECORDS]
+    assert cli.run(["explain", "--list"]) == 0
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} == {rule.id for _, rule in RECORDS}
+    assert cli.run(["explain", "no-such-rule"]) == 2
+    assert "explain --list" in capsys.readouterr().err
+    assert cli.run(["explain"]) == 2
+
+
+def test_a_consumer_is_known_by_its_name_and_has_presets() -> None:
+    assert {name: consumer.name for name, consumer in CONSUMERS.items()} == {name: name for name in CONSUMERS}
+    assert {name: consumer.presets for name, consumer in CONSUMERS.items()} == FOR_CONSUMER
 
 
 # --- the fixtures ------------------------------------------------------------------------------------------
@@ -232,12 +287,12 @@ def test_alias_named_tensors_count_for_the_backbone(good: Good, tmp_path: Path) 
     ],
 )
 def test_ignore_patterns_match_as_vllm_matches_them(entry: str, module: str, kinds: set[str]) -> None:
-    ignore = Ignore((entry,), Backbone.of("DiffusionGemmaForBlockDiffusion"))
+    ignore = Ignore((entry,), VLLM.backbones.of("DiffusionGemmaForBlockDiffusion"))
     assert set(ignore.reasons(module).values()) == kinds
 
 
 def test_fused_module_is_excluded_only_when_every_shard_is_listed() -> None:
-    backbone = Backbone.of("DiffusionGemmaForBlockDiffusion")
+    backbone = VLLM.backbones.of("DiffusionGemmaForBlockDiffusion")
     stem = "model.decoder.layers.0.self_attn."
     partly = Ignore((f"{stem}q_proj", f"{stem}k_proj"), backbone)
     assert partly.partly("model.layers.0.self_attn.qkv_proj") == ("q_proj", "k_proj")
@@ -253,7 +308,7 @@ IGNORE_DEFECTS = [d for d in DEFECTS if d.mended and (d.finding or "").startswit
 def test_consistent_ignore_list_mends_the_pattern(defect: Defect, good: Good, tmp_path: Path) -> None:
     defect.make(good(defect.base), tmp_path / "variant")
     before = Draft.read(tmp_path / "variant")
-    contents, sentences = corrected_ignore_lists(Folder.open(tmp_path / "variant", "vllm"))
+    contents, sentences = corrected_configs("vllm", tmp_path / "variant")
     assert len(contents) == len(sentences) > 0
     for name, data in contents.items():
         (tmp_path / "variant" / name).write_bytes(data)
@@ -274,12 +329,12 @@ OTHERS = [d for d in DEFECTS if not d.mended and not (d.finding or "").startswit
 @pytest.mark.parametrize("defect", OTHERS, ids=lambda d: d.name)
 def test_ignore_lists_stay_where_they_are_not_at_fault(defect: Defect, good: Good, tmp_path: Path) -> None:
     defect.make(good(defect.base), tmp_path / "variant")
-    assert corrected_ignore_lists(Folder.open(tmp_path / "variant", "vllm")) == ({}, ())
+    assert corrected_configs("vllm", tmp_path / "variant") == ({}, ())
 
 
 @pytest.mark.parametrize("base", ["dg_nvfp4", "dg_nvfp4_experts_only", "dg_nvfp4_sharded", "dg_fp8"])
 def test_a_right_ignore_list_stays(base: str, good: Good) -> None:
-    assert consistent_ignore(VllmSubject(Folder.open(good(base)))) is None
+    assert consistent_ignore(VLLM.subject(good(base))) is None
 
 
 # --- mended by a rewrite -----------------------------------------------------------------------------------
@@ -415,6 +470,7 @@ def test_transformers_defect_is_found(
 
     report = check(edited(good(base), tmp_path / "v", whole), "transformers")
     assert (which, severity) in {(f.id, f.severity) for f in report.findings}
+    assert all(made_by(f, "transformers") for f in report.findings)
 
 
 def test_a_deduplicated_plain_checkpoint_is_ready_for_transformers(good: Good) -> None:

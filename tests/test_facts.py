@@ -231,19 +231,26 @@ def test_fact_03_input_global_scale_that_was_never_calibrated_takes_no_part(
     assert not any(tail in warning for warning in report.warnings)
 
 
+@pytest.mark.parametrize(
+    ("fixture", "part", "canonical", "alias"),
+    [
+        ("llmcompressor_nvfp4_dg", "input_global_scale", T("F32", [1], f32(1.6e-43)), T("F32", [1], f32(1.0))),
+        ("dg_nvfp4", "input_scale", T("F32", [], f32(0.0)), T("F32", [], f32(math.nan))),
+    ],
+    ids=["llm-compressor", "modelopt"],
+)
 def test_fact_03_if_no_side_was_calibrated_the_bytes_stay_and_the_report_warns(
-    edited: Callable[..., Path],
+    edited: Callable[..., Path], fixture: str, part: str, canonical: T, alias: T
 ) -> None:
-    tail = experts_module(0, 1, "up_proj") + ".input_global_scale"
-
-    def edit(tensors: Tensors) -> None:
-        tensors[CANONICAL + tail] = T("F32", [1], f32(1.6e-43))
-        tensors[ALIAS + tail] = T("F32", [1], f32(1.0))
-
-    source = edited("llmcompressor_nvfp4_dg", edit)
-    result, report = rewritten(source)
-    assert result[CANONICAL + tail] == read_tensors(source)[CANONICAL + tail]
-    assert any(CANONICAL + tail in warning for warning in report.warnings)
+    tail = f"{experts_module(0, 1, 'up_proj')}.{part}"
+    result, report = rewritten(
+        edited(fixture, lambda tensors: tensors.update({CANONICAL + tail: canonical, ALIAS + tail: alias}))
+    )
+    assert result[CANONICAL + tail] == canonical
+    assert ALIAS + tail not in result
+    assert any("never calibrated" in warning and CANONICAL + tail in warning for warning in report.warnings)
+    (scale,) = [scale for scale in report.scales if not scale.calibrated]
+    assert scale.target == CANONICAL + tail
 
 
 def pre_quant_scale(tensors: Tensors, module: str, canonical: float = 1.0, alias: float = 1.0) -> None:
@@ -443,6 +450,25 @@ def test_fact_06_a_v_scale_without_a_v_proj_weight_is_kept_on_both_sides_or_merg
         assert ALIAS + tail not in merged
 
 
+@pytest.mark.parametrize("larger", [CANONICAL, ALIAS], ids=["canonical", "alias"])
+def test_fact_06_merged_kv_scales_are_the_larger_and_a_large_ratio_is_a_warning(
+    edited: Callable[..., Path], larger: str
+) -> None:
+    tail = "layers.0.self_attn.k_proj.k_scale"
+
+    def edit(tensors: Tensors) -> None:
+        tensors[CANONICAL + tail] = tensors[ALIAS + tail] = T("F32", [], f32(0.5))
+        tensors[larger + tail] = T("F32", [], f32(3.5))
+
+    result, report = rewritten(edited("dg_nvfp4_kvfp8", edit), kv_scales="merge")
+    assert value(result[CANONICAL + tail]) == 3.5
+    assert not [name for name in result if name.startswith(ALIAS) and name.endswith(("k_scale", "v_scale"))]
+    # Layer 1 is a full-attention layer: it has a v_scale but no v_proj.weight.
+    assert f"{CANONICAL}layers.1.self_attn.v_proj.v_scale" in result
+    assert f"{CANONICAL}layers.1.self_attn.v_proj.weight" not in result
+    assert any("k_proj.k_scale" in warning and "7" in warning for warning in report.warnings)
+
+
 @pytest.mark.parametrize("equal", [True, False], ids=["equal", "different"])
 @pytest.mark.parametrize(
     ("shift", "tensor"), [("k_proj.k_bias", T("F32", [], f32(0.5))), ("k_zero_point", T("I8", [1], b"\5"))]
@@ -461,7 +487,10 @@ def test_kv_scales_with_a_shift_are_merged_only_where_all_of_a_layers_are_equal(
 
     source = edited("dg_nvfp4_kvfp8", edit)
     before = read_tensors(source)
-    result, _ = rewritten(source, kv_scales="merge")
+    result, report = rewritten(source, kv_scales="merge")
+    assert any("biases" in warning for warning in report.warnings) != equal
+    assert f"{ALIAS}layers.1.self_attn.k_proj.k_scale" in before
+    assert f"{ALIAS}layers.1.self_attn.k_proj.k_scale" not in result, "of another layer"
     for name in rest:
         assert result[f"{CANONICAL}{attention}.{name}"] == before[f"{CANONICAL}{attention}.{name}"]
         assert result.get(f"{ALIAS}{attention}.{name}") == (None if equal else before[f"{ALIAS}{attention}.{name}"])
@@ -547,8 +576,9 @@ def test_fact_09_a_declared_tie_that_differs_is_refused_with_the_pair_named_and_
 ) -> None:
     source = edited("qwen3_tied_but_diverged_bf16")
     assert_refused(source, "lm_head.weight", "model.embed_tokens.weight")
-    result, _ = rewritten(source, on_mismatch="keep")
+    result, report = rewritten(source, on_mismatch="keep")
     assert result == read_tensors(source)
+    assert report.count("kept") == 1
 
 
 def test_fact_09_one_bit_is_enough_and_equal_nans_are_equal(edited: Callable[..., Path]) -> None:
@@ -569,17 +599,20 @@ def test_fact_09_one_bit_is_enough_and_equal_nans_are_equal(edited: Callable[...
     assert_refused(edited("qwen3_tied_bf16", negative_zero), "lm_head.weight")
 
 
-def test_fact_10_files_have_the_mode_that_the_umask_gives_and_not_0600(edited: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("umask", [0o022, 0o027], ids=oct)
+def test_fact_10_files_have_the_mode_that_the_umask_gives_and_not_0600(
+    edited: Callable[..., Path], umask: int
+) -> None:
     source = edited("qwen3_tied_bf16")
     (source / "model.safetensors").chmod(0o600)
-    previous = os.umask(0o022)
+    previous = os.umask(umask)
     try:
         rewritten(source)
     finally:
         os.umask(previous)
-    for path in (source.parent / "dst").rglob("*.safetensors"):
-        assert stat.S_IMODE(path.stat().st_mode) == 0o644, path.name
-    assert stat.S_IMODE((source.parent / "dst").stat().st_mode) == 0o755
+    for path in (source.parent / "dst").iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask, path.name
+    assert stat.S_IMODE((source.parent / "dst").stat().st_mode) == 0o777 & ~umask
 
 
 STRANGE = {
@@ -649,10 +682,17 @@ def test_a_single_diverged_expert_is_refused_and_kept_alone_on_request(
     source = edited(fixture, edit)
     error = assert_refused(source, f"{CANONICAL}{module}.{main}", f"{ALIAS}{module}.{main}")
     assert len(refused_groups(error)) == 1
-    result, _ = rewritten(source, on_mismatch="keep")
-    assert_kept_whole(source, result, *both(module))
+    result, report = rewritten(source, on_mismatch="keep")
     # A tie of a fused parameter is a tie of all its experts: the container's down projections stay together.
-    assert_rest_rewritten(result, *(experts_module(1, e, "down_proj") for e in range(4)))
+    container = [experts_module(1, expert, "down_proj") for expert in range(4)]
+    assert_kept_whole(source, result, *(name for one in container for name in both(one)))
+    assert_rest_rewritten(result, *container)
+    untouched = tuple(f"{name}." for one in container for name in both(one))
+    rest = {name: tensor for name, tensor in result.items() if not name.startswith(untouched)}
+    assert described(rest) == {k: v for k, v in answer(fixture).items() if not k.startswith(untouched)}
+    (kept,) = [group for group in report.groups if group.status == "kept"]
+    assert kept.group.canonical == f"{CANONICAL}layers.1.experts.down_proj"
+    assert f"{side}{module}.{main}" in str(kept.group.reason)
     assert f"{ALIAS}{experts_module(1, 3, 'up_proj')}.{main}" not in result
 
 

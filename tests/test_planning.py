@@ -13,9 +13,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from huggingface_hub.serialization import split_state_dict_into_shards_factory
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tierewrite.numbers.merging import mergeable
+from tierewrite.planning.layout import split
 from tierewrite.planning.plan import RewritePlan
 from tierewrite.planning.planner import plan
 from tierewrite.planning.policy import Policy
@@ -290,6 +295,18 @@ SCALES_AND_BUFFERS = [
         Policy(kv_scales="merge"),
         MODELOPT,
         {"separate_kv": frozenset({"a.attn.k_proj.k_scale"})},
+    ),
+    Case(
+        "a KV-cache scale of one attention whose own projections are tied stays: there is no other side",
+        {"t": [("a.attn.k_proj.weight", "a.attn.v_proj.weight")]},
+        """
+        a.attn.k_proj.weight   F8_E4M3[4,4]  keep  =                     t
+        a.attn.v_proj.weight   F8_E4M3[4,4]  drop  a.attn.k_proj.weight  t
+        a.attn.k_proj.k_scale  F32[]         keep  =                     -
+        a.attn.v_proj.v_scale  F32[]         keep  =                     -
+        """,
+        Policy(kv_scales="merge"),
+        MODELOPT,
     ),
     Case(
         "an attention of which one projection is refuted keeps its KV-cache scales",
@@ -733,6 +750,18 @@ def test_max_shard_size_limits_each_file() -> None:
     made = plan(checkpoint_of(LAYOUT), ties_of({}), Policy(max_shard_size=8))
     assert [shard.nbytes for shard in made.shards] == [4, 8, 8]
     assert sorted(tensor.name for shard in made.shards for tensor in shard.tensors) == ["a", "b", "c", "d"]
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=30), st.integers(1, 20))
+def test_files_are_split_as_hugging_face_splits(sizes: list[int], limit: int) -> None:
+    theirs = split_state_dict_into_shards_factory(
+        {str(at): size for at, size in enumerate(sizes)},
+        get_storage_size=lambda size: size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=limit,
+    )
+    ours = [[str(at) for at in members] for members in split(np.array(sizes), limit)]
+    assert ours == list(theirs.filename_to_tensors.values())
 
 
 def test_a_checkpoint_without_tensors_is_one_empty_file() -> None:

@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from tierewrite import formats
 from tierewrite.source.open import open_checkpoint
 from tierewrite.source.table import Checkpoint, gc_paused
@@ -35,19 +37,21 @@ class Inspection:
     @property
     def dtypes(self) -> dict[str, tuple[int, int]]:
         """dtype -> (number of tensors, bytes), the most bytes first."""
+        tensors = self.checkpoint.tensors
         count: Counter[str] = Counter()
         size: Counter[str] = Counter()
-        for entry in self.checkpoint.tensors.values():
-            count[entry.dtype] += 1
-            size[entry.dtype] += entry.nbytes
+        sizes = np.zeros(len(tensors.kinds), np.int64)
+        np.add.at(sizes, tensors.kind, tensors.nbytes)
+        numbers = np.bincount(tensors.kind, minlength=len(tensors.kinds))
+        for (dtype, _), number, nbytes in zip(tensors.kinds, numbers.tolist(), sizes.tolist(), strict=True):
+            count[dtype] += number
+            size[dtype] += nbytes
         return {dtype: (count[dtype], size[dtype]) for dtype in sorted(count, key=lambda d: (-size[d], d))}
 
     @property
     def shard_counts(self) -> list[int]:
         """Number of tensors in each shard."""
-        counts = [0] * len(self.checkpoint.shards)
-        for entry in self.checkpoint.tensors.values():
-            counts[entry.shard] += 1
+        counts: list[int] = np.bincount(self.checkpoint.tensors.shard, minlength=len(self.checkpoint.shards)).tolist()
         return counts
 
     def to_json(self) -> dict[str, Any]:

@@ -14,8 +14,12 @@ from typing import Any
 import msgspec
 
 _ENTRIES = 1000  # to a chunk: the text of a large plan takes as much memory as the plan
-_encode = msgspec.json.Encoder().encode
-_NOT_PLAIN = re.compile("[^ -~]+")  # what json.dumps(ensure_ascii=True) escapes
+_encoder = msgspec.json.Encoder()
+_NOT_PLAIN = re.compile("[^\n -~]+")  # what json.dumps(ensure_ascii=True) escapes; newlines stand between entries only
+
+
+class Compact(list[msgspec.Struct]):
+    """Entries that are written without spaces: where there are as many as tensors, spacing them would take longest."""
 
 
 def dumps(data: Mapping[str, Any], ascii_only: bool = False) -> str:
@@ -27,7 +31,7 @@ def chunks(data: Mapping[str, Any], ascii_only: bool = False) -> Iterator[str]:
     """The text of `dumps`, chunk by chunk.
 
     Args:
-        data: of what JSON knows, and of msgspec Structs.
+        data: of what JSON knows, of msgspec Structs, and `Compact` lists of them.
         ascii_only: write other characters as escapes.
     """
     yield "{\n"
@@ -38,7 +42,12 @@ def chunks(data: Mapping[str, Any], ascii_only: bool = False) -> Iterator[str]:
             between = "[\n  "
             for at in range(0, len(value), _ENTRIES):
                 yield between
-                yield ",\n  ".join([_line(entry, ascii_only) for entry in value[at : at + _ENTRIES]])
+                some = value[at : at + _ENTRIES]
+                if isinstance(value, Compact):
+                    text = _encoder.encode_lines(some).decode().rstrip("\n").replace("\n", ",\n  ")
+                    yield _escaped(text) if ascii_only else text
+                else:
+                    yield ",\n  ".join([_line(entry, ascii_only) for entry in some])
                 between = ",\n  "
             yield "\n ]"
         else:
@@ -50,7 +59,14 @@ def chunks(data: Mapping[str, Any], ascii_only: bool = False) -> Iterator[str]:
 def _line(value: Any, ascii_only: bool) -> str:
     """A value on one line, with a space after each colon and comma."""
     try:
-        text = msgspec.json.format(_encode(value), indent=0).decode()
+        text = msgspec.json.format(_encoder.encode(value), indent=0).decode()
     except UnicodeEncodeError:  # half a surrogate pair, in the name of a file that is no UTF-8: escapes can say it
         return json.dumps(value, ensure_ascii=ascii_only, allow_nan=False)
-    return _NOT_PLAIN.sub(lambda found: json.dumps(found[0])[1:-1], text) if ascii_only else text
+    return _escaped(text) if ascii_only else text
+
+
+def _escaped(text: str) -> str:
+    """JSON text with escapes for all that is not printable ASCII: such characters stand in strings alone."""
+    if text.isascii() and "\x7f" not in text:  # as it mostly is; the search takes ten times as long
+        return text
+    return _NOT_PLAIN.sub(lambda found: json.dumps(found[0])[1:-1], text)

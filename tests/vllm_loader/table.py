@@ -1,4 +1,7 @@
-"""The README's table of defects, in Markdown: `python -m tests.vllm_loader.table`."""
+"""The tables of consumers/README.md, in Markdown: `python -m tests.vllm_loader.table`.
+
+The rules come from their records; the defects from tests/defects.py, with what the real loader did with each.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,9 @@ from typing import Any
 
 from tests.defects import DEFECTS
 from tests.vllm_loader.behaviour import RECORD
+from tierewrite.consumers import CONSUMERS
+from tierewrite.consumers.explain import table
+from tierewrite.consumers.vllm import VLLM
 
 
 def does(facts: dict[str, Any]) -> str:
@@ -20,21 +26,21 @@ def does(facts: dict[str, Any]) -> str:
     if outcome == "fails":
         return "fails after loading"
     if outcome == "unfilled":
-        after = ", then fails" if facts.get("fails") else ", without a word"
+        after = ", then fails" if facts.get("fails") else ", without a warning"
         return f"leaves parameters unfilled{after}"
     if facts.get("sampler"):
         return "loads, fails when served"
     if facts.get("ignored"):
-        return "ignores it, without a word"
+        return "ignores it, without a warning"
     if outcome == "changed":
-        return "loads other numbers" + (", with a warning" if facts.get("warns") else ", without a word")
+        return "loads other numbers" + (", with a warning" if facts.get("warns") else ", without a warning")
     return "loads it right" + (", with a warning" if facts.get("warns") else "")
 
 
 def rows() -> list[str]:
     """The table in Markdown, one line an entry."""
     recorded = json.loads(RECORD.read_text(encoding="utf-8"))["variants"]
-    lines = ["| defect | vLLM 0.33 | check says | rewrite --for vllm mends it |", "|---|---|---|---|"]
+    lines = [f"| defect | vLLM {VLLM.version} | check says | rewrite --for vllm fixes it |", "|---|---|---|---|"]
     for defect in DEFECTS:
         mended = "yes" if defect.mended else "no"
         if defect.mended and defect.mend_options:
@@ -44,5 +50,11 @@ def rows() -> list[str]:
     return lines
 
 
+def tables() -> str:
+    """All tables of consumers/README.md."""
+    parts = [f"### {name} {consumer.version}\n\n" + "\n".join(table(consumer)) for name, consumer in CONSUMERS.items()]
+    return "\n\n".join([*parts, "### What the real loader of vLLM does\n\n" + "\n".join(rows())]) + "\n"
+
+
 if __name__ == "__main__":
-    sys.stdout.write("\n".join(rows()) + "\n")
+    sys.stdout.write(tables())

@@ -241,7 +241,7 @@ def plan(src: str, as_json: bool, **options: Any) -> None:
     """
     result = tierewrite.plan(src, **given(options))
     if as_json:
-        print_json(result.to_json())
+        print_json(result.to_structs())
     else:
         from tierewrite.cli.tables import show_plan
 
@@ -334,6 +334,29 @@ def check(checkpoint: str, consumer: str, strict: bool, as_json: bool, **options
     code = result.exit_code(strict=strict)
     if code:
         raise click.exceptions.Exit(code)
+
+
+@cli.command()
+@click.argument("rule", required=False)
+@click.option("--list", "all_rules", is_flag=True, help="Name all rules, a line each.")
+@json_option
+def explain(rule: str | None, all_rules: bool, as_json: bool) -> None:
+    """Say what a finding of `check` means, what the consumer does, how to fix it and where that was read.
+
+    \b
+    Examples:
+      tierewrite explain scale-missing
+      tierewrite explain --list
+      tierewrite explain --list --json | jq '.rules[] | select(.fixed_by)'
+    """
+    if (rule is None) is not all_rules:
+        raise click.UsageError("name a rule, or give --list to see their names")
+    from tierewrite.consumers.explain import explained, listed, to_json
+
+    if as_json:
+        print_json(to_json(rule))
+    else:
+        click.echo(listed() if rule is None else explained(rule))
 
 
 @cli.command("report", short_help="Show what a rewrite did, here or on a page to pass on.")

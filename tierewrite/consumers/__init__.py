@@ -1,30 +1,31 @@
 """Is a checkpoint ready for a consumer? Found from headers and the bytes of scales, before anything is served.
 
-    report = tierewrite.readiness.check("DST", "vllm")
+    report = tierewrite.check("DST", "vllm")
     for finding in report.findings:
         print(finding)
 
-One file a consumer: `vllm` and `transformers`; each is a list of small rules over a `Subject`. This room reads and
-never writes (but for `mends`, in staged output). It refuses a folder whose headers or configs cannot be read at all
-(SourceError, exit 4); everything that a loader would trip over later is a `Finding`.
+Each consumer is a record in `CONSUMERS`, with rules that are records too. This room reads and never writes. It refuses
+a folder whose headers or configs cannot be read at all (SourceError, exit 4); everything that a loader would trip over
+later is a `Finding`.
 """
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+from tierewrite.consumers.consumer import Consumer
 from tierewrite.consumers.findings import SCHEMA, Finding, ReadinessReport, in_order
-from tierewrite.errors import UsageError
+from tierewrite.consumers.transformers import TRANSFORMERS
+from tierewrite.consumers.vllm import VLLM
+from tierewrite.errors import UsageError, shown
+from tierewrite.source.open import Place, name_of
 
-if TYPE_CHECKING:
-    from tierewrite.source.open import Place
+__all__ = ["CONSUMERS", "SCHEMA", "Finding", "ReadinessReport", "check", "consumer_named", "corrected_configs"]
 
-
-
-__all__ = ["CONSUMERS", "SCHEMA", "Finding", "ReadinessReport", "check"]
-
-CONSUMERS = ("vllm", "transformers")
+CONSUMERS: Mapping[str, Consumer[Any]] = {consumer.name: consumer for consumer in (VLLM, TRANSFORMERS)}
 
 
 def check(
@@ -43,9 +44,9 @@ def check(
 
     Args:
         path: the folder, or its URL.
-        consumer: "vllm" or "transformers".
-        backbone: a JSON file that describes how vLLM maps names (the form of backbones.json here), asked before
-            the built-in one.
+        consumer: one of `CONSUMERS`: "vllm" or "transformers".
+        backbone: a JSON file that describes how the consumer maps names (the form of vllm/backbones.json here), asked
+            before the built-in table.
         ties, trust_remote_code: as for `rewrite`.
         compare_limit: bytes of equal names to compare at most; beyond it they are reported as not compared.
 
@@ -54,34 +55,47 @@ def check(
         SourceError: the folder's headers, index or configs cannot be read.
         SystemFailure: the system does not let us read it.
     """
-    from tierewrite.consumers.folder import Folder
-    from tierewrite.consumers.subject import Subject
-    from tierewrite.source.open import name_of
-
-    options: dict[str, Any] = {
-        "ties_file": ties,
-        "trust_remote_code": trust_remote_code,
-        "compare_limit": compare_limit,
-    }
-    subject: Subject
-    if consumer == "vllm":
-        from tierewrite.consumers import vllm
-
-        subject = vllm.VllmSubject(Folder.open(path, "vllm"), backbone=backbone, **options)
-        version, found = vllm.VERSION, in_order(vllm.findings(subject))
-    elif consumer == "transformers":
-        from tierewrite.consumers import transformers
-
-        subject = Subject(Folder.open(path, "transformers"), backbone=transformers.PLAIN, **options)
-        version, found = transformers.VERSION, in_order(transformers.findings(subject))
-    else:
-        raise UsageError(f"no rules for the consumer '{consumer}'; known: {', '.join(CONSUMERS)}")
+    asked = consumer_named(consumer)
+    subject = asked.subject(
+        path, backbone, ties_file=ties, trust_remote_code=trust_remote_code, compare_limit=compare_limit
+    )
+    found = in_order(asked.rules.findings(subject))
     return ReadinessReport(
-        consumer=consumer,
-        consumer_version=version,
+        consumer=asked.name,
+        consumer_version=asked.version,
         checkpoint=name_of(path),
         tensors=len(subject.entries),
         bytes_read=subject.bytes_read,
         findings=found,
         notes=tuple(dict.fromkeys(subject.notes)),
     )
+
+
+def corrected_configs(
+    consumer: str, path: Place, *, configs: Path | None = None, trust_remote_code: bool = False
+) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """What `fix_ignore` has to change for `consumer` in the configs of the checkpoint folder `path`.
+
+    Args:
+        configs: a folder whose config.json and hf_quant_config.json are looked at in place of those of `path`.
+
+    Returns:
+        New contents by name, and one sentence for each.
+
+    Raises:
+        UsageError: an unknown consumer.
+        SourceError and its kin: the folder cannot be read.
+    """
+    asked = consumer_named(consumer)
+    if asked.corrected_configs is None:
+        return {}, ()
+    if configs is None:
+        return asked.corrected_configs(asked.subject(path, trust_remote_code=trust_remote_code))
+    return asked.corrected_configs(asked.subject_with(path, configs, trust_remote_code=trust_remote_code))
+
+
+def consumer_named(name: str) -> Consumer[Any]:
+    """The record of a consumer. Raises UsageError where there is none of that name."""
+    if name not in CONSUMERS:
+        raise UsageError(f"no rules for the consumer '{shown(name)}'; known: {', '.join(CONSUMERS)}")
+    return CONSUMERS[name]

@@ -1,4 +1,4 @@
-"""TODO."""
+"""How a consumer maps the names of a checkpoint to its parameters: one entry an architecture, read from JSON."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ from typing import Any
 
 from tierewrite.errors import UsageError
 
-# ----------------------------------------------------------------------------------------------- the backbone
-
 
 @dataclass(frozen=True)
 class Backbone:
-    """How a consumer maps checkpoint names to its parameters; from backbones.json or a file of the user's.
+    """How a consumer maps checkpoint names to its parameters; from its backbones.json or a file of the user's.
 
     Attributes: as that file explains them. `architectures` is empty for the entry that serves all others.
     """
@@ -49,28 +47,6 @@ class Backbone:
             generation=data.get("generation"),
         )
 
-    @classmethod
-    def of(cls, architecture: str, file: str | os.PathLike[str] | None = None) -> Backbone:
-        """The entry for `architecture`, the user's file asked before our own; the one for all others if none fits.
-
-        Raises:
-            UsageError: the user's file is unreadable or not of that form.
-        """
-        if file is not None:
-            try:
-                given = json.loads(Path(file).read_text(encoding="utf-8"))
-                entries = given.get("backbones", [given])
-                for backbone in map(cls.from_json, entries):
-                    if not backbone.architectures or architecture in backbone.architectures:
-                        return backbone
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-                raise UsageError(
-                    f"is no description of a backbone: {e!r}; expected the form of consumers/vllm/backbones.json",
-                    file=file,
-                ) from None
-        known, others = _backbones()
-        return known.get(architecture, others)
-
     def map(self, name: str) -> str:
         """`name` under the backbone's names (WeightsMapper, models/utils.py `_map_name_with_shard`)."""
         for old, new in self.prefixes:
@@ -79,7 +55,7 @@ class Backbone:
         return name
 
     def passes_over(self, mapped: str) -> bool:
-        """Whether the consumer drops or ignores the name without a word."""
+        """Whether the consumer drops or ignores the name without a warning."""
         return matches(mapped, self.not_read)
 
     def side(self, name: str) -> str | None:
@@ -97,8 +73,41 @@ def _union(patterns: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join(translate(pattern) for pattern in patterns) or "(?!)")
 
 
-@lru_cache(maxsize=1)
-def _backbones() -> tuple[dict[str, Backbone], Backbone]:
-    data = json.loads((Path(__file__).parent / "vllm" / "backbones.json").read_text(encoding="utf-8"))
-    entries = [Backbone.from_json(entry) for entry in data["backbones"]]
-    return {a: entry for entry in entries for a in entry.architectures}, Backbone.from_json(data["others"])
+@dataclass(frozen=True)
+class BackboneTable:
+    """The backbones that are known of a consumer.
+
+    Attributes:
+        known: those of certain architectures; the first that fits counts.
+        others: the one for all other architectures.
+    """
+
+    known: tuple[Backbone, ...]
+    others: Backbone
+
+    @classmethod
+    def read(cls, path: Path) -> BackboneTable:
+        """A table of our own: {"backbones": [...], "others": {...}}."""
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return cls(tuple(map(Backbone.from_json, data["backbones"])), Backbone.from_json(data["others"]))
+
+    def with_file(self, file: str | os.PathLike[str]) -> BackboneTable:
+        """This table, with a file of the user's asked first.
+
+        Raises:
+            UsageError: the file is unreadable or not of that form.
+        """
+        try:
+            given = json.loads(Path(file).read_text(encoding="utf-8"))
+            entries = tuple(map(Backbone.from_json, given.get("backbones", [given])))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise UsageError(
+                f"is no description of a backbone: {e!r}; expected the form of consumers/vllm/backbones.json",
+                file=file,
+            ) from None
+        return BackboneTable((*entries, *self.known), self.others)
+
+    def of(self, architecture: str) -> Backbone:
+        """The entry for `architecture`. An entry of the user's that names none fits every one."""
+        fits = (b for b in self.known if not b.architectures or architecture in b.architectures)
+        return next(fits, self.others)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""A checkpoint folder as a loader reads it: contradictions of files and index are kept for the rules."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tierewrite.errors import ConfigError, SourceError
 from tierewrite.source.folder import WANTED, natural_key, refuse_half_written, what_is_here
@@ -17,12 +18,6 @@ from tierewrite.source.index import read_index
 from tierewrite.source.open import Mirror, Place, RemoteFolder, folder_of, rename_in_errors
 from tierewrite.source.table import INDEX_NAME, Checkpoint, Header, Shard, TensorEntry, Tensors
 from tierewrite.stores.remote import FilePath
-
-Files = Literal["vllm", "transformers"]
-_BATCH = 64 << 20  # bytes of scales held at a time
-
-
-# ------------------------------------------------------------------------------------------------- the folder
 
 
 @dataclass(frozen=True)
@@ -37,7 +32,7 @@ class Folder:
         weight_map: the index, or None.
         absent: files that the index names and that are not there.
         unread: the other safetensors files with the names they hold.
-        consolidated: files called consolidated*.safetensors, which vLLM then reads alone.
+        alone: files that the loader reads alone because of their names; () where it goes by the index or reads all.
         config, quant_config, generation: config.json, hf_quant_config.json, generation_config.json; {} where
             absent.
         copies: of a remote folder: who removes `root` once nobody needs it.
@@ -50,20 +45,25 @@ class Folder:
     weight_map: dict[str, str] | None
     absent: tuple[str, ...]
     unread: dict[str, tuple[str, ...]]
-    consolidated: tuple[str, ...]
+    alone: tuple[str, ...]
     config: dict[str, Any]
     quant_config: dict[str, Any]
     generation: dict[str, Any]
     copies: object = None
 
-    @classmethod
-    def open(cls, path: Place, reader: Files = "vllm") -> Folder:
-        """Read headers, index and configs of `path` by the rules of `reader`.
+    def with_configs(self, folder: Path) -> Folder:
+        """This folder with the config.json and hf_quant_config.json of another."""
+        config, quant_config = (_json(folder / name) for name in ("config.json", "hf_quant_config.json"))
+        return replace(self, root=folder, config=config, quant_config=quant_config)
 
-        vLLM reads the files that the index names, whole, or every *.safetensors without one; files called
-        consolidated* alone where there are any (default_loader.py `_prepare_weights`). transformers reads
-        model.safetensors alone where it is there, else the files that the index names, whole
-        (modeling_utils.py `_get_resolved_checkpoint_files`, `_load_pretrained_model`).
+    @classmethod
+    def open(cls, path: Place, reads_alone: str) -> Folder:
+        """Reads headers, index and configs of `path` as a loader does.
+
+        Args:
+            path: the folder, or its URL.
+            reads_alone: wildcard of the safetensors files that the loader reads alone, where there are any. Else it
+                reads the files that the index names, whole, or every *.safetensors without one.
 
         Raises:
             SourceError and its kin: no folder, no safetensors file, a malformed header, index or config.
@@ -83,13 +83,11 @@ class Folder:
             top = [p.name for p in root.iterdir()]
         refuse_half_written(top, where)
         there = sorted((n for n in top if n.endswith(".safetensors")), key=natural_key)
-        consolidated = tuple(n for n in there if n.startswith("consolidated")) if reader == "vllm" else ()
+        alone = tuple(n for n in there if fnmatchcase(n, reads_alone))
         weight_map = read_index(root / INDEX_NAME)[1] if (root / INDEX_NAME).exists() else None
         absent: list[str] = []
-        if consolidated:
-            names = list(consolidated)
-        elif reader == "transformers" and "model.safetensors" in there:
-            names = ["model.safetensors"]
+        if alone:
+            names = list(alone)
         elif weight_map is not None:
             listed = sorted(set(weight_map.values()), key=natural_key)
             names = [n for n in listed if n in there]
@@ -123,7 +121,7 @@ class Folder:
             weight_map,
             tuple(absent),
             unread,
-            consolidated,
+            alone,
             _json(root / "config.json"),
             _json(root / "hf_quant_config.json"),
             _json(root / "generation_config.json"),
@@ -131,7 +129,7 @@ class Folder:
         )
 
     def as_checkpoint(self, entries: Mapping[str, TensorEntry] | None = None) -> Checkpoint:
-        """The same as a `Checkpoint` that `transfer.read_tensors` reads from."""
+        """The same as a `Checkpoint` that `source.bytes.read_tensors` reads from."""
         found = Tensors.of((self.entries if entries is None else entries).values())
         return Checkpoint(self.root, self.shards, found, None, (), (), self.config, self.quant_config, ())
 

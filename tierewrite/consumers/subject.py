@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from tierewrite import formats
-from tierewrite.consumers.backbone import Backbone
-from tierewrite.consumers.folder import _BATCH, Folder
+from tierewrite.consumers.backbone import Backbone, BackboneTable
+from tierewrite.consumers.folder import Folder
 from tierewrite.errors import TierewriteError
 from tierewrite.numbers.float8 import float8_values
 from tierewrite.source.bytes import open_source, read_tensors
@@ -29,10 +29,8 @@ from tierewrite.ties.tie import ModelNames
 from tierewrite.ties.tie_map import TieMap
 
 FLOATS = frozenset({"F64", "F32", "BF16", "F16"})
+BATCH = 64 << 20  # bytes of scales held at a time
 PACKED = frozenset({"U8", "I8", "F4"})
-
-
-# ----------------------------------------------------------------------------------------------- the subject
 
 
 @dataclass
@@ -65,8 +63,8 @@ class Subject:
     def __init__(
         self,
         folder: Folder,
+        backbones: BackboneTable,
         *,
-        backbone: Backbone | str | os.PathLike[str] | None = None,
         ties_file: str | os.PathLike[str] | None = None,
         trust_remote_code: bool = False,
         compare_limit: int = 4 << 30,
@@ -80,9 +78,7 @@ class Subject:
         named = self.config.get("architectures")
         self.architectures = [a for a in named if isinstance(a, str)] if isinstance(named, list) else []
         self.architecture = self.architectures[0] if self.architectures else ""
-        self.backbone: Backbone = (
-            backbone if isinstance(backbone, Backbone) else Backbone.of(self.architecture, backbone)
-        )
+        self.backbone: Backbone = backbones.of(self.architecture)
         self.class_problem: str | None = None
         try:
             self.ties: TieMap | None = TieMap.resolve(
@@ -275,7 +271,7 @@ class Subject:
         for key in ordered:
             batch.append(key)
             size += self.entries[key].nbytes
-            if size >= _BATCH:
+            if size >= BATCH:
                 yield from read_tensors(checkpoint, batch).items()
                 batch, self.bytes_read, size = [], self.bytes_read + size, 0
         yield from read_tensors(checkpoint, batch).items()
@@ -321,10 +317,10 @@ class Subject:
             first = group[0]
             alike = all((e.dtype, e.shape) == (first.dtype, first.shape) for e in group[1:])
             spent += first.nbytes * len(group) if alike else 0
-            if alike and first.nbytes * len(group) <= _BATCH // 4 and spent <= self.compare_limit:
+            if alike and first.nbytes * len(group) <= BATCH // 4 and spent <= self.compare_limit:
                 batch.append(group)
                 size += first.nbytes * len(group)
-                if size >= _BATCH:
+                if size >= BATCH:
                     yield from self._equal_batch(batch)
                     batch, size = [], 0
                 continue

@@ -170,8 +170,7 @@ class Staging:
             leftovers = [entry for entry in leftovers if not is_finished_shard(entry)]
         elif leftovers:
             log.warning(
-                "a run into this DST was killed; starting again from the beginning (--resume would use what it "
-                "finished)"
+                "a run into this DST was killed; starting again from the start (--resume would use what it finished)"
             )
         for entry in leftovers:
             if entry.is_dir() and not entry.is_symlink():

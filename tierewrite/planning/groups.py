@@ -59,14 +59,14 @@ class Draft:
         decisions: what becomes of its tensors, slot by slot.
         checks: what must be equal, slot by slot: weight-derived tensors, in a smoothed checkpoint their neighbours too.
         merges: activation scales that become one, slot by slot.
-        slots: the positions of the slots of which any side is there, ascending.
+        slots: int64, the positions of the slots of which any side is there, ascending.
         touched: False where nothing is to be done: the canonical side alone is there.
     """
 
     decisions: Decisions
     checks: Checks
     merges: Merges
-    slots: list[int]
+    slots: np.ndarray
     touched: bool
 
 
@@ -161,7 +161,7 @@ class GroupPlanner:
             _decisions(tie, done),
             Checks(self._tensors, _checks(done, layout.shape[1])),
             self._merges(tie, done, layout.shape[1]),
-            sorted(slot for together in done for slot in together.slots.tolist()),
+            np.sort(np.concatenate([_empty(), *(together.slots for together in done)])),
             any(together.touched for together in done),
         )
 

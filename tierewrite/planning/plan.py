@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from tierewrite.formats import Companion
+from tierewrite.json_text import Compact
 from tierewrite.planning.checks import Checks, Merges
 from tierewrite.planning.policy import Policy
 from tierewrite.source.table import TensorEntry, Tensors
@@ -166,7 +167,12 @@ class OutTensors(Sequence[OutTensor]):
     @overload
     def __getitem__(self, index: slice) -> list[OutTensor]: ...
     def __getitem__(self, index: int | slice) -> OutTensor | list[OutTensor]:
-        return list(self)[index]
+        shard = self._shard
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(len(self)))]
+        row, end = shard.rows[index], int(shard.end[index])
+        start = end - int(shard.source.end[row] - shard.source.start[row])
+        return OutTensor(shard.names[index], shard.source.names[row], start, end, bool(shard.added[index]))
 
     def __iter__(self) -> Iterator[OutTensor]:
         shard = self._shard
@@ -312,10 +318,10 @@ class RewritePlan:
             "warnings": list(self.warnings),
         }
 
-    def _tensor_json(self) -> list[TensorJson]:
+    def _tensor_json(self) -> Compact:
         actions = [action.value for action in ACTIONS]
         ids = [*(group.id for group in self.groups), None]  # the last one for -1
-        return list(
+        return Compact(
             map(
                 TensorJson,
                 self.source.names,

@@ -67,11 +67,10 @@ def plan(
     tensors = checkpoint.tensors
     families = formats.detect(checkpoint.config, checkpoint.quant_config, tensors.leaves)
     fates = Fates(tensors, [tie.id for tie in ties.groups])
-    attentions = Attentions()
-    outcomes = _outcomes(checkpoint, ties, families, fates, refuted or {}, attentions)
+    outcomes = _outcomes(checkpoint, ties, families, fates, refuted or {})
     kv = KvScales(tensors, families, fates, {tie.id: n for n, tie in enumerate(ties.groups)}, frozenset(separate_kv))
     if policy.kv_scales == "merge":
-        kv.plan(attentions.paired())
+        kv.plan(_attentions(outcomes).paired())
     groups = [
         _group(tensors, outcome, (repacked or {}).get(outcome.tie.id, frozenset()), kv.merges.get(outcome.tie.id, ()))
         for outcome in outcomes
@@ -125,9 +124,8 @@ def _outcomes(
     families: tuple[str, ...],
     fates: Fates,
     refuted: Mapping[str, str],
-    attentions: Attentions,
 ) -> list[_Outcome]:
-    """Plans one tie after the other; what is decided is entered into `fates` and `attentions`."""
+    """Plans one tie after the other; what is decided is entered into `fates`."""
     tensors = checkpoint.tensors
     names = [name for tie in ties.groups for slot in tie.slots for name in slot]
     sides = Sides(tensors, families, names, ties.owned)
@@ -146,14 +144,23 @@ def _outcomes(
             try:
                 draft = planner.planned(tie, first, layout)
                 fates.claim(number, draft.decisions)
-                attentions.add(tie, draft.slots)
             except Unconfirmed as error:
                 reason, draft = error.reason, None
         if draft is None:
-            attentions.block(tie)
             fates.keep(number, sides.rows_of(first.ravel(), layout.ravel()))
         outcomes.append(_Outcome(tie, draft, reason))
     return outcomes
+
+
+def _attentions(outcomes: Iterable[_Outcome]) -> Attentions:
+    """The attention modules around the projections of all groups."""
+    attentions = Attentions()
+    for outcome in outcomes:
+        if outcome.draft is None:
+            attentions.block(outcome.tie)
+        else:
+            attentions.add(outcome.tie, outcome.draft.slots.tolist())
+    return attentions
 
 
 def _adjacency(checkpoint: Checkpoint) -> formats.Adjacency:

@@ -8,14 +8,12 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import safetensors
 
-from tierewrite.consumers.folder import Folder
-from tierewrite.consumers.vllm.ignore import corrected_ignore_lists
+from tierewrite.consumers import corrected_configs
 from tierewrite.errors import SourceError, SystemFailure, TierewriteError, shown
 from tierewrite.output import manifest as manifests
 from tierewrite.output.manifest import ties_on_disk
@@ -120,10 +118,10 @@ def _frozen(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def corrected_for_vllm(
-    source: Checkpoint, dst: Place, configs: Mapping[str, bytes], trust_remote_code: bool
+def corrected_for(
+    consumer: str, source: Checkpoint, dst: Place, configs: Mapping[str, bytes], trust_remote_code: bool
 ) -> dict[str, bytes]:
-    """The configurations of a rewrite for vLLM: its ignore lists say what is on disk in vLLM's own reading.
+    """The configurations that a rewrite for `consumer` changes: its ignore lists say what is on disk in its reading.
 
     Args:
         dst: whose tensors' names and shapes are looked at; they are proved.
@@ -132,14 +130,11 @@ def corrected_for_vllm(
     wanted = ("config.json", "hf_quant_config.json")
     contents = {side.name: read_side_file(side) for side in source.side_files if side.name in wanted} | dict(configs)
     with tempfile.TemporaryDirectory(prefix="tierewrite-") as folder:
-        for name in wanted:
-            if name in contents:
-                Path(folder, name).write_bytes(contents[name])
-        parsed = {name: json.loads(contents[name]) if name in contents else {} for name in wanted}
-        there = replace(
-            Folder.open(dst, "vllm"), root=Path(folder), config=parsed[wanted[0]], quant_config=parsed[wanted[1]]
+        for name, data in contents.items():
+            Path(folder, name).write_bytes(data)
+        corrected, _ = corrected_configs(
+            consumer, dst, configs=Path(folder), trust_remote_code=trust_remote_code
         )
-        corrected, _ = corrected_ignore_lists(there, trust_remote_code=trust_remote_code)
     return {**configs, **corrected}
 
 

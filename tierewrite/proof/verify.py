@@ -53,7 +53,7 @@ from tierewrite.proof.files import (
     check_layout,
     check_side_files,
     check_with_safetensors,
-    corrected_for_vllm,
+    corrected_for,
     read_manifest,
 )
 from tierewrite.proof.reading import hash_tensors, is_scale
@@ -182,8 +182,8 @@ def verify(
             problems += check_files(exact, target)
     problems += check_layout(source, target, manifest, policy)
     configs = exact.configs if exact is not None else {}
-    if consumer == "vllm" and policy.fix_ignore:
-        configs = corrected_for_vllm(source, dst, configs, trust_remote_code)
+    if consumer is not None and policy.fix_ignore:
+        configs = corrected_for(consumer, source, dst, configs, trust_remote_code)
     problems += check_side_files(source, target, configs, advance)
     problems += check_with_safetensors(target)
     return Verification(

@@ -10,9 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 import tierewrite
-from tierewrite.consumers import ReadinessReport, check
-from tierewrite.consumers.folder import Folder
-from tierewrite.consumers.vllm.ignore import corrected_ignore_lists
+from tierewrite.consumers import ReadinessReport, check, corrected_configs
 from tierewrite.engines import Engine
 from tierewrite.engines.progress import Progress
 from tierewrite.errors import NotReady, VerificationFailed, shown
@@ -140,10 +138,8 @@ def finish(
     staging.put(INDEX_NAME, index)
     progress.start("copying other files", sum(side.size for side in checkpoint.side_files))
     copy_side_files(checkpoint.side_files, checkpoint.directories, staging, progress.advance, configs)
-    if consumer == "vllm" and run.policy.fix_ignore:
-        corrected, sentences = corrected_ignore_lists(
-            Folder.open(staging.view(), "vllm"), trust_remote_code=trust_remote_code
-        )
+    if consumer is not None and run.policy.fix_ignore:
+        corrected, sentences = corrected_configs(consumer, staging.view(), trust_remote_code=trust_remote_code)
         for name, data in corrected.items():
             staging.put(name, data)
         config_warnings = (*config_warnings, *sentences)

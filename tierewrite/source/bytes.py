@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from operator import attrgetter
 from typing import Protocol
 
+import numpy as np
+
 from tierewrite.errors import SourceChanged, shown, system_errors
-from tierewrite.source.table import Checkpoint, Shard, SideFile, TensorEntry
+from tierewrite.source.table import Checkpoint, Shard, SideFile
 from tierewrite.stores.remote import RemoteFile, RemotePath
 
 log = logging.getLogger(__name__)
@@ -143,33 +145,37 @@ def read_tensors(checkpoint: Checkpoint, keys: Iterable[str]) -> dict[str, bytes
     Raises:
         SourceChanged, SystemFailure: as `SourceFile.read_runs`.
     """
+    tensors = checkpoint.tensors
+    rows = np.array([tensors.row[key] for key in dict.fromkeys(keys)], np.int64)
+    rows = rows[np.lexsort((tensors.start[rows], tensors.shard[rows]))]
     result: dict[str, bytes] = {}
-    by_shard: dict[int, list[TensorEntry]] = {}
-    for key in keys:
-        entry = checkpoint.tensors[key]
-        by_shard.setdefault(entry.shard, []).append(entry)
-    for number, entries in by_shard.items():
-        entries.sort(key=attrgetter("start"))
-        remote = isinstance(checkpoint.shards[number].path, RemotePath)
-        gap, most = (1 << 20, 2 * _REMOTE_BYTES) if remote else (_GAP_BYTES, _RUN_BYTES)
-        reads: list[list[TensorEntry]] = []
-        base = end = 0
-        for entry in entries:
-            if reads and entry.start - end < gap and entry.end - base < most:
-                reads[-1].append(entry)
-            else:
-                reads.append([entry])
-                base = entry.start
-            end = entry.end
-        with open_source(checkpoint.shards[number]) as source:
-            for together in reads:
-                base, end = together[0].start, max(map(attrgetter("end"), together))  # an empty one may come last
+    for number in np.unique(tensors.shard[rows]).tolist():
+        mine = rows[tensors.shard[rows] == number]
+        starts, ends = tensors.start[mine], tensors.end[mine]
+        names = list(map(tensors.names.__getitem__, mine.tolist()))
+        places = list(zip(names, starts.tolist(), ends.tolist(), strict=True))
+        shard = checkpoint.shards[number]
+        with open_source(shard) as source:
+            for first, stop in _together(starts, ends, isinstance(shard.path, RemotePath)):
+                base, end = int(starts[first]), int(ends[first:stop].max())  # an empty one may come last
                 buffer = bytearray(end - base)
                 source.read_runs([(base, end)], memoryview(buffer))
                 data = bytes(buffer)  # a slice of it is final; one of the buffer would be copied once more
-                for entry in together:
-                    result[entry.name] = data[entry.start - base : entry.end - base]
+                result.update([(name, data[at - base : to - base]) for name, at, to in places[first:stop]])
     return result
+
+
+def _together(starts: np.ndarray, ends: np.ndarray, remote: bool) -> Iterator[tuple[int, int]]:
+    """Which of the ranges, ascending in one file, are worth one read: positions first, stop."""
+    gap, most = (1 << 20, 2 * _REMOTE_BYTES) if remote else (_GAP_BYTES, _RUN_BYTES)
+    far = (np.flatnonzero(starts[1:] - ends[:-1] >= gap) + 1).tolist()
+    for first, stop in itertools.pairwise([0, *far, len(starts)]):
+        at = first
+        while at < stop:
+            full = int(np.searchsorted(ends[at:stop], int(starts[at]) + most)) + at
+            following = max(at + 1, full)
+            yield at, following
+            at = following
 
 
 def read_side_file(side: SideFile) -> bytes:

@@ -32,7 +32,7 @@ from tierewrite.source.table import (
     SideFile,
     Tensors,
 )
-from tierewrite.stores.remote import FilePath, RemotePath
+from tierewrite.stores.remote import FilePath, PathLike, RemotePath
 
 WANTED = "expected a checkpoint folder holding *.safetensors files"
 _FIX_JSON = "correct it, or copy it from the original model"
@@ -40,7 +40,7 @@ MAX_CONFIG_BYTES = 64 * 1024**2
 MAX_SIDE_ENTRIES = 1_000_000  # files and folders; ends the walk through folders that link to each other
 
 
-def open_folder(path: str | os.PathLike[str], *, ignore_unindexed: bool = False) -> Checkpoint:
+def open_folder(path: PathLike, *, ignore_unindexed: bool = False) -> Checkpoint:
     """Read the headers, index and configurations of the checkpoint folder `path`.
 
     With an index, the index decides which files are shards; without one, every `*.safetensors` of the

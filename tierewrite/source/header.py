@@ -27,6 +27,7 @@ from tierewrite.errors import HeaderError, SourceChanged, shown
 from tierewrite.source.regular_files import opened, read_from, resolved_path
 from tierewrite.source.strict_json import MAX_DEPTH, BadJson, as_dict, kind_of_json, strict_json
 from tierewrite.source.table import DTYPE_BITS, Kind, Shard, TensorEntry, Tensors, gc_paused
+from tierewrite.stores.remote import PathLike
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit (MAX_HEADER_SIZE)
 _U64_MAX = 2**64 - 1
@@ -34,7 +35,7 @@ _I64_MAX = 2**63 - 1  # the columns of offsets are signed
 _UNKNOWN = -1  # bytes of a dtype that nobody here knows
 
 
-def read_header(path: str | os.PathLike[str], *, shard: int = 0, name: str | None = None) -> tuple[Shard, Tensors]:
+def read_header(path: PathLike, *, shard: int = 0, name: str | None = None) -> tuple[Shard, Tensors]:
     """Read and validate the header of one safetensors file.
 
     Args:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from itertools import repeat
@@ -15,11 +14,12 @@ from tierewrite.errors import ShardIndexError, shown
 from tierewrite.source.regular_files import read_small
 from tierewrite.source.strict_json import MAX_DEPTH, BadJson, as_dict, kind_of_json, strict_json
 from tierewrite.source.table import INDEX_NAME, Shard, Tensors
+from tierewrite.stores.remote import PathLike
 
 MAX_INDEX_BYTES = 256 * 1024**2  # three times the index of 500,000 tensors
 
 
-def read_index(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]:
+def read_index(path: PathLike) -> tuple[dict[str, Any], dict[str, str]]:
     """Read and validate an index file by itself.
 
     Returns:

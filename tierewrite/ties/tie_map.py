@@ -11,7 +11,6 @@ A tie is `alias -> canonical`, both names of parameters in memory. The first sou
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 from tierewrite.errors import ConfigError, TieFileError
 from tierewrite.source.open import rename_in_errors
 from tierewrite.source.table import Checkpoint
+from tierewrite.stores.remote import PathLike
 from tierewrite.ties import meta_model, model_class, patterns
 from tierewrite.ties.config_limits import CONFIG_FIX, check_config
 from tierewrite.ties.tie import Declared, Tie, rooted
@@ -55,7 +55,7 @@ class TieMap(Declared):
 
     @classmethod
     def of(
-        cls, checkpoint: Checkpoint, ties_file: str | os.PathLike[str] | None = None, trust_remote_code: bool = False
+        cls, checkpoint: Checkpoint, ties_file: PathLike | None = None, trust_remote_code: bool = False
     ) -> TieMap:
         """The ties of an open checkpoint, wherever it lies. Arguments and errors as of `resolve`."""
         with rename_in_errors(checkpoint.origin, checkpoint.root):

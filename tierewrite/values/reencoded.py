@@ -18,9 +18,9 @@ import numpy as np
 
 from tierewrite.formats.nvfp4_blobs import blob_of, fused_sets
 from tierewrite.numbers import nvfp4
-from tierewrite.planning.plan import Action, GroupPlan, RewritePlan
+from tierewrite.planning.plan import GroupPlan, RewritePlan
 from tierewrite.source.bytes import read_tensors
-from tierewrite.source.table import Checkpoint
+from tierewrite.source.table import Checkpoint, TensorEntry
 from tierewrite.values.content import (
     Blob,
     Content,
@@ -188,10 +188,9 @@ def reencodings(checkpoint: Checkpoint, plan: RewritePlan) -> Reencodings:
                 target, "mismatch", new.astype("<f4").tobytes(), weight, first, tuple(others)
             )
     if plan.policy.unify_fused_scales:
-        by_target = {t.target: t.name for t in plan.tensors.values() if t.action is not Action.DROP}
-        targets = {target: checkpoint.tensors[name] for target, name in by_target.items()}
-        for modules in fused_sets(targets):
-            warnings.extend(_unify(checkpoint, modules, by_target, by_module))
+        survivors = plan.survivors()
+        for modules in fused_sets(survivors):
+            warnings.extend(_unify(checkpoint, modules, survivors, by_module))
     work = tuple(by_module[module] for module in sorted(by_module))
     return Reencodings(work, _contents(checkpoint, plan, work), tuple(warnings))
 
@@ -217,15 +216,15 @@ def _contents(checkpoint: Checkpoint, plan: RewritePlan, work: tuple[Reencoding,
 def _unify(
     checkpoint: Checkpoint,
     modules: Mapping[str, tuple[str, str, str]],
-    by_target: Mapping[str, str],
+    survivors: Mapping[str, TensorEntry],
     by_module: dict[str, Reencoding],
 ) -> list[str]:
     """Gives the modules of one fused set one scale, in `by_module`; returns why not, if it cannot be."""
     blobs = {
         module: BlobKeys(
-            by_target[f"{module}.{parts[0]}"],
-            by_target[f"{module}.{parts[1]}"],
-            by_target[f"{module}.{parts[2]}"],
+            survivors[f"{module}.{parts[0]}"].name,
+            survivors[f"{module}.{parts[1]}"].name,
+            survivors[f"{module}.{parts[2]}"].name,
             parts[0] != "weight",
         )
         for module, parts in modules.items()

@@ -1,123 +1,82 @@
-"""What a rewrite for vLLM has to change in the configs: ignore lists that say to vLLM what lies on disk.
+"""Which modules an ignore list of ModelOpt's leaves unquantized in vLLM, and by which of its entries.
 
-The general mend of ignore lists (formats.ignore_lists) goes by what entries mean to their exporter; this one by what
-they do in vLLM, where they match as substrings and fused projections have to be named as one. What no list can say
-(experts of one layer, or shards of one parameter, of which only some are quantized) is left to the findings.
+Follows vllm/model_executor/layers/quantization/modelopt.py (`apply_vllm_mapper`, `is_layer_excluded`) and
+quant_utils.py (`is_layer_skipped`) of vLLM 0.33, quirks included: that is what the rules have to predict.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator
-from typing import Any
+from fnmatch import fnmatch
+from functools import cached_property
 
-from tierewrite.consumers.folder import Folder
-from tierewrite.consumers.vllm import VllmSubject
-from tierewrite.consumers.vllm.quantization import Ignore
+from tierewrite.consumers.backbone import Backbone
 
 
-def consistent_ignore(s: VllmSubject) -> list[str] | None:
-    """An ignore list that says to vLLM what lies on disk, or None where the present one does or no list can.
+class Ignore:
+    """vLLM's verdict on modules, with the patterns that led to it.
 
-    Entries that exclude a quantized module, or a part of a fused one, go; in their place, and where nothing named
-    them, come the unquantized linear modules by their own names, under every side's spelling, with all shards of a
-    fused parameter. All other entries stay as they are.
+    Every entry is mapped to backbone names first; `X*` becomes `X` and `X.*`. A module is excluded when an entry
+    is its name (for fused modules: the name of every shard), contains its name (for experts), is contained
+    anywhere in its name, or matches it as a wildcard.
     """
-    q = s.quantization
-    if q is None or not q.modelopt or q.problem is not None or s.declared_otherwise or not s.quantized:
-        return None
-    drop: set[int] = set()
-    plain: list[str] = []
-    for name, parts in s.linear.items():
-        quantized = [p for p in parts if p in s.quantized]
-        if quantized:
-            drop |= s.ignore.reasons(name).keys()
-            named = s.ignore.partly(name)
-            parent = name.rpartition(".")[0]
-            for shard in named:
-                full = f"{parent}.{shard}"
-                drop |= {i for i, e in enumerate(q.ignore) if s.backbone.map(e.removesuffix("*")) == full}
-        else:
-            plain.append(name)
-    kept = tuple(e for i, e in enumerate(q.ignore) if i not in drop)
-    verdict = Ignore(kept, s.backbone)
-    added: list[str] = []
-    head = s.model is None or any(n.rpartition(".")[0].endswith("lm_head") for n in s.model.shapes)
-    if head and "lm_head" not in s.quantized and not verdict.reasons("lm_head"):
-        added.append("lm_head")
-    for name in plain:
-        if name == "lm_head" or (verdict.reasons(name) and not verdict.partly(name)):
-            continue
-        parent, _, leaf = name.rpartition(".")
-        for shard in s.backbone.fused.get(leaf, (leaf,)):
-            added += _spellings(s, f"{parent}.{shard}")
-    # What a dropped entry protected without being a linear module of vLLM's (a router, a vision tower) needs no entry
-    # there; other consumers read the list too, so it is named again.
-    for number in drop:
-        alone = Ignore((q.ignore[number],), s.backbone)
-        for name, module in s.modules.items():
-            weight = module.weight
-            if name in s.quantized or weight is None or name.endswith("embed_tokens"):
+
+    def __init__(self, entries: tuple[str, ...], backbone: Backbone) -> None:
+        self.entries = entries
+        self.backbone = backbone
+        self.patterns: list[tuple[str, int]] = []
+        for number, entry in enumerate(entries):
+            if len(entry) >= 2 and entry[-1] == "*" and entry[-2] != ".":
+                self.patterns += [(backbone.map(entry[:-1]), number), (backbone.map(entry[:-1] + ".*"), number)]
+            else:
+                self.patterns.append((backbone.map(entry), number))
+        self._memo: dict[str, dict[int, str]] = {}
+
+    @cached_property
+    def _exact(self) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for pattern, number in self.patterns:
+            found.setdefault(pattern, []).append(number)
+        return found
+
+    def partly(self, module: str) -> tuple[str, ...]:
+        """The shards of a fused module that entries name while others are not named: vLLM refuses that."""
+        parent, _, leaf = module.rpartition(".")
+        shards = self.backbone.fused.get(leaf, ())
+        if not shards or module in self._exact:
+            return ()
+        named = tuple(s for s in shards if f"{parent}.{s}" in self._exact)
+        return named if len(named) < len(shards) else ()
+
+    def reasons(self, module: str) -> dict[int, str]:
+        """Why vLLM leaves `module` (its own name, fused) unquantized: number of the entry -> kind of match.
+
+        Kinds: "exact", "expert" (the entry names something inside), "prefix" (the entry is the module or one
+        above it), "substring", "wildcard". Empty where the module is quantized.
+        """
+        if module not in self._memo:
+            self._memo[module] = self._reasons(module)
+        return self._memo[module]
+
+    def _reasons(self, module: str) -> dict[int, str]:
+        parent, _, leaf = module.rpartition(".")
+        found: dict[int, str] = {}
+        for number in self._exact.get(module, ()):
+            found[number] = "exact"
+        shards = self.backbone.fused.get(leaf, ())
+        if shards and all(f"{parent}.{s}" in self._exact for s in shards):
+            for shard in shards:
+                for number in self._exact[f"{parent}.{shard}"]:
+                    found[number] = "exact"
+        for pattern, number in self.patterns:
+            if number in found:
                 continue
-            if len(s.entries[weight].shape) != 2:
-                continue
-            if s.built_as(name) not in s.linear and alone.reasons(name) and not verdict.reasons(name):
-                added += [k.rpartition(".")[0] for ks in module.leaves.values() for k in ks]
-    found = list(dict.fromkeys([*kept, *added]))
-    return None if found == list(q.ignore) else found
-
-
-def _spellings(s: VllmSubject, name: str) -> list[str]:
-    """A backbone name as the checkpoint spells it, on every side."""
-    sides = [side for side in s.backbone.sides if s.backbone.map(side) and name.startswith(s.backbone.map(side))]
-    return [side + name.removeprefix(s.backbone.map(side)) for side in sides] or [name]
-
-
-def corrected_ignore_lists(
-    opened: Folder, *, trust_remote_code: bool = False
-) -> tuple[dict[str, bytes], tuple[str, ...]]:
-    """The configs of `opened` with the list of `consistent_ignore`, where they need it.
-
-    Both config.json and hf_quant_config.json get it, each under the key that it uses. Everything else in them stays,
-    in its order; the indentation is kept.
-
-    Returns:
-        New contents by name, and one sentence for each.
-
-    Raises:
-        SourceError and its kin: the folder cannot be read.
-    """
-    patterns = consistent_ignore(VllmSubject(opened, trust_remote_code=trust_remote_code))
-    if patterns is None:
-        return {}, ()
-    contents = {}
-    for name in ("config.json", "hf_quant_config.json"):
-        path = opened.root / name
-        if not path.exists():
-            continue
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text)
-        lists = list(_lists(content))
-        for part, key in lists:
-            part[key] = patterns
-        if lists:
-            indented = re.search(r"\n([ \t]+)\S", text)
-            new = json.dumps(content, indent=indented.group(1) if indented else None, ensure_ascii=text.isascii())
-            contents[name] = (new + text[len(text.rstrip()) :]).encode()
-    sentence = "{}: the ignore list was rewritten so that vLLM builds what is on disk"
-    return contents, tuple(sentence.format(name) for name in contents)
-
-
-def _lists(content: Any) -> Iterator[tuple[dict[str, Any], str]]:
-    """The parts of a config that hold an ignore list of ModelOpt's, with its key."""
-    text = content.get("text_config")
-    for part in (content, text if isinstance(text, dict) else {}):
-        for name in ("quantization_config", "quantization"):
-            inner = part.get(name)
-            for found in (inner, inner.get("quantization") if isinstance(inner, dict) else None):
-                if not isinstance(found, dict):
-                    continue
-                for key in ("ignore", "exclude_modules"):
-                    if isinstance(found.get(key), list):
-                        yield found, key
+            if "experts" in leaf and "experts" in pattern and module in pattern:
+                found[number] = "expert"
+            elif pattern in module or (
+                module.startswith("language_model.") and pattern in module.removeprefix("language_model.")
+            ):
+                above = module == pattern or module.startswith(f"{pattern}.")
+                found[number] = "prefix" if above else "substring"
+            elif fnmatch(module, pattern):
+                found[number] = "wildcard"
+        return found

@@ -1,0 +1,65 @@
+"""A consumer as a record: who loads a checkpoint, and all that is known of how it does that."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from tierewrite.consumers.backbone import BackboneTable
+from tierewrite.consumers.findings import ReadinessReport
+from tierewrite.consumers.folder import Folder
+from tierewrite.consumers.rules import RuleSet
+from tierewrite.consumers.subject import Subject
+from tierewrite.planning.policy import PolicyOptions
+from tierewrite.source.open import Place
+
+S = TypeVar("S", bound=Subject)
+
+
+@dataclass(frozen=True)
+class Consumer(Generic[S]):
+    """Who loads a checkpoint.
+
+    Attributes:
+        name: as users write it.
+        version: the version whose sources the rules were read in.
+        reads_alone: wildcard of the safetensors files that it reads alone, where there are any.
+        presets: the options of a rewrite for it (planning.policy.FOR_CONSUMER).
+        backbones: how it maps names to its parameters, by architecture.
+        rules: what it demands.
+        subject_type: what its rules look at.
+        corrected_configs: the configs of an output with what `fix_ignore` has to change for it: new contents by name,
+            and one sentence for each. None where nothing has to be changed.
+        dry_load: loads a checkpoint as the consumer does, without serving it. None where there is no such loader.
+    """
+
+    name: str
+    version: str
+    reads_alone: str
+    presets: PolicyOptions
+    backbones: BackboneTable
+    rules: RuleSet[S]
+    subject_type: type[S]
+    corrected_configs: Callable[[S], tuple[dict[str, bytes], tuple[str, ...]]] | None = None
+    dry_load: Callable[[Place], ReadinessReport] | None = None
+
+    def subject(self, path: Place, backbone: str | os.PathLike[str] | None = None, **options: Any) -> S:
+        """The checkpoint at `path` as this consumer reads it.
+
+        Args:
+            backbone: a file of the user's that is asked before the consumer's own table.
+            options: those of `Subject`.
+
+        Raises:
+            As `Folder.open`, `BackboneTable.with_file` and `Subject`.
+        """
+        table = self.backbones if backbone is None else self.backbones.with_file(backbone)
+        return self.subject_type(Folder.open(path, self.reads_alone), table, **options)
+
+    def subject_with(self, path: Place, configs: Path, **options: Any) -> S:
+        """The same with the config.json and hf_quant_config.json of the folder `configs` in place of its own."""
+        folder = Folder.open(path, self.reads_alone).with_configs(configs)
+        return self.subject_type(folder, self.backbones, **options)

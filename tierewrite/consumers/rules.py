@@ -1,0 +1,95 @@
+"""A rule as a record, and the rules of a consumer in the order in which they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from tierewrite.consumers.findings import Finding, Mend, Severity
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What a consumer does with one kind of defect. Findings and the text of `tierewrite explain` are made from it.
+
+    Attributes:
+        id: stable, for scripts: `scale-missing`, `per-side-conflict`, ...
+        title: what is wrong, in a few words.
+        severity: as of a finding.
+        consequence: what the consumer does.
+        fix: what to do about it, one sentence; "" where nothing is known.
+        source: file and function of the consumer that this was read in.
+        fixed_by: the rewrite that fixes it, or None.
+        when: the case that this record is for, where several records share an id because severity, consequence or
+            fix depend on what was found; "" where the id has one record.
+    """
+
+    id: str
+    title: str
+    severity: Severity
+    consequence: str
+    fix: str
+    source: str
+    fixed_by: Mend | None = None
+    when: str = ""
+
+    def at(self, where: Iterable[str], found: str) -> Finding:
+        """A finding of this rule at the tensors or config entries `where`; `found` says what is there."""
+        return Finding(
+            id=self.id,
+            severity=self.severity,
+            where=tuple(where),
+            found=found,
+            consequence=self.consequence,
+            mend=self.fix,
+            mended_by=self.fixed_by,
+            source=self.source,
+        )
+
+
+class RuleSet(Generic[S]):
+    """Rules for subjects of type `S`, with the functions that look for them, in the order in which they run.
+
+        RULES: RuleSet[Subject] = RuleSet()
+
+        WRONG_SHAPE = Rule(id="wrong-shape", ...)
+
+        @RULES.add(WRONG_SHAPE)
+        def shapes(s: Subject) -> Iterator[Finding]:
+            yield WRONG_SHAPE.at(keys, "3 tensors have other shapes than their parameters")
+    """
+
+    def __init__(self) -> None:
+        self.records: list[Rule] = []
+        self.functions: list[Callable[[S], Iterator[Finding]]] = []
+
+    def add(self, *records: Rule) -> Callable[[Callable[[S], Iterator[Finding]]], Callable[[S], Iterator[Finding]]]:
+        """A decorator: the function finds where `records` are broken."""
+
+        def registered(function: Callable[[S], Iterator[Finding]]) -> Callable[[S], Iterator[Finding]]:
+            self.records += records
+            self.functions.append(function)
+            return function
+
+        return registered
+
+    @classmethod
+    def joined(cls, *sets: RuleSet[S]) -> RuleSet[S]:
+        """All rules of `sets`, one set after the other."""
+        found: RuleSet[S] = cls()
+        for each in sets:
+            found.records += each.records
+            found.functions += each.functions
+        return found
+
+    def findings(self, subject: S) -> Iterator[Finding]:
+        """What every rule finds."""
+        for function in self.functions:
+            yield from function(subject)
+
+    def of_id(self, id: str) -> tuple[Rule, ...]:
+        """The records of one id."""
+        return tuple(rule for rule in self.records if rule.id == id)

@@ -1,0 +1,117 @@
+"""The configs of a rewrite for vLLM: ignore lists that say to vLLM what lies on disk.
+
+formats.ignore_lists corrects lists by what entries mean to their exporter; this module by what they do in vLLM, where
+they match as substrings and fused projections have to be named as one. What no list can say (experts of one layer, or
+shards of one parameter, of which only some are quantized) is left to the findings.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from tierewrite.consumers.vllm.ignore import Ignore
+from tierewrite.consumers.vllm.subject import VllmSubject
+
+
+def consistent_ignore(s: VllmSubject) -> list[str] | None:
+    """An ignore list that says to vLLM what lies on disk, or None where the present one does or no list can.
+
+    Entries that exclude a quantized module, or a part of a fused one, go; in their place, and where nothing named
+    them, come the unquantized linear modules by their own names, under every side's spelling, with all shards of a
+    fused parameter. All other entries stay as they are.
+    """
+    q = s.quantization
+    if q is None or not q.modelopt or q.problem is not None or s.declared_otherwise or not s.quantized:
+        return None
+    drop: set[int] = set()
+    plain: list[str] = []
+    for name, parts in s.linear.items():
+        quantized = [p for p in parts if p in s.quantized]
+        if quantized:
+            drop |= s.ignore.reasons(name).keys()
+            named = s.ignore.partly(name)
+            parent = name.rpartition(".")[0]
+            for shard in named:
+                full = f"{parent}.{shard}"
+                drop |= {i for i, e in enumerate(q.ignore) if s.backbone.map(e.removesuffix("*")) == full}
+        else:
+            plain.append(name)
+    kept = tuple(e for i, e in enumerate(q.ignore) if i not in drop)
+    verdict = Ignore(kept, s.backbone)
+    added: list[str] = []
+    head = s.model is None or any(n.rpartition(".")[0].endswith("lm_head") for n in s.model.shapes)
+    if head and "lm_head" not in s.quantized and not verdict.reasons("lm_head"):
+        added.append("lm_head")
+    for name in plain:
+        if name == "lm_head" or (verdict.reasons(name) and not verdict.partly(name)):
+            continue
+        parent, _, leaf = name.rpartition(".")
+        for shard in s.backbone.fused.get(leaf, (leaf,)):
+            added += _spellings(s, f"{parent}.{shard}")
+    # What a dropped entry protected without being a linear module of vLLM's (a router, a vision tower) needs no entry
+    # there; other consumers read the list too, so it is named again.
+    for number in drop:
+        alone = Ignore((q.ignore[number],), s.backbone)
+        for name, module in s.modules.items():
+            weight = module.weight
+            if name in s.quantized or weight is None or name.endswith("embed_tokens"):
+                continue
+            if len(s.entries[weight].shape) != 2:
+                continue
+            if s.built_as(name) not in s.linear and alone.reasons(name) and not verdict.reasons(name):
+                added += [k.rpartition(".")[0] for ks in module.leaves.values() for k in ks]
+    found = list(dict.fromkeys([*kept, *added]))
+    return None if found == list(q.ignore) else found
+
+
+def _spellings(s: VllmSubject, name: str) -> list[str]:
+    """A backbone name as the checkpoint spells it, on every side."""
+    sides = [side for side in s.backbone.sides if s.backbone.map(side) and name.startswith(s.backbone.map(side))]
+    return [side + name.removeprefix(s.backbone.map(side)) for side in sides] or [name]
+
+
+def corrected_ignore_lists(s: VllmSubject) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """The configs of a checkpoint with the list of `consistent_ignore`, where they need it.
+
+    Both config.json and hf_quant_config.json get it, each under the key that it uses. Everything else in them stays,
+    in its order; the indentation is kept.
+
+    Returns:
+        New contents by name, and one sentence for each.
+    """
+    patterns = consistent_ignore(s)
+    if patterns is None:
+        return {}, ()
+    contents = {}
+    for name in ("config.json", "hf_quant_config.json"):
+        path = s.folder.root / name
+        if not path.exists():
+            continue
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        lists = list(_lists(content))
+        for part, key in lists:
+            part[key] = patterns
+        if lists:
+            indented = re.search(r"\n([ \t]+)\S", text)
+            new = json.dumps(content, indent=indented.group(1) if indented else None, ensure_ascii=text.isascii())
+            contents[name] = (new + text[len(text.rstrip()) :]).encode()
+    sentence = "{}: the ignore list was rewritten so that vLLM builds what is on disk"
+    return contents, tuple(sentence.format(name) for name in contents)
+
+
+def _lists(content: Any) -> Iterator[tuple[dict[str, Any], str]]:
+    """The parts of a config that hold an ignore list of ModelOpt's, with its key."""
+    text = content.get("text_config")
+    for part in (content, text if isinstance(text, dict) else {}):
+        for name in ("quantization_config", "quantization"):
+            inner = part.get(name)
+            for found in (inner, inner.get("quantization") if isinstance(inner, dict) else None):
+                if not isinstance(found, dict):
+                    continue
+                for key in ("ignore", "exclude_modules"):
+                    if isinstance(found.get(key), list):
+                        yield found, key

@@ -1,0 +1,167 @@
+"""What vLLM demands of config.json, hf_quant_config.json and generation_config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from tierewrite.consumers.findings import Finding
+from tierewrite.consumers.rules import Rule, RuleSet
+from tierewrite.consumers.vllm.quantization import ALGOS, Quantization
+from tierewrite.consumers.vllm.sources import MODELOPT, WEIGHT_UTILS
+from tierewrite.consumers.vllm.subject import VllmSubject
+
+RULES: RuleSet[VllmSubject] = RuleSet()
+
+NO_ARCHITECTURE = Rule(
+    id="architectures",
+    title="the model class is not known",
+    when="config.json names none",
+    severity="error",
+    consequence="vLLM guesses one from model_type and refuses what it does not know",
+    fix="name the model class in config.json",
+    source="model_executor/models/registry.py inspect_model_cls",
+)
+UNKNOWN_ARCHITECTURE = replace(
+    NO_ARCHITECTURE,
+    when="neither the table of backbones nor the installed transformers has it",
+    consequence="vLLM refuses a class that it does not know",
+    fix="correct the name, or the config that it cannot be built from",
+)
+
+
+@RULES.add(NO_ARCHITECTURE, UNKNOWN_ARCHITECTURE)
+def architectures(s: VllmSubject) -> Iterator[Finding]:
+    """models/registry.py `_normalize_arch` and `inspect_model_cls`: the first known one is built."""
+    where = ("config.json: architectures",)
+    if not s.architectures:
+        yield NO_ARCHITECTURE.at(where, "config.json names no architecture")
+    elif s.class_problem is not None and not s.backbone.architectures:
+        found = f"'{s.architecture}' is known neither here nor to the installed transformers: {s.class_problem}"
+        yield UNKNOWN_ARCHITECTURE.at(where, found)
+
+
+QUANT_CONFIG_MISSING = Rule(
+    id="quant-config-missing",
+    title="modules are quantized, and no config says so",
+    severity="error",
+    consequence="vLLM builds plain layers; the packed tensors abort the load",
+    fix="restore hf_quant_config.json or quantization_config from the export",
+    source=f"{WEIGHT_UTILS} get_quant_config",
+)
+QUANT_CONFIG_INVALID = Rule(
+    id="quant-config-invalid",
+    title="vLLM does not accept the quantization config",
+    severity="error",
+    consequence="vLLM refuses to load, or loads as if unquantized",
+    fix="restore the config from the export",
+    source=f"{MODELOPT} ModelOptQuantConfigBase.from_config",
+)
+QUANT_ALGO_MISMATCH = Rule(
+    id="quant-algo-mismatch",
+    title="the config names another algorithm than the tensors have",
+    severity="error",
+    consequence="vLLM builds parameters of other shapes; the load aborts",
+    fix="restore the config from the export",
+    source=f"{MODELOPT} LINEAR_ALGOS",
+)
+
+
+@RULES.add(QUANT_CONFIG_MISSING, QUANT_CONFIG_INVALID, QUANT_ALGO_MISMATCH)
+def quant_config(s: VllmSubject) -> Iterator[Finding]:
+    """config/model.py `_verify_quantization`; modelopt.py `ModelOptQuantConfigBase.from_config`."""
+    q = s.quantization
+    if q is None:
+        if s.quantized:
+            found = f"{len(s.quantized)} modules are quantized, and no config says so"
+            yield QUANT_CONFIG_MISSING.at(("config.json: quantization_config",), found)
+    elif q.problem is not None:
+        yield QUANT_CONFIG_INVALID.at((q.where,), q.problem)
+    elif s.declared_otherwise:
+        found = f"the config says {q.declared or q.algo}, the tensors are {s.on_disk_format}"
+        yield QUANT_ALGO_MISMATCH.at((f"{q.where}.quant_algo",), found)
+    elif q.modelopt and q.scheme is None and q.algo in ALGOS:
+        s.notes.append(f"{q.algo}: names and completeness are checked, scales and shapes are not")
+
+
+QUANT_CONFIG_DISAGREES = Rule(
+    id="quant-config-disagrees",
+    title="hf_quant_config.json and config.json differ",
+    severity="warning",
+    consequence="vLLM uses config.json; other readers may use the other",
+    fix="make them equal, or remove hf_quant_config.json",
+    source=f"{WEIGHT_UTILS} get_quant_config",
+)
+
+
+@RULES.add(QUANT_CONFIG_DISAGREES)
+def quant_configs_disagree(s: VllmSubject) -> Iterator[Finding]:
+    """`get_quant_config`: hf_quant_config.json is read only where config.json says nothing."""
+    q = s.quantization
+    if q is None or not s.folder.quant_config or q.where == "hf_quant_config.json" or not q.modelopt:
+        return
+    other = Quantization.of({}, s.folder.quant_config)
+    assert other is not None
+    differing = []
+    if other.declared != q.declared:
+        differing.append("quant_algo")
+    if other.kv_fp8 != q.kv_fp8:
+        differing.append("kv_cache_quant_algo")
+    if set(other.ignore) != set(q.ignore):
+        differing.append("exclude_modules")
+    if other.group_size != q.group_size:
+        differing.append("group_size")
+    if differing:
+        where = (f"hf_quant_config.json: quantization.{d}" for d in differing)
+        yield QUANT_CONFIG_DISAGREES.at(where, f"hf_quant_config.json and config.json differ in {', '.join(differing)}")
+
+
+ACTIVATIONS_UNUSED = Rule(
+    id="activations-unused",
+    title="the config says weight-only, and input scales are stored",
+    severity="warning",
+    consequence="vLLM drops them and computes with 16-bit activations",
+    fix="if activations were calibrated, restore input_activations in config_groups",
+    source=f"{MODELOPT} ModelOptNvFp4Config._from_config",
+)
+
+
+@RULES.add(ACTIVATIONS_UNUSED)
+def activations_unused(s: VllmSubject) -> Iterator[Finding]:
+    """modelopt.py `ModelOptNvFp4Config._from_config`, `_DropInputScale`: weight-only, input scales are dropped."""
+    if s.quantization is None or s.quantization.algo != "W4A16_NVFP4" or s.declared_otherwise:
+        return
+    keys = tuple(k for m in s.sound.values() for k in m.leaves.get("input_scale", ()))
+    if keys:
+        yield ACTIVATIONS_UNUSED.at(keys, f"the config says weight-only, yet {len(keys)} input scales are stored")
+
+
+GENERATION_CONFIG = Rule(
+    id="generation-config",
+    title="generation_config.json lacks what the model's sampler needs",
+    severity="warning",
+    consequence="vLLM fails when the model is served, unless told to read another generation config",
+    fix="copy the values from the original model's generation_config.json",
+    source="model_executor/models/diffusion_gemma.py DiffusionGemmaModelState",
+)
+
+
+@RULES.add(GENERATION_CONFIG)
+def generation_config(s: VllmSubject) -> Iterator[Finding]:
+    """models/diffusion_gemma.py `DiffusionGemmaModelState.__init__`, `custom_sampler`. Serving can name another folder
+    (`--generation-config`).
+    """
+    wanted = s.backbone.generation
+    if wanted is None:
+        return
+    have = s.folder.generation
+    lacking = [f"generation_config.json: {n}" for n in wanted["numbers"] if not isinstance(have.get(n), (int, float))]
+    sampler = have.get("sampler_config")
+    rules = wanted["sampler"]
+    value = sampler.get(rules["positive"]) if isinstance(sampler, dict) else None
+    named = isinstance(sampler, dict) and rules["class"] in str(sampler.get("_cls_name", ""))
+    if not named or not isinstance(value, (int, float)) or not value > 0:
+        lacking.append("generation_config.json: sampler_config")
+    if lacking:
+        found = f"generation_config.json lacks {', '.join(x.rpartition(' ')[2] for x in lacking)}"
+        yield GENERATION_CONFIG.at(lacking, found)

@@ -1,0 +1,15 @@
+"""Files of vLLM 0.33 that rules were read in, below vllm/ of the package; and what a rewrite can fix."""
+
+from __future__ import annotations
+
+from tierewrite.consumers.findings import Mend
+
+DEFAULT_LOADER = "model_executor/model_loader/default_loader.py"
+KV_CACHE = "model_executor/layers/quantization/kv_cache.py"
+MODELOPT = "model_executor/layers/quantization/modelopt.py"
+MODEL_UTILS = "model_executor/models/utils.py"
+QUANTIZATION_UTILS = "model_executor/layers/quantization/utils"
+WEIGHT_UTILS = "model_executor/model_loader/weight_utils.py"
+
+REWRITE: Mend = "rewrite"
+FILL: Mend = "rewrite --fill-missing-scales"
