@@ -24,7 +24,9 @@ from tierewrite.rewriting.opened import Opened
 from tierewrite.source.bytes import read_tensors
 from tierewrite.source.open import open_checkpoint
 from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME, Checkpoint
-from tierewrite.stores.remote import FilePath, PathLike, RemotePath, listing
+from tierewrite.stores.base import PathLike
+from tierewrite.stores.places import FilePath, is_remote
+from tierewrite.stores.remote import listing
 
 _SAMPLES = 16
 _SAMPLE_BYTES = 4 << 20
@@ -48,7 +50,7 @@ class Made:
 
 def has_manifest(dst: FilePath) -> bool:
     """Whether a rewrite left its manifest in `dst`. Raises SystemFailure: a store cannot be asked."""
-    if isinstance(dst, RemotePath):
+    if is_remote(dst):
         return MANIFEST_NAME in listing(dst)
     return (dst / MANIFEST_NAME).is_file()
 
