@@ -29,6 +29,7 @@ from tierewrite.errors import Interrupted, SourceError, UsageError
 from tierewrite.rewriting import run as rewriting
 from tierewrite.source import bytes as source_bytes
 from tierewrite.source import folder, hub
+from tierewrite.stores import local
 from tierewrite.ties import meta_model
 
 ROOT = Path(__file__).parent.parent
@@ -357,8 +358,8 @@ def test_plan_only_reads_headers_only(models: Path, monkeypatch: pytest.MonkeyPa
         raise AssertionError("tensor data was read")
 
     monkeypatch.setattr(folder.os, "read", counted)
-    for name in ("open_source", "_pread_into"):
-        monkeypatch.setattr(source_bytes, name, never)
+    monkeypatch.setattr(source_bytes, "open_source", never)
+    monkeypatch.setattr(local, "_pread_into", never)
     report = tierewrite.batch(models, plan_only=True)
     assert not report.failed
     shards = {path: count for path, count in read.items() if path.endswith(".safetensors")}

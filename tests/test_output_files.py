@@ -14,7 +14,9 @@ import tierewrite
 from tests.checkpoints import FIXTURES
 from tierewrite.errors import SystemFailure
 from tierewrite.output import files
-from tierewrite.output.files import PartFiles, part_path
+from tierewrite.output.files import PartFiles
+from tierewrite.stores import local
+from tierewrite.stores.local import part_path
 
 
 def _made(folder: Path, count: int = 2) -> dict[int, Path]:
@@ -25,8 +27,8 @@ def _made(folder: Path, count: int = 2) -> dict[int, Path]:
 
 
 def test_pieces_by_many_threads_are_all_in_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_WRITEBACK_BYTES", 4096)
-    monkeypatch.setattr(files, "_WRITE_BYTES", 100)
+    monkeypatch.setattr(local, "WRITEBACK_BYTES", 4096)
+    monkeypatch.setattr(local, "_WRITE_BYTES", 100)
     data = {number: random.Random(number).randbytes(100_000) for number in range(3)}
     pieces = [(number, at) for number in data for at in range(0, 100_000, 700)]
     random.Random(1).shuffle(pieces)
@@ -50,8 +52,8 @@ def test_the_disk_is_told_to_begin_before_the_end_and_not_for_every_piece(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[int] = []
-    monkeypatch.setattr(files, "_WRITEBACK_BYTES", 1000)
-    monkeypatch.setattr(files, "_start_writeback", begun.append)
+    monkeypatch.setattr(local, "WRITEBACK_BYTES", 1000)
+    monkeypatch.setattr(local, "start_writeback", begun.append)
     with PartFiles(_made(tmp_path, 1)) as shards:
         for at in range(0, 10_000, 100):
             shards.write(0, memoryview(bytes(100)), at)

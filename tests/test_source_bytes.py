@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import write_shard
-from tierewrite.source.bytes import LocalFile, read_tensors
+from tierewrite.source.bytes import read_tensors
 from tierewrite.source.folder import open_folder
 from tierewrite.source.table import Checkpoint
+from tierewrite.stores.local import LocalFile
 
 TENSORS = {"a": b"123", "empty": b"", "b": b"45", "large": bytes(5000), "c": b"6", "none": b""}
 

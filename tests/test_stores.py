@@ -424,7 +424,7 @@ def test_object_names_that_no_file_may_have_are_refused(
 ) -> None:
     src = keep(naive("qwen3_tied_bf16"), memory("src"))
     true = remote.listing
-    monkeypatch.setattr("tierewrite.source.open.listing", lambda folder: {**true(folder), name: {"size": 1}})
+    monkeypatch.setattr("tierewrite.stores.mirror.listing", lambda folder: {**true(folder), name: {"size": 1}})
     refused(lambda: tierewrite.rewrite(src, tmp_path / "out"), tierewrite.SourceError, src, "rename that object")
     assert not (tmp_path / "out").exists()
 

@@ -11,7 +11,7 @@ import numpy as np
 from tierewrite import formats
 from tierewrite.source.open import open_checkpoint
 from tierewrite.source.table import Checkpoint, gc_paused
-from tierewrite.stores.remote import PathLike
+from tierewrite.stores.base import PathLike
 from tierewrite.ties.on_disk import DiskTies, on_disk
 from tierewrite.ties.tie_map import TieMap
 

@@ -27,7 +27,9 @@ from tierewrite.source import hub
 from tierewrite.source.folder import natural_key
 from tierewrite.source.strict_json import unique_members
 from tierewrite.source.table import INDEX_NAME
-from tierewrite.stores.remote import PathLike, RemotePath, listing, located
+from tierewrite.stores.base import PathLike
+from tierewrite.stores.places import is_local, is_remote, located
+from tierewrite.stores.remote import RemotePath, listing
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +94,7 @@ class Gatherer:
 
     def _named(self, one: PathLike) -> list[Item]:
         path = located(one)
-        if isinstance(path, RemotePath):
+        if is_remote(path):
             below = _below_url(path, self.into)
             return [self._found(f"{path.url}/{name}" if name else path.url, name, str(path)) for name in below]
         text = os.fspath(one)
@@ -159,7 +161,7 @@ class Gatherer:
             if not name:
                 raise UsageError(f"{origin}: '{shown(src)}' has no name that its DST could get; give its `dst`")
             into = located(self.into)
-            dst = f"{into.url}/{name}" if isinstance(into, RemotePath) else os.path.join(self.into, name)
+            dst = f"{into.url}/{name}" if is_remote(into) else os.path.join(self.into, name)
         if dst is None and not self.plan_only:
             raise UsageError(f"{origin}: nothing says where '{shown(src)}' goes; give --into OUT, or a `dst` in a list")
         return Item(src, None if self.plan_only else dst, options, policy, name or src, origin)
@@ -188,7 +190,7 @@ def _check(name: str, value: Any, origin: str) -> None:
 def name_of(src: str) -> str:
     """The last part of a folder's, a URL's or a hub id's name; "" if it has none."""
     path = located(src)
-    name = path.name if isinstance(path, RemotePath) else os.path.basename(os.path.abspath(src))
+    name = path.name if is_remote(path) else os.path.basename(os.path.abspath(src))
     return "" if name in (".", "..") else name
 
 
@@ -238,7 +240,7 @@ def _below(root: Path, into: str | None) -> list[str]:
     found: list[str] = []
     seen: set[tuple[int, int]] = set()
     output = None if into is None else located(into)
-    left_out = _identity(output) if isinstance(output, Path) else None
+    left_out = _identity(output) if is_local(output) else None
     # All that can be reached without a link comes first: the name that stays is the one that needs none.
     waiting: deque[tuple[str, Path]] = deque([("", root)])
     links: deque[tuple[str, Path]] = deque()
@@ -322,7 +324,7 @@ def _below_url(root: RemotePath, into: str | None) -> list[str]:
     found: set[str] = set()
     for folder in sorted(folders, key=lambda name: (name.count("/") + bool(name), name)):
         url = f"{root.url}/{folder}" if folder else root.url
-        if isinstance(output, RemotePath) and folder and f"{url}/".startswith(f"{output.url}/"):
+        if is_remote(output) and folder and f"{url}/".startswith(f"{output.url}/"):
             continue
         if is_checkpoint(folders[folder]) and found.isdisjoint(_above(folder, root=True)):
             found.add(folder)
@@ -384,7 +386,7 @@ def _clash(one: Item, other: Item, what: str) -> UsageError:
 def _key(where: str, dst: bool = False) -> str | None:
     """What stands for a place, links resolved; None for a hub id."""
     path = located(where)
-    if isinstance(path, RemotePath):
+    if is_remote(path):
         return path.url
     if not dst and hub.repo_id(where) is not None:
         return None

@@ -23,7 +23,9 @@ from tierewrite.proof.files import read_manifest
 from tierewrite.source.bytes import read_tensors
 from tierewrite.source.open import open_checkpoint
 from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME, Checkpoint
-from tierewrite.stores.remote import FilePath, PathLike, RemotePath, listing
+from tierewrite.stores.base import PathLike
+from tierewrite.stores.places import FilePath, is_remote
+from tierewrite.stores.remote import listing
 from tierewrite.values.opened import Opened
 
 _SAMPLES = 16
@@ -48,7 +50,7 @@ class Made:
 
 def has_manifest(dst: FilePath) -> bool:
     """Whether a rewrite left its manifest in `dst`. Raises SystemFailure: a store cannot be asked."""
-    if isinstance(dst, RemotePath):
+    if is_remote(dst):
         return MANIFEST_NAME in listing(dst)
     return (dst / MANIFEST_NAME).is_file()
 

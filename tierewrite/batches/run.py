@@ -32,7 +32,8 @@ from tierewrite.report import Report
 from tierewrite.rewriting import run as rewriting
 from tierewrite.rewriting.options import ITEM_TYPES, BatchOptions, EngineOptions
 from tierewrite.source.open import fetched, name_of
-from tierewrite.stores.remote import PathLike, located
+from tierewrite.stores.base import PathLike
+from tierewrite.stores.places import is_local, located
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -121,7 +122,7 @@ def _parents_of(items: Sequence[Item]) -> Iterator[None]:
     try:
         for item in items:
             target = located(item.dst or "")
-            if isinstance(target, Path):
+            if is_local(target):
                 with contextlib.suppress(OSError, RuntimeError):  # its rewrite meets that again, and says what is wrong
                     _make(target.resolve().parent, made)
         yield

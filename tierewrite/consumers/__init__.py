@@ -21,7 +21,8 @@ from tierewrite.consumers.findings import SCHEMA, Finding, ReadinessReport, in_o
 from tierewrite.consumers.transformers import TRANSFORMERS
 from tierewrite.consumers.vllm import VLLM
 from tierewrite.errors import UsageError, shown
-from tierewrite.source.open import Place, name_of
+from tierewrite.source.open import name_of
+from tierewrite.stores.mirror import Place
 
 __all__ = ["CONSUMERS", "SCHEMA", "Finding", "ReadinessReport", "check", "consumer_named", "corrected_configs"]
 

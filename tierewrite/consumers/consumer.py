@@ -14,7 +14,7 @@ from tierewrite.consumers.folder import Folder
 from tierewrite.consumers.rules import RuleSet
 from tierewrite.consumers.subject import Subject
 from tierewrite.planning.policy import PolicyOptions
-from tierewrite.source.open import Place
+from tierewrite.stores.mirror import Place
 
 S = TypeVar("S", bound=Subject)
 

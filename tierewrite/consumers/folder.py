@@ -15,9 +15,10 @@ from tierewrite.errors import ConfigError, SourceError
 from tierewrite.source.folder import WANTED, natural_key, refuse_half_written, what_is_here
 from tierewrite.source.header import read_header
 from tierewrite.source.index import read_index
-from tierewrite.source.open import Mirror, Place, RemoteFolder, folder_of, rename_in_errors
+from tierewrite.source.open import RemoteCheckpoint, rename_in_errors
 from tierewrite.source.table import INDEX_NAME, Checkpoint, Header, Shard, TensorEntry, Tensors
-from tierewrite.stores.remote import FilePath
+from tierewrite.stores.mirror import Place, folder_of, is_remote_folder
+from tierewrite.stores.places import FilePath
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,9 @@ class Folder:
             SystemFailure: the system does not let us read it.
         """
         place = folder_of(path)
-        mirror = Mirror(place, python=True) if isinstance(place, RemoteFolder) else None
+        mirror = RemoteCheckpoint(place, python=True) if is_remote_folder(place) else None
         where: FilePath
-        if isinstance(place, RemoteFolder):
+        if is_remote_folder(place):
             assert mirror is not None
             root, where, top = mirror.root, place.base, mirror.top
         else:

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from tierewrite.formats import ignore_lists as entries
 from tierewrite.planning.plan import RewritePlan
 from tierewrite.source.bytes import read_side_file
-from tierewrite.source.table import Checkpoint, gc_paused
+from tierewrite.source.table import Checkpoint
 from tierewrite.ties.on_disk import DiskTies
 
 
-@gc_paused()
 def ignore_lists(
     checkpoint: Checkpoint, plan: RewritePlan, ties: DiskTies
 ) -> tuple[Mapping[str, bytes], tuple[str, ...]]:

@@ -2,104 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import errno
-import fcntl
-import functools
 import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from tierewrite.errors import system_errors
-from tierewrite.stores.remote import FilePath, RemotePath, Upload
+from tierewrite.stores import local
+from tierewrite.stores.base import Sink
+from tierewrite.stores.local import flush, part_path, write_all
+from tierewrite.stores.places import FilePath, store_of
 
-_WRITE_BYTES = 256 << 10
-"""Of one system call, at most. The page cache takes pages as large as the call, up to megabytes, and these are the ones
-that a virtual machine's host has to give back first: calls of 8 MiB took three times as long, on 2 cores and ext4."""
-_WRITEBACK_BYTES = 128 << 20
-"""The disk is told to begin whenever so much has gathered in a file: it is asked for large pieces by few."""
 _FLUSHERS = 2
 """Threads that wait for the disk."""
-_SYNC_FILE_RANGE_WRITE = 2
-
-
-def part_path(path: Path, token: str = "") -> Path:
-    """The name of a shard until it is complete and flushed; `token` tells several that write it apart."""
-    return path.with_name(f"{path.name}{token and '.'}{token}.part")
 
 
 def is_finished_shard(path: Path) -> bool:
     """Whether `path` in a staging folder is a shard that a run completed and flushed."""
     return path.suffix == ".safetensors" and path.is_file() and not path.is_symlink()
-
-
-def sync_folder(path: Path) -> None:
-    """Flushes a folder's entries to disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot, and need not
-            raise
-    finally:
-        os.close(fd)
-
-
-def create(path: Path) -> int:
-    """A new file for writing, with the mode that the umask gives (safetensors' own save_file gives 0600)."""
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-
-
-def flush(fd: int) -> None:
-    """Puts a file's data on the disk itself (on macOS fsync alone leaves it in the drive's cache)."""
-    if hasattr(fcntl, "F_FULLFSYNC"):
-        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
-    else:
-        os.fsync(fd)
-
-
-@functools.cache
-def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
-    try:
-        function = ctypes.CDLL(None).sync_file_range  # Linux
-    except (AttributeError, OSError):
-        return None
-    function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-    return function
-
-
-def _start_writeback(fd: int) -> None:
-    """Lets the disk begin with all that a file has in memory, so that a flush finds little left; only a hint."""
-    function = _sync_file_range()
-    if function is not None:
-        function(fd, 0, 0, _SYNC_FILE_RANGE_WRITE)  # 0 bytes: to its end
-
-
-def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
-    """Writes all of `data` at `offset`; a short write is continued."""
-    view = memoryview(data)
-    while view:
-        done = os.pwrite(fd, view[:_WRITE_BYTES], offset)
-        view = view[done:]
-        offset += done
-
-
-class Sink(Protocol):
-    """One new file, written from its first byte to its last."""
-
-    def write(self, data: memoryview) -> None:
-        """The next bytes. Raises SystemFailure."""
-
-    def commit(self) -> None:
-        """All is written: the file is complete, durable and under its name. Raises SystemFailure."""
-
-    def abort(self) -> None:
-        """Leaves nothing of it."""
 
 
 @dataclass
@@ -153,10 +75,10 @@ class PartFiles:
             write_all(file.fd, data, position)
         with self._lock:
             file.gathered += len(data)
-            if file.gathered < _WRITEBACK_BYTES or not (file.waiting is None or file.waiting.done()):
+            if file.gathered < local.WRITEBACK_BYTES or not (file.waiting is None or file.waiting.done()):
                 return
             file.gathered = 0
-            file.waiting = self._pool.submit(_start_writeback, file.fd)
+            file.waiting = self._pool.submit(local.start_writeback, file.fd)
 
     def complete(self, number: int) -> None:
         """All of a file is written: it is flushed, and gets its own name, while others go on."""
@@ -204,47 +126,6 @@ class PartFiles:
         self.close()
 
 
-class LocalSink:
-    """A new file of this machine's, flushed before it is complete.
-
-    Args:
-        path: its name.
-        under: the name that it has until then; None: its own.
-    """
-
-    def __init__(self, path: Path, under: Path | None = None) -> None:
-        self.path, self.under = path, under or path
-        self._size = self._gathered = 0
-        with system_errors("creating", path):
-            self._fd = create(self.under)
-
-    def write(self, data: memoryview) -> None:
-        with system_errors("writing", self.path):
-            write_all(self._fd, data, self._size)
-        self._size += len(data)
-        self._gathered += len(data)
-        if self._gathered >= _WRITEBACK_BYTES:
-            _start_writeback(self._fd)
-            self._gathered = 0
-
-    def commit(self) -> None:
-        with system_errors("flushing", self.path):
-            flush(self._fd)
-            self._close()
-            if self.under != self.path:
-                os.rename(self.under, self.path)
-
-    def abort(self) -> None:
-        self._close()
-        with contextlib.suppress(OSError):
-            self.under.unlink()
-
-    def _close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-
 def open_sink(path: FilePath, size: int, token: str = "") -> Sink:
     """A new file, wherever it is to be.
 
@@ -254,17 +135,4 @@ def open_sink(path: FilePath, size: int, token: str = "") -> Sink:
         token: of who writes: a local file is not under its name before it is complete, and two that write the same
             file do not meet. (In a store no file is there before it is complete.)
     """
-    if isinstance(path, RemotePath):
-        return Upload(path, size)
-    return LocalSink(path, part_path(path, token) if token else None)
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Writes and flushes a small file."""
-    with system_errors("writing", path):
-        fd = create(path)
-        try:
-            write_all(fd, data, 0)
-            flush(fd)
-        finally:
-            os.close(fd)
+    return store_of(path).create(path, size, token)

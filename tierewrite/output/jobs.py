@@ -22,11 +22,12 @@ from typing import NamedTuple
 from tierewrite.digest import DeviceFailed, Digester, select
 from tierewrite.digest import Span as DigestSpan
 from tierewrite.digest.spans import Bytes
-from tierewrite.output.files import Sink, open_sink
+from tierewrite.output.files import open_sink
 from tierewrite.output.result import BUFFER_BYTES, Result
-from tierewrite.source.bytes import SourceFile, open_source, runs_of
+from tierewrite.source.bytes import open_source, runs_of
 from tierewrite.source.table import Checkpoint, Shard
-from tierewrite.stores.remote import FilePath
+from tierewrite.stores.base import Sink, SourceFile
+from tierewrite.stores.places import FilePath
 from tierewrite.values.content import COPY, Content, Maker, needs_source
 
 _AHEAD = 3  # buffers: one being written, the others being read

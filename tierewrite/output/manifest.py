@@ -22,7 +22,6 @@ from tierewrite.planning.plan import ACTIONS, Action, RewritePlan
 from tierewrite.planning.policy import Policy
 from tierewrite.report import Report, Status
 from tierewrite.source.strict_json import unique_members
-from tierewrite.source.table import gc_paused
 from tierewrite.ties.on_disk import DiskTies
 from tierewrite.values.content import Made
 from tierewrite.values.merged import MergedScale
@@ -105,7 +104,6 @@ class Manifest(msgspec.Struct):
     groups: list[ManifestGroup]
 
 
-@gc_paused()
 def written_tensors(
     plan: RewritePlan,
     made: Mapping[str, Made],
@@ -153,7 +151,6 @@ def ties_on_disk(disk: DiskTies) -> dict[str, str]:
     return ties
 
 
-@gc_paused()
 def build_manifest(
     report: Report, disk: DiskTies, written: Mapping[str, dict[str, ManifestTensor]], version: str
 ) -> bytes:

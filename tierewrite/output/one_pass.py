@@ -16,8 +16,9 @@ from tierewrite.digest.spans import Bytes
 from tierewrite.output.files import PartFiles
 from tierewrite.output.result import BUFFER_BYTES, Result
 from tierewrite.output.work import AnyTask, MadeTask, Task, Work
-from tierewrite.source.bytes import SourceFile, open_source
+from tierewrite.source.bytes import open_source
 from tierewrite.source.threads import io_threads
+from tierewrite.stores.base import SourceFile
 from tierewrite.values.content import COPY, Maker
 
 log = logging.getLogger(__name__)

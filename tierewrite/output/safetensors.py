@@ -12,7 +12,7 @@ import msgspec
 from tierewrite.errors import UsageError, shown
 from tierewrite.planning.plan import OutShard
 from tierewrite.source.header import MAX_HEADER_BYTES
-from tierewrite.source.table import Checkpoint, gc_paused
+from tierewrite.source.table import Checkpoint
 
 
 class HeaderEntry(msgspec.Struct, gc=False):
@@ -23,7 +23,6 @@ class HeaderEntry(msgspec.Struct, gc=False):
     data_offsets: tuple[int, int]
 
 
-@gc_paused()
 def shard_header(shard: OutShard, metadata: Mapping[str, str]) -> bytes:
     """The length field and JSON header of an output shard, padded to 8 bytes as safetensors' serializer pads.
 
@@ -59,7 +58,6 @@ def merged_metadata(checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
     return union, warnings
 
 
-@gc_paused()
 def index_bytes(shards: Sequence[OutShard], metadata: Mapping[str, Any] | None) -> bytes:
     """`model.safetensors.index.json`: canonical names, `total_size` in bytes of tensor data, other metadata kept."""
     about = {**(metadata or {}), "total_size": sum(shard.nbytes for shard in shards)}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tierewrite.errors import SourceError, system_errors
 from tierewrite.output.engine import Engine, Meter, RunPass
-from tierewrite.output.files import PartFiles, create, part_path, write_all
+from tierewrite.output.files import PartFiles
 from tierewrite.output.jobs import Job, JobTensor
 from tierewrite.output.safetensors import shard_header
 from tierewrite.output.staging import Staged
@@ -19,7 +19,8 @@ from tierewrite.report import ShardSize
 from tierewrite.source.bytes import open_source
 from tierewrite.source.open import header_of
 from tierewrite.source.table import Checkpoint
-from tierewrite.stores.remote import FilePath
+from tierewrite.stores.local import create, part_path, write_all
+from tierewrite.stores.places import FilePath, is_local
 from tierewrite.values.content import COPY, Content, Copy, Encode, Made, made_of
 
 
@@ -77,7 +78,7 @@ class Output:
             SourceChanged, SystemFailure: as `Engine.run_jobs`.
         """
         wanted = set(digests_wanted(self.plan)) - known.keys()
-        if engine.run_pass is not None and isinstance(self.staging.folder, Path):
+        if engine.run_pass is not None and is_local(self.staging.folder):
             known.update(self._in_one_pass(engine.run_pass, wanted))
         else:
             known.update(self._by_jobs(engine, wanted))
@@ -86,7 +87,7 @@ class Output:
         """Each byte of the source is read once, in its order, and goes to its place in any of the shards."""
         paths: dict[int, Path] = {}
         for index, (shard, header, path) in enumerate(zip(self.plan.shards, self.headers, self.paths, strict=True)):
-            assert isinstance(path, Path)
+            assert is_local(path)
             if index in self.finished:
                 continue
             with system_errors("creating", path):
@@ -107,9 +108,7 @@ class Output:
     def _by_jobs(self, engine: Engine, wanted: set[str]) -> dict[str, bytes]:
         """Each shard is a job by itself; what is in none of them is hashed first."""
         token = secrets.token_hex(4)
-        jobs = [
-            self._job(index, wanted, token) for index in range(len(self.plan.shards)) if index not in self.finished
-        ]
+        jobs = [self._job(index, wanted, token) for index in range(len(self.plan.shards)) if index not in self.finished]
         read = {tensor.key for job in jobs for tensor in job.tensors}
         digests = engine.hash(self.checkpoint, wanted - read, "hashing")
         results = engine.run_jobs(jobs, "rewriting")
@@ -121,7 +120,7 @@ class Output:
 
     def _tidy(self) -> None:
         """Removes from the folder what is no shard of the plan: parts, by workers that died."""
-        if isinstance(self.staging.folder, Path):
+        if is_local(self.staging.folder):
             self._leave_only_planned(self.staging.kept())
 
     def _leave_only_planned(self, there: Iterable[FilePath]) -> None:
@@ -169,9 +168,7 @@ class Output:
                 else:
                     path.unlink()
 
-    def _is_right(
-        self, index: int, shard: OutShard, path: FilePath, engine: Engine, known: dict[str, bytes]
-    ) -> bool:
+    def _is_right(self, index: int, shard: OutShard, path: FilePath, engine: Engine, known: dict[str, bytes]) -> bool:
         header = self.headers[index]
         try:
             staged_shard, tensors = header_of(path)
@@ -207,11 +204,9 @@ class Output:
         if self._files is not None:
             self._files.close()
         for path in self.paths:
-            if isinstance(path, Path):
+            if is_local(path):
                 part_path(path).unlink(missing_ok=True)
-                path.unlink(missing_ok=True)
-            else:
-                path.unlink()
+            path.unlink(missing_ok=True)
 
     def sizes(self) -> list[ShardSize]:
         """Names and sizes of the files, header included."""

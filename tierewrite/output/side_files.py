@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
-from tierewrite.errors import system_errors
 from tierewrite.output.files import open_sink
 from tierewrite.output.staging import Staged
 from tierewrite.source.bytes import chunks_of, read_side_file
 from tierewrite.source.table import SideFile
+from tierewrite.stores.places import store_of
 
 
 def copy_side_files(
@@ -29,9 +28,9 @@ def copy_side_files(
         SystemFailure: reading or writing failed.
     """
     folder = staging.folder
-    if isinstance(folder, Path):  # a store has no folders but in names
-        for name in directories:
-            _make_folder(folder / name)
+    store = store_of(folder)
+    for name in directories:
+        store.make_folder(folder / name)
     for side in side_files:
         if contents is not None and side.name in contents:
             staging.put(side.name, contents[side.name])
@@ -40,8 +39,7 @@ def copy_side_files(
             staging.put(side.name, read_side_file(side))
             continue
         path = folder / side.name
-        if isinstance(path, Path):
-            _make_folder(path.parent)
+        store.make_folder(path.parent)
         sink = open_sink(path, side.size)
         try:
             for chunk in chunks_of(side):
@@ -51,8 +49,3 @@ def copy_side_files(
         except BaseException:
             sink.abort()
             raise
-
-
-def _make_folder(path: Path) -> None:
-    with system_errors("making a folder", path):
-        path.mkdir(parents=True, exist_ok=True)

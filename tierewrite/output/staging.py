@@ -22,10 +22,11 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from tierewrite.errors import UsageError, shown, system_errors
-from tierewrite.output.files import is_finished_shard, sync_folder, write_file
+from tierewrite.output.files import is_finished_shard
 from tierewrite.output.target import Target, aside_of, staging_of
-from tierewrite.source.open import RemoteFolder
-from tierewrite.stores.remote import FilePath
+from tierewrite.stores.local import sync_folder
+from tierewrite.stores.mirror import RemoteFolder
+from tierewrite.stores.places import FilePath, store_of
 
 log = logging.getLogger(__name__)
 _RENAME_EXCHANGE = 2
@@ -184,10 +185,7 @@ class Staging:
 
     def put(self, name: str, data: bytes) -> None:
         path = self.path / name
-        if os.path.lexists(path):
-            with system_errors("replacing", path):
-                path.unlink()
-        write_file(path, data)
+        store_of(path).put(path, data)
 
     def view(self) -> Path:
         return self.path

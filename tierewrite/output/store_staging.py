@@ -21,9 +21,10 @@ from types import TracebackType
 
 from tierewrite.errors import Interrupted, SourceError, SystemFailure, TierewriteError, UsageError, shown
 from tierewrite.source.folder import is_half_written
-from tierewrite.source.open import RemoteFolder
 from tierewrite.source.table import INCOMPLETE_NAME, INDEX_NAME
-from tierewrite.stores.remote import FilePath, RemotePath, listing, with_timeout
+from tierewrite.stores.mirror import RemoteFolder
+from tierewrite.stores.places import FilePath, is_remote
+from tierewrite.stores.remote import RemotePath, listing, with_timeout
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class RemoteTarget:
             UsageError: SRC and DST are the same or inside one another, or something is there that may not go.
             SystemFailure: the store cannot be asked.
         """
-        if isinstance(src, RemotePath):
+        if is_remote(src):
             (fs, one), (other_fs, other) = src.opened(), dst.opened()
             one, other = f"{one.rstrip('/')}/", f"{other.rstrip('/')}/"
             if fs == other_fs and one == other:

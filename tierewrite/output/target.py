@@ -12,7 +12,7 @@ from pathlib import Path
 from tierewrite.errors import SourceChanged, SourceError, SystemFailure, UsageError, shown, system_errors
 from tierewrite.planning.plan import OutShard
 from tierewrite.source.table import INDEX_NAME, Checkpoint
-from tierewrite.stores.remote import FilePath
+from tierewrite.stores.places import FilePath, is_local
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Target:
             if dst.is_symlink() and not real.exists():
                 what = f"DST is a link to '{shown(real)}', which does not exist"
                 raise UsageError(what, file=dst, advice="make that folder, or remove the link")
-            if isinstance(src, Path):
+            if is_local(src):
                 _apart(src, dst, real)
             if not real.name:
                 raise UsageError("DST is the root of the file system; name a folder in it", file=dst)

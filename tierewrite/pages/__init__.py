@@ -21,7 +21,8 @@ from typing import Any
 
 from tierewrite.errors import SystemFailure, UsageError
 from tierewrite.pages.facts import WORST_SHOWN, Facts, read_facts
-from tierewrite.stores.remote import FilePath, PathLike, located
+from tierewrite.stores.base import PathLike
+from tierewrite.stores.places import FilePath, is_local, located
 
 __all__ = ["Facts", "Page", "report_page"]
 
@@ -85,7 +86,7 @@ class Page:
         if target.is_dir():
             raise UsageError("is a folder; expected the name of a file to write", file=target)
         resolved = Path(os.path.realpath(target))
-        if not isinstance(self.source, Path):
+        if not is_local(self.source):
             return
         source = Path(os.path.realpath(self.source))
         if resolved == source or (source.is_dir() and resolved.is_relative_to(source)):

@@ -10,102 +10,37 @@ from __future__ import annotations
 import io
 import math
 import re
-import warnings
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tierewrite.errors import UsageError, shown
-from tierewrite.pages.facts import Divergence, Facts, Scale, SizeRow
-from tierewrite.units import percent, size
+from tierewrite.pages.facts import Divergence, Facts, SizeRow
+from tierewrite.pages.heatmaps import heatmaps, scale_top
+from tierewrite.pages.style import (
+    AFTER,
+    BEFORE,
+    COLOURS,
+    INK,
+    LINE,
+    MAX_BARS,
+    MAX_ROWS,
+    MUTED,
+    NEVER,
+    ONE_SIDE,
+    PAPER,
+    VARIABLES,
+    WIDTH,
+    change,
+    drawing,
+    label,
+    ratio_top,
+    times,
+)
+from tierewrite.units import size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
-
-INK, MUTED, LINE = "#17202e", "#5d6878", "#dde2e9"
-BEFORE, AFTER = "#a9b4c4", "#0f8b8d"
-NEVER, ONE_SIDE = "#d1345b", "#9aa3ad"
-PAPER = "#ffffff"
-VARIABLES = {
-    INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)", BEFORE: "var(--before)", AFTER: "var(--after)",
-    NEVER: "var(--never)", ONE_SIDE: "var(--one-side)", PAPER: "var(--panel)",
-}  # fmt: skip
-"""Colour of the light theme -> the page's variable for it."""
-
-COLOURS = "viridis"
-WIDTH = 10.4  # inches of every picture
-MAX_BARS = 12
-MAX_ROWS = 14
-MAX_HEATMAPS = 6
-MAX_CELLS = 1024  # layers or experts that a heatmap shows
-
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same everywhere
-    "font.size": 9,
-    "text.parse_math": False,
-    "text.color": INK,
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": MUTED,
-    "axes.titlecolor": INK,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.labelsize": 8.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": LINE,
-    "grid.linewidth": 0.7,
-    "xtick.color": LINE,
-    "ytick.color": LINE,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": INK,
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
-    "image.interpolation": "none",
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "legend.frameon": False,
-}
-
-
-@contextmanager
-def _drawing(salt: str) -> Iterator[None]:
-    """matplotlib with our settings alone; raises the UsageError where it is missing."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UsageError(
-            "pictures are drawn by matplotlib, which is not installed: pip install 'tierewrite[report]' "
-            "(--json needs none)"
-        ) from None
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # glyphs that the font lacks: the browser has them
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE | {"svg.hashsalt": salt})
-        yield
-
-
-def label(name: str, width: int = 34) -> str:
-    """`name` as it is drawn: printable characters only, cut in the middle to `width` characters."""
-    text = "".join(c if c.isprintable() else "?" for c in shown(name))
-    return text if len(text) <= width else f"{text[: width // 2 - 1]}…{text[-(width - width // 2) :]}"
-
-
-def change(before: int, after: int) -> str:
-    """The change from `before` to `after`, with a minus as it is printed: "−42.1%"."""
-    return percent(before, after).replace("-", "−")
-
-
-def times(ratio: float | None) -> str:
-    """A ratio for people: "2.26x", "18.4x", "1,250x"; a dash for none."""
-    if ratio is None:
-        return "–"
-    if ratio >= 1e6 or math.isinf(ratio):
-        return f"{ratio:.1e}×" if math.isfinite(ratio) else "∞×"
-    return f"{ratio:.2f}×" if ratio < 10 else f"{ratio:.1f}×" if ratio < 100 else f"{ratio:,.0f}×"
 
 
 # ------------------------------------------------------------------------------------------------------- SVG
@@ -118,7 +53,7 @@ def svgs(facts: Facts) -> dict[str, list[str]]:
         UsageError: matplotlib is not installed.
     """
     found: dict[str, list[str]] = {"sizes": [], "ratios": [], "heatmaps": []}
-    with _drawing("tierewrite"):
+    with drawing("tierewrite"):
         if facts.sizes is not None:
             rows = bars(facts.sizes.by_part)
             found["sizes"].append(
@@ -245,11 +180,6 @@ def _ratios_height(rows: Sequence[Divergence]) -> float:
     return 0.75 + 0.46 * len(rows)
 
 
-def _top(ratio: float) -> float:
-    """The end of a logarithmic axis that starts at 1."""
-    return min(max(ratio, 1.05), 1e6)
-
-
 def ticks(top: float) -> list[float]:
     """Few round values from 1 to `top`, for a logarithmic axis."""
     if top < 1.3:
@@ -272,7 +202,7 @@ def _draw_ratios(figure: Figure | SubFigure, rows: Sequence[Divergence]) -> None
 
     height = _ratios_height(rows)
     axes = figure.add_axes((0.245, 0.44 / height, 0.56, 1 - 0.72 / height))
-    top = _top(max(d.max or 1 for d in rows))
+    top = ratio_top(max(d.max or 1 for d in rows))
     edges = np.linspace(0, math.log(top) or 1, 61)
     for i, row in enumerate(rows):
         values = np.log(np.clip(np.array(row.ratios), 1, top))
@@ -283,7 +213,7 @@ def _draw_ratios(figure: Figure | SubFigure, rows: Sequence[Divergence]) -> None
         median, p90 = row.median or 1, row.p90 or 1
         axes.plot([math.log(min(median, top))] * 2, [i - 0.4, i + 0.4], color=INK, linewidth=1.4)
         axes.plot([math.log(min(p90, top))] * 2, [i - 0.1, i + 0.4], color=INK, linewidth=0.9, linestyle=(0, (2, 1.5)))
-        axes.plot([math.log(_top(row.max or 1))], [i + 0.4], marker="v", color=NEVER, markersize=5, clip_on=False)
+        axes.plot([math.log(ratio_top(row.max or 1))], [i + 0.4], marker="v", color=NEVER, markersize=5, clip_on=False)
         for x, text, colour in zip(
             (1.12, 1.22, 1.32), (times(median), times(p90), times(row.max)), (INK, MUTED, NEVER), strict=True
         ):
@@ -301,151 +231,6 @@ def _draw_ratios(figure: Figure | SubFigure, rows: Sequence[Divergence]) -> None
     axes.set_xlabel("largest side / smallest side of a scale (logarithmic); the height of a bar is a share of its row")
 
 
-# -------------------------------------------------------------------------------------------------- heatmaps
-
-
-class Heatmap:
-    """One grid of ratios: rows of layers (or projections) by columns of experts (or layers).
-
-    A cell that several scales fall into shows the largest of them. Cells without a scale are empty.
-    """
-
-    def __init__(
-        self, title: str, rows: Sequence[str], columns: Sequence[str], axes: tuple[str, str], top: float, note: str
-    ) -> None:
-        self.title, self.rows, self.columns, self.axes, self.top, self.note = title, rows, columns, axes, top, note
-        self.cells: dict[tuple[int, int], Scale] = {}
-
-    def put(self, row: int, column: int, scale: Scale) -> None:
-        """Enters a scale; a ratio outdoes a missing one, and "one side only" outdoes "never calibrated"."""
-        other = self.cells.get((row, column))
-        if other is None or _weight(scale) > _weight(other):
-            self.cells[row, column] = scale
-
-    @property
-    def height(self) -> float:
-        """Inches."""
-        return 0.98 + self._cell * len(self.rows)
-
-    @property
-    def _cell(self) -> float:
-        named = self.axes[0] == "projection"
-        return 0.24 if named else min(0.24, max(0.085, 3.2 / len(self.rows)))
-
-    def draw(self, figure: Figure | SubFigure) -> None:
-        import numpy as np
-        from matplotlib import colormaps
-
-        colours = colormaps[COLOURS]
-        grid = np.zeros((len(self.rows), len(self.columns), 4), np.uint8)
-        scale_by = math.log(self.top)
-        for (row, column), scale in self.cells.items():
-            if scale.ratio is not None:
-                share = min(math.log(scale.ratio) / scale_by, 1.0) if math.isfinite(scale.ratio) else 1.0
-                grid[row, column] = colours(share, bytes=True)
-            else:
-                grid[row, column] = _rgba(ONE_SIDE if scale.calibrated else NEVER)
-        height = self.height
-        left = 0.245 if self.axes[0] == "projection" else 0.062
-        room = 0.975 - left
-        # Few columns make no wider cells than three times their height.
-        width = min(room, 3 * self._cell * len(self.columns) / WIDTH)
-        axes = figure.add_axes((left, 0.45 / height, width, 1 - 0.93 / height))
-        axes.imshow(grid, aspect="auto", interpolation="none")
-        self._ticks(axes)
-        top = 1 - 0.2 / height
-        figure.text(0.004, top, label(self.title, 60), ha="left", va="center", fontsize=10.5, weight="bold")
-        figure.text(0.975, top, self.note, ha="right", va="center", color=MUTED, fontsize=8.5)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-        axes.tick_params(length=0)
-        axes.set_xlabel(self.axes[1], loc="left")
-        if self.axes[0] != "projection":
-            axes.set_ylabel(self.axes[0])
-
-    def _ticks(self, axes: Axes) -> None:
-        every = max(1, -(-len(self.columns) // 33))
-        step = next(s for s in (1, 2, 4, 8, 16, 32, 64, 128) if s >= every)
-        axes.set_xticks(range(0, len(self.columns), step), self.columns[::step])
-        tall = max(1, math.ceil(0.15 / self._cell))
-        axes.set_yticks(range(0, len(self.rows), tall), self.rows[::tall])
-
-
-def _weight(scale: Scale) -> float:
-    return scale.ratio if scale.ratio is not None else float(scale.calibrated) - 1
-
-
-def _rgba(colour: str) -> tuple[int, int, int, int]:
-    return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16), 255
-
-
-def scale_top(facts: Facts) -> float:
-    """Where the colours of all heatmaps end, so that they can be compared."""
-    return _top(facts.overall.max or 1)
-
-
-def heatmaps(facts: Facts) -> list[Heatmap]:
-    """Layer by expert for each projection that has experts, furthest apart first; the others together, by layer."""
-    top = scale_top(facts)
-    found: list[Heatmap] = []
-    dense: list[Divergence] = []
-    for row in facts.divergence:
-        if not any(s.expert is not None and s.layer is not None for s in row.scales):
-            if any(s.layer is not None for s in row.scales):
-                dense.append(row)
-            continue
-        placed = [s for s in row.scales if s.layer is not None and s.expert is not None]
-        layers = sorted({s.layer for s in placed if s.layer is not None})[:MAX_CELLS]
-        experts = sorted({s.expert for s in placed if s.expert is not None})[:MAX_CELLS]
-        heat = Heatmap(row.projection, _texts(layers), _texts(experts), ("layer", "expert"), top, _note(row))
-        _fill(heat, placed, layers, experts)
-        found.append(heat)
-    found = found[:MAX_HEATMAPS]
-    if dense:
-        dense = dense[: 2 * MAX_ROWS]
-        layers = sorted({s.layer for d in dense for s in d.scales if s.layer is not None})[:MAX_CELLS]
-        title = "Projections without experts" if found else "All projections"
-        names = [label(d.projection) for d in dense]
-        heat = Heatmap(title, names, _texts(layers), ("projection", "layer"), top, "")
-        column = {layer: i for i, layer in enumerate(layers)}
-        for i, row in enumerate(dense):
-            for scale in row.scales:
-                if scale.layer in column:
-                    heat.put(i, column[scale.layer], scale)
-        found.append(heat)
-    return found
-
-
-def _fill(heat: Heatmap, scales: Sequence[Scale], layers: Sequence[int], experts: Sequence[int]) -> None:
-    row = {layer: i for i, layer in enumerate(layers)}
-    column = {expert: i for i, expert in enumerate(experts)}
-    for scale in scales:
-        if scale.layer in row and scale.expert in column:
-            heat.put(row[scale.layer], column[scale.expert], scale)
-
-
-def _texts(numbers: Sequence[int]) -> list[str]:
-    return [str(n) for n in numbers]
-
-
-def _note(row: Divergence) -> str:
-    parts = [f"{len(row.scales):,} scales", f"median {times(row.median)}", f"max {times(row.max)}"]
-    if row.one_sided:
-        parts.append(f"{row.one_sided:,} one-sided")
-    if row.never:
-        parts.append(f"{row.never:,} never calibrated")
-    return "  ·  ".join(parts)
-
-
-def gradient(stops: int = 9) -> list[str]:
-    """The heatmaps' colours from 1x to the largest ratio, for a legend."""
-    with _drawing("tierewrite"):
-        from matplotlib import colormaps
-        from matplotlib.colors import to_hex
-
-        return [to_hex(colormaps[COLOURS](i / (stops - 1))) for i in range(stops)]
-
-
 # ------------------------------------------------------------------------------------------------------- PNG
 
 
@@ -455,7 +240,7 @@ def png(facts: Facts, dpi: int = 144) -> bytes:
     Raises:
         UsageError: matplotlib is not installed.
     """
-    with _drawing("tierewrite"):
+    with drawing("tierewrite"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 

@@ -29,7 +29,7 @@ from tierewrite.planning.plan import kind_of
 from tierewrite.source.folder import natural_key, open_folder, refuse_half_written
 from tierewrite.source.open import open_checkpoint, rename_in_errors
 from tierewrite.source.table import MANIFEST_NAME, Checkpoint, gc_paused
-from tierewrite.stores.remote import FilePath, RemotePath, located
+from tierewrite.stores.places import FilePath, is_local, is_remote, located
 
 PAGE_SCHEMA = "tierewrite/page/1"
 WORST_SHOWN = 20
@@ -381,7 +381,7 @@ def read_facts(
         for group in manifest["groups"]
         if group["status"] == "kept"
     ]
-    if isinstance(where, Path):
+    if is_local(where):
         where = Path(os.path.realpath(where if folder is not None else where.absolute().parent))
     return Facts(
         name=where.name,
@@ -405,7 +405,7 @@ def _found(path: str | os.PathLike[str]) -> tuple[FilePath, Checkpoint | None, P
         f"holds no {MANIFEST_NAME}, so nothing says what was done; give the folder that a rewrite wrote "
         "(without --no-manifest)"
     )
-    if isinstance(where, RemotePath):
+    if is_remote(where):
         folder = open_checkpoint(where, ignore_unindexed=True)
         if not (folder.root / MANIFEST_NAME).exists():
             raise UsageError(nothing_said, file=where)

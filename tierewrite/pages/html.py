@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 from tierewrite.consumers.findings import Finding, ReadinessReport
 from tierewrite.errors import shown
-from tierewrite.pages import charts
-from tierewrite.pages.charts import change, key_figures, times
+from tierewrite.pages import charts, heatmaps
+from tierewrite.pages.charts import key_figures
 from tierewrite.pages.facts import WORST_SHOWN, Divergence, Facts, GroupRow, SizeRow, quantile
+from tierewrite.pages.style import change, times
 from tierewrite.units import size
 
 ROWS_SHOWN = 40
@@ -207,8 +208,8 @@ def _place(layer: int | None, expert: int | None) -> str:
 
 
 def _legend(facts: Facts) -> str:
-    top = charts.scale_top(facts)
-    stops = ", ".join(charts.gradient())
+    top = heatmaps.scale_top(facts)
+    stops = ", ".join(heatmaps.gradient())
     ticks = "".join(
         f'<span style="left:{100 * math.log(t) / math.log(top):.2f}%">{t:g}×</span>' for t in charts.ticks(top)
     )

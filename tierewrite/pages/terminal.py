@@ -7,8 +7,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tierewrite.errors import shown
-from tierewrite.pages.charts import key_figures, times
+from tierewrite.pages.charts import key_figures
 from tierewrite.pages.facts import Facts
+from tierewrite.pages.style import times
 
 _ROWS_SHOWN = 40
 _KEPT_SHOWN = 10

@@ -21,9 +21,9 @@ from tierewrite.planning.policy import Policy
 from tierewrite.proof import Problem
 from tierewrite.proof.reading import hash_file
 from tierewrite.source.bytes import read_side_file
-from tierewrite.source.open import Place
 from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME, Checkpoint, SideFile
 from tierewrite.source.threads import io_threads
+from tierewrite.stores.places import Place
 from tierewrite.ties.on_disk import DiskTies
 from tierewrite.ties.tie_map import TieMap
 

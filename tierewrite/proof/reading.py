@@ -20,7 +20,8 @@ from tierewrite.formats import Role
 from tierewrite.proof.values import BLOBS
 from tierewrite.source.table import Checkpoint, Shard, SideFile, TensorEntry
 from tierewrite.source.threads import io_threads
-from tierewrite.stores.remote import RemoteFile, RemotePath
+from tierewrite.stores.places import is_remote
+from tierewrite.stores.remote import RemoteFile
 
 _PIECE = 8 << 20  # bytes read at once
 _RUN = 64 << 20  # bytes that one thread takes at a time; a larger tensor is a run of its own
@@ -111,13 +112,13 @@ class Reader:
 
     def __init__(self, file: Shard | SideFile, advance: Callable[[int], None] | None = None) -> None:
         self.path, self.size, self.mtime_ns = file.path, file.size, file.mtime_ns
-        self.remote = RemoteFile(file.path, file.size, file.version) if isinstance(file.path, RemotePath) else None
+        self.remote = RemoteFile(file.path, file.size, file.version) if is_remote(file.path) else None
         self.advance = advance
         self.piece = memoryview(b"")
         self.position = self.end = 0
 
     def __enter__(self) -> Reader:
-        if isinstance(self.path, RemotePath):
+        if is_remote(self.path):
             return self
         try:
             self.fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)

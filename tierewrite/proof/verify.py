@@ -57,9 +57,10 @@ from tierewrite.proof.files import (
     read_manifest,
 )
 from tierewrite.proof.reading import hash_tensors, is_scale
-from tierewrite.source.open import Place, fetched, name_of, open_checkpoint
+from tierewrite.source.open import fetched, name_of, open_checkpoint
 from tierewrite.source.table import MANIFEST_NAME, Checkpoint
-from tierewrite.stores.remote import PathLike
+from tierewrite.stores.base import PathLike
+from tierewrite.stores.mirror import Place
 from tierewrite.ties.on_disk import on_disk
 from tierewrite.ties.tie import Tie
 from tierewrite.ties.tie_map import TieMap

@@ -9,7 +9,7 @@ from tierewrite.planning.policy import OPTIONS, PolicyOptions
 
 if TYPE_CHECKING:
     from tierewrite.engines.progress import Progress
-    from tierewrite.stores.remote import PathLike
+    from tierewrite.stores.base import PathLike
 
 Consumer = Literal["vllm", "transformers"]
 Device = Literal["auto", "cpu", "cuda"]

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from tierewrite.engines import select
 from tierewrite.engines.progress import Progress
 from tierewrite.errors import UsageError
-from tierewrite.output.staging import Staged, Staging
-from tierewrite.output.store_staging import RemoteStaging, RemoteTarget
-from tierewrite.output.target import Target, check_space, listing, still_as_listed
+from tierewrite.output.destination import Destination, destination, destination_in_place
+from tierewrite.output.staging import Staged
+from tierewrite.output.target import listing, still_as_listed
 from tierewrite.planning.plan import RewritePlan
 from tierewrite.planning.policy import Policy, PolicyOptions
 from tierewrite.report import Report
@@ -20,7 +20,8 @@ from tierewrite.rewriting.options import Consumer, Device, EngineName, RewriteOp
 from tierewrite.rewriting.steps import Pass, check_for, finish, prove, refuse_unconfirmed, write_shards
 from tierewrite.source import read_ahead
 from tierewrite.source.open import fetched, local_only, name_of
-from tierewrite.stores.remote import FilePath, PathLike, RemotePath, located
+from tierewrite.stores.base import PathLike
+from tierewrite.stores.places import FilePath, is_local, located
 from tierewrite.values.opened import Opened
 
 if TYPE_CHECKING:
@@ -148,9 +149,7 @@ def rewrite(
                 total = opened.checkpoint.total_bytes + written.plan.total_bytes
                 prove(route.src, staging, policy, consumer, progress, total, reading)
             if consumer is not None:
-                readiness = check_for(
-                    consumer, staging, route.dst, trust_remote_code=trust_remote_code, force=force
-                )
+                readiness = check_for(consumer, staging, route.dst, trust_remote_code=trust_remote_code, force=force)
                 report = replace(report, readiness=readiness)
             if route.swapped is not None:
                 still_as_listed(route.swapped, before)
@@ -192,7 +191,7 @@ class Route:
 
     src: FilePath
     dst: FilePath
-    target: Target | RemoteTarget
+    target: Destination
     swapped: Path | None = None
 
     @classmethod
@@ -206,8 +205,8 @@ class Route:
             raise UsageError("in place there is no DST; give SRC alone, or leave out --in-place")
         local_only(src, "a rewrite in place")
         place = located(src)
-        assert isinstance(place, Path)
-        return cls(place, place, Target.in_place(place, backup), place)
+        assert is_local(place)
+        return cls(place, place, destination_in_place(place, backup), place)
 
     @classmethod
     def between(
@@ -228,29 +227,19 @@ class Route:
         if dst is None:
             raise UsageError("DST is missing; name a folder, or use --in-place")
         where = located(dst)
-        target = _checked(located(src), where, overwrite, resume)  # before a download that may take an hour
+        target = destination(located(src), where, overwrite, resume)  # before a download that may take an hour
         place = fetched(src, revision=revision, bars=progress.shown)
         if place != located(src):
-            target = _checked(place, where, overwrite, resume)
+            target = destination(place, where, overwrite, resume)
         return cls(place, where, target)
 
     def check_space(self, needed: int, progress: Progress) -> None:
         """Raises SystemFailure: the disk cannot hold `needed` bytes. (A store does not say.)"""
-        if isinstance(self.target, Target):
-            check_space(self.target.path, needed)
-            if self.swapped is not None:
-                kept = f", and the original stays as '{self.target.backup}'" if self.target.backup else ""
-                progress.note(f"in place: {needed:,} bytes are needed beside SRC until the swap{kept}")
+        self.target.check_space(needed)
+        if self.swapped is not None:
+            kept = f", and the original stays as '{self.target.backup}'" if self.target.backup else ""
+            progress.note(f"in place: {needed:,} bytes are needed beside SRC until the swap{kept}")
 
     def staging(self, resume: bool) -> Staged:
         """Where the output grows until it is complete."""
-        if isinstance(self.target, RemoteTarget):
-            return RemoteStaging(self.target, resume)
-        return Staging(self.target, resume)
-
-
-def _checked(src: FilePath, dst: FilePath, overwrite: bool, resume: bool) -> Target | RemoteTarget:
-    """Decides whether `dst` can be written. Raises UsageError, SystemFailure."""
-    if isinstance(dst, RemotePath):
-        return RemoteTarget.check(src, dst, overwrite, resume)
-    return Target.check(src, dst, overwrite)
+        return self.target.staging(resume)

@@ -27,7 +27,7 @@ from tierewrite.proof.verify import verify
 from tierewrite.report import Report, build_report
 from tierewrite.rewriting.options import SourceOptions
 from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME
-from tierewrite.stores.remote import FilePath
+from tierewrite.stores.places import FilePath
 from tierewrite.values.confirm import refusal, refuted
 from tierewrite.values.decide import CannotBe, Values, decide
 from tierewrite.values.merged import separate_kv_warnings

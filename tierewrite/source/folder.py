@@ -32,7 +32,9 @@ from tierewrite.source.table import (
     SideFile,
     Tensors,
 )
-from tierewrite.stores.remote import FilePath, PathLike, RemotePath
+from tierewrite.stores.base import PathLike
+from tierewrite.stores.places import FilePath
+from tierewrite.stores.remote import RemotePath
 
 WANTED = "expected a checkpoint folder holding *.safetensors files"
 _FIX_JSON = "correct it, or copy it from the original model"

@@ -27,7 +27,7 @@ from tierewrite.errors import HeaderError, SourceChanged, shown
 from tierewrite.source.regular_files import opened, read_from, resolved_path
 from tierewrite.source.strict_json import MAX_DEPTH, BadJson, as_dict, kind_of_json, strict_json
 from tierewrite.source.table import DTYPE_BITS, Kind, Shard, TensorEntry, Tensors, gc_paused
-from tierewrite.stores.remote import PathLike
+from tierewrite.stores.base import PathLike
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit (MAX_HEADER_SIZE)
 _U64_MAX = 2**64 - 1

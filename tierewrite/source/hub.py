@@ -34,7 +34,7 @@ from tierewrite.errors import (
 from tierewrite.source.folder import assembled, open_folder
 from tierewrite.source.header import MAX_HEADER_BYTES, parse_header
 from tierewrite.source.table import INDEX_NAME, Checkpoint, Header, Shard, SideFile
-from tierewrite.stores.remote import PathLike
+from tierewrite.stores.base import PathLike
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

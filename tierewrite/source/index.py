@@ -14,7 +14,7 @@ from tierewrite.errors import ShardIndexError, shown
 from tierewrite.source.regular_files import read_small
 from tierewrite.source.strict_json import MAX_DEPTH, BadJson, as_dict, kind_of_json, strict_json
 from tierewrite.source.table import INDEX_NAME, Shard, Tensors
-from tierewrite.stores.remote import PathLike
+from tierewrite.stores.base import PathLike
 
 MAX_INDEX_BYTES = 256 * 1024**2  # three times the index of 500,000 tensors
 

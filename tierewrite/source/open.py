@@ -9,72 +9,35 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import tempfile
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tierewrite.errors import HeaderError, ShardIndexError, SourceError, TierewriteError, UsageError, shown
+from tierewrite.errors import HeaderError, ShardIndexError, TierewriteError, UsageError, shown
 from tierewrite.source import hub
 from tierewrite.source.folder import assembled, open_folder
 from tierewrite.source.header import header_length, parse_header, read_header
 from tierewrite.source.index import MAX_INDEX_BYTES
 from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME, Checkpoint, Header, Shard, SideFile
-from tierewrite.stores.remote import (
-    FilePath,
-    PathLike,
-    RemoteFile,
-    RemotePath,
-    identity,
-    listing,
-    located,
-    without_scheme,
-)
+from tierewrite.stores.base import PathLike
+from tierewrite.stores.mirror import Mirror, Place, RemoteFolder, folder_of, is_remote_folder
+from tierewrite.stores.places import FilePath, is_local, is_remote, located, without_scheme
+from tierewrite.stores.remote import RemoteFile, RemotePath, identity
 
 _CONFIGS = ("config.json", "hf_quant_config.json", "generation_config.json", MANIFEST_NAME, INDEX_NAME)
 _GUESS_BYTES = 100_000
-_PARALLEL = 8
-
-
-@dataclass(frozen=True)
-class RemoteFolder:
-    """A folder of a remote file system.
-
-    Attributes:
-        base: where.
-        overlay: contents of files that are to be seen in it, though they are not there (yet).
-    """
-
-    base: RemotePath
-    overlay: Mapping[str, bytes] = field(default_factory=dict)
-
-
-Place = PathLike | RemotePath | RemoteFolder
-"""What can be opened as a checkpoint's folder (a hub id apart)."""
-
-
-def folder_of(where: Place) -> Path | RemoteFolder:
-    """`where`, told apart."""
-    if isinstance(where, RemoteFolder):
-        return where
-    path = located(where)
-    return RemoteFolder(path) if isinstance(path, RemotePath) else path
 
 
 def name_of(where: Place) -> str:
     """What messages call it: as given, without credentials."""
     found = folder_of(where)
-    return str(found.base) if isinstance(found, RemoteFolder) else os.fspath(where)  # type: ignore[arg-type]
+    return str(found.base) if is_remote_folder(found) else os.fspath(where)  # type: ignore[arg-type]
 
 
 def fetched(src: PathLike, *, revision: str | None = None, bars: bool = False) -> FilePath:
     """The folder that `src` stands for: itself, or the snapshot of a hub id. See `hub.fetched`."""
     path = located(src)
-    if isinstance(path, RemotePath):
+    if is_remote(path):
         _no_revision(path, revision)
         return path
     return hub.fetched(without_scheme(src), revision=revision, bars=bars)
@@ -83,7 +46,7 @@ def fetched(src: PathLike, *, revision: str | None = None, bars: bool = False) -
 def local_only(src: PathLike, doing: str) -> None:
     """Raises UsageError if `src` is a URL or a hub id; `doing` is what cannot be done with one."""
     path = located(src)
-    if isinstance(path, RemotePath):
+    if is_remote(path):
         raise UsageError(f"{doing} needs a folder of this machine's; name a DST to write to", file=path)
     hub.local_only(without_scheme(src), doing)
 
@@ -114,8 +77,9 @@ def open_checkpoint(
         As `Checkpoint.open`, `hub.fetched` and `remote.listing`.
     """
     found = folder_of(src)
-    if isinstance(found, Path):
-        assert not isinstance(src, (RemotePath, RemoteFolder))
+    if is_local(found):
+        assert not is_remote(src)
+        assert not is_remote_folder(src)
         if plain:
             return open_folder(found, ignore_unindexed=ignore_unindexed)
         return hub.open_checkpoint(
@@ -125,48 +89,23 @@ def open_checkpoint(
             trust_remote_code=trust_remote_code,
         )
     _no_revision(found.base, revision)
-    return Mirror(found, python=trust_remote_code).checkpoint(ignore_unindexed)
+    return RemoteCheckpoint(found, python=trust_remote_code).checkpoint(ignore_unindexed)
 
 
-class Mirror:
-    """A remote folder, with copies of its small files on this machine.
+class RemoteCheckpoint:
+    """A remote folder's headers, with copies of its index and configurations; see `Mirror`.
 
-    Attributes:
-        root: holds the copies; removed with the mirror and with what was opened from it.
-        top: names of the files and folders at its top.
+    Args:
+        folder: where.
+        python: copy its Python files too, for the model class to be asked.
     """
 
     def __init__(self, folder: RemoteFolder, python: bool = False) -> None:
-        self.folder = folder
-        self.infos = listing(folder.base)
-        if not self.infos and not folder.overlay:
-            raise SourceError("nothing is there; check the URL", file=folder.base)
-        for name in self.infos:
-            # "::" and "?" mean something else in fsspec's URLs.
-            strange = any(sign in name for sign in ("\\", "\0", "::", "?"))
-            if strange or any(part in ("", ".", "..") for part in name.split("/")):
-                raise SourceError(
-                    f"'{shown(name)}' is no name that a file may have in a checkpoint; remove or rename that object",
-                    file=folder.base,
-                )
-        names = sorted({*self.infos, *folder.overlay})
-        self.top = sorted({name.partition("/")[0] for name in names})
-        self.root = Path(tempfile.mkdtemp(prefix="tierewrite-"))
-        self._kept = weakref.finalize(self, shutil.rmtree, self.root, ignore_errors=True)
-        wanted = [name for name in names if name in _CONFIGS or (python and name.endswith(".py"))]
-        with ThreadPoolExecutor(_PARALLEL, thread_name_prefix="remote") as pool:
-            for name, data in zip(wanted, pool.map(self._small, wanted), strict=True):
-                path = self.root / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(data)
-
-    def _small(self, name: str) -> bytes:
-        if name in self.folder.overlay:
-            return self.folder.overlay[name]
-        size = self.infos[name].get("size") or 0
-        if size > MAX_INDEX_BYTES:
-            raise SourceError(f"has {size} bytes; at most {MAX_INDEX_BYTES} are read", file=self.folder.base / name)
-        return (self.folder.base / name).read_bytes()
+        self.mirror = Mirror(
+            folder, lambda name: name in _CONFIGS or (python and name.endswith(".py")), MAX_INDEX_BYTES
+        )
+        self.folder, self.infos = folder, self.mirror.infos
+        self.root, self.top = self.mirror.root, self.mirror.top
 
     def checkpoint(self, ignore_unindexed: bool) -> Checkpoint:
         """All that `Checkpoint.open` would read, and nothing more."""
@@ -180,7 +119,7 @@ class Mirror:
                 lambda listed, warnings: self._others(listed),
                 ignore_unindexed=ignore_unindexed,
                 origin=self.folder.base,
-                copies=self,
+                copies=self.mirror,
             )
 
     def headers(self, names: Iterable[str]) -> contextlib.AbstractContextManager[Callable[[str, int], Header]]:
@@ -230,7 +169,7 @@ def remote_header(path: RemotePath, info: Mapping[str, Any], shard: int = 0) -> 
 
 def header_of(path: FilePath) -> Header:
     """The header of one file, wherever it is."""
-    if isinstance(path, Path):
+    if is_local(path):
         return read_header(path)
     return remote_header(path, path.info())
 
@@ -241,7 +180,7 @@ def rename_in_errors(origin: FilePath | None, root: Path) -> Iterator[None]:
     try:
         yield
     except TierewriteError as error:
-        remote = isinstance(origin, RemotePath)
+        remote = is_remote(origin)
         if remote and error.file is not None and error.file.startswith(str(root)):
             error.file = f"{origin}{error.file.removeprefix(str(root))}"
         raise

@@ -14,9 +14,9 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 from tierewrite.source.table import Checkpoint
+from tierewrite.stores.places import is_local
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def reading(checkpoint: Checkpoint) -> Iterator[None]:
     Not what is on another machine. Errors are left to the pass that needs the bytes: it meets them again, and knows
     what to say.
     """
-    paths = [shard.path for shard in checkpoint.shards if isinstance(shard.path, Path)]
+    paths = [shard.path for shard in checkpoint.shards if is_local(shard.path)]
     if not paths or not hasattr(os, "posix_fadvise"):  # macOS
         yield
         return

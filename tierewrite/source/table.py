@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tierewrite.stores.remote import FilePath, RemotePath
+from tierewrite.stores.places import FilePath
+from tierewrite.stores.remote import RemotePath
 
 INDEX_NAME = "model.safetensors.index.json"
 MANIFEST_NAME = "tierewrite.json"

@@ -17,16 +17,12 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Union
+from typing import Any
 from urllib.parse import unquote
 
 from tierewrite.errors import SourceChanged, SourceError, SystemFailure, TierewriteError, UsageError, shown
+from tierewrite.stores.base import FileStamp, Sink, SourceFile, Stamped
 
-PathLike = Union[str, "os.PathLike[str]"]
-
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?:::[A-Za-z][A-Za-z0-9+.-]*)*://")
-_LOCAL = re.compile(r"(?:file|local)://")
 _USER = re.compile(r"(://)[^/@\s]*@")
 _QUERY = re.compile(r"(://[^\s?'\"]*)\?[^\s'\"]*")
 _SECRET = re.compile(r"secret|token|passw|credential|(?:^|_)key(?:$|_id$)|signature|account_key|sas", re.IGNORECASE)
@@ -125,42 +121,6 @@ class RemotePath:
                 if not missing_ok:
                     raise
             fs.invalidate_cache()
-
-
-FilePath = Path | RemotePath
-
-
-def located(where: PathLike | RemotePath) -> FilePath:
-    """`where` as a path: a URL of a file system other than this machine's is remote, all else is local.
-
-    Raises:
-        UsageError: a URL that names no folder.
-    """
-    if isinstance(where, RemotePath):
-        return where
-    text = os.fspath(where)
-    if not isinstance(where, str) or not _URL.match(text):
-        return Path(where)
-    if text.rstrip("/").endswith(":"):
-        raise UsageError("this URL names no folder; write it as s3://bucket/folder", file=redacted(text))
-    if _is_local_url(text):
-        return Path(os.path.abspath(text.partition("://")[2]))
-    if "?" in text:
-        raise UsageError(
-            "the URL of a folder has no query ('?...'); credentials belong into the settings of the file system: "
-            "environment, configuration files, or fsspec's",
-            file=redacted(text),
-        )
-    return RemotePath(text.rstrip("/"))
-
-
-def _is_local_url(text: str) -> bool:
-    return _LOCAL.match(text) is not None
-
-
-def without_scheme(where: PathLike) -> PathLike:
-    """`where`, with the URL of a folder of this machine's as that folder's path."""
-    return str(located(where)) if isinstance(where, str) and _is_local_url(where) else where
 
 
 def redacted(text: str) -> str:
@@ -425,3 +385,50 @@ def with_timeout(act: Callable[[], object]) -> bool:
     thread.start()
     thread.join(_CLEANUP_SECONDS)
     return done.is_set()
+
+
+_CHUNK_BYTES = 8 << 20  # a request
+
+
+class RemoteStore:
+    """Files of an fsspec file system; see `base.Store`."""
+
+    read_gap_bytes = 1 << 20
+    read_most_bytes = 2 * _CHUNK_BYTES
+
+    def names(self, folder: RemotePath) -> list[str]:
+        return list(listing(folder))
+
+    def stamp(self, path: RemotePath) -> FileStamp:
+        info = path.info()
+        return FileStamp(path, info.get("size") or 0, version=identity(info))
+
+    def open(self, file: Stamped) -> SourceFile:
+        return RemoteFile(_remote(file), file.size, file.version)
+
+    def chunks(self, file: Stamped) -> Iterator[bytes]:
+        remote = RemoteFile(_remote(file), file.size, file.version)
+        for start in range(0, file.size, _CHUNK_BYTES):
+            yield remote.read(start, min(file.size, start + _CHUNK_BYTES))
+        remote.finish()
+
+    def create(self, path: RemotePath, size: int, token: str = "") -> Sink:
+        """`token` is not needed: no object is there before it is complete."""
+        return Upload(path, size)
+
+    def read(self, path: RemotePath) -> bytes:
+        return path.read_bytes()
+
+    def put(self, path: RemotePath, data: bytes) -> None:
+        path.write_bytes(data)
+
+    def remove(self, path: RemotePath, missing_ok: bool = False) -> None:
+        path.unlink(missing_ok)
+
+    def make_folder(self, path: RemotePath) -> None:
+        """Nothing: a store has no folders but in names."""
+
+
+def _remote(file: Stamped) -> RemotePath:
+    assert isinstance(file.path, RemotePath)
+    return file.path

@@ -19,7 +19,7 @@ from typing import Any
 from tierewrite.errors import ConfigError, TieFileError
 from tierewrite.source.open import rename_in_errors
 from tierewrite.source.table import Checkpoint
-from tierewrite.stores.remote import PathLike
+from tierewrite.stores.base import PathLike
 from tierewrite.ties import meta_model, model_class, patterns
 from tierewrite.ties.config_limits import CONFIG_FIX, check_config
 from tierewrite.ties.tie import Declared, Tie, rooted

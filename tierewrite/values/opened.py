@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from tierewrite.planning.plan import RewritePlan
 from tierewrite.planning.planner import plan as make_plan
 from tierewrite.planning.policy import Policy
-from tierewrite.source.open import Place, open_checkpoint
+from tierewrite.source.open import open_checkpoint
 from tierewrite.source.table import Checkpoint, gc_paused
-from tierewrite.stores.remote import PathLike
+from tierewrite.stores.base import PathLike
+from tierewrite.stores.mirror import Place
 from tierewrite.ties.on_disk import DiskTies, on_disk
 from tierewrite.ties.tie_map import TieMap
 from tierewrite.values.confirm import refusal

@@ -1,0 +1,289 @@
+"""Files of this machine: read by ranges, written and flushed, under their own name only once they are complete."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import functools
+import logging
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from tierewrite.errors import SourceChanged, shown, system_errors
+from tierewrite.stores.base import FileStamp, Sink, SourceFile, Stamped
+
+log = logging.getLogger(__name__)
+
+_WRITE_BYTES = 256 << 10
+"""Of one system call, at most. The page cache takes pages as large as the call, up to megabytes, and these are the ones
+that a virtual machine's host has to give back first: calls of 8 MiB took three times as long, on 2 cores and ext4."""
+WRITEBACK_BYTES = 128 << 20
+"""The disk is told to begin whenever so much has gathered in a file: it is asked for large pieces by few."""
+_SYNC_FILE_RANGE_WRITE = 2
+_CHUNK_BYTES = 1 << 20
+
+
+def part_path(path: Path, token: str = "") -> Path:
+    """The name of a shard until it is complete and flushed; `token` tells several that write it apart."""
+    return path.with_name(f"{path.name}{token and '.'}{token}.part")
+
+
+def sync_folder(path: Path) -> None:
+    """Flushes a folder's entries to disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot, and need not
+            raise
+    finally:
+        os.close(fd)
+
+
+def create(path: Path) -> int:
+    """A new file for writing, with the mode that the umask gives (safetensors' own save_file gives 0600)."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+
+
+def flush(fd: int) -> None:
+    """Puts a file's data on the disk itself (on macOS fsync alone leaves it in the drive's cache)."""
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(fd)
+
+
+@functools.cache
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    try:
+        function = ctypes.CDLL(None).sync_file_range  # Linux
+    except (AttributeError, OSError):
+        return None
+    function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return function
+
+
+def start_writeback(fd: int) -> None:
+    """Lets the disk begin with all that a file has in memory, so that a flush finds little left; only a hint."""
+    function = _sync_file_range()
+    if function is not None:
+        function(fd, 0, 0, _SYNC_FILE_RANGE_WRITE)  # 0 bytes: to its end
+
+
+def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Writes all of `data` at `offset`; a short write is continued."""
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(fd, view[:_WRITE_BYTES], offset)
+        view = view[done:]
+        offset += done
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes and flushes a small file."""
+    with system_errors("writing", path):
+        fd = create(path)
+        try:
+            write_all(fd, data, 0)
+            flush(fd)
+        finally:
+            os.close(fd)
+
+
+class LocalStamped(Stamped, Protocol):
+    """A file of this machine's as it was when it was looked at."""
+
+    @property
+    def inode(self) -> int: ...
+    @property
+    def ctime_ns(self) -> int: ...
+
+
+class LocalFile:
+    """A shard of this machine's, by a read-only descriptor."""
+
+    def __init__(self, shard: LocalStamped) -> None:
+        self.shard = shard
+        with system_errors("opening", shard.path):
+            self.fd = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            self._unchanged()
+        except BaseException:
+            os.close(self.fd)
+            raise
+
+    def _unchanged(self) -> os.stat_result:
+        with system_errors("looking at", self.shard.path):
+            status = os.fstat(self.fd)
+        was = (self.shard.size, self.shard.mtime_ns, self.shard.inode)
+        now = (status.st_size, status.st_mtime_ns, status.st_ino)
+        if was != now:
+            raise SourceChanged(
+                f"the file changed while it was being read (size {was[0]:,} then, {now[0]:,} now); run again when "
+                "nothing writes to SRC",
+                file=self.shard.path,
+            )
+        return status
+
+    def finish(self) -> None:
+        if self._unchanged().st_ctime_ns != self.shard.ctime_ns:
+            # Bytes may have been written and the modification time set back; but chmod, a hard link or a rename do this
+            # too, and some network file systems make the time up: too little to refuse.
+            log.warning(
+                "%s was touched while it was read (its modification time is as before); if more than its permissions, "
+                "links or name changed, run again, or with --verify",
+                shown(self.shard.path),
+            )
+
+    def read_runs(self, runs: Sequence[tuple[int, int]], into: memoryview) -> None:
+        with system_errors("reading", self.shard.path):
+            for start, end in runs:
+                self._read(into[: end - start], start)
+                into = into[end - start :]
+
+    def _read(self, into: memoryview, offset: int) -> None:
+        """Fills `into` from `offset`; a short read is continued."""
+        while into:
+            done = _pread_into(self.fd, into, offset)
+            if done == 0:
+                raise SourceChanged(
+                    f"the file ends at byte {offset:,}, before the data that its header promises; it was cut while it "
+                    "was being read; run again when it is whole",
+                    file=self.shard.path,
+                )
+            into = into[done:]
+            offset += done
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+    def __enter__(self) -> LocalFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _pread_into(fd: int, into: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [into], offset)
+    data = os.pread(fd, len(into), offset)  # macOS
+    into[: len(data)] = data
+    return len(data)
+
+
+class LocalSink:
+    """A new file of this machine's, flushed before it is complete.
+
+    Args:
+        path: its name.
+        under: the name that it has until then; None: its own.
+    """
+
+    def __init__(self, path: Path, under: Path | None = None) -> None:
+        self.path, self.under = path, under or path
+        self._size = self._gathered = 0
+        with system_errors("creating", path):
+            self._fd = create(self.under)
+
+    def write(self, data: memoryview) -> None:
+        with system_errors("writing", self.path):
+            write_all(self._fd, data, self._size)
+        self._size += len(data)
+        self._gathered += len(data)
+        if self._gathered >= WRITEBACK_BYTES:
+            start_writeback(self._fd)
+            self._gathered = 0
+
+    def commit(self) -> None:
+        with system_errors("flushing", self.path):
+            flush(self._fd)
+            self._close()
+            if self.under != self.path:
+                os.rename(self.under, self.path)
+
+    def abort(self) -> None:
+        self._close()
+        with contextlib.suppress(OSError):
+            self.under.unlink()
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class LocalStore:
+    """Files of this machine's file system; see `base.Store`."""
+
+    read_gap_bytes = 4096  # a few skipped scalars cost less than another read
+    read_most_bytes = _CHUNK_BYTES
+
+    def names(self, folder: Path) -> list[str]:
+        with system_errors("listing", folder):
+            return sorted(
+                os.path.relpath(os.path.join(place, name), folder)
+                for place, _, files in os.walk(folder)
+                for name in files
+            )
+
+    def stamp(self, path: Path) -> FileStamp:
+        with system_errors("looking at", path):
+            status = path.stat()
+        return FileStamp(path, status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns)
+
+    def open(self, file: LocalStamped) -> SourceFile:
+        return LocalFile(file)
+
+    def chunks(self, file: Stamped) -> Iterator[bytes]:
+        with system_errors("copying", file.path):
+            fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            with system_errors("copying", file.path):
+                if not stat.S_ISREG(os.fstat(fd).st_mode):
+                    raise SourceChanged("is no regular file any more", file=file.path)
+            size = 0
+            while True:
+                with system_errors("copying", file.path):
+                    chunk = os.read(fd, _CHUNK_BYTES)
+                if not chunk:
+                    break
+                size += len(chunk)
+                yield chunk
+            with system_errors("copying", file.path):
+                changed = os.fstat(fd).st_mtime_ns != file.mtime_ns
+        finally:
+            os.close(fd)
+        if size != file.size or changed:
+            raise SourceChanged(
+                f"changed while the run was working (it had {file.size:,} bytes then, {size:,} were copied); run again "
+                "when nothing writes to SRC",
+                file=file.path,
+            )
+
+    def create(self, path: Path, size: int, token: str = "") -> Sink:
+        """With a `token` the file has the name of a part until it is complete: two that write the same do not meet."""
+        return LocalSink(path, part_path(path, token) if token else None)
+
+    def read(self, path: Path) -> bytes:
+        with system_errors("reading", path):
+            return path.read_bytes()
+
+    def put(self, path: Path, data: bytes) -> None:
+        if os.path.lexists(path):
+            with system_errors("replacing", path):
+                path.unlink()
+        write_file(path, data)
+
+    def remove(self, path: Path, missing_ok: bool = False) -> None:
+        with system_errors("removing", path):
+            path.unlink(missing_ok)
+
+    def make_folder(self, path: Path) -> None:
+        with system_errors("making a folder", path):
+            path.mkdir(parents=True, exist_ok=True)
