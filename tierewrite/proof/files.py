@@ -23,7 +23,7 @@ from tierewrite.proof.reading import hash_file
 from tierewrite.source.bytes import read_side_file
 from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME, Checkpoint, SideFile
 from tierewrite.source.threads import io_threads
-from tierewrite.stores.places import Place
+from tierewrite.stores.mirror import Place
 from tierewrite.ties.on_disk import DiskTies
 from tierewrite.ties.tie_map import TieMap
 
