@@ -292,14 +292,17 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
         scale = f"m.{i}.{name}.input_scale"
         groups.append(group(f"m.{i}.{name}.weight", tensors={scale: merged(scale, 2.0 + i)}))
         groups.append(group(f"kept.{name}", "kept", name))
-    data = manifest(groups, options={name: name for name in HOSTILE}, tool={"name": "t", "version": HOSTILE[0]})
-    data["ties"] = {"source": HOSTILE[1], "detail": HOSTILE[2], "map": {}}
+    data = manifest(groups, tool={"name": "tierewrite", "version": HOSTILE[0]})
+    data["ties"] = {"source": "class", "detail": HOSTILE[2], "map": {}}
     folder = tmp_path / "<script>alert(2)<"
     folder.mkdir()
     page = tierewrite.report_page(write(folder / "tierewrite.json", data))
     findings = tuple(Finding(n, "error", (n, n), n, n, n, None, n) for n in HOSTILE)  # type: ignore[arg-type]
     ready = ReadinessReport(HOSTILE[0], HOSTILE[1], "x", 1, 1, findings, tuple(HOSTILE))
     object.__setattr__(page.facts, "readiness", ready)
+    # A manifest with such options or such a source of ties is refused when it is read.
+    object.__setattr__(page.facts, "options", {name: name for name in HOSTILE})
+    object.__setattr__(page.facts, "ties_source", HOSTILE[1])
     found = Elements(page.html())
     assert not {tag for tag, _ in found.tags} & {"script", "img", "iframe", "link", "object"}
     assert not [name for _, attributes in found.tags for name in attributes if name.startswith("on")]
