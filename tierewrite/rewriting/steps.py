@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import tierewrite
-from tierewrite.consumers import ReadinessReport, check, corrected_configs
 from tierewrite.engines import Engine
 from tierewrite.engines.progress import Progress
 from tierewrite.errors import NotReady, VerificationFailed, shown
@@ -23,7 +23,6 @@ from tierewrite.output.staging import Staged
 from tierewrite.output.target import side_file_clashes
 from tierewrite.planning.plan import RewritePlan, needed_for_confirmation
 from tierewrite.planning.policy import Policy
-from tierewrite.proof.verify import verify
 from tierewrite.report import Report, build_report
 from tierewrite.rewriting.options import SourceOptions
 from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME
@@ -32,6 +31,9 @@ from tierewrite.values.confirm import refusal, refuted
 from tierewrite.values.decide import CannotBe, Values, decide
 from tierewrite.values.merged import separate_kv_warnings
 from tierewrite.values.opened import Evidence, Opened
+
+if TYPE_CHECKING:
+    from tierewrite.consumers import ReadinessReport
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,8 @@ def finish(
     progress.start("copying other files", sum(side.size for side in checkpoint.side_files))
     copy_side_files(checkpoint.side_files, checkpoint.directories, staging, progress.advance, configs)
     if consumer is not None and run.policy.fix_ignore:
+        from tierewrite.consumers import corrected_configs
+
         corrected, sentences = corrected_configs(consumer, staging.view(), trust_remote_code=trust_remote_code)
         for name, data in corrected.items():
             staging.put(name, data)
@@ -180,6 +184,8 @@ def prove(
         VerificationFailed: it is not what the source makes.
     """
     progress.start("proving", total)
+    from tierewrite.proof.verify import verify  # not imported by rewrites that prove nothing: a tenth of a second
+
     result = verify(src, staging.view(), advance=progress.advance, consumer=consumer, **reading, **policy.to_json())
     if not result.ok:
         first = result.problems[0]
@@ -196,6 +202,8 @@ def check_for(consumer: str, staging: Staged, dst: object, *, trust_remote_code:
     Raises:
         NotReady: errors that a rewrite could have avoided, or that make the output useless, unless `force`.
     """
+    from tierewrite.consumers import check
+
     found = check(staging.view(), consumer, trust_remote_code=trust_remote_code)
     if found.errors and not (found.only_per_side_conflicts() or force):
         lines = "\n".join(f"  {finding}" for finding in found.errors[:12])
