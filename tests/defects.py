@@ -2,7 +2,7 @@
 
 A good checkpoint is a rewritten one whose sides agree wherever vLLM's single backbone reads both (`good`).
 Every `Defect` edits a copy of one (`Defect.make`). What vLLM itself does with each of them is recorded in
-vllm_behaviour.json beside this file; tests/test_vllm_loader.py records it anew and compares. `CONTROLS` are
+vllm_behaviour.json beside this file; tests/test_vllm_loader.py records it again and compares. `CONTROLS` are
 edits that look suspicious and that vLLM loads right: no finding of severity error may be made of them.
 
 Nothing here needs torch: folders are edited as headers and bytes.
@@ -192,7 +192,7 @@ class Defect:
         finding: the id that `check(..., "vllm")` must report; None for a control.
         severity: "error" or "warning"; None for a control.
         edit: changes a Draft in place.
-        mended: `rewrite --for vllm` makes it load clean (with the options in `mend_options`).
+        fixed: `rewrite --for vllm` makes it load clean (with the options in `fix_options`).
     """
 
     name: str
@@ -200,8 +200,8 @@ class Defect:
     finding: str | None
     severity: str | None
     edit: Callable[[Draft], None]
-    mended: bool = False
-    mend_options: dict[str, Any] = field(default_factory=dict)
+    fixed: bool = False
+    fix_options: dict[str, Any] = field(default_factory=dict)
 
     def make(self, source: Path, target: Path) -> None:
         """Write the variant of the good checkpoint `source` to the new folder `target`."""
@@ -219,11 +219,11 @@ CONTROLS: list[Defect] = []
 
 
 def defect(
-    finding: str, severity: str = "error", base: str = "dg_nvfp4", mended: bool = False, **mend_options: Any
+    finding: str, severity: str = "error", base: str = "dg_nvfp4", fixed: bool = False, **fix_options: Any
 ) -> Callable[[Callable[[Draft], None]], Callable[[Draft], None]]:
     def register(edit: Callable[[Draft], None]) -> Callable[[Draft], None]:
         name = edit.__name__.replace("_", "-")
-        DEFECTS.append(Defect(name, base, finding, severity, edit, mended, mend_options))
+        DEFECTS.append(Defect(name, base, finding, severity, edit, fixed, fix_options))
         return edit
 
     return register
@@ -240,7 +240,7 @@ def control(base: str = "dg_nvfp4") -> Callable[[Callable[[Draft], None]], Calla
 # --- names that meet in one parameter ----------------------------------------------------------------------
 
 
-@defect("name-conflict", mended=True)
+@defect("name-conflict", fixed=True)
 def alias_input_scale_differs(d: Draft) -> None:
     d.double("layers.0.mlp.down_proj.")
     d[f"{ENCODER}layers.0.mlp.down_proj.input_scale"] = f32(9.0)
@@ -263,7 +263,7 @@ def alias_only_of_other_dtype(d: Draft) -> None:
     d[f"{ENCODER}layers.0.self_attn.o_proj.weight"] = bf16(0.5, (64, 64))
 
 
-@defect("duplicate-names", "warning", mended=True)
+@defect("duplicate-names", "warning", fixed=True)
 def alias_module_stored_twice_and_equal(d: Draft) -> None:
     d.double("layers.0.mlp.down_proj.")
 
@@ -273,7 +273,7 @@ def layer_scalar_differs(d: Draft) -> None:
     d[f"{ENCODER}layers.1.layer_scalar"] = bf16(0.25, (1,))
 
 
-@defect("per-side-conflict", base="dg_nvfp4_kvfp8", mended=True)
+@defect("per-side-conflict", base="dg_nvfp4_kvfp8", fixed=True)
 def kv_scales_of_the_sides_differ(d: Draft) -> None:
     d[f"{ENCODER}layers.0.self_attn.k_proj.k_scale"] = f32(3.0)
 
@@ -363,7 +363,7 @@ def whole_layer_missing(d: Draft) -> None:
 # --- scales that are missing or invalid --------------------------------------------------------------------
 
 
-@defect("scale-missing", mended=True, fill_missing_scales=True)
+@defect("scale-missing", fixed=True, fill_missing_scales=True)
 def expert_input_scale_missing(d: Draft) -> None:
     d.drop(f"{DECODER}layers.0.experts.1.up_proj.input_scale")
 
@@ -401,7 +401,7 @@ def weight_only_declared_as_nvfp4(d: Draft) -> None:
     d.hf_quant["quantization"]["quant_algo"] = "NVFP4"
 
 
-@defect("scale-not-positive", mended=True, fill_missing_scales=True)
+@defect("scale-not-positive", fixed=True, fill_missing_scales=True)
 def expert_input_scale_zero(d: Draft) -> None:
     d[f"{DECODER}layers.0.experts.1.down_proj.input_scale"] = f32(0.0)
 
@@ -411,7 +411,7 @@ def dense_input_scale_negative(d: Draft) -> None:
     d[f"{DECODER}layers.0.mlp.down_proj.input_scale"] = f32(-0.5)
 
 
-@defect("scale-not-finite", mended=True, fill_missing_scales=True)
+@defect("scale-not-finite", fixed=True, fill_missing_scales=True)
 def expert_input_scale_infinite(d: Draft) -> None:
     d[f"{DECODER}layers.1.experts.0.down_proj.input_scale"] = f32(math.inf)
 
@@ -421,7 +421,7 @@ def dense_input_scale_nan(d: Draft) -> None:
     d[f"{DECODER}layers.0.self_attn.o_proj.input_scale"] = f32(math.nan)
 
 
-@defect("scale-uncalibrated", mended=True, fill_missing_scales=True)
+@defect("scale-uncalibrated", fixed=True, fill_missing_scales=True)
 def expert_input_scale_never_calibrated(d: Draft) -> None:
     d[f"{DECODER}layers.1.experts.0.down_proj.input_scale"] = f32(1.6e-43)
 
@@ -474,19 +474,19 @@ def doubled(t: Raw) -> Raw:
     return Raw("F32", t.shape, struct.pack("<f", 2 * value))
 
 
-@defect("fused-weight-scale-differs", mended=True)
+@defect("fused-weight-scale-differs", fixed=True)
 def expert_gate_and_up_weight_scale_2_differ(d: Draft) -> None:
     name = f"{DECODER}layers.0.experts.2.gate_proj.weight_scale_2"
     d[name] = doubled(d[name])
 
 
-@defect("fused-weight-scale-differs", mended=True)
+@defect("fused-weight-scale-differs", fixed=True)
 def dense_gate_and_up_weight_scale_2_differ(d: Draft) -> None:
     name = f"{DECODER}layers.1.mlp.up_proj.weight_scale_2"
     d[name] = doubled(d[name])
 
 
-@defect("fused-weight-scale-differs", mended=True)
+@defect("fused-weight-scale-differs", fixed=True)
 def qkv_weight_scale_2_differ(d: Draft) -> None:
     name = f"{DECODER}layers.0.self_attn.k_proj.weight_scale_2"
     d[name] = doubled(d[name])
@@ -684,7 +684,7 @@ def self_conditioning_quantized(d: Draft) -> None:
     quantize_in_place(d, f"{DECODER}self_conditioning.up_proj")
 
 
-@defect("lm-head-stored", "warning", mended=True)
+@defect("lm-head-stored", "warning", fixed=True)
 def tied_lm_head_stored_and_equal(d: Draft) -> None:
     d["lm_head.weight"] = d[f"{DECODER}embed_tokens.weight"]
 
@@ -711,39 +711,39 @@ def grow(d: Draft, layers: int) -> None:
     text["per_layer_config"] |= {str(layers - 1): text["per_layer_config"]["1"]}
 
 
-@defect("ignore-substring", mended=True)
+@defect("ignore-substring", fixed=True)
 def pattern_for_layer_1_also_excludes_layer_10(d: Draft) -> None:
     grow(d, 12)
     d.unquantize(f"{DECODER}layers.1.")
     d.ignore(f"{DECODER}layers.1*", f"{ENCODER}layers.1*")
 
 
-@defect("ignore-substring", mended=True)
+@defect("ignore-substring", fixed=True)
 def bare_word_excludes_every_module_that_contains_it(d: Draft) -> None:
     d.ignore("mlp")
 
 
-@defect("ignore-side-conflict", mended=True)
+@defect("ignore-side-conflict", fixed=True)
 def encoder_only_entry(d: Draft) -> None:
     d.ignore(f"{ENCODER}layers.0.mlp*")
 
 
-@defect("ignore-one-expert", mended=True)
+@defect("ignore-one-expert", fixed=True)
 def entry_names_one_expert(d: Draft) -> None:
     d.ignore(f"{DECODER}layers.0.experts.1.gate_proj")
 
 
-@defect("ignore-everything", mended=True)
+@defect("ignore-everything", fixed=True)
 def entry_for_the_whole_encoder(d: Draft) -> None:
     d.ignore(f"{ENCODER.removesuffix('.')}*")
 
 
-@defect("ignore-partly-fused", mended=True)
+@defect("ignore-partly-fused", fixed=True)
 def entry_for_q_alone(d: Draft) -> None:
     d.ignore(f"{DECODER}layers.0.self_attn.q_proj")
 
 
-@defect("ignore-partly-fused", mended=True)
+@defect("ignore-partly-fused", fixed=True)
 def exact_entries_for_a_layer_without_v_proj(d: Draft) -> None:
     """Layer 1 attends in full: its values are its keys, and no exporter can list a v_proj that is not there."""
     d.unquantize(f"{DECODER}layers.1.self_attn.")
@@ -756,7 +756,7 @@ def only_q_unquantized(d: Draft) -> None:
     d.ignore(f"{DECODER}layers.0.self_attn.q_proj")
 
 
-@defect("ignored-but-quantized", mended=True)
+@defect("ignored-but-quantized", fixed=True)
 def both_sides_ignored_though_quantized(d: Draft) -> None:
     d.ignore(f"{DECODER}layers.0.mlp*", f"{ENCODER}layers.0.mlp*")
 
@@ -768,17 +768,17 @@ def one_expert_left_unquantized(d: Draft) -> None:
         d.ignore(f"{DECODER}layers.0.experts.1.{projection}")
 
 
-@defect("unlisted-lm-head", mended=True)
+@defect("unlisted-lm-head", fixed=True)
 def lm_head_not_in_the_ignore_list(d: Draft) -> None:
     d.unignore("lm_head")
 
 
-@defect("unlisted-unquantized", mended=True)
+@defect("unlisted-unquantized", fixed=True)
 def unquantized_module_not_in_the_ignore_list(d: Draft) -> None:
     d.unquantize(f"{DECODER}layers.0.mlp.")
 
 
-@defect("unlisted-unquantized", base="dg_nvfp4_experts_only", mended=True)
+@defect("unlisted-unquantized", base="dg_nvfp4_experts_only", fixed=True)
 def attention_entries_removed(d: Draft) -> None:
     d.unignore("layers.0.self_attn")
 

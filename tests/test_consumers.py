@@ -189,7 +189,7 @@ def test_a_consumer_is_known_by_its_name_and_has_presets() -> None:
 
 
 @pytest.mark.parametrize("case", ["dg_nvfp4", "dg_nvfp4_experts_only", "dg_nvfp4_sharded", "dg_fp8"])
-def test_naive_export_conflicts_and_rewriting_mends_all_but_the_sides(case: str, tmp_path: Path) -> None:
+def test_naive_export_conflicts_and_rewriting_fixes_all_but_the_sides(case: str, tmp_path: Path) -> None:
     before = check(FIXTURES / case / "naive", "vllm")
     conflict = only(before, "name-conflict")
     assert all(name.endswith(".input_scale") for name in conflict.where)
@@ -301,11 +301,11 @@ def test_fused_module_is_excluded_only_when_every_shard_is_listed() -> None:
     assert set(whole.reasons("model.layers.0.self_attn.qkv_proj").values()) == {"exact"}
 
 
-IGNORE_DEFECTS = [d for d in DEFECTS if d.mended and (d.finding or "").startswith(("ignore", "unlisted"))]
+IGNORE_DEFECTS = [d for d in DEFECTS if d.fixed and (d.finding or "").startswith(("ignore", "unlisted"))]
 
 
 @pytest.mark.parametrize("defect", IGNORE_DEFECTS, ids=lambda d: d.name)
-def test_consistent_ignore_list_mends_the_pattern(defect: Defect, good: Good, tmp_path: Path) -> None:
+def test_consistent_ignore_list_fixes_the_pattern(defect: Defect, good: Good, tmp_path: Path) -> None:
     defect.make(good(defect.base), tmp_path / "variant")
     before = Draft.read(tmp_path / "variant")
     contents, sentences = corrected_configs("vllm", tmp_path / "variant")
@@ -323,7 +323,7 @@ def test_consistent_ignore_list_mends_the_pattern(defect: Defect, good: Good, tm
 
 # Defects in which the list is at fault, whether or not another one would be right.
 LISTS = ("ignore-", "unlisted", "quant", "architectures", "cannot")
-OTHERS = [d for d in DEFECTS if not d.mended and not (d.finding or "").startswith(LISTS)]
+OTHERS = [d for d in DEFECTS if not d.fixed and not (d.finding or "").startswith(LISTS)]
 
 
 @pytest.mark.parametrize("defect", OTHERS, ids=lambda d: d.name)
@@ -337,20 +337,20 @@ def test_a_right_ignore_list_stays(base: str, good: Good) -> None:
     assert consistent_ignore(VLLM.subject(good(base))) is None
 
 
-# --- mended by a rewrite -----------------------------------------------------------------------------------
+# --- fixed by a rewrite ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("defect", [d for d in DEFECTS if d.mended], ids=lambda d: d.name)
-def test_preparing_for_vllm_mends_what_can_be_mended(defect: Defect, good: Good, tmp_path: Path) -> None:
+@pytest.mark.parametrize("defect", [d for d in DEFECTS if d.fixed], ids=lambda d: d.name)
+def test_preparing_for_vllm_fixes_what_can_be_fixed(defect: Defect, good: Good, tmp_path: Path) -> None:
     defect.make(good(defect.base), tmp_path / "variant")
-    report = tierewrite.prepare_for_vllm(tmp_path / "variant", tmp_path / "out", **defect.mend_options)
+    report = tierewrite.prepare_for_vllm(tmp_path / "variant", tmp_path / "out", **defect.fix_options)
     assert report.readiness is not None
     assert report.readiness.ids() <= TINY
     assert check(tmp_path / "out", "vllm").ids() <= TINY
 
 
-@pytest.mark.parametrize("defect", [d for d in DEFECTS if not d.mended], ids=lambda d: d.name)
-def test_what_no_rewrite_mends_says_so(defect: Defect, good: Good, tmp_path: Path) -> None:
+@pytest.mark.parametrize("defect", [d for d in DEFECTS if not d.fixed], ids=lambda d: d.name)
+def test_what_no_rewrite_fixes_says_so(defect: Defect, good: Good, tmp_path: Path) -> None:
     defect.make(good(defect.base), tmp_path / "variant")
     report = check(tmp_path / "variant", "vllm")
     assert None in {f.mended_by for f in report.findings if (f.id, f.severity) == (defect.finding, defect.severity)}
@@ -395,16 +395,16 @@ def test_check_writes_nothing_and_reads_no_weights(good: Good) -> None:
 
 
 def test_a_backbone_of_the_users_is_asked_first(good: Good, tmp_path: Path) -> None:
-    """With a mapping that keeps the sides apart, nothing meets."""
-    apart = {"architectures": [], "prefixes": [], "sides": [], "linear": [{"modules": "*.layers.*_proj"}]}
-    (tmp_path / "apart.json").write_text(json.dumps(apart), encoding="utf-8")
+    """With a mapping that keeps the sides separate, nothing meets."""
+    separate = {"architectures": [], "prefixes": [], "sides": [], "linear": [{"modules": "*.layers.*_proj"}]}
+    (tmp_path / "separate.json").write_text(json.dumps(separate), encoding="utf-8")
 
     def edit(d: Draft) -> None:
         d[f"{ENCODER}layers.1.layer_scalar"] = d[f"{DECODER}layers.0.layer_scalar"]
 
     folder = edited(good("dg_nvfp4"), tmp_path / "v", edit)
     assert "per-side-conflict" in check(folder, "vllm").ids()
-    assert "per-side-conflict" not in check(folder, "vllm", backbone=tmp_path / "apart.json").ids()
+    assert "per-side-conflict" not in check(folder, "vllm", backbone=tmp_path / "separate.json").ids()
 
 
 def test_a_broken_backbone_is_wrong_usage(good: Good, tmp_path: Path) -> None:

@@ -597,7 +597,7 @@ def test_what_a_killed_run_left_and_cannot_be_read_or_removed_is_named(
         shutil.copytree(left, work)
         fault = Fault(work, "fail", 2, None, errno.EIO, (name,), ".safetensors")
         done = machine.run("rewrite", source.path, work / "out", *source.options, "--resume", fault=fault)
-        if done.code == 0:  # a shard that cannot be opened is written anew
+        if done.code == 0:  # a shard that cannot be opened is written again
             assert contents(work / "out") == right
         else:
             fails_well(done)

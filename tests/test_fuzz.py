@@ -1,7 +1,7 @@
 """The gate against anything: hostile headers, indexes and folders, and safetensors' own reader as the judge.
 
 For every input the gate gives a verdict or a `SourceError`, quickly and in bounded memory, and the verdict is the one
-of safetensors' Rust reader but for the deliberate differences, each told apart here by a parser of its own:
+of safetensors' Rust reader but for the deliberate differences, each distinguished here by a parser of its own:
 
 - refused here, accepted there: a key twice in one JSON object, a tensor as an array, a dtype as an object;
 - accepted here, refused there: a dtype that safetensors does not know, where the offsets tile the file.

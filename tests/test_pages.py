@@ -218,7 +218,7 @@ def test_the_worst_scales_come_by_name_furthest_first(tmp_path: Path) -> None:
         (pytest.approx(2.9), ["1", "experts", "9"]),
     ]
     listed = page.html()
-    assert "The 3 scales furthest apart" in listed
+    assert "The 3 scales that differ most" in listed
     assert "model.layers.1.experts.9.down_proj.input_scale" in listed
     assert "model.layers.1.experts.8.down_proj.input_scale" not in listed
 

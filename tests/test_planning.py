@@ -281,7 +281,7 @@ SCALES_AND_BUFFERS = [
         """,
         Policy(kv_scales="merge"),
         MODELOPT,
-        warning="a bias has no twin on another side",
+        warning="a bias is on one side only",
     ),
     Case(
         "KV-cache scales whose biases the bytes have found to differ are kept",

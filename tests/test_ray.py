@@ -65,7 +65,7 @@ class Cluster:
         """Process and node of each time that it went wrong."""
         return [json.loads(path.read_text()) for path in sorted(self.faults.glob("*.mark"))]
 
-    def mends(self) -> None:
+    def recover(self) -> None:
         for path in self.faults.iterdir():
             path.unlink()
 
@@ -91,7 +91,7 @@ def cluster(whole_cluster: Cluster) -> Iterator[Cluster]:
     assert not ray.is_initialized()
     yield whole_cluster
     assert not ray.is_initialized()
-    whole_cluster.mends()
+    whole_cluster.recover()
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +312,7 @@ def test_driver_killed_and_the_run_resumed(
     (staging / f"{SECOND}.0123456789abcdef.part").write_bytes(b"half")
     (staging / "model-00001-of-00009.safetensors").write_bytes(b"by a driver with other options")
     before = {name: (staging / name).stat() for name in (FIRST, THIRD)}
-    cluster.mends()
+    cluster.recover()
     again = start_cli(cluster, made, tmp_path / "out", "--resume", "--json")
     out, err = again.communicate(timeout=120)
     assert (again.returncode, err) == (0, "")
@@ -406,7 +406,7 @@ def test_our_own_error_arrives_as_it_was_raised(cluster: Cluster, copied: Naive,
     shard = src / "model.safetensors"
 
     class Touch(Progress):
-        """Changes a shard just before it is read anew."""
+        """Changes a shard just before it is read again."""
 
         def start(self, phase: str, total: int) -> None:
             if phase == "rewriting":

@@ -1,4 +1,4 @@
-"""NVFP4 blobs that are encoded anew: sides of one weight under two scales, and fused projections."""
+"""NVFP4 blobs that are re-encoded: sides of one weight under two scales, and fused projections."""
 
 from __future__ import annotations
 

@@ -76,8 +76,8 @@ def rescaled(rng: random.Random, tensors: dict[str, Tensor]) -> dict[str, Tensor
     codes, blocks = (np.frombuffer(tensors[n][2], np.uint8).reshape(tensors[n][1]) for n in names[:2])
     old = np.frombuffer(tensors[names[2]][2], "<f4")
     new = np.float32(old[0] * np.float32(rng.choice([2.5, 0.6])))
-    anew = nvfp4.repack(codes, blocks, old, new, reciprocal="global" in names[2])
-    return {n: (*tensors[n][:2], data.tobytes()) for n, data in zip(names, (*anew, new), strict=True)}
+    again = nvfp4.repack(codes, blocks, old, new, reciprocal="global" in names[2])
+    return {n: (*tensors[n][:2], data.tobytes()) for n, data in zip(names, (*again, new), strict=True)}
 
 
 def sides(rng: random.Random, family: str) -> Iterator[tuple[str, dict[str, Tensor]]]:

@@ -159,7 +159,7 @@ def test_header_longer_than_the_first_read_is_read_to_its_end_and_no_further(sto
 
 
 def spans(store: Store, name: str) -> list[tuple[int, int]]:
-    """What was read of an object, the first look at its header apart."""
+    """What was read of an object, without the first look at its header."""
     found = [r.range.removeprefix("bytes=").split("-") for r in store.asked("get", ending=name)]
     return sorted((int(start), int(end) + 1) for start, end in found if start != "0")
 

@@ -340,23 +340,23 @@ def test_one_blob_for_sides_that_differ_by_more_than_scaling_is_wrong(tmp_path: 
         assert "unconfirmed-drop" in ids(verify(src, dst, ties=ties, on_mismatch="repack"))
 
 
-def test_a_linear_encoded_anew_to_the_scale_of_the_one_it_is_fused_with_is_right(tmp_path: Path) -> None:
+def test_a_linear_reencoded_to_the_scale_of_the_one_it_is_fused_with_is_right(tmp_path: Path) -> None:
     gate, up = blob(*encoded(0)), blob(*encoded(1, 2.5))
     codes, scales, scale = encoded(0)
     new = np.float32(encoded(1, 2.5)[2])
-    anew = blob(*nvfp4.repack(codes, scales, np.float32(scale), new), float(new))
+    reencoded = blob(*nvfp4.repack(codes, scales, np.float32(scale), new), float(new))
     more: dict[str, Tensor] = {"x.weight": ("U8", [1], b"1")}
     tied = more | {"y.weight": more["x.weight"]}
     src = write_checkpoint(tmp_path / "src", named("m.gate_proj", gate) | named("m.up_proj", up) | tied)
     ties = tmp_path / "ties.json"
     ties.write_text('{"y.weight": "x.weight"}')
-    dst = write_checkpoint(tmp_path / "dst", named("m.gate_proj", anew) | named("m.up_proj", up) | more)
+    dst = write_checkpoint(tmp_path / "dst", named("m.gate_proj", reencoded) | named("m.up_proj", up) | more)
     result = verify(src, dst, ties=ties, unify_fused_scales=True)
     assert result.problems == ()
     assert result.repacked == 3
     assert ids(verify(src, dst, ties=ties)) == {"bytes"}
     alone = write_checkpoint(tmp_path / "src2", named("m.other_proj", gate) | named("m.up_proj", up) | tied)
-    dst = write_checkpoint(tmp_path / "dst", named("m.other_proj", anew) | named("m.up_proj", up) | more)
+    dst = write_checkpoint(tmp_path / "dst", named("m.other_proj", reencoded) | named("m.up_proj", up) | more)
     assert ids(verify(alone, dst, ties=ties, unify_fused_scales=True)) == {"bytes"}
 
 

@@ -52,7 +52,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str
 
 @pytest.fixture(scope="module")
 def behaviours(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the real loader does with every variant, recorded anew."""
+    """What the real loader does with every variant, recorded again."""
     assert INTERPRETER is not None
     variants = [*DEFECTS, *CONTROLS]
     goods, made = make_all(tmp_path_factory.mktemp("variants"), variants)
@@ -137,13 +137,13 @@ def test_check_agrees_with_the_loader_on_the_rewritten_checkpoint(
     assert found == {name for c in conflicts if c["different"] for name in (c["first"], c["winner"])}
 
 
-def test_every_variant_that_a_rewrite_mends_loads_clean_afterwards(tmp_path: Path) -> None:
+def test_every_variant_that_a_rewrite_fixes_loads_clean_afterwards(tmp_path: Path) -> None:
     assert INTERPRETER is not None
-    mended = [d for d in DEFECTS if d.mended]
-    _, made = make_all(tmp_path, mended)
-    for defect in mended:
-        tierewrite.prepare_for_vllm(made[defect.name], tmp_path / f"{defect.name}-out", **defect.mend_options)
-    found = load(INTERPRETER, [tmp_path / f"{d.name}-out" for d in mended], "--process")
+    fixed = [d for d in DEFECTS if d.fixed]
+    _, made = make_all(tmp_path, fixed)
+    for defect in fixed:
+        tierewrite.prepare_for_vllm(made[defect.name], tmp_path / f"{defect.name}-out", **defect.fix_options)
+    found = load(INTERPRETER, [tmp_path / f"{d.name}-out" for d in fixed], "--process")
     for name, out in found.items():
         assert (out["status"], out["ignored"], out["conflicts"]["different"]) == (0, [], 0), name
         assert not [w for w in out["scale_notes"] if "not positive" in w or "w1 != w3" in w], name

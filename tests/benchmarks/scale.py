@@ -18,7 +18,7 @@ The model (`simulate`), all there is to it:
 
     python -m tests.benchmarks.scale                              measure, check the model, simulate
     python -m tests.benchmarks.scale --bandwidth 5 20 100 --network 12.5 --cpus 16 --json scale.json
-    python -m tests.benchmarks.scale --from scale.json --size 4e12   simulate anew from these rates
+    python -m tests.benchmarks.scale --from scale.json --size 4e12   simulate again from these rates
 """
 
 from __future__ import annotations

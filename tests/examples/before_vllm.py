@@ -1,6 +1,6 @@
 """Prepare an exported checkpoint for vLLM and hear what it will do with it: python before_vllm.py SRC DST.
 
-SRC is a folder or a hub id. Exits 6 if something is left that vLLM would get wrong without a word.
+SRC is a folder or a hub id. Exits 6 if something is left that vLLM would get wrong without a warning.
 """
 
 import sys

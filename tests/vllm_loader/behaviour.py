@@ -1,6 +1,6 @@
 """What vLLM's real loader does with a variant of a good checkpoint, in a few stable facts.
 
-    python -m tests.vllm_loader.behaviour VENV       writes tests/vllm_behaviour.json anew
+    python -m tests.vllm_loader.behaviour VENV       writes tests/vllm_behaviour.json again
 
 The facts say how a variant's load differs from that of the good checkpoint it was made of; uninitialised memory,
 paths and the order of sets do not show in them.

@@ -328,7 +328,7 @@ def load(ckpt: str, order: str, also_process: bool, limit: int) -> dict[str, Any
     log = Log()
     try:
         config = prepare(ckpt)
-        # Only now: creating a VllmConfig configures vLLM's logger anew.
+        # Only now: creating a VllmConfig configures vLLM's logger again.
         logging.getLogger("vllm").addHandler(log)
         with set_current_vllm_config(config):
             model = build(config)

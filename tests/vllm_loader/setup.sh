@@ -18,5 +18,5 @@ rm -f "$venv/.stamp"
 "$venv/bin/pip" install -q --no-deps -r "$here/requirements.txt"
 PYTHONPATH=$here "$venv/bin/python" -c 'import shim, vllm.model_executor.models.diffusion_gemma, vllm
 print("ok: vllm", vllm.__version__, "torch", shim.torch.__version__)'
-# Last, so that a build that was cut short is built anew.
+# Last, so that a build that was cut short is built again.
 printf '%s\n' "$stamp" >"$venv/.stamp"

@@ -42,11 +42,11 @@ def rows() -> list[str]:
     recorded = json.loads(RECORD.read_text(encoding="utf-8"))["variants"]
     lines = [f"| defect | vLLM {VLLM.version} | check says | rewrite --for vllm fixes it |", "|---|---|---|---|"]
     for defect in DEFECTS:
-        mended = "yes" if defect.mended else "no"
-        if defect.mended and defect.mend_options:
-            mended = "with --" + ", --".join(name.replace("_", "-") for name in defect.mend_options)
+        fixed = "yes" if defect.fixed else "no"
+        if defect.fixed and defect.fix_options:
+            fixed = "with --" + ", --".join(name.replace("_", "-") for name in defect.fix_options)
         name = defect.name.replace("-", " ")
-        lines.append(f"| {name} | {does(recorded[defect.name])} | {defect.severity} `{defect.finding}` | {mended} |")
+        lines.append(f"| {name} | {does(recorded[defect.name])} | {defect.severity} `{defect.finding}` | {fixed} |")
     return lines
 
 

@@ -370,7 +370,7 @@ def explain(rule: str | None, all_rules: bool, as_json: bool) -> None:
     type=click.IntRange(0, 100_000),
     default=20,
     show_default=True,
-    help="How many of the scales that were furthest apart to list.",
+    help="How many of the scales that differ most to list.",
 )
 @json_option
 def report_command(
@@ -382,7 +382,7 @@ def report_command(
     worst: int,
     as_json: bool,
 ) -> None:
-    """Show what a rewrite did: sizes, how far apart the activation scales of tied sides were, what was kept and why.
+    """Show what a rewrite did: sizes, how much the activation scales of tied sides differed, what was kept and why.
 
     Reads DST's manifest (tierewrite.json) and headers; a manifest alone will do for everything but the sizes. The page
     needs no network. Pictures need matplotlib: pip install 'tierewrite[report]'.

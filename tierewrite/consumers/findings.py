@@ -10,7 +10,7 @@ from tierewrite.errors import EXIT_FINDINGS, EXIT_OK, shown
 
 SCHEMA = "tierewrite/readiness/1"
 Severity = Literal["error", "warning"]
-Mend = Literal["rewrite", "rewrite --fill-missing-scales"]
+FixingRewrite = Literal["rewrite", "rewrite --fill-missing-scales"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Finding:
         found: what is there, one sentence.
         consequence: what the consumer does with it.
         mend: what to do about it, one sentence; "" where nothing is known.
-        mended_by: the rewrite that mends it, or None.
+        mended_by: the rewrite that fixes it, or None.
         source: file and function of the consumer that this was read in.
     """
 
@@ -35,7 +35,7 @@ class Finding:
     found: str
     consequence: str
     mend: str
-    mended_by: Mend | None
+    mended_by: FixingRewrite | None
     source: str
 
     def to_json(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from tierewrite.consumers.findings import Finding, Mend, Severity
+from tierewrite.consumers.findings import Finding, FixingRewrite, Severity
 
 S = TypeVar("S")
 
@@ -33,7 +33,7 @@ class Rule:
     consequence: str
     fix: str
     source: str
-    fixed_by: Mend | None = None
+    fixed_by: FixingRewrite | None = None
     when: str = ""
 
     def at(self, where: Iterable[str], found: str) -> Finding:

@@ -244,8 +244,8 @@ class Subject:
                 else:
                     gone.append(f"{container}.{number}")
         shards = [name for name in plain if name.endswith(".weight") and self._partner_there(name)]
-        apart = set(shards)
-        return [name for name in plain if name not in apart], shards, gone
+        of_fused = set(shards)
+        return [name for name in plain if name not in of_fused], shards, gone
 
     def _group(self, parameter: str) -> str:
         """What the consumer has one parameter for."""

@@ -9,7 +9,7 @@ answer to `Digester`. Data on the GPU stay there; a checkpoint on disk goes thro
         for each buffer filled:
             ticket = stream.update(buffer, spans)      # returns at once on CUDA
             ...                                        # write from the same buffer meanwhile
-            ticket.wait()                              # now the buffer may be filled anew
+            ticket.wait()                              # now the buffer may be filled again
         digests = stream.finish()                      # {tensor: 32 bytes}
 
 A buffer may hold any number of tensors, and a tensor may go over any number of buffers, in order, cut where `cut`
@@ -41,7 +41,7 @@ __all__ = [
 class DeviceFailed(SystemFailure):
     """The GPU cannot do it, or no longer: no CuPy, no device, out of memory, driver error, wrong digests.
 
-    After it a stream answers only `salvage` and `close`; what is missing there has to be hashed anew, by
+    After it a stream answers only `salvage` and `close`; what is missing there has to be hashed again, by
     `select("cpu")`, say.
     """
 
@@ -151,6 +151,6 @@ def select(device: str = "auto", *, threads: int | None = None) -> Digester:
         if device == "cuda":
             raise UsageError(
                 f"--device cuda needs a GPU on which CuPy works: {error}. "
-                "Mend that, or take --device cpu: the output is the same"
+                "Fix that, or take --device cpu: the output is the same"
             ) from error
         return CpuDigester(threads, why=str(error))

@@ -124,5 +124,5 @@ def activation(merge: Merge, *suffixes: str, uncalibrated: tuple[float, ...] = (
 
 
 def kv_cache(merge: Merge | None, *suffixes: str) -> tuple[Companion, ...]:
-    """KV-cache ranges (KV); `merge` None where they can only be equal or apart."""
+    """KV-cache ranges (KV); `merge` None where they have to be equal to be merged."""
     return tuple(Companion(suffix, Role.KV, merge) for suffix in suffixes)

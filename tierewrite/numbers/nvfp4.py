@@ -75,7 +75,7 @@ class Packed(NamedTuple):
 
 
 class Change(NamedTuple):
-    """How far two decoded weights are apart: largest absolute and root-mean-square difference."""
+    """How much two decoded weights differ: largest absolute and root-mean-square difference."""
 
     largest: float
     rms: float
@@ -309,7 +309,7 @@ def repack(
     """The same weight, re-encoded to another weight_scale_2, working on the codes.
 
     New block scale = E4M3(weight_scale * weight_scale_2 / new_weight_scale_2), clamped to [2^-9, 448]; each
-    element is rounded anew against it (nearest, ties to the even code) and keeps its sign bit, that of code 8
+    element is rounded again, against it, (nearest, ties to the even code) and keeps its sign bit, that of code 8
     included.  With `reciprocal` the values are compressed-tensors' weight_global_scale, and the new block
     scale is E4M3(weight_scale * new / old).  An equal scale returns the two arrays handed in.
 
@@ -364,7 +364,7 @@ def _same_shapes(a: Packed, b: Packed) -> None:
 
 
 def change(a: tuple[Array, Array, Array], b: tuple[Array, Array, Array], *, reciprocal: bool = False) -> Change:
-    """How far the decoded weights of two encodings are apart.
+    """How much the decoded weights of two encodings differ.
 
     Args:
         a, b: (weight, weight_scale, weight_scale_2) each, as for `decode`, of equal shapes.

@@ -1,4 +1,4 @@
-"""The configs of the output: entries of ignore lists that disagree with what is on disk, reported or mended."""
+"""The configs of the output: entries of ignore lists that disagree with what is on disk, reported or corrected."""
 
 from __future__ import annotations
 

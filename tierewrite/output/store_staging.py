@@ -74,7 +74,7 @@ class RemoteTarget:
             )
         if not (overwrite or resume):
             raise UsageError(
-                "holds what a run left that was killed, or is still going: go on from it with --resume, or start anew "
+                "holds what a run left that was killed, or is still going: go on from it with --resume, or start again "
                 "with --overwrite",
                 file=dst,
             )

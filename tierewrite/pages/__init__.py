@@ -1,4 +1,4 @@
-"""A page about one rewrite, for people: sizes, how far apart the tied sides' activation scales were, what was kept.
+"""A page about one rewrite, for people: sizes, how much the tied sides' activation scales differed, what was kept.
 
     page = tierewrite.report_page("DST")           # or the manifest alone
     page.write_html("report.html")                 # one file that needs no network
@@ -35,7 +35,7 @@ class Page:
     Attributes:
         source: the folder or manifest that it is about.
         facts: what it says, as data.
-        worst: how many of the scales that were furthest apart it lists.
+        worst: how many of the scales that differ most it lists.
     """
 
     source: FilePath
@@ -108,7 +108,7 @@ def report_page(
         path: the folder that it wrote, or its URL; or its manifest alone, for everything but the sizes.
         consumer: "vllm" or "transformers": what a readiness check of the folder finds is on the page.
         backbone: a JSON file for the check, as for `readiness.check`.
-        worst: how many of the scales that were furthest apart to list.
+        worst: how many of the scales that differ most to list.
 
     Raises:
         UsageError: nothing there, a folder without a manifest, or a consumer asked for without a folder (exit 2).

@@ -251,11 +251,11 @@ def png(facts: Facts, dpi: int = 144) -> bytes:
         shown_ = [d for d in facts.divergence if d.ratios][:MAX_ROWS]
         if shown_:
             parts.append(
-                ("How far apart the sides' activation scales were", _ratios_height(shown_),
+                ("How much the sides' activation scales differed", _ratios_height(shown_),
                  lambda f: _draw_ratios(f, shown_))
             )  # fmt: skip
             for number, heat in enumerate(heatmaps(facts)):
-                parts.append(("" if number else "Where they were apart", heat.height, heat.draw))
+                parts.append(("" if number else "Where they differed", heat.height, heat.draw))
             parts.append(("", 0.6, lambda f: _draw_legend(f, scale_top(facts))))
         head, gap, heading = 2.3, 0.28, 0.42
         total = head + sum(h + gap + (heading if title else 0) for title, h, _ in parts) + 0.1
@@ -309,7 +309,7 @@ def key_figures(facts: Facts) -> list[tuple[str, str, str]]:
     if facts.scales:
         one = f"{overall.one_sided:,} had one side only" if overall.one_sided else "activation scales"
         found.append(("Scales merged", f"{len(facts.scales):,}", one))
-        found.append(("Sides apart by", times(overall.median), f"median; {times(overall.max)} at most"))
+        found.append(("Sides differ by", times(overall.median), f"median; {times(overall.max)} at most"))
         never = "on any side" if overall.never else "every scale has a value"
         found.append(("Never calibrated", f"{overall.never:,}", never))
     return found

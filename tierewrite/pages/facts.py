@@ -93,7 +93,7 @@ class Scale:
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """How far apart the sides of one projection's scales were.
+    """How much the sides of one projection's scales differ.
 
     Attributes:
         projection: as in `Scale`.
@@ -213,7 +213,7 @@ class Facts:
 
     @cached_property
     def divergence(self) -> tuple[Divergence, ...]:
-        """Per projection, furthest apart first."""
+        """Per projection, those that differ most first."""
         found: dict[str, list[Scale]] = {}
         for scale in self.scales:
             found.setdefault(scale.projection, []).append(scale)
@@ -230,7 +230,7 @@ class Facts:
         return _divergence("all", self.scales)
 
     def worst(self, count: int = WORST_SHOWN) -> list[Scale]:
-        """The scales whose sides were furthest apart, the furthest first."""
+        """The scales whose sides differ most, the largest ratio first."""
         rated = [scale for scale in self.scales if scale.ratio is not None]
         return sorted(rated, key=lambda s: (-(s.ratio or 0), natural_key(s.name)))[:count]
 

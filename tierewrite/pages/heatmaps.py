@@ -108,7 +108,7 @@ def scale_top(facts: Facts) -> float:
 
 
 def heatmaps(facts: Facts) -> list[Heatmap]:
-    """Layer by expert for each projection that has experts, furthest apart first; the others together, by layer."""
+    """Layer by expert for each projection that has experts, largest ratios first; the others together, by layer."""
     top = scale_top(facts)
     found: list[Heatmap] = []
     dense: list[Divergence] = []

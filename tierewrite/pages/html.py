@@ -41,7 +41,7 @@ def page(facts: Facts, worst: int = WORST_SHOWN) -> str:
     """The page.
 
     Args:
-        worst: how many of the scales that were furthest apart to list.
+        worst: how many of the scales that differ most to list.
 
     Raises:
         UsageError: matplotlib is not installed.
@@ -158,7 +158,7 @@ def _size_row(row: SizeRow) -> Sequence[str]:
 
 
 def _divergence(facts: Facts, pictures: dict[str, list[str]], worst: int) -> str:
-    title = "How far apart the sides’ activation scales were"
+    title = "How much the sides’ activation scales differed"
     if not facts.scales:
         return _section(
             title,
@@ -174,7 +174,7 @@ def _divergence(facts: Facts, pictures: dict[str, list[str]], worst: int) -> str
         "within a range <i>r</i> times wider than it was calibrated for.</p>"
     )
     table = _table(
-        ("projection", "scales", "median", "p90", "max", "one side only", "never calibrated", "furthest apart at"),
+        ("projection", "scales", "median", "p90", "max", "one side only", "never calibrated", "largest at"),
         [_divergence_row(d) for d in listed[: ROWS_SHOWN + 1]],
         "first last-text" if len(rows) > 1 else "last-text",
     )
@@ -226,7 +226,7 @@ def _worst(facts: Facts, worst: int) -> str:
     if not found:
         return ""
     rows = [(times(s.ratio), _code(s.name), escaped(_place(s.layer, s.expert)), f"{len(s.sources)}") for s in found]
-    return f"<h3>The {len(found):,} scales furthest apart</h3>" + _table(
+    return f"<h3>The {len(found):,} scales that differ most</h3>" + _table(
         ("ratio", "scale", "where", "sides"), rows, "names"
     )
 
@@ -325,11 +325,11 @@ def _finding(found: Finding) -> str:
     places = "".join(f"<li>{_code(place)}</li>" for place in found.where[:5])
     if len(found.where) > 5:
         places += f"<li>and {len(found.where) - 5:,} more</li>"
-    mend = f"<p><b>Mend:</b> {escaped(found.mend)}</p>" if found.mend else ""
+    fix = f"<p><b>Fix:</b> {escaped(found.mend)}</p>" if found.mend else ""
     severity = "error" if found.severity == "error" else "warning"
     return (
         f'<article class="{severity}"><h3><span class="tag">{severity}</span> {escaped(found.id)}</h3>'
-        f"<p>{escaped(found.found)}</p><p><b>Then:</b> {escaped(found.consequence)}</p>{mend}"
+        f"<p>{escaped(found.found)}</p><p><b>Then:</b> {escaped(found.consequence)}</p>{fix}"
         f"<ul>{places}</ul></article>"
     )
 

@@ -1,4 +1,4 @@
-"""The same facts on a terminal: key figures, and how far apart each projection's scales were."""
+"""The same facts on a terminal: key figures, and how much each projection's scales differed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def show(console: Console, facts: Facts, worst: int) -> None:
             console.print(f"... and {len(facts.divergence) - _ROWS_SHOWN} more projections (all of them with --json)")
     found = facts.worst(worst)
     if found:
-        console.print(Text("Furthest apart:", style="bold"))
+        console.print(Text("Largest differences:", style="bold"))
         for scale in found:
             console.print(Text(f"  {_plain(times(scale.ratio)):>8}  {shown(scale.name)}"))
     for group in facts.kept[:_KEPT_SHOWN]:

@@ -130,7 +130,7 @@ class KvScales:
             sides = _common(owners)
             layer = _Layer(canonical, sides, tuple(by_module.get(side, {}) for side in sides))
             if layer.lone_bias():
-                self.warnings.append(f"KV scales of '{canonical}' are kept apart: a bias has no twin on another side")
+                self.warnings.append(f"KV scales of '{canonical}' are kept separate: a bias is on one side only")
                 continue
             self._plan_layer(layer, owners)
 
@@ -146,7 +146,7 @@ class KvScales:
             if keys == (target,) or target in self._separate:
                 continue
             if claimed[rest] or not self._mergeable(rows, companion):
-                self.warnings.append(f"KV scale '{target}' is kept apart: its sides are stored differently")
+                self.warnings.append(f"KV scale '{target}' is kept separate: its sides are stored differently")
                 continue
             owner = _owner(rest, owners)
             self.merges.setdefault(owner, []).append(Merge(target, keys, companion, kv=True, only_if_equal=equal))

@@ -232,7 +232,7 @@ def refuse_half_written(top: Collection[str], where: FilePath) -> None:
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
-    """Sort key that puts `model-2` before `model-10`; names that only differ in leading zeros stay apart."""
+    """Sort key that puts `model-2` before `model-10`; names that only differ in leading zeros stay different."""
     parts: list[tuple[int, int, str]] = []
     for part in re.split("([0-9]+)", name):
         # int() of thousands of digits is slow and refused by Python: such a part is compared as text

@@ -29,7 +29,7 @@ _CHUNK_BYTES = 1 << 20
 
 
 def part_path(path: Path, token: str = "") -> Path:
-    """The name of a shard until it is complete and flushed; `token` tells several that write it apart."""
+    """The name of a shard until it is complete and flushed; `token` distinguishes several that write it."""
     return path.with_name(f"{path.name}{token and '.'}{token}.part")
 
 

@@ -36,11 +36,11 @@ class RemoteFolder:
 
 
 Place = PathLike | RemotePath | RemoteFolder
-"""What can be opened as a checkpoint's folder (a hub id apart)."""
+"""What can be opened as a checkpoint's folder, besides a hub id."""
 
 
 def folder_of(where: Place) -> Path | RemoteFolder:
-    """`where`, told apart."""
+    """`where` as a path of this machine or as a folder of a store."""
     if is_remote_folder(where):
         return where
     path = located(where)

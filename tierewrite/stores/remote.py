@@ -162,7 +162,7 @@ def remote_errors(doing: str, where: RemotePath, writes: bool = False) -> Iterat
 
 
 def _failure(doing: str, where: RemotePath, error: Exception) -> SystemFailure:
-    """A store raises whatever its library raises: told apart are refusals, which want other advice."""
+    """A store raises whatever its library raises; a refusal of access wants other advice than the rest."""
     said = _said(error, where)
     refused = isinstance(error, PermissionError) or re.search(
         r"credential|access ?denied|forbidden|unauthori|InvalidAccessKey|SignatureDoesNotMatch|\b40[13]\b", said, re.I

@@ -40,7 +40,7 @@ def refuted(checkpoint: Checkpoint, plan: RewritePlan, digests: Mapping[str, byt
 
 ADVICE = (
     "The model declares these tensors to be one, but the files do not hold them as one. Keep both sides of these "
-    "groups with --on-mismatch keep, or export the checkpoint anew."
+    "groups with --on-mismatch keep, or export the checkpoint again."
 )
 
 

@@ -162,7 +162,7 @@ def _why_apart(checkpoint: Checkpoint, first: BlobKeys, other: BlobKeys) -> str 
         return f"cannot be compared: {error}"
     if outside:
         return (
-            f"differ by more than their scaling: {outside:,} of {elements:,} elements are farther apart than rounding "
+            f"differ by more than their scaling: {outside:,} of {elements:,} elements differ by more than rounding "
             f"allows (up to {worst:.3g} steps)"
         )
     return None

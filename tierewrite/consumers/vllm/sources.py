@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tierewrite.consumers.findings import Mend
+from tierewrite.consumers.findings import FixingRewrite
 
 DEFAULT_LOADER = "model_executor/model_loader/default_loader.py"
 KV_CACHE = "model_executor/layers/quantization/kv_cache.py"
@@ -11,5 +11,5 @@ MODEL_UTILS = "model_executor/models/utils.py"
 QUANTIZATION_UTILS = "model_executor/layers/quantization/utils"
 WEIGHT_UTILS = "model_executor/model_loader/weight_utils.py"
 
-REWRITE: Mend = "rewrite"
-FILL: Mend = "rewrite --fill-missing-scales"
+REWRITE: FixingRewrite = "rewrite"
+FILL: FixingRewrite = "rewrite --fill-missing-scales"
