@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,3 +116,13 @@ def test_a_library_has_one_door(library: str, rooms: set[str]) -> None:
         names = {name.split(".")[0] for _, name in imported(ast.parse(path.read_text(encoding="utf-8")))}
         here = str(path.relative_to(PACKAGE))
         assert library not in names or here in rooms or room_of(path) in rooms, here
+
+
+def test_every_test_that_the_table_of_promises_names_exists() -> None:
+    folder = Path(__file__).parent
+    named = re.findall(r"`(test_\w+\.py)(?:::([\w:]+))?`", (folder / "README.md").read_text(encoding="utf-8"))
+    assert len(named) > 25
+    for file, path in named:
+        text = (folder / file).read_text(encoding="utf-8")
+        for word in filter(None, path.split("::")):
+            assert re.search(rf"^\s*(?:class|def) {word}\b", text, re.MULTILINE), f"{file}: {word}"
