@@ -19,13 +19,14 @@ from tierewrite.errors import UsageError
 from tierewrite.planning.policy import (
     FOR_CONSUMER,
     OPTIONS,
+    ConsumerName,
     KVScales,
     OnMismatch,
     Policy,
     PolicyOptions,
     size_in_bytes,
 )
-from tierewrite.rewriting.options import ITEM_TYPES, Consumer, ItemOptions, RewriteOptions
+from tierewrite.rewriting.options import ITEM_TYPES, ItemOptions, RewriteOptions
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Policy))
 
@@ -34,7 +35,7 @@ def test_type_checkers_know_every_field_and_every_choice() -> None:
     assert tuple(PolicyOptions.__annotations__) == FIELDS
     assert OPTIONS["on_mismatch"].choices == get_args(OnMismatch)
     assert OPTIONS["kv_scales"].choices == get_args(KVScales)
-    assert get_args(Consumer) == tuple(FOR_CONSUMER)
+    assert get_args(ConsumerName) == tuple(FOR_CONSUMER)
 
 
 def test_a_list_may_choose_what_the_types_say() -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 OnMismatch = Literal["error", "keep", "repack"]
 KVScales = Literal["keep", "merge"]
+ConsumerName = Literal["vllm", "transformers"]
 Size = int | str
 """A number of bytes, or a text such as "5GB" (powers of 1000)."""
 
@@ -157,7 +158,7 @@ FOR_CONSUMER: Mapping[str, PolicyOptions] = {
     "vllm": {"kv_scales": "merge", "unify_fused_scales": True, "fix_ignore": True},
     "transformers": {},
 }
-"""What a rewrite for a consumer chooses, where the caller does not."""
+"""What a rewrite for a consumer chooses, where the caller does not. `--for` offers these names."""
 
 _TYPE_NAMES = {bool: "true or false", int: "a number", str: "a text"}
 _SIZE = re.compile(r"([0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})\s*([KMGT]B|)", re.IGNORECASE | re.ASCII)

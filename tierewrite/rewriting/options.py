@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, TypedDict
 
-from tierewrite.planning.policy import OPTIONS, PolicyOptions
+from tierewrite.planning.policy import OPTIONS, ConsumerName, PolicyOptions
 
 if TYPE_CHECKING:
     from tierewrite.engines.progress import Progress
     from tierewrite.stores.base import PathLike
 
-Consumer = Literal["vllm", "transformers"]
 Device = Literal["auto", "cpu", "cuda"]
 EngineName = Literal["local", "ray"]
 
@@ -36,7 +35,7 @@ class ItemOptions(PlanOptions, total=False):
     overwrite: bool
     resume: bool
     verify: bool
-    consumer: Consumer | None
+    consumer: ConsumerName | None
     force: bool
     manifest: bool
 

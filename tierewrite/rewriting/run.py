@@ -14,9 +14,9 @@ from tierewrite.output.destination import Destination, destination, destination_
 from tierewrite.output.staging import Staged
 from tierewrite.output.target import listing, still_as_listed
 from tierewrite.planning.plan import RewritePlan
-from tierewrite.planning.policy import Policy, PolicyOptions
+from tierewrite.planning.policy import ConsumerName, Policy, PolicyOptions
 from tierewrite.report import Report
-from tierewrite.rewriting.options import Consumer, Device, EngineName, RewriteOptions, SourceOptions
+from tierewrite.rewriting.options import Device, EngineName, RewriteOptions, SourceOptions
 from tierewrite.rewriting.steps import Pass, check_for, finish, prove, refuse_unconfirmed, write_shards
 from tierewrite.source import read_ahead
 from tierewrite.source.open import fetched, local_only, name_of
@@ -65,7 +65,7 @@ def rewrite(
     verify: bool = False,
     engine: EngineName = "local",
     ray_address: str | None = None,
-    consumer: Consumer | None = None,
+    consumer: ConsumerName | None = None,
     force: bool = False,
     manifest: bool = True,
     progress: Progress | None = None,
