@@ -593,7 +593,7 @@ def test_a_path_that_does_not_exist_does_not_become_a_hub_id_by_its_lists_folder
         ('{"src": "a", "max_shard_size": true}', "expected a number or a text"),
         ('{"src": "a", "max_shard_size": "5XB"}', "5XB"),
         ('{"src": "a", "on_mismatch": "perhaps"}', "on_mismatch is 'perhaps'"),
-        ('{"src": "a", "consumer": "sglang"}', "consumer is 'sglang'"),
+        ('{"src": "a", "consumer": "nobody"}', "consumer is 'nobody'"),
         ('{"src": "a", "ties": null}', "`ties` is null; expected a text"),
         ('{"dst": "a"}', "`src` is null"),
         ('{"src": ""}', "`src` is \"\""),

@@ -414,8 +414,8 @@ def test_a_broken_backbone_is_wrong_usage(good: Good, tmp_path: Path) -> None:
 
 
 def test_an_unknown_consumer_is_wrong_usage(good: Good) -> None:
-    with pytest.raises(UsageError, match="vllm, transformers"):
-        check(good("dg_nvfp4"), "sglang")
+    with pytest.raises(UsageError, match=", ".join(CONSUMERS)):
+        check(good("dg_nvfp4"), "nobody")
 
 
 def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_manifest_and_report_hold_every_option() -> None:
         ({"max_shard_size": True}, "max_shard_size is True; expected a number"),
         ({"max_shard_size": 1.5}, "max_shard_size is 1.5; expected a number"),
         ({"max_shard_size": "0KB"}, "max_shard_size is 0; expected at least 1 byte"),
-        ({"consumer": "sglang"}, "consumer is 'sglang'; expected one of vllm, transformers"),
+        ({"consumer": "nobody"}, f"consumer is 'nobody'; expected one of {', '.join(FOR_CONSUMER)}"),
         ({"on_mismach": "keep"}, "there is no option 'on_mismach'"),
     ],
 )

@@ -86,6 +86,11 @@ class BackboneTable:
     others: Backbone
 
     @classmethod
+    def names_unchanged(cls, source: str) -> BackboneTable:
+        """The checkpoint's names are the consumer's, whatever the architecture; `source`: where that was read."""
+        return cls((), Backbone((), source, (), (), {}, (), (), (), None))
+
+    @classmethod
     def read(cls, path: Path) -> BackboneTable:
         """A table of our own: {"backbones": [...], "others": {...}}."""
         data = json.loads(path.read_text(encoding="utf-8"))

@@ -45,9 +45,9 @@ def listed() -> str:
     for consumer in CONSUMERS.values():
         for rule in consumer.rules.records:
             rows.setdefault(rule.id, (rule.title, []))[1].append(consumer.name)
-    return "\n".join(
-        f"{id:<28} {', '.join(dict.fromkeys(names)):<19} {title}" for id, (title, names) in sorted(rows.items())
-    )
+    lines = [(id, ", ".join(dict.fromkeys(names)), title) for id, (title, names) in sorted(rows.items())]
+    widths = [max(len(line[column]) for line in lines) for column in (0, 1)]
+    return "\n".join(f"{id:<{widths[0]}}  {names:<{widths[1]}}  {title}" for id, names, title in lines)
 
 
 def to_json(id: str | None = None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from tierewrite import formats
 from tierewrite.consumers import common_rules
-from tierewrite.consumers.backbone import Backbone, BackboneTable
+from tierewrite.consumers.backbone import BackboneTable
 from tierewrite.consumers.consumer import Consumer
 from tierewrite.consumers.findings import Finding
 from tierewrite.consumers.rules import Rule, RuleSet
@@ -34,8 +34,6 @@ QUANT_METHODS = frozenset(
         "vptq", "spqr", "fp8", "mxfp8", "auto-round", "mxfp4", "metal", "sinq", "nvfp4", "gguf", "gemma",
     }
 )  # fmt: skip
-# Names are loaded as they are; transformers' own renamings are the business of ties.on_disk.
-PLAIN = Backbone((), MODELING, (), (), {}, (), (), (), None)
 RULES: RuleSet[Subject] = RuleSet()
 
 INDEX_NAMES_MISSING_FILE = Rule(
@@ -270,7 +268,8 @@ TRANSFORMERS: Consumer[Subject] = Consumer(
     version="5.23.0",
     reads_alone=WHOLE_FILE,  # `_get_resolved_checkpoint_files`
     presets=FOR_CONSUMER["transformers"],
-    backbones=BackboneTable((), PLAIN),
+    # transformers' own renamings are the business of ties.on_disk.
+    backbones=BackboneTable.names_unchanged(MODELING),
     rules=RULES,
     subject_type=Subject,
 )
