@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.s3_server import Store as S3
+import tierewrite
+from tests.checkpoints import FIXTURES
 from tierewrite.errors import SourceChanged, SystemFailure, TierewriteError
 from tierewrite.output.destination import destination
 from tierewrite.stores.base import Store
-from tierewrite.stores.places import FilePath, located, store_of
+from tierewrite.stores.places import FilePath, is_remote, located, store_of
 
 DATA = bytes(range(256)) * 40
-STORES = ("folder", "memory", "s3")
+STORES: dict[str, Callable[[pytest.FixtureRequest], FilePath]] = {
+    "folder": lambda request: request.getfixturevalue("tmp_path") / "in a folder",
+    "memory": lambda request: located(f"memory://{uuid.uuid4().hex}/folder"),
+    "s3": lambda request: located(request.getfixturevalue("store").url("folder")),
+}
+"""A folder of each store, empty and in an empty folder. A new store is a line here."""
 
 
 @pytest.fixture(params=STORES)
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FilePath]:
-    """An empty folder of each store."""
-    if request.param == "folder":
-        yield tmp_path / "in a folder"
-    elif request.param == "memory":
-        yield located(f"memory://{uuid.uuid4().hex}/folder")
-    else:
-        s3: S3 = request.getfixturevalue("store")
-        yield located(s3.url("folder"))
+def folder(request: pytest.FixtureRequest) -> FilePath:
+    return STORES[request.param](request)
 
 
 def filled(folder: FilePath, *names: str) -> Store[Any]:
@@ -178,3 +177,16 @@ def test_what_is_there_is_not_overwritten_unasked(folder: FilePath, tmp_path: Pa
         destination(tmp_path / "src", folder, overwrite=False, resume=False)
     assert not isinstance(raised.value, SystemFailure)
     assert store_of(folder).names(folder) == ["model.safetensors"]
+
+
+def test_a_rewrite_within_it_gives_what_one_on_this_machine_gives(folder: FilePath, tmp_path: Path) -> None:
+    naive = FIXTURES / "dg_nvfp4_sharded" / "naive"
+    store = store_of(folder)
+    store.make_folder(folder / "src")
+    for file in naive.iterdir():
+        store.put(folder / "src" / file.name, file.read_bytes())
+    src, dst = (place.url if is_remote(place) else str(place) for place in (folder / "src", folder / "dst"))
+    tierewrite.rewrite(src, dst, max_shard_size="100KB", verify=True)
+    tierewrite.rewrite(naive, tmp_path / "dst", max_shard_size="100KB")
+    expected = {file.name: file.read_bytes() for file in (tmp_path / "dst").iterdir()}
+    assert {name: store.read(folder / "dst" / name) for name in store.names(folder / "dst")} == expected
