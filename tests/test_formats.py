@@ -13,7 +13,7 @@ from tierewrite.formats import FAMILIES, Adjacency, Role, classify, concerns, de
 from tierewrite.formats.ignore_lists import (
     CONFIG,
     QUANT_CONFIG,
-    Problem,
+    EntryProblem,
     fixed,
     fixed_text,
     inconsistencies,
@@ -417,7 +417,7 @@ def config_with(part: dict, key: str, *entries: object) -> dict:
 def test_each_list_is_read_in_its_own_language(part: dict, key: str, entry: str, covers: bool) -> None:
     found = inconsistencies(config_with(part, key, entry), {}, PAIRS[:1], {"dec.layers.1.q"}, ())
     assert [f.entry for f in found] == ([entry] if covers else [])
-    assert all(f.problem is Problem.EXCLUDES_QUANTIZED for f in found)
+    assert all(f.problem is EntryProblem.EXCLUDES_QUANTIZED for f in found)
 
 
 def test_entry_that_names_an_alias_whose_canonical_is_quantized_is_removed() -> None:
@@ -445,7 +445,7 @@ def test_what_takes_an_entrys_place_has_an_order_of_its_own() -> None:
 def test_entry_that_names_an_alias_whose_canonical_is_plain_gains_the_canonical() -> None:
     quant_config = {"quantization": {"exclude_modules": ["enc.layers.1.router*", "lm_head"]}}
     (finding,) = inconsistencies({}, quant_config, PAIRS, {"dec.layers.1.q"}, {"dec.layers.1.router"})
-    assert finding.problem is Problem.MISSES_PLAIN
+    assert finding.problem is EntryProblem.MISSES_PLAIN
     assert finding.path == ("quantization", "exclude_modules")
     assert fixed(quant_config, QUANT_CONFIG, [finding]) == {
         "quantization": {"exclude_modules": ["enc.layers.1.router*", "dec.layers.1.router", "lm_head"]}
@@ -471,7 +471,7 @@ def test_lists_that_name_both_sides_are_consistent() -> None:
 def test_unconfirmed_tie_with_one_plain_side_is_reported_and_not_changed() -> None:
     config = config_with(MODELOPT, "ignore", "enc.layers.1.q")
     (finding,) = inconsistencies(config, {}, PAIRS[:1], {"dec.layers.1.q"}, {"enc.layers.1.q"})
-    assert finding.problem is Problem.SIDES_DIFFER
+    assert finding.problem is EntryProblem.SIDES_DIFFER
     assert finding.replacement is None
     assert fixed(config, CONFIG, [finding]) == config
 
@@ -507,6 +507,6 @@ def test_real_exporters_lists_name_both_sides(folder: Path) -> None:
     if folder.parent.name == "dg_nvfp4_encoder_bf16":
         found = inconsistencies(config, quant_config, pairs, quantized, plain)
         assert found
-        assert {f.problem for f in found} == {Problem.SIDES_DIFFER}
+        assert {f.problem for f in found} == {EntryProblem.SIDES_DIFFER}
     else:
         assert inconsistencies(config, quant_config, pairs, quantized, plain) == ()

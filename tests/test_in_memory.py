@@ -304,7 +304,7 @@ def test_tensors_that_are_not_contiguous_are_compared_as_they_would_be_written()
     assert result["a.weight"] is transposed
 
 
-def test_views_of_one_storage_that_differ_are_told_apart() -> None:
+def test_views_of_one_storage_that_differ_are_not_confused() -> None:
     storage = torch.arange(16, dtype=torch.float32).reshape(4, 4)
     state_dict = {"a.weight": storage, "b.weight": storage.t()}
     with pytest.raises(tierewrite.Refused, match="differ"):

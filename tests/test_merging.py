@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.checkpoints import count_calls
 from tierewrite.formats import Companion, Role, classify
-from tierewrite.numbers.merging import Merged, Side, merge_many, mergeable
+from tierewrite.numbers.merging import MergeResult, Side, merge_many, mergeable
 
 MAX = Companion("input_scale", Role.ACTIVATION, "max")
 MIN = Companion("input_global_scale", Role.ACTIVATION, "min", uncalibrated=(1.0,))
@@ -44,7 +44,7 @@ def side(key: str, *values: float, dtype: str = "F32", shape: tuple[int, ...] | 
     )
 
 
-def merge(companion: Companion, *sides: Side) -> Merged:
+def merge(companion: Companion, *sides: Side) -> MergeResult:
     (result,) = merge_many([(sides, companion)])
     return result
 
@@ -149,17 +149,17 @@ def test_any_bits_at_all_merge_to_bits_of_a_side(pairs: list[tuple[int, int]]) -
 
 def test_max_takes_the_larger_scale_and_names_its_key() -> None:
     result = merge(MAX, side("canonical", 0.5), side("alias", 2.0))
-    assert result == Merged(write("F32", 2.0), "F32", (), True, "alias", 4.0, False, ())
+    assert result == MergeResult(write("F32", 2.0), "F32", (), True, "alias", 4.0, False, ())
 
 
 def test_min_takes_the_smaller_reciprocal() -> None:
     result = merge(MIN, side("canonical", 300.0), side("alias", 100.0))
-    assert result == Merged(write("F32", 100.0), "F32", (), True, "alias", 3.0, False, ())
+    assert result == MergeResult(write("F32", 100.0), "F32", (), True, "alias", 3.0, False, ())
 
 
 def test_equal_sides_keep_their_bytes_and_the_first_key() -> None:
     result = merge(MAX, side("canonical", 0.1), side("alias", 0.1))
-    assert result == Merged(write("F32", 0.1), "F32", (), True, "canonical", 1.0, True, ())
+    assert result == MergeResult(write("F32", 0.1), "F32", (), True, "canonical", 1.0, True, ())
 
 
 def test_per_channel_scales_merge_element_by_element() -> None:
@@ -199,7 +199,7 @@ def test_one_is_never_calibrated_for_an_input_global_scale_only() -> None:
 def test_no_valid_side_keeps_the_first_bytes_and_says_so() -> None:
     nan = Side("canonical", "F32", (1,), bytes.fromhex("0100c07f"))  # a NaN with a payload
     result = merge(MIN, nan, side("alias", 1.0, shape=(1,)))
-    assert result == Merged(nan.data, "F32", (1,), False, None, None, False, ("canonical", "alias"))
+    assert result == MergeResult(nan.data, "F32", (1,), False, None, None, False, ("canonical", "alias"))
 
 
 def test_bf16_rounds_up_for_max_and_down_for_min() -> None:

@@ -173,7 +173,7 @@ def test_median_p90_and_maximum_are_those_of_the_scales_on_disk(rewritten: Calla
     assert row.p90 == pytest.approx(statistics.quantiles(ratios, n=10, method="inclusive")[8])
 
 
-def test_unpacked_experts_are_told_apart_by_projection_layer_and_expert(rewritten: Callable[..., Path]) -> None:
+def test_unpacked_experts_are_grouped_by_projection_layer_and_expert(rewritten: Callable[..., Path]) -> None:
     facts = tierewrite.report_page(rewritten("dg_nvfp4_sharded")).facts
     assert {"experts.gate_proj", "experts.up_proj", "experts.down_proj", "self_attn.q_proj"} <= {
         d.projection for d in facts.divergence
@@ -198,7 +198,7 @@ def test_position_is_the_first_number_and_the_one_after_experts(
     assert facts_room.position(module) == where
 
 
-def test_one_sided_and_never_calibrated_scales_are_counted_apart(rewritten: Callable[..., Path]) -> None:
+def test_one_sided_and_never_calibrated_scales_are_counted_separately(rewritten: Callable[..., Path]) -> None:
     facts = tierewrite.report_page(rewritten("dg_nvfp4_decoder_uncalibrated")).facts
     assert facts.overall.one_sided > 0
     path = Path(rewritten("dg_nvfp4_decoder_uncalibrated")).parent / "m.json"
@@ -652,7 +652,7 @@ def test_without_matplotlib_pictures_name_the_extra_and_the_facts_still_come(
     assert json.loads(capsys.readouterr().out)["divergence"]
 
 
-def test_sides_infinitely_far_apart_are_drawn_at_the_end_of_the_axis(tmp_path: Path) -> None:
+def test_sides_of_infinite_ratio_are_drawn_at_the_end_of_the_axis(tmp_path: Path) -> None:
     path = tmp_path / "m.json"
     path.write_text(json.dumps(experts(1, 3, lambda layer, e: [1.5, 2e300, float("inf")][e])))
     page = tierewrite.report_page(path)

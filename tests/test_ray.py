@@ -634,7 +634,7 @@ def test_connecting_leaves_the_signal_handlers(cluster: Cluster, monkeypatch: py
 
     before = {signum: signal.signal(signum, ours) for signum in (signal.SIGTERM, signal.SIGINT)}
     try:
-        with engines.select("ray", ray_address=cluster.address):
+        with engines.open_engine("ray", ray_address=cluster.address):
             assert {signal.getsignal(signum) for signum in before} == {ours}
         assert {signal.getsignal(signum) for signum in before} == {ours}
     finally:
@@ -643,6 +643,6 @@ def test_connecting_leaves_the_signal_handlers(cluster: Cluster, monkeypatch: py
 
 
 def test_the_engine_is_the_one_that_was_asked_for(cluster: Cluster) -> None:
-    with engines.select("ray", ray_address=cluster.address) as engine:
+    with engines.open_engine("ray", ray_address=cluster.address) as engine:
         assert isinstance(engine, on_ray.RayEngine)
         assert engine.run_jobs([], "rewriting") == []

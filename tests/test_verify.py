@@ -580,7 +580,7 @@ def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path: Path, copie
         verify(src, dst, advance=touch)
 
 
-def test_short_reads_are_continued_and_io_errors_told_apart(
+def test_short_reads_are_continued_and_io_errors_of_src_and_dst_differ(
     rewritten: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     src, dst = source("dg_nvfp4_sharded"), rewritten("dg_nvfp4_sharded")

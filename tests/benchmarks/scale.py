@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import tierewrite
-from tierewrite.engines import select
+from tierewrite.engines import open_engine
 from tierewrite.engines.on_ray import hash_batch
 from tierewrite.engines.progress import Progress
 from tierewrite.output.jobs import hash_jobs
@@ -244,7 +244,7 @@ def small_tasks(src: Path) -> dict[str, float]:
     checkpoint = open_folder(src)
     smallest = sorted(checkpoint.tensors.values(), key=lambda entry: entry.nbytes)[:SMALL_TASKS]
     jobs = [job for entry in smallest for job in hash_jobs(checkpoint, [entry.name], 1)]
-    with select("ray") as engine:
+    with open_engine("ray") as engine:
         rounds = [time.perf_counter()]
         for _ in range(2):
             engine.carry_out(jobs, "small tasks")

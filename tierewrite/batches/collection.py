@@ -156,7 +156,7 @@ class Gatherer:
             policy = policy_of(options)
         except UsageError as error:
             raise UsageError(f"{origin}: {error}") from error
-        name = below or name_of(src)
+        name = below or last_name(src)
         if dst is None and self.into is not None:
             if not name:
                 raise UsageError(f"{origin}: '{shown(src)}' has no name that its DST could get; give its `dst`")
@@ -187,7 +187,7 @@ def _check(name: str, value: Any, origin: str) -> None:
         raise UsageError(f"{origin}: `{name}` is {found}; expected {type_names(types)}")
 
 
-def name_of(src: str) -> str:
+def last_name(src: str) -> str:
     """The last part of a folder's, a URL's or a hub id's name; "" if it has none."""
     path = located(src)
     name = path.name if is_remote(path) else os.path.basename(os.path.abspath(src))

@@ -19,7 +19,7 @@ import tierewrite
 from tierewrite.errors import shown
 from tierewrite.output.manifest import ties_on_disk
 from tierewrite.planning.policy import Policy
-from tierewrite.proof.files import read_manifest
+from tierewrite.proof.files import manifest_or_problem
 from tierewrite.source.bytes import read_tensors
 from tierewrite.source.open import open_checkpoint
 from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME, Checkpoint
@@ -76,7 +76,7 @@ def made(
         What `Opened.open` raises for either of them.
     """
     target = open_checkpoint(dst, plain=True)
-    manifest = read_manifest(target.root / MANIFEST_NAME, [])
+    manifest = manifest_or_problem(target.root / MANIFEST_NAME, [])
     if manifest is None:
         return f"its {MANIFEST_NAME} cannot be read"
     version = manifest["tool"]["version"]

@@ -24,14 +24,14 @@ from typing import TYPE_CHECKING, Any, cast
 from tierewrite.batches import done_before
 from tierewrite.batches.collection import Gatherer, Item
 from tierewrite.batches.results import BatchInterrupted, BatchReport, BatchResult, planned, rewritten
-from tierewrite.engines import select
+from tierewrite.engines import open_engine
 from tierewrite.engines.progress import Progress
 from tierewrite.errors import EXIT_FINDINGS, EXIT_OK, Interrupted, Refused, UsageError, shown, to_tierewrite_error
 from tierewrite.planning.plan import RewritePlan
 from tierewrite.report import Report
 from tierewrite.rewriting import run as rewriting
 from tierewrite.rewriting.options import ITEM_TYPES, BatchOptions, EngineOptions
-from tierewrite.source.open import fetched, name_of
+from tierewrite.source.open import fetched, name_in_messages
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.places import is_local, located
 
@@ -95,7 +95,7 @@ def batch(
         if not plan_only:
             # Held for as long as the batch runs: what is wrong with it ends the batch before anything starts, and a
             # cluster that would be started for one rewrite is there for all of them.
-            engine = kept.enter_context(select(**engine_options))
+            engine = kept.enter_context(open_engine(**engine_options))
             log.info("hashing begins on %s", engine.device)
             kept.enter_context(_parents_of(found))
         return _Batch(found, plan_only, jobs, engine_options, progress or Progress()).run()
@@ -299,7 +299,7 @@ class _Batch:
 
 def _places(item: Item) -> tuple[str, str | None]:
     """SRC and DST for people: without credentials."""
-    return name_of(item.src), None if item.dst is None else name_of(item.dst)
+    return name_in_messages(item.src), None if item.dst is None else name_in_messages(item.dst)
 
 
 def _chosen(item: Item, names: Iterable[str]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from tierewrite.consumers.findings import SCHEMA, Finding, ReadinessReport, in_o
 from tierewrite.consumers.transformers import TRANSFORMERS
 from tierewrite.consumers.vllm import VLLM
 from tierewrite.errors import UsageError, shown
-from tierewrite.source.open import name_of
+from tierewrite.source.open import name_in_messages
 from tierewrite.stores.mirror import Place
 
 __all__ = ["CONSUMERS", "SCHEMA", "Finding", "ReadinessReport", "check", "consumer_named", "corrected_configs"]
@@ -64,7 +64,7 @@ def check(
     return ReadinessReport(
         consumer=asked.name,
         consumer_version=asked.version,
-        checkpoint=name_of(path),
+        checkpoint=name_in_messages(path),
         tensors=len(subject.entries),
         bytes_read=subject.bytes_read,
         findings=found,

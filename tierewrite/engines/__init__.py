@@ -37,7 +37,7 @@ class Engine(Worker, Protocol):
 
 
 @contextlib.contextmanager
-def select(
+def open_engine(
     engine: str = "local",
     *,
     device: str = "auto",

@@ -39,7 +39,7 @@ CONFIG = "config.json"
 QUANT_CONFIG = "hf_quant_config.json"
 
 
-class Problem(str, Enum):
+class EntryProblem(str, Enum):
     """What is wrong with an entry."""
 
     EXCLUDES_QUANTIZED = "excludes-quantized"  #: it names a tied module whose weight on disk is quantized
@@ -55,7 +55,7 @@ class Inconsistency:
         file: "config.json" or "hf_quant_config.json".
         path: the keys that lead to the list, e.g. ("quantization_config", "ignore").
         entry: the entry as it stands.
-        problem: see `Problem`.
+        problem: see `EntryProblem`.
         modules: the tied modules concerned, as (alias, canonical), at most 8 of them.
         replacement: the entries to stand in its place (none: the entry goes); None where no list can be
             right.
@@ -64,7 +64,7 @@ class Inconsistency:
     file: str
     path: tuple[str, ...]
     entry: str
-    problem: Problem
+    problem: EntryProblem
     modules: tuple[tuple[str, str], ...]
     replacement: tuple[str, ...] | None
 
@@ -75,9 +75,9 @@ class Inconsistency:
         more = f" (and {len(self.modules) - 1} more)" if len(self.modules) > 1 else ""
         remedy = "--fix-ignore rewrites the entry"
         where = f"{self.file}, {'.'.join(self.path)}: '{self.entry}'"
-        if self.problem is Problem.EXCLUDES_QUANTIZED:
+        if self.problem is EntryProblem.EXCLUDES_QUANTIZED:
             return f"{where} covers '{alias}', tied to '{canonical}', which is quantized{more}; {remedy}"
-        if self.problem is Problem.MISSES_PLAIN:
+        if self.problem is EntryProblem.MISSES_PLAIN:
             return f"{where} covers '{alias}' but nothing covers '{canonical}', which stands for it{more}; {remedy}"
         return (
             f"{where} covers one of '{alias}' and '{canonical}' and the other is quantized{more}; a consumer with "
@@ -261,12 +261,12 @@ def inconsistencies(
                 # What else the entry covers stays named, one by one. An entry that also covers sides of
                 # unconfirmed ties keeps those that are plain.
                 kept = tuple(name for name in covered if name in plain)
-                found.append(_finding(file, path, entry, Problem.EXCLUDES_QUANTIZED, excluded, kept))
+                found.append(_finding(file, path, entry, EntryProblem.EXCLUDES_QUANTIZED, excluded, kept))
             elif missing:
                 added = tuple(dict.fromkeys(canonical for _, canonical in missing))
-                found.append(_finding(file, path, entry, Problem.MISSES_PLAIN, missing, (entry, *added)))
+                found.append(_finding(file, path, entry, EntryProblem.MISSES_PLAIN, missing, (entry, *added)))
             if differing:
-                found.append(_finding(file, path, entry, Problem.SIDES_DIFFER, differing, None))
+                found.append(_finding(file, path, entry, EntryProblem.SIDES_DIFFER, differing, None))
     return tuple(found)
 
 
@@ -274,7 +274,7 @@ def _finding(
     file: str,
     path: tuple[str, ...],
     entry: str,
-    problem: Problem,
+    problem: EntryProblem,
     pairs: Sequence[tuple[str, str]],
     replacement: tuple[str, ...] | None,
 ) -> Inconsistency:

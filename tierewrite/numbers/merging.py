@@ -30,7 +30,7 @@ _Bool = npt.NDArray[np.bool_]
 class Side(NamedTuple):
     """One side's scale: its key, dtype as in the safetensors header, shape, and little-endian bytes.
 
-    A tuple, as `Merged`: there is one an expert."""
+    A tuple, as `MergeResult`: there is one an expert."""
 
     key: str
     dtype: str
@@ -38,7 +38,7 @@ class Side(NamedTuple):
     data: bytes
 
 
-class Merged(NamedTuple):
+class MergeResult(NamedTuple):
     """One scale for all sides.
 
     Attributes:
@@ -168,7 +168,7 @@ def _valid(dtype: str, values: _F64, companion: Companion) -> _Bool:
     return valid
 
 
-def merge_many(jobs: Sequence[tuple[Sequence[Side], Companion]]) -> list[Merged]:
+def merge_many(jobs: Sequence[tuple[Sequence[Side], Companion]]) -> list[MergeResult]:
     """Merge each job's sides into one scale; the first side gives dtype and shape.
 
     Result: elementwise `companion.merge` over the valid sides, in the first side's dtype, rounded up for
@@ -196,14 +196,14 @@ def merge_many(jobs: Sequence[tuple[Sequence[Side], Companion]]) -> list[Merged]
             side = next(side for side, size in zip(sides, sizes, strict=True) if len(side.data) != size)
             raise ValueError(f"'{side.key}': {len(side.data)} bytes do not fill {side.dtype} {list(side.shape)}")
         together.append(at)
-    merged: list[Merged | None] = [None] * len(jobs)
+    merged: list[MergeResult | None] = [None] * len(jobs)
     for indices in alike.values():
         for at, result in zip(indices, _merge_alike([jobs[at] for at in indices]), strict=True):
             merged[at] = result
     return [result for result in merged if result is not None]
 
 
-def _merge_alike(jobs: Sequence[tuple[Sequence[Side], Companion]]) -> list[Merged]:
+def _merge_alike(jobs: Sequence[tuple[Sequence[Side], Companion]]) -> list[MergeResult]:
     """`merge_many` for jobs that agree in dtypes, element count and rule. Arrays are [side, job, element]."""
     first, companion = jobs[0]
     dtype = first[0].dtype
@@ -245,7 +245,7 @@ def _merge_alike(jobs: Sequence[tuple[Sequence[Side], Companion]]) -> list[Merge
     touched: list[bool] = np.asarray(partial.any(axis=0)).tolist()
     blob, step = data.tobytes(), shape[1] * size
     return [
-        Merged(  # by position, which takes half the time
+        MergeResult(  # by position, which takes half the time
             blob[at * step : (at + 1) * step],
             dtype,
             sides[0].shape,

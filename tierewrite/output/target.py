@@ -72,7 +72,7 @@ class Target:
                 what = f"DST is a link to '{shown(real)}', which does not exist"
                 raise UsageError(what, file=dst, advice="make that folder, or remove the link")
             if is_local(src):
-                _apart(src, dst, real)
+                _refuse_overlap(src, dst, real)
             if not real.name:
                 raise UsageError("DST is the root of the file system; name a folder in it", file=dst)
             if real.exists():
@@ -93,7 +93,7 @@ def aside_of(target: Path) -> Path:
     return target.with_name(f".{target.name}.tierewrite-old")
 
 
-def _apart(src: Path, dst: Path, real: Path) -> None:
+def _refuse_overlap(src: Path, dst: Path, real: Path) -> None:
     """Raises UsageError if `dst`, which is the folder `real`, is `src`, or one lies in the other."""
     real_src = src.resolve()
     if real == real_src or (real.exists() and real_src.exists() and os.path.samefile(real, real_src)):

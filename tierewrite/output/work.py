@@ -71,7 +71,7 @@ class MadeTask:
 AnyTask = Task | MadeTask
 
 
-class Columns(NamedTuple):
+class ReadColumns(NamedTuple):
     """The tensors that a pass reads, ordered by shard, then offset; arrays of one length.
 
     Attributes:
@@ -119,7 +119,7 @@ class Work:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        columns: Columns,
+        columns: ReadColumns,
         patches: Mapping[int, tuple[str, Content]],
         made: Iterable[MadeTask] = (),
     ) -> None:
@@ -243,7 +243,7 @@ def work_of(
     wanted = np.zeros(len(tensors), bool)
     wanted[[tensors.row[key] for key in hashed]] = True
     row = np.flatnonzero(wanted | (out >= 0))
-    columns = Columns(row, tensors.start[row], tensors.end[row], wanted[row], out[row], position[row])
+    columns = ReadColumns(row, tensors.start[row], tensors.end[row], wanted[row], out[row], position[row])
     return Work(checkpoint, columns, patches, made)
 
 
@@ -264,7 +264,7 @@ def _cuts(before: list[int], shard: np.ndarray, shards: int) -> list[int]:
     return cuts
 
 
-def _reads(columns: Columns, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _reads(columns: ReadColumns, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Runs of neighbours in the source: where each begins in the columns, and its bytes (start, end)."""
     new = np.ones(len(columns.row), bool)
     new[1:] = columns.start[1:] != columns.end[:-1]
@@ -275,7 +275,7 @@ def _reads(columns: Columns, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def _writes(
-    columns: Columns, place: np.ndarray, lengths: np.ndarray, first: np.ndarray
+    columns: ReadColumns, place: np.ndarray, lengths: np.ndarray, first: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Runs that go to one place: where each begins in the columns, and its row of `Steps.writes`."""
     out, position = columns.out, columns.position

@@ -11,7 +11,7 @@ from tierewrite.formats import Companion
 from tierewrite.source.table import Tensors
 
 
-class Merge(NamedTuple):
+class ScaleMerge(NamedTuple):
     """Scales of several sides that become one value.
 
     Attributes:
@@ -74,7 +74,7 @@ class Checks(Sequence[tuple[str, ...]]):
         return f"<{len(self):,} checks>"
 
 
-class Merges(Sequence[Merge]):
+class ScaleMerges(Sequence[ScaleMerge]):
     """The merges of a group: those beside its weights as columns, then those of KV-cache scales.
 
     Attributes:
@@ -92,7 +92,7 @@ class Merges(Sequence[Merge]):
         companion: np.ndarray,
         companions: Sequence[Companion],
         targets: Mapping[int, str],
-        kv: Sequence[Merge] = (),
+        kv: Sequence[ScaleMerge] = (),
     ) -> None:
         self._names = source.names
         self.rows = rows
@@ -105,10 +105,10 @@ class Merges(Sequence[Merge]):
         return len(self.rows) + len(self.kv)
 
     @overload
-    def __getitem__(self, index: int) -> Merge: ...
+    def __getitem__(self, index: int) -> ScaleMerge: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Merge]: ...
-    def __getitem__(self, index: int | slice) -> Merge | list[Merge]:
+    def __getitem__(self, index: slice) -> list[ScaleMerge]: ...
+    def __getitem__(self, index: int | slice) -> ScaleMerge | list[ScaleMerge]:
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
         at = range(len(self))[index]
@@ -116,15 +116,15 @@ class Merges(Sequence[Merge]):
             return self.kv[at - len(self.rows)]
         return self._made(at, self.rows[at].tolist(), int(self.companion[at]))
 
-    def __iter__(self) -> Iterator[Merge]:
+    def __iter__(self) -> Iterator[ScaleMerge]:
         columns = zip(self.rows.tolist(), self.companion.tolist(), strict=True)
         for at, (rows, companion) in enumerate(columns):
             yield self._made(at, rows, companion)
         yield from self.kv
 
-    def _made(self, at: int, rows: list[int], companion: int) -> Merge:
+    def _made(self, at: int, rows: list[int], companion: int) -> ScaleMerge:
         keys = keys_of(self._names, rows)
-        return Merge(self.targets.get(at, keys[0]), keys, self.companions[companion])
+        return ScaleMerge(self.targets.get(at, keys[0]), keys, self.companions[companion])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)

@@ -16,9 +16,9 @@ import numpy as np
 from tierewrite import formats
 from tierewrite.formats import Companion
 from tierewrite.numbers import merging
-from tierewrite.planning.checks import Checks, Merges, keys_of
+from tierewrite.planning.checks import Checks, ScaleMerges, keys_of
 from tierewrite.planning.plan import Action
-from tierewrite.planning.sides import Layout, Sides
+from tierewrite.planning.sides import Composition, Sides
 from tierewrite.source.table import Tensors
 from tierewrite.ties.on_disk import TieGroup
 
@@ -65,7 +65,7 @@ class Draft:
 
     decisions: Decisions
     checks: Checks
-    merges: Merges
+    merges: ScaleMerges
     slots: np.ndarray
     touched: bool
 
@@ -75,7 +75,7 @@ class _Line:
     """One part of slots that are alike: the tensors of which one survives.
 
     Attributes:
-        part: what `Layout` calls it.
+        part: what `Composition` calls it.
         rows: int64 [slots, sides that have it]; the first side's survives.
         renamed: whether the survivor takes the canonical side's name.
         companion: the role of an activation scale; None for what must be equal.
@@ -135,20 +135,20 @@ class GroupPlanner:
         self._canonical_of = canonical_of
         self._mergeable: dict[tuple[int, ...], str | None] = {}
 
-    def planned(self, tie: TieGroup, first: np.ndarray, layout: np.ndarray) -> Draft:
+    def planned(self, tie: TieGroup, first: np.ndarray, composition: np.ndarray) -> Draft:
         """What becomes of the tensors of `tie`.
 
         Args:
-            first, layout: [slots, sides], as `Sides` has them.
+            first, composition: [slots, sides], as `Sides` has them.
 
         Raises:
             Unconfirmed: headers refute one of the slots: the first that they do.
         """
         done: list[_Together] = []
         refused: Unconfirmed | None = None
-        for slots in _alike(layout):
+        for slots in _alike(composition):
             try:
-                together = self._together(tie, slots, first[slots], layout[slots[0]])
+                together = self._together(tie, slots, first[slots], composition[slots[0]])
             except Unconfirmed as error:
                 if refused is None or error.slot < refused.slot:
                     refused = error
@@ -159,23 +159,25 @@ class GroupPlanner:
             raise refused
         return Draft(
             _decisions(tie, done),
-            Checks(self._tensors, _checks(done, layout.shape[1])),
-            self._merges(tie, done, layout.shape[1]),
+            Checks(self._tensors, _checks(done, composition.shape[1])),
+            self._merges(tie, done, composition.shape[1]),
             np.sort(np.concatenate([_empty(), *(together.slots for together in done)])),
             any(together.touched for together in done),
         )
 
     # -- slots that are alike
 
-    def _together(self, tie: TieGroup, slots: np.ndarray, first: np.ndarray, layout: np.ndarray) -> _Together | None:
-        """Plans `slots`, of which each side has one layout; None where no side has any weight.
+    def _together(
+        self, tie: TieGroup, slots: np.ndarray, first: np.ndarray, composition: np.ndarray
+    ) -> _Together | None:
+        """Plans `slots`, of which each side has one composition; None where no side has any weight.
 
         Raises:
             Unconfirmed: headers refute one of them.
         """
-        layouts = [self._sides.layouts[number] for number in layout]
+        compositions = [self._sides.compositions[number] for number in composition]
         names = tie.slots[slots[0]]
-        for side, one in enumerate(layouts):
+        for side, one in enumerate(compositions):
             if one.unknown >= 0:
                 key = self._tensors.names[self._sides.rows[first[0, side] + one.unknown]]
                 raise Unconfirmed(
@@ -183,17 +185,17 @@ class GroupPlanner:
                     f"parameter '{names[side]}'",
                     int(slots[0]),
                 )
-        present = [side for side, one in enumerate(layouts) if one.exact]
+        present = [side for side, one in enumerate(compositions) if one.exact]
         if not present:
             return None
-        self._same_parts(names, present, layouts, first[0], int(slots[0]))
+        self._same_parts(names, present, compositions, first[0], int(slots[0]))
         exact = [
-            self._line(part, present, [layouts[side].exact[part] for side in present], first)
-            for part in layouts[present[0]].exact
+            self._line(part, present, [compositions[side].exact[part] for side in present], first)
+            for part in compositions[present[0]].exact
         ]
-        ranges = self._ranges(present, layouts, first)
+        ranges = self._ranges(present, compositions, first)
         neighbours, refusals = self._neighbours(tie, slots, present)
-        refusals.extend(self._differing(exact, present, layouts))
+        refusals.extend(self._differing(exact, present, compositions))
         refusals.extend(self._unmergeable(ranges))
         if refusals:
             at, _, reason = min(refusals)
@@ -212,18 +214,18 @@ class GroupPlanner:
         """`part` on `sides`, where it is the tensor number `indices` of each."""
         return _Line(part, self._sides.rows[first[:, sides] + indices], sides[0] != 0, companion)
 
-    def _ranges(self, present: list[int], layouts: list[Layout], first: np.ndarray) -> list[_Line]:
+    def _ranges(self, present: list[int], compositions: list[Composition], first: np.ndarray) -> list[_Line]:
         """The activation scales of the sides that are there."""
-        companions = {part: found for side in present for part, (_, found) in layouts[side].ranges.items()}
+        companions = {part: found for side in present for part, (_, found) in compositions[side].ranges.items()}
         lines = []
         for part, companion in companions.items():
-            having = [side for side in present if part in layouts[side].ranges]
-            indices = [layouts[side].ranges[part][0] for side in having]
+            having = [side for side in present if part in compositions[side].ranges]
+            indices = [compositions[side].ranges[part][0] for side in having]
             lines.append(self._line(part, having, indices, first, companion))
         return lines
 
     def _same_parts(
-        self, names: Sequence[str], present: list[int], layouts: list[Layout], first: np.ndarray, slot: int
+        self, names: Sequence[str], present: list[int], compositions: list[Composition], first: np.ndarray, slot: int
     ) -> None:
         """All sides have the same set of weight-derived tensors; in the first slot with the same headers.
 
@@ -231,10 +233,10 @@ class GroupPlanner:
             Unconfirmed: one has not.
         """
         lead = present[0]
-        parts = layouts[lead].exact
+        parts = compositions[lead].exact
         rows, kind = self._sides.rows, self._tensors.kind
         for side in present[1:]:
-            other = layouts[side].exact
+            other = compositions[side].exact
             if other.keys() != parts.keys():
                 lacking, extra = sorted(parts.keys() - other.keys()), sorted(other.keys() - parts.keys())
                 at = first[lead] + parts[lacking[0]] if lacking else first[side] + other[extra[0]]
@@ -248,7 +250,9 @@ class GroupPlanner:
                 if kind[mine] != kind[theirs]:
                     raise Unconfirmed(f"{self._described(mine)} but {self._described(theirs)}", slot)
 
-    def _differing(self, lines: list[_Line], present: list[int], layouts: list[Layout]) -> list[tuple[int, int, str]]:
+    def _differing(
+        self, lines: list[_Line], present: list[int], compositions: list[Composition]
+    ) -> list[tuple[int, int, str]]:
         """The first slot whose headers differ where they must not: its position, 0 and the reason; or nothing."""
         kind = self._tensors.kind
         differs = np.zeros(len(lines[0].rows), bool)
@@ -259,7 +263,7 @@ class GroupPlanner:
             return []
         at = int(differs.argmax())
         rows = {line.part: line.rows[at].tolist() for line in lines}
-        pairs = [(rows[part][0], rows[part][n]) for n, side in enumerate(present) for part in layouts[side].exact]
+        pairs = [(rows[part][0], rows[part][n]) for n, side in enumerate(present) for part in compositions[side].exact]
         mine, theirs = next((mine, theirs) for mine, theirs in pairs if kind[mine] != kind[theirs])
         return [(at, 0, f"{self._described(mine)} but {self._described(theirs)}")]
 
@@ -337,7 +341,7 @@ class GroupPlanner:
 
     # -- all slots of a tie
 
-    def _merges(self, tie: TieGroup, done: Sequence[_Together], sides: int) -> Merges:
+    def _merges(self, tie: TieGroup, done: Sequence[_Together], sides: int) -> ScaleMerges:
         """The activation scales that become one, slot by slot."""
         rows, slot, companion = [_empty(sides)], [_empty()], [_empty()]
         companions: dict[Companion, int] = {}
@@ -355,7 +359,7 @@ class GroupPlanner:
                 names.extend(canonical_key(tie.slots[at][0], line.part) if line.renamed else None for line in lines)
         order = np.argsort(np.concatenate(slot), kind="stable")
         targets = {at: name for at, old in enumerate(order.tolist()) if (name := names[old]) is not None}
-        return Merges(
+        return ScaleMerges(
             self._tensors,
             np.concatenate(rows)[order],
             np.concatenate(companion)[order],
@@ -365,21 +369,21 @@ class GroupPlanner:
 
 
 def canonical_key(name: str, part: str) -> str:
-    """The key of `part` of the parameter `name`: see `Layout`."""
+    """The key of `part` of the parameter `name`: see `Composition`."""
     parent, _, leaf = name.rpartition(".")
     suffix = leaf + part[1:] if part.startswith("*") else part
     return f"{parent}.{suffix}" if parent else suffix
 
 
-def _alike(layout: np.ndarray) -> Iterator[np.ndarray]:
-    """Positions of the slots that have the same layout on every side, set by set; each set ascending.
+def _alike(composition: np.ndarray) -> Iterator[np.ndarray]:
+    """Positions of the slots that have the same composition on every side, set by set; each set ascending.
 
     Args:
-        layout: [slots, sides].
+        composition: [slots, sides].
     """
-    left = np.arange(len(layout))
+    left = np.arange(len(composition))
     while len(left):
-        here = (layout[left] == layout[left[0]]).all(axis=1)
+        here = (composition[left] == composition[left[0]]).all(axis=1)
         yield left[here]
         left = left[~here]
 

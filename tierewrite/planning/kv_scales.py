@@ -10,7 +10,7 @@ import numpy as np
 from tierewrite import formats
 from tierewrite.formats import Companion
 from tierewrite.numbers import merging
-from tierewrite.planning.checks import Merge, keys_of
+from tierewrite.planning.checks import ScaleMerge, keys_of
 from tierewrite.planning.fates import Fates
 from tierewrite.planning.groups import Decisions
 from tierewrite.planning.plan import Action
@@ -120,7 +120,7 @@ class KvScales:
         self._groups = groups
         self._separate = separate
         self._families = families
-        self.merges: dict[str, list[Merge]] = {}
+        self.merges: dict[str, list[ScaleMerge]] = {}
         self.warnings: list[str] = []
 
     def plan(self, paired: Iterable[tuple[str, Owners]]) -> None:
@@ -149,7 +149,7 @@ class KvScales:
                 self.warnings.append(f"KV scale '{target}' is kept separate: its sides are stored differently")
                 continue
             owner = _owner(rest, owners)
-            self.merges.setdefault(owner, []).append(Merge(target, keys, companion, kv=True, only_if_equal=equal))
+            self.merges.setdefault(owner, []).append(ScaleMerge(target, keys, companion, kv=True, only_if_equal=equal))
             new_name = None if keys[0] == target else target
             decisions = _one_survives(rows, new_name, merged=companion.merge is not None)
             self._fates.enter(self._groups[owner], decisions)

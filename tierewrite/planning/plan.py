@@ -13,7 +13,7 @@ import numpy as np
 
 from tierewrite.formats import Companion
 from tierewrite.json_text import Compact
-from tierewrite.planning.checks import Checks, Merges
+from tierewrite.planning.checks import Checks, ScaleMerges
 from tierewrite.planning.policy import Policy
 from tierewrite.source.table import TensorEntry, Tensors
 
@@ -83,7 +83,7 @@ class GroupPlan:
     status: str
     reason: str | None
     checks: Checks
-    merges: Merges
+    merges: ScaleMerges
     repacked: frozenset[str]
     differing: Checks
     kind: str

@@ -14,7 +14,7 @@ import numpy as np
 
 from tierewrite import formats
 from tierewrite.formats.nvfp4_blobs import fused_sets
-from tierewrite.planning.checks import Checks, Merge, Merges
+from tierewrite.planning.checks import Checks, ScaleMerge, ScaleMerges
 from tierewrite.planning.experts import expert_scales
 from tierewrite.planning.fates import Fates
 from tierewrite.planning.groups import Draft, GroupPlanner, Unconfirmed
@@ -137,17 +137,17 @@ def _outcomes(
     for number, tie in enumerate(ties.groups):
         shape = (len(tie.slots), len(tie.slots[0]))
         here = slice(at, at := at + shape[0] * shape[1])
-        first, layout = sides.first[here].reshape(shape), sides.layout[here].reshape(shape)
+        first, composition = sides.first[here].reshape(shape), sides.composition[here].reshape(shape)
         reason = refuted.get(tie.id) or tie.problem
         draft = None
         if reason is None:
             try:
-                draft = planner.planned(tie, first, layout)
+                draft = planner.planned(tie, first, composition)
                 fates.claim(number, draft.decisions)
             except Unconfirmed as error:
                 reason, draft = error.reason, None
         if draft is None:
-            fates.keep(number, sides.rows_of(first.ravel(), layout.ravel()))
+            fates.keep(number, sides.rows_of(first.ravel(), composition.ravel()))
         outcomes.append(_Outcome(tie, draft, reason))
     return outcomes
 
@@ -170,7 +170,7 @@ def _adjacency(checkpoint: Checkpoint) -> formats.Adjacency:
     return formats.Adjacency(checkpoint.tensors.keys(), *configs) if shown.smoothed else shown
 
 
-def _group(tensors: Tensors, outcome: _Outcome, repacked: frozenset[str], kv: Iterable[Merge]) -> GroupPlan:
+def _group(tensors: Tensors, outcome: _Outcome, repacked: frozenset[str], kv: Iterable[ScaleMerge]) -> GroupPlan:
     """The plan of a group, without what is dropped for it.
 
     Args:
@@ -180,8 +180,8 @@ def _group(tensors: Tensors, outcome: _Outcome, repacked: frozenset[str], kv: It
     tie, draft = outcome.tie, outcome.draft
     nothing = np.empty((0, len(tie.slots[0])), np.int64)
     checks = Checks(tensors, nothing) if draft is None else draft.checks
-    merges = Merges(tensors, nothing, nothing[:, 0], (), {}) if draft is None else draft.merges
-    merges = Merges(tensors, merges.rows, merges.companion, merges.companions, merges.targets, tuple(kv))
+    merges = ScaleMerges(tensors, nothing, nothing[:, 0], (), {}) if draft is None else draft.merges
+    merges = ScaleMerges(tensors, merges.rows, merges.companion, merges.companions, merges.targets, tuple(kv))
     if draft is None:
         repacked = frozenset()
     differs = np.zeros(len(checks), bool)

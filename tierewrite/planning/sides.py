@@ -17,7 +17,7 @@ _WEIGHT = ".weight"
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class Composition:
     """What the suffixes below one parameter are; the same for every expert, so it is worked out once.
 
     A part is the same on every side of a tie: the suffix below the module, with the parameter's own last word written
@@ -48,8 +48,8 @@ class Sides:
     Attributes:
         rows: int64, rows of the source; those of one side follow each other, in the order of their names.
         first: int64 [names], where each side begins in `rows`.
-        layout: int32 [names], the position of each side's layout in `layouts`.
-        layouts: those that occur; the first is that of a side that is not there.
+        composition: int32 [names], the position of each side's composition in `compositions`.
+        compositions: those that occur; the first is that of a side that is not there.
     """
 
     def __init__(
@@ -58,29 +58,29 @@ class Sides:
         self._tensors = tensors
         self._families = families
         self._numbers: dict[tuple[str, tuple[str, ...]], int] = {}
-        self.layouts: list[Layout] = []
+        self.compositions: list[Composition] = []
         self._numbered("weight", ())
         # A tied parameter's own name is never a companion of its neighbour (a tied bias beside a tied weight).
         self._reserved = {*names, *owned} if owned else set(names)
         self._place(names)
 
     def _place(self, names: Sequence[str]) -> None:
-        """Fills `rows`, `first` and `layout`."""
-        rows, first, layout = self._modules
-        # -1 is no module, and the last of `first` and `layout`.
+        """Fills `rows`, `first` and `composition`."""
+        rows, first, composition = self._modules
+        # -1 is no module, and the last of `first` and `composition`.
         modules, cut = self._plain_modules, -len(_WEIGHT)
         module = np.array([modules.get(name[:cut], -1) if name.endswith(_WEIGHT) else -1 for name in names], np.int64)
-        self.first, signature = first[module], layout[module]
+        self.first, signature = first[module], composition[module]
         known = np.full(signature.max(initial=-1) + 2, -1, np.int32)  # the last one is for -1
         known[-1] = 0
         for number in np.unique(signature[signature >= 0]).tolist():
             known[number] = self._numbered("weight", self._signatures[number])
-        self.layout = known[signature]
+        self.composition = known[signature]
         found: list[int] = []
         for at in self._not_plain(names, module):
             below = self._below(names[at])
             self.first[at] = len(rows) + len(found)
-            self.layout[at] = self._layout_of(names[at], below)
+            self.composition[at] = self._composition_of(names[at], below)
             found.extend(below)
         self.rows = np.concatenate([rows, np.array(found, np.int64)])
 
@@ -138,9 +138,9 @@ class Sides:
         ]
         return order, first, np.array([*signature, -1], np.int64)
 
-    def rows_of(self, first: np.ndarray, layout: np.ndarray) -> np.ndarray:
-        """int64, the rows of all sides that begin at `first` and have these layouts, one after the other."""
-        size = np.array([len(one.suffixes) for one in self.layouts], np.int64)[layout]
+    def rows_of(self, first: np.ndarray, composition: np.ndarray) -> np.ndarray:
+        """int64, the rows of all sides that begin at `first` and have these compositions, one after the other."""
+        size = np.array([len(one.suffixes) for one in self.compositions], np.int64)[composition]
         before = np.cumsum(size) - size
         rows: np.ndarray = self.rows[np.repeat(first - before, size) + np.arange(size.sum())]
         return rows
@@ -159,17 +159,17 @@ class Sides:
                 rows.insert(0, self._tensors.row[name])
         return [row for row in rows if names[row] not in reserved or names[row] == name]
 
-    def _layout_of(self, name: str, rows: Sequence[int]) -> int:
+    def _composition_of(self, name: str, rows: Sequence[int]) -> int:
         parent, _, leaf = name.rpartition(".")
         cut = len(parent) + 1 if parent else 0
         return self._numbered(leaf, tuple([self._tensors.names[row][cut:] for row in rows]))
 
     def _numbered(self, leaf: str, suffixes: tuple[str, ...]) -> int:
-        """The number of the layout of a parameter called `leaf` with these suffixes below its module."""
+        """The number of the composition of a parameter called `leaf` with these suffixes below its module."""
         number = self._numbers.get((leaf, suffixes))
         if number is None:
-            number = self._numbers[leaf, suffixes] = len(self.layouts)
-            self.layouts.append(_classified(leaf, suffixes, self._families))
+            number = self._numbers[leaf, suffixes] = len(self.compositions)
+            self.compositions.append(_classified(leaf, suffixes, self._families))
         return number
 
     def _starting_with(self, prefix: str) -> list[int]:
@@ -206,17 +206,17 @@ class Sides:
         return np.argsort(module, kind="stable"), np.concatenate([[0], np.cumsum(count)])
 
 
-def _classified(leaf: str, suffixes: tuple[str, ...], families: tuple[str, ...]) -> Layout:
+def _classified(leaf: str, suffixes: tuple[str, ...], families: tuple[str, ...]) -> Composition:
     """What the tensors with these suffixes are to the parameter `leaf` of their module."""
     exact: dict[str, int] = {}
     ranges: dict[str, tuple[int, Companion]] = {}
     for index, suffix in enumerate(suffixes):
         companion = formats.classify(leaf, suffix, families) or formats.classify(leaf, suffix)
         if companion is None:
-            return Layout(suffixes, exact, ranges, unknown=index)
+            return Composition(suffixes, exact, ranges, unknown=index)
         part = "*" + suffix[len(leaf) :] if suffix.startswith(leaf) else suffix
         if companion.role.identical:
             exact[part] = index
         elif companion.role is Role.ACTIVATION:
             ranges[part] = (index, companion)
-    return Layout(suffixes, exact, ranges)
+    return Composition(suffixes, exact, ranges)

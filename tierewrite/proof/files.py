@@ -205,7 +205,7 @@ def check_side_files(
     return problems
 
 
-def read_manifest(path: Path, problems: list[Problem]) -> dict[str, Any] | None:
+def manifest_or_problem(path: Path, problems: list[Problem]) -> dict[str, Any] | None:
     """DST's manifest, if it has one of the right form; else None, with a problem where there is a broken one."""
     if not os.path.lexists(path):
         return None

@@ -63,7 +63,7 @@ class _NotOne(Exception):
     """Why the sides of a declared tie are not one tensor."""
 
 
-_Parts = dict[str, tuple[str, Companion]]  # suffix with the parameter's own word as "*" -> key, companion
+_KeysBySuffix = dict[str, tuple[str, Companion]]  # suffix with the parameter's own word as "*" -> key, companion
 
 
 class Judge:
@@ -87,21 +87,21 @@ class Judge:
                     break
                 parent = parent.rpartition(".")[0]
 
-    def groups(self, why_apart: Callable[[Group], str | None] | None = None) -> list[Group]:
+    def groups(self, why_different: Callable[[Group], str | None] | None = None) -> list[Group]:
         """Every tie with what it must have become.
 
         Args:
-            why_apart: with `--on-mismatch repack`, asked of a group whose sides differ in NVFP4 weights alone: why
+            why_different: with `--on-mismatch repack`, asked of a group whose sides differ in NVFP4 weights alone: why
                 they are not one weight under several scales, or None.
         """
         found = []
         for tie in self.disk.groups:
             group = self._attempt(tie)
-            if group.reason is not None and why_apart is not None:
+            if group.reason is not None and why_different is not None:
                 self.repack = True
                 again = self._attempt(tie)
                 self.repack = False
-                why = why_apart(again) if again.reason is None else again.reason
+                why = why_different(again) if again.reason is None else again.reason
                 if why is None:
                     group = again
                 else:
@@ -132,10 +132,10 @@ class Judge:
     def _free(self, key: str, name: str) -> bool:
         return key == name or (key not in self.tied and key not in self.disk.owned)
 
-    def _parts(self, name: str) -> _Parts:
+    def _parts(self, name: str) -> _KeysBySuffix:
         parent, _, leaf = name.rpartition(".")
         skip = len(parent) + 1 if parent else 0
-        parts: _Parts = {}
+        parts: _KeysBySuffix = {}
         for key in self._keys(name):
             suffix = key[skip:]
             companion = formats.classify(leaf, suffix, self.families) or formats.classify(leaf, suffix)
@@ -161,7 +161,8 @@ class Judge:
 
     def _judge_slot(self, group: Group, slot: tuple[str, ...]) -> None:
         canonical = slot[0]
-        sides: list[tuple[str, _Parts, _Parts]] = []  # name, what is of the weight, what is of activations
+        # name, what is of the weight, what is of activations
+        sides: list[tuple[str, _KeysBySuffix, _KeysBySuffix]] = []
         for name in slot:
             parts = self._parts(name)
             exact = {part: found for part, found in parts.items() if found[1].role is not Role.ACTIVATION}
@@ -237,7 +238,7 @@ def _target(canonical: str, part: str) -> str:
     return f"{parent}.{suffix}" if parent else suffix
 
 
-def _blob_parts(parts: _Parts) -> tuple[str, ...]:
+def _blob_parts(parts: _KeysBySuffix) -> tuple[str, ...]:
     """The parts of an NVFP4 blob among a side's parts, or ()."""
     for blob in BLOBS:
         names = tuple("*" + name.removeprefix("weight") for name in blob)

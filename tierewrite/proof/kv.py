@@ -10,7 +10,7 @@ from tierewrite.proof.judge import Group, Stand
 from tierewrite.proof.values import why_no_value
 from tierewrite.source.table import Checkpoint
 
-_Parts = Mapping[str, tuple[str, Companion]]  # what follows the attention module's name -> key, companion
+_KeysBySuffix = Mapping[str, tuple[str, Companion]]  # what follows the attention module's name -> key, companion
 
 
 def kv_stands(
@@ -66,7 +66,7 @@ def _paired(groups: Iterable[Group]) -> dict[str, tuple[tuple[str, ...], list[st
     return {canonical: pair for canonical, pair in pairs.items() if canonical not in blocked}
 
 
-def _agree(parts: Sequence[_Parts], digests: Mapping[str, bytes]) -> bool:
+def _agree(parts: Sequence[_KeysBySuffix], digests: Mapping[str, bytes]) -> bool:
     """Sides whose keys or values are also shifted (a bias) stand for each other only where all of it is equal."""
     if not any(companion.merge is None for part in parts for _, companion in part.values()):
         return True

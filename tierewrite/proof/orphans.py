@@ -20,7 +20,7 @@ from tierewrite.source.table import TensorEntry
 _WEIGHTS = ("weight", "weight_packed", "qweight")
 _BLOCKS = "_blocks"  # a fused parameter's codes in gpt-oss' MXFP4
 # Tensors beside a weight that do not belong to it: biases with all of theirs, and ranges of the KV cache.
-_APART = re.compile(r"(.+_)?bias(_scale|_zero_point)?(_2)?|[kvq]_(scale|bias|zero_point|global_scale)|kv_scale")
+_NOT_OF_WEIGHT = re.compile(r"(.+_)?bias(_scale|_zero_point)?(_2)?|[kvq]_(scale|bias|zero_point|global_scale)|kv_scale")
 _KV_OUTPUT = re.compile(r"(.+\.)?[kv]_proj\.output_(scale|zero_point|global_scale)")
 # Dtypes of weights that are not quantized; all others are packed, and need what stands beside them.
 _PLAIN = frozenset({"F64", "F32", "F16", "BF16", "C64", "I64", "U64", "BOOL"})
@@ -47,7 +47,7 @@ def orphans(
         parent, _, leaf = key.rpartition(".")
         above = parent.rpartition(".")[0]
         near = parent in modules or above in modules or above.rpartition(".")[0] in modules
-        if not near or key not in target or key in owned or _APART.fullmatch(leaf) or _KV_OUTPUT.fullmatch(key):
+        if not near or key not in target or key in owned or _NOT_OF_WEIGHT.fullmatch(leaf) or _KV_OUTPUT.fullmatch(key):
             continue
         main = _main_of(key, source, gone_below)
         if main is not None and main not in target:

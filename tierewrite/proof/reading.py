@@ -23,7 +23,7 @@ from tierewrite.source.threads import io_threads
 from tierewrite.stores.places import is_remote
 from tierewrite.stores.remote import RemoteFile
 
-_PIECE = 8 << 20  # bytes read at once
+_READ_BYTES = 8 << 20  # bytes read at once
 _RUN = 64 << 20  # bytes that one thread takes at a time; a larger tensor is a run of its own
 
 
@@ -165,7 +165,7 @@ class Reader:
         """The next `count` bytes."""
         while count:
             if not self.piece:
-                read = self._read(min(_PIECE, self.end - self.position))
+                read = self._read(min(_READ_BYTES, self.end - self.position))
                 if not read:
                     raise SourceChanged("shrank while it was verified", file=self.path)
                 self.position += len(read)

@@ -54,10 +54,10 @@ from tierewrite.proof.files import (
     check_side_files,
     check_with_safetensors,
     corrected_for,
-    read_manifest,
+    manifest_or_problem,
 )
 from tierewrite.proof.reading import hash_tensors, is_scale
-from tierewrite.source.open import fetched, name_of, open_checkpoint
+from tierewrite.source.open import fetched, name_in_messages, open_checkpoint
 from tierewrite.source.table import MANIFEST_NAME, Checkpoint
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.mirror import Place
@@ -155,14 +155,14 @@ def verify(
     policy = Policy.of(consumer, **options)
     if isinstance(src, (str, os.PathLike)):
         src = fetched(src, revision=revision)
-    dst_name = name_of(dst)
+    dst_name = name_in_messages(dst)
     source = open_checkpoint(src, ignore_unindexed=ignore_unindexed, trust_remote_code=trust_remote_code)
     try:
         target = open_checkpoint(dst, plain=True)
     except (SourceError, SystemFailure) as e:
         return Verification(False, (Problem("unreadable", str(e.file or dst_name), str(e)),))
     problems: list[Problem] = []
-    manifest = read_manifest(target.root / MANIFEST_NAME, problems)
+    manifest = manifest_or_problem(target.root / MANIFEST_NAME, problems)
 
     tie_map, note = _declared(source, manifest, ties, trust_remote_code)
     before = hash_tensors(source, set(filter(is_scale, source.tensors)), advance)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tierewrite.engines import select
+from tierewrite.engines import open_engine
 from tierewrite.engines.progress import Progress
 from tierewrite.errors import UsageError
 from tierewrite.output.destination import Destination, destination, destination_in_place
@@ -19,7 +19,7 @@ from tierewrite.report import Report
 from tierewrite.rewriting.options import Device, EngineName, RewriteOptions, SourceOptions
 from tierewrite.rewriting.steps import Pass, check_for, finish, prove, refuse_unconfirmed, write_shards
 from tierewrite.source import read_ahead
-from tierewrite.source.open import fetched, local_only, name_of
+from tierewrite.source.open import fetched, local_only, name_in_messages
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.places import FilePath, is_local, located
 from tierewrite.values.opened import Opened
@@ -126,7 +126,7 @@ def rewrite(
         route = Route.in_place(src, dst, backup)
     else:
         route = Route.between(src, dst, overwrite, resume, revision, progress)
-    with select(engine, device=device, threads=threads, progress=progress, ray_address=ray_address) as workers:
+    with open_engine(engine, device=device, threads=threads, progress=progress, ray_address=ray_address) as workers:
         before = listing(route.swapped) if route.swapped is not None else {}
         opened = Opened.open(route.src, meanwhile=read_ahead.reading if engine == "local" else None, **reading)
         planned = opened.plan(policy)
@@ -139,7 +139,7 @@ def rewrite(
             report = finish(
                 run,
                 written,
-                name_of(src),
+                name_in_messages(src),
                 route.dst,
                 consumer=consumer,
                 trust_remote_code=trust_remote_code,

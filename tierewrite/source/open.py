@@ -28,7 +28,7 @@ _CONFIGS = ("config.json", "hf_quant_config.json", "generation_config.json", MAN
 _GUESS_BYTES = 100_000
 
 
-def name_of(where: Place) -> str:
+def name_in_messages(where: Place) -> str:
     """What messages call it: as given, without credentials."""
     found = folder_of(where)
     return str(found.base) if is_remote_folder(found) else os.fspath(where)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from tierewrite.errors import Refused, shown
 from tierewrite.numbers import merging
-from tierewrite.planning.checks import Merge
+from tierewrite.planning.checks import ScaleMerge
 from tierewrite.planning.plan import RewritePlan
 from tierewrite.source.bytes import read_tensors
 from tierewrite.source.table import Checkpoint, gc_paused
@@ -123,7 +123,7 @@ def separate_kv_warnings(targets: Iterable[str]) -> list[str]:
     ]
 
 
-def _scale_warnings(merge: Merge, result: merging.Merged) -> list[str]:
+def _scale_warnings(merge: ScaleMerge, result: merging.MergeResult) -> list[str]:
     if not result.calibrated:
         return [f"'{shown(merge.target)}' was never calibrated on any side; its bytes are kept as they are"]
     if merge.kv and not result.equal:

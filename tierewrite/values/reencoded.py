@@ -128,7 +128,7 @@ def reconcile(
         sides = _sides(checkpoint, module, rows)
         first = sides[0]
         for other in sides[1:]:
-            reason = _why_apart(checkpoint, first, other)
+            reason = _why_different(checkpoint, first, other)
             if reason is not None:
                 return frozenset(), f"'{first.weight}' and '{other.weight}' {reason}"
     return frozenset(modules), None
@@ -142,7 +142,7 @@ def _sides(checkpoint: Checkpoint, module: str, rows: Mapping[str, tuple[str, ..
     return [BlobKeys(c, s, t, reciprocal) for c, s, t in zip(codes, scales, scale, strict=True)]
 
 
-def _why_apart(checkpoint: Checkpoint, first: BlobKeys, other: BlobKeys) -> str | None:
+def _why_different(checkpoint: Checkpoint, first: BlobKeys, other: BlobKeys) -> str | None:
     """Why two blobs cannot stem from one weight; None if they can."""
     scales = read_tensors(checkpoint, (first.scale, other.scale))
     left, right = (scale_value(scales[key]) for key in (first.scale, other.scale))
