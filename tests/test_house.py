@@ -118,6 +118,30 @@ def test_a_library_has_one_door(library: str, rooms: set[str]) -> None:
         assert library not in names or here in rooms or room_of(path) in rooms, here
 
 
+FOLDERS = sorted({path.parent for path in MODULES if path.parent.parent == PACKAGE})
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
+def test_a_rooms_readme_names_its_modules_and_no_others(folder: Path) -> None:
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    modules = {path.name for path in folder.glob("*.py")}
+    unnamed = {name for name in modules - {"__init__.py"} if not re.search(rf"\b{name.removesuffix('.py')}\b", text)}
+    first_cells = re.findall(r"^\| (`.*?`) \|", text, re.MULTILINE)
+    gone = {name for cell in first_cells for name in re.findall(r"`(\w+\.py)`", cell)} - modules
+    assert (unnamed, gone) == (set(), set())
+
+
+def test_contributing_names_every_room_in_order_and_test_files_that_exist() -> None:
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    block = text.partition("## The rooms")[2].partition("## The tests")[0]
+    folders = [room for room in ROOMS if (PACKAGE / room).is_dir()]
+    assert re.findall(r"^    (\w+)/ ", block, re.MULTILINE) == folders
+    assert all(re.search(rf"\b{room}(?:\.py|/)", block) for room in ROOMS)
+    tests = set(re.findall(r"\btest_\w+\.py", text))
+    assert len(tests) > 20
+    assert {name for name in tests if not (Path(__file__).parent / name).exists()} == set()
+
+
 def test_every_test_that_the_table_of_promises_names_exists() -> None:
     folder = Path(__file__).parent
     named = re.findall(r"`(test_\w+\.py)(?:::([\w:]+))?`", (folder / "README.md").read_text(encoding="utf-8"))
