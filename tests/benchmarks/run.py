@@ -36,8 +36,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from . import generate as generator
-from .generate import Generated, generate
+from tests.benchmarks import generate as generator
+from tests.benchmarks.generate import Generated, generate
 
 HERE = Path(__file__).resolve().parent
 SCHEMA = "tierewrite/bench/1"

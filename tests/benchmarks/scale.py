@@ -42,13 +42,12 @@ from pathlib import Path
 from typing import Any
 
 import tierewrite
+from tests.benchmarks.generate import PRESETS, Generated, generate
 from tierewrite.engines import open_engine
 from tierewrite.engines.on_ray import hash_batch
 from tierewrite.engines.progress import Progress
 from tierewrite.output.jobs import hash_jobs
 from tierewrite.source.folder import open_folder
-
-from .generate import PRESETS, Generated, generate
 
 SCHEMA = "tierewrite/scale/1"
 GB = 1e9
@@ -247,7 +246,7 @@ def small_tasks(src: Path) -> dict[str, float]:
     with open_engine("ray") as engine:
         rounds = [time.perf_counter()]
         for _ in range(2):
-            engine.carry_out(jobs, "small tasks")
+            engine.run_jobs(jobs, "small tasks")
             rounds.append(time.perf_counter())
     first, second = rounds[1] - rounds[0], rounds[2] - rounds[1]
     seconds = time.perf_counter() - begun

@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from tests.benchmarks import generate as generator
+from tests.benchmarks import run, scale
+from tests.benchmarks.generate import ALIAS, CANONICAL, PRESETS, Generated, Recipe, generate
 from tests.checkpoints import Tensors, read_header, read_tensors
-
-from . import generate as generator
-from . import run, scale
-from .generate import ALIAS, CANONICAL, PRESETS, Generated, Recipe, generate
 
 FIXTURE = generator.TEMPLATE
 
@@ -284,8 +283,7 @@ def test_ours_and_the_users_script_do_the_same_job(tiny: Generated, tmp_path: Pa
     """Otherwise the comparison would compare nothing."""
     pytest.importorskip("torch")
     import tierewrite
-
-    from . import user_script
+    from tests.benchmarks import user_script
 
     tierewrite.rewrite(tiny.path, tmp_path / "ours", ties=tiny.ties_file)
     user_script.main(tiny.path, tmp_path / "theirs", "save_file")

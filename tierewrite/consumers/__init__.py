@@ -11,7 +11,6 @@ later is a `Finding`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from tierewrite.consumers.transformers import TRANSFORMERS
 from tierewrite.consumers.vllm import VLLM
 from tierewrite.errors import UsageError, shown
 from tierewrite.source.open import name_in_messages
+from tierewrite.stores.base import PathLike
 from tierewrite.stores.mirror import Place
 
 __all__ = ["CONSUMERS", "SCHEMA", "Finding", "ReadinessReport", "check", "consumer_named", "corrected_configs"]
@@ -33,8 +33,8 @@ def check(
     path: Place,
     consumer: str = "vllm",
     *,
-    backbone: str | os.PathLike[str] | None = None,
-    ties: str | os.PathLike[str] | None = None,
+    backbone: PathLike | None = None,
+    ties: PathLike | None = None,
     trust_remote_code: bool = False,
     compare_limit: int = 4 << 30,
 ) -> ReadinessReport:

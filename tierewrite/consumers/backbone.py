@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tierewrite.errors import UsageError
+from tierewrite.stores.base import PathLike
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class BackboneTable:
         data = json.loads(path.read_text(encoding="utf-8"))
         return cls(tuple(map(Backbone.from_json, data["backbones"])), Backbone.from_json(data["others"]))
 
-    def with_file(self, file: str | os.PathLike[str]) -> BackboneTable:
+    def with_file(self, file: PathLike) -> BackboneTable:
         """This table, with a file of the user's asked first.
 
         Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from tierewrite.consumers.folder import Folder
 from tierewrite.consumers.rules import RuleSet
 from tierewrite.consumers.subject import Subject
 from tierewrite.planning.policy import PolicyOptions
+from tierewrite.stores.base import PathLike
 from tierewrite.stores.mirror import Place
 
 S = TypeVar("S", bound=Subject)
@@ -46,7 +46,7 @@ class Consumer(Generic[S]):
     corrected_configs: Callable[[S], tuple[dict[str, bytes], tuple[str, ...]]] | None = None
     dry_load: Callable[[Place], ReadinessReport] | None = None
 
-    def subject(self, path: Place, backbone: str | os.PathLike[str] | None = None, **options: Any) -> S:
+    def subject(self, path: Place, backbone: PathLike | None = None, **options: Any) -> S:
         """The checkpoint at `path` as this consumer reads it.
 
         Args:

@@ -1,14 +1,12 @@
-"""What the rules look at: a checkpoint folder as a loader reads it, its names under the consumer's backbone,
-its quantization config, and the bytes of its scales. Decides nothing.
+"""What the rules look at: a folder as a loader reads it, its names, its quantization config and its scales.
 
-Unlike `Checkpoint.open`, which refuses a folder that contradicts itself, the folder is read here the way
-loaders read it: what an index lacks or invents, and names that several files hold, become facts for the rules.
-Headers that are malformed and configs that are no JSON are refused all the same.
+Names are those under the consumer's backbone. Nothing is decided here. Unlike `Checkpoint.open`, which refuses a folder
+that contradicts itself, the folder is read the way loaders read it: what an index lacks or invents, and names that
+several files hold, become facts for the rules. Malformed headers and configs that are no JSON are refused all the same.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +22,7 @@ from tierewrite.errors import TierewriteError
 from tierewrite.numbers.float8 import float8_values
 from tierewrite.source.bytes import open_source, read_tensors
 from tierewrite.source.table import TensorEntry
+from tierewrite.stores.base import PathLike
 from tierewrite.ties.on_disk import WHOLE, Part, on_disk, places
 from tierewrite.ties.tie import ModelNames
 from tierewrite.ties.tie_map import TieMap
@@ -65,7 +64,7 @@ class Subject:
         folder: Folder,
         backbones: BackboneTable,
         *,
-        ties_file: str | os.PathLike[str] | None = None,
+        ties_file: PathLike | None = None,
         trust_remote_code: bool = False,
         compare_limit: int = 4 << 30,
     ) -> None:
@@ -92,8 +91,6 @@ class Subject:
             if ties_file is not None:
                 raise
             self.ties, self.class_problem = None, str(e)
-
-    # -- names
 
     @property
     def model(self) -> ModelNames | None:
@@ -169,8 +166,6 @@ class Subject:
     def families(self) -> tuple[str, ...]:
         return formats.detect(self.config, self.folder.quant_config, self.entries)
 
-    # -- modules
-
     @cached_property
     def quantized(self) -> dict[str, Module]:
         """Modules whose weight on disk is quantized: packed or FP8, or with a scale beside it."""
@@ -202,8 +197,6 @@ class Subject:
         """The modules that exporters unpack a fused parameter into: gate_up_proj -> gate_proj, up_proj."""
         words = fused.split("_")
         return tuple(f"{word}_{words[-1]}" for word in words[:-1]) if len(words) > 2 else (fused,)
-
-    # -- completeness
 
     def missing(self) -> tuple[list[str], list[str], list[str]]:
         """What the model class has and no key fills: (parameters, shards of fused projections of which others are
@@ -259,8 +252,6 @@ class Subject:
                 modules = (self.modules.get(f"{parent}.{x}") for x in shards if x != projection)
                 return any(m is not None and m.weight is not None for m in modules)
         return False
-
-    # -- bytes
 
     def read(self, keys: Collection[str]) -> Iterator[tuple[str, bytes]]:
         """The bytes of `keys`, in batches of at most some 64 MiB."""

@@ -1,11 +1,12 @@
-"""What transformers demands of a checkpoint: `from_pretrained` initialises at random what it does not find, with a
-table on the log, and goes on.
+"""What transformers demands of a checkpoint.
+
+`from_pretrained` initialises at random what it does not find, with a table on the log, and goes on.
 
 The functions' docstrings name the file and function of transformers 5.23 in which the behaviour was read. Nothing is
 imported from transformers here; the model class is asked by `TieMap.resolve`.
 
-Not checked: how a quantizer that transformers knows turns its tensors into layers; companions that some format
-knows are taken to be right for it.
+Not checked: how a quantizer that transformers knows turns its tensors into layers; companions that some format knows
+are taken to be right for it.
 """
 
 from __future__ import annotations

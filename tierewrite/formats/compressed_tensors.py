@@ -1,5 +1,4 @@
-"""compressed-tensors, the format of llm-compressor: packed NVFP4, MXFP4 and integers, plain FP8, INT8 and
-MXFP8.
+"""compressed-tensors, llm-compressor's format: packed NVFP4, MXFP4 and integers, plain FP8, INT8 and MXFP8.
 
 Sources (compressed-tensors 0.19, llmcompressor 0.14):
 - nvfp4-pack-quantized: compressors/nvfp4/base.py `compression_param_names` (`weight_packed`, `weight_scale`,

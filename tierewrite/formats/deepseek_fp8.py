@@ -1,5 +1,4 @@
-"""FP8 with 2-D block scales as DeepSeek-V3 ships it, and what transformers and AutoFP8 write under the same
-method.
+"""FP8 with 2-D block scales as DeepSeek-V3 ships it, and what transformers and AutoFP8 write under its name.
 
 Sources:
 - `weight_scale_inv` F32 or E8M0 [ceil(out/128), ceil(in/128)]: the DeepSeek-V3 repository's README_WEIGHTS;

@@ -33,3 +33,12 @@ def expert_key(key: str) -> ExpertKey | None:
     """`key` in its words; None if it is no tensor of an unpacked expert's linear layer."""
     found = _EXPERT.fullmatch(key)
     return None if found is None else ExpertKey(*found.groups())
+
+
+def split_expert(module: str) -> tuple[str, int | None, str]:
+    """`model.layers.0.experts.3.up_proj` -> ("model.layers.0.experts", 3, "up_proj"); no expert: (module, None, "")."""
+    parent, _, projection = module.rpartition(".")
+    container, _, number = parent.rpartition(".")
+    if number.isdecimal() and number.isascii() and container.rpartition(".")[2] == "experts":
+        return container, int(number), projection
+    return module, None, ""

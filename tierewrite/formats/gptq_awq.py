@@ -2,10 +2,10 @@
 
 Sources:
 - `qweight`, `qzeros`, `scales`, `g_idx`: GPTQModel 7.7 gptqmodel/nn_modules/qlinear/; AutoAWQ 0.2.9
-  awq/modules/linear/gemm.py, gemv.py (no `g_idx`); AMD Quark's `AWQ_SAVE_MAP`
-  (quark/torch/export/constants.py).
+  awq/modules/linear/gemm.py, gemv.py (no `g_idx`); AMD Quark's `AWQ_SAVE_MAP` (quark/torch/export/constants.py).
 - AWQ multiplies a norm's or a previous linear's scales into these weights (awq/quantize/scale.py), leaving no
-  tensor of its own: see `adjacent`.
+  tensor of its own: see `formats.smoothing`.
+
 Repacked kernels (Marlin's `B` and `s`, workspaces, sorted indices) exist at run time only and are not listed.
 """
 

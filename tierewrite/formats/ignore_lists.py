@@ -1,10 +1,8 @@
-"""Which modules a checkpoint's configs call unquantized, held against what lies on disk after the ties are
-rewritten.
+"""Which modules a checkpoint's configs call unquantized, compared with what is on disk after the rewrite.
 
-Exporters list the modules they left alone, under both names of a tie or under one. A consumer with a single
-backbone merges the entries of both sides: an entry that names only the side that was dropped then unquantizes
-the side that stayed, or fails to protect it. `inconsistencies` finds such entries, `fixed` rewrites them and
-nothing else.
+Exporters list the modules they left alone, under both names of a tie or under one. A consumer with a single backbone
+merges the entries of both sides: an entry that names only the side that was dropped then unquantizes the side that
+stayed, or fails to protect it. `inconsistencies` finds such entries, `fixed` rewrites them and nothing else.
 
 Languages of the lists, by key:
 - `exclude_modules` (hf_quant_config.json) and `ignore` of quant_method `modelopt`: shell wildcards on module
@@ -239,24 +237,13 @@ def inconsistencies(
             entries = _Entries(values, language, modules)
             known.append((values, language, entries))
         for entry, covered in entries.covers.items():
-            excluded: list[tuple[str, str]] = []
-            missing: list[tuple[str, str]] = []
-            differing: list[tuple[str, str]] = []
-            for name in covered:
-                for pair in aliases.get(name, ()):
-                    alias, canonical = pair
-                    if (alias in quantized and canonical in plain) or (alias in plain and canonical in quantized):
-                        if not (alias in entries.covered and canonical in entries.covered):
-                            differing.append(pair)
-                    elif canonical in quantized:
-                        excluded.append(pair)
-                    elif (
-                        canonical in plain
-                        and canonical not in entries.covered
-                        # A head tied to an embedding is listed; the embedding, which no recipe targets, is not.
-                        and alias.rpartition(".")[2] == canonical.rpartition(".")[2]
-                    ):
-                        missing.append(pair)
+            wrong: dict[EntryProblem, list[tuple[str, str]]] = {problem: [] for problem in EntryProblem}
+            for pair in (pair for name in covered for pair in aliases.get(name, ())):
+                problem = _problem(pair, quantized, plain, entries.covered)
+                if problem is not None:
+                    wrong[problem].append(pair)
+            excluded, missing = wrong[EntryProblem.EXCLUDES_QUANTIZED], wrong[EntryProblem.MISSES_PLAIN]
+            differing = wrong[EntryProblem.SIDES_DIFFER]
             if excluded:
                 # What else the entry covers stays named, one by one. An entry that also covers sides of
                 # unconfirmed ties keeps those that are plain.
@@ -268,6 +255,22 @@ def inconsistencies(
             if differing:
                 found.append(_finding(file, path, entry, EntryProblem.SIDES_DIFFER, differing, None))
     return tuple(found)
+
+
+def _problem(
+    pair: tuple[str, str], quantized: Collection[str], plain: Collection[str], covered: Collection[str]
+) -> EntryProblem | None:
+    """What is wrong with an entry that covers a module of `pair`; `covered`: by any entry of its list."""
+    alias, canonical = pair
+    if (alias in quantized and canonical in plain) or (alias in plain and canonical in quantized):
+        return None if alias in covered and canonical in covered else EntryProblem.SIDES_DIFFER
+    if canonical in quantized:
+        return EntryProblem.EXCLUDES_QUANTIZED
+    # A head tied to an embedding is listed; the embedding, which no recipe targets, is not.
+    same_leaf = alias.rpartition(".")[2] == canonical.rpartition(".")[2]
+    if canonical in plain and canonical not in covered and same_leaf:
+        return EntryProblem.MISSES_PLAIN
+    return None
 
 
 def _finding(
@@ -310,8 +313,7 @@ def fixed(config: Mapping[str, Any], file: str, findings: Iterable[Inconsistency
 def fixed_text(text: str, file: str, findings: Iterable[Inconsistency]) -> str:
     """The JSON `text` of `file` with the entries replaced, in its own style as far as JSON has one.
 
-    Kept: the order of keys, the indentation of the first indented line, escapes or their absence, the final
-    newline.
+    Kept: the order of keys, the indentation of the first indented line, escapes or their absence, the final newline.
     Returns `text` itself when nothing changes.
     """
     config = json.loads(text)

@@ -1,5 +1,4 @@
-"""NVIDIA ModelOpt's unified Hugging Face export: NVFP4, FP8, MXFP8, MXFP4, INT8, INT4, AWQ, SmoothQuant,
-SVDQuant, KV.
+"""NVIDIA ModelOpt's Hugging Face export: NVFP4, FP8, MXFP8, MXFP4, INT8, INT4, AWQ, SmoothQuant, SVDQuant, KV.
 
 Sources (nvidia-modelopt 0.45 and 0.47, modelopt/torch/):
 - `weight`, `weight_scale`, `weight_scale_2`, `input_scale`: export/unified_export_hf.py

@@ -1,5 +1,6 @@
-"""Parameters as they are, unquantized. `bias` beside a tied `weight` is not part of it: the tie map names it
-or not.
+"""Parameters as they are, unquantized.
+
+`bias` beside a tied `weight` is not part of it: the tie map names it, or it stays as it is.
 
 Source: torch.nn.Linear, Embedding and the norms register `weight` and `bias`; nothing else is known here.
 """

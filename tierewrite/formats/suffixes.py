@@ -102,9 +102,6 @@ def kv_words() -> frozenset[str]:
     return frozenset(row.suffix.rpartition(".")[2] for family in FAMILIES.values() for row in family.kv)
 
 
-# --- which tensors are parameters, and which only belong to one -------------------------------------------------------
-
-
 class _Forms(NamedTuple):
     """What the names of tensors can say, over all families.
 

@@ -92,7 +92,7 @@ def _decode(dtype: str, data: bytes) -> _F64:
         return (raw.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     if codec.itemsize == 1:
         return np.take(float8_values(dtype), raw)
-    # A signalling NaN among uninitialised values is no news.
+    # NumPy warns of a signalling NaN, which uninitialised values may hold.
     with np.errstate(invalid="ignore"):
         return raw.astype(np.float64)
 
@@ -176,9 +176,8 @@ def merge_many(jobs: Sequence[tuple[Sequence[Side], Companion]]) -> list[MergeRe
     side has validly keeps the first side's bits. Vectorised over all jobs of like dtypes and sizes.
 
     Raises:
-        ValueError: a companion without a merging rule, sides that are not `mergeable`, data of the wrong
-        length,
-            or a result that the first side's dtype cannot represent (a BF16 maximum stored as F16).
+        ValueError: a companion without a merging rule, sides that are not `mergeable`, data of the wrong length, or a
+            result that the first side's dtype cannot represent (a BF16 maximum stored as F16).
     """
     alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
     # There is a job an expert, and few kinds of them: what depends on the headers is worked out once a kind.

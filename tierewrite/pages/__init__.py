@@ -27,7 +27,6 @@ from tierewrite.stores.places import FilePath, is_local, located
 __all__ = ["Facts", "Page", "report_page"]
 
 
-
 @dataclass(frozen=True, slots=True)
 class Page:
     """A page about one rewrite.

@@ -43,9 +43,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
 
-# ------------------------------------------------------------------------------------------------------- SVG
-
-
 def svgs(facts: Facts) -> dict[str, list[str]]:
     """Inline SVG elements by section: "sizes", "ratios", "heatmaps"; a list is empty where there is nothing to draw.
 
@@ -124,9 +121,6 @@ def _inline(svg: bytes, title: str) -> str:
     return ElementTree.tostring(root, encoding="unicode", short_empty_elements=True)
 
 
-# ----------------------------------------------------------------------------------------------------- sizes
-
-
 def bars(rows: Sequence[SizeRow], most: int = MAX_BARS) -> list[SizeRow]:
     """The largest rows, the rest of them as one."""
     if len(rows) <= most:
@@ -171,9 +165,6 @@ def _draw_sizes(figure: Figure | SubFigure, rows: Sequence[SizeRow]) -> None:
     axes.spines["bottom"].set_visible(False)
     axes.tick_params(length=0)
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1 - 0.02), ncols=2, fontsize=8.5, labelcolor=MUTED)
-
-
-# ---------------------------------------------------------------------------------------------------- ratios
 
 
 def _ratios_height(rows: Sequence[Divergence]) -> float:
@@ -229,9 +220,6 @@ def _draw_ratios(figure: Figure | SubFigure, rows: Sequence[Divergence]) -> None
     axes.spines["left"].set_visible(False)
     axes.tick_params(length=0)
     axes.set_xlabel("largest side / smallest side of a scale (logarithmic); the height of a bar is a share of its row")
-
-
-# ------------------------------------------------------------------------------------------------------- PNG
 
 
 def png(facts: Facts, dpi: int = 144) -> bytes:

@@ -29,6 +29,7 @@ from tierewrite.planning.plan import kind_of
 from tierewrite.source.folder import natural_key, open_folder, refuse_half_written
 from tierewrite.source.open import open_checkpoint, rename_in_errors
 from tierewrite.source.table import MANIFEST_NAME, Checkpoint, gc_paused
+from tierewrite.stores.base import PathLike
 from tierewrite.stores.places import FilePath, is_local, is_remote, located
 
 PAGE_SCHEMA = "tierewrite/page/1"
@@ -281,9 +282,6 @@ def _divergence(name: str, scales: Iterable[Scale]) -> Divergence:
     )
 
 
-# ---------------------------------------------------------------------------------------------------- names
-
-
 @lru_cache(maxsize=65536)
 def _known_suffix(suffix: str) -> bool:
     return formats.classify("weight", suffix) is not None
@@ -340,15 +338,12 @@ def _scale(name: str, tensor: Mapping[str, Any]) -> Scale:
     )
 
 
-# -------------------------------------------------------------------------------------------------- reading
-
-
 @gc_paused()
 def read_facts(
-    path: str | os.PathLike[str],
+    path: PathLike,
     consumer: str | None = None,
     *,
-    backbone: str | os.PathLike[str] | None = None,
+    backbone: PathLike | None = None,
 ) -> Facts:
     """The facts of one rewrite.
 
@@ -398,7 +393,7 @@ def read_facts(
     )
 
 
-def _found(path: str | os.PathLike[str]) -> tuple[FilePath, Checkpoint | None, Path]:
+def _found(path: PathLike) -> tuple[FilePath, Checkpoint | None, Path]:
     """What `path` is: itself, the checkpoint if it is a folder, and where the manifest can be read."""
     where = located(path)
     nothing_said = (

@@ -68,9 +68,6 @@ def page(facts: Facts, worst: int = WORST_SHOWN) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------------------------ parts
-
-
 def _head(facts: Facts) -> str:
     kept = facts.count("kept")
     if facts.count("rewritten"):

@@ -1,0 +1,1 @@
+"""What to do with each tensor: a pure function of headers, ties and options."""

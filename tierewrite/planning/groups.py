@@ -165,8 +165,6 @@ class GroupPlanner:
             any(together.touched for together in done),
         )
 
-    # -- slots that are alike
-
     def _together(
         self, tie: TieGroup, slots: np.ndarray, first: np.ndarray, composition: np.ndarray
     ) -> _Together | None:
@@ -292,8 +290,6 @@ class GroupPlanner:
         dtype, shape = self._tensors.kinds[self._tensors.kind[row]]
         return f"{dtype} {list(shape)}"
 
-    # -- smoothed checkpoints
-
     def _neighbours(
         self, tie: TieGroup, slots: np.ndarray, present: list[int]
     ) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, str]]]:
@@ -338,8 +334,6 @@ class GroupPlanner:
         parent, _, suffix = key.rpartition(".")
         canonical = self._canonical_of.get(f"{parent}.weight")
         return key if canonical is None else f"{canonical.rpartition('.')[0]}.{suffix}"
-
-    # -- all slots of a tie
 
     def _merges(self, tie: TieGroup, done: Sequence[_Together], sides: int) -> ScaleMerges:
         """The activation scales that become one, slot by slot."""

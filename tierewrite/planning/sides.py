@@ -145,8 +145,6 @@ class Sides:
         rows: np.ndarray = self.rows[np.repeat(first - before, size) + np.arange(size.sum())]
         return rows
 
-    # -- any parameter
-
     def _below(self, name: str) -> list[int]:
         """The rows of what the parameter `name` became on disk."""
         names, reserved = self._tensors.names, self._reserved

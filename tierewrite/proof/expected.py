@@ -98,9 +98,6 @@ def _plain_or_merged(source: Checkpoint, before: Contents, stand: Stand, found: 
     found.wants[name] = Want(first, blake3(value.data).digest(), "merge", because)
 
 
-# -- scales of experts that calibration never reached ------------------------------------------------------------------
-
-
 def _filled(source: Checkpoint, before: Contents, found: Expected, families: tuple[str, ...]) -> None:
     """The widest of a projection's experts stands in where one has no scale, or one that was never calibrated."""
     have: dict[tuple[str, str, str], dict[str, str]] = {}  # container, projection, suffix -> expert -> name in DST
@@ -132,9 +129,6 @@ def _filled(source: Checkpoint, before: Contents, found: Expected, families: tup
         for name in (*names, *sorted(value.invalid)):
             like = found.wants[name].like if name in found.wants else sides[0][0]
             found.wants[name] = Want(like, blake3(value.data).digest(), "fill", because)
-
-
-# -- NVFP4 weights that are encoded again ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""What a checkpoint holds on disk: files opened, headers and index read and checked."""

@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 
-
-
 _CONFIGS = ("config.json", "hf_quant_config.json", INDEX_NAME)
 _PARALLEL = 8
 
@@ -244,9 +242,6 @@ def prefetched(names: Iterable[str], header: Callable[[str], Header]) -> Iterato
 def folders_of(names: Iterable[str]) -> tuple[str, ...]:
     """The folders that files of these names lie in, sorted."""
     return tuple(sorted({"/".join(parts[:i]) for parts in (n.split("/") for n in names) for i in range(1, len(parts))}))
-
-
-# ------------------------------------------------------------------------------------------------- what goes wrong
 
 
 @contextlib.contextmanager

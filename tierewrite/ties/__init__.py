@@ -1,0 +1,1 @@
+"""Which parameters the model declares tied, and what they are called on disk."""

@@ -42,16 +42,19 @@ def check_config(root: Path, config: Any) -> None:
             stack.extend((path, v, depth + 1) for v in value[:100_000])
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             name = path.rpartition(".")[2]
-            limit = None
-            if _SIZE_KEY.search(name):
-                limit = None
-            elif _LAYER_KEY.search(name):
-                limit = MAX_LAYERS
-            elif _COUNT_KEY.search(name):
-                limit = MAX_COUNT
+            limit = _limit_of(name)
             if limit is not None and value > limit:
                 raise ConfigError(
                     f"{shown(path)} is {value}; more than {limit:,} is not believed and no model is built from it "
                     "(use --ties FILE to say what is tied)",
                     file=file,
                 )
+
+
+def _limit_of(name: str) -> int | None:
+    """The largest value of a number called `name` that is believed; None where any is (a vocabulary is large)."""
+    if _SIZE_KEY.search(name):
+        return None
+    if _LAYER_KEY.search(name):
+        return MAX_LAYERS
+    return MAX_COUNT if _COUNT_KEY.search(name) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -33,17 +34,22 @@ class Speller:
             least = min(strange.values())
             best = [n for n in right if strange[n] == least]
             if len({right[n] for n in best}) > 1:
-                votes = dict.fromkeys(best, 0)
-                for other, name in beside.items():
-                    for n, candidate in enumerate(self._spellings(other, part)):
-                        if n in votes and candidate == name:
-                            votes[n] += 1
+                votes = self._votes(part, beside)
                 best.sort(key=lambda n: (-votes[n], -right[n].count(".")))
             return right[best[0]]
         if part == WHOLE:
             return parameter
         container = parameter.rpartition(".")[0]
         return f"{container}.{part[3]}.{part[1]}.{part[2]}" if part[0] == "expert" else parameter
+
+    def _votes(self, part: Part, beside: Mapping[str, str]) -> Counter[int]:
+        """Way of spelling, by its position in `_spellings` -> how many of the sides that are there are spelled so."""
+        return Counter(
+            n
+            for other, name in beside.items()
+            for n, candidate in enumerate(self._spellings(other, part))
+            if candidate == name
+        )
 
     def _spellings(self, parameter: str, part: Part) -> list[str]:
         """Every way to spell it, in one order for all parameters, the hub's first; names may repeat."""

@@ -50,8 +50,6 @@ class Translator:
 
         return sorted(keys, key=dot_natural_key)
 
-    # -- disk -> memory
-
     def locate(self, name: str) -> tuple[str, Part] | None:
         """The parameter that the unquantized name `name` is loaded into, and which part of it; None if none."""
         if self.rename is None:  # names on disk are those in memory: a look-up is cheaper than remembering it

@@ -1,5 +1,7 @@
-"""vLLM as a consumer. It loads incomplete and contradictory quantized checkpoints without a warning; each rule here
-names one way in which that goes wrong.
+"""vLLM as a consumer.
+
+It loads incomplete and contradictory quantized checkpoints without a warning; each rule here names one way in which
+that goes wrong.
 
 The functions' docstrings name where in vLLM 0.33 the behaviour was read (below vllm/ of the package), and
 tests/vllm_behaviour.json records what the real loader does with a checkpoint that has the defect.

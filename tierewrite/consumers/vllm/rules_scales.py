@@ -12,8 +12,9 @@ from tierewrite.consumers.findings import Finding
 from tierewrite.consumers.rules import Rule, RuleSet
 from tierewrite.consumers.subject import Module
 from tierewrite.consumers.vllm.sources import FILL, KV_CACHE, MODELOPT, REWRITE
-from tierewrite.consumers.vllm.subject import VllmSubject, split_expert
+from tierewrite.consumers.vllm.subject import VllmSubject
 from tierewrite.formats import Role
+from tierewrite.formats.experts import split_expert
 
 RULES: RuleSet[VllmSubject] = RuleSet()
 SMALLEST_NORMAL = 2.0**-126  # of F32: what is below was never computed from data

@@ -13,7 +13,8 @@ from tierewrite.consumers.rules import Rule, RuleSet
 from tierewrite.consumers.subject import FLOATS, Module, numbers, rounded_to_e4m3
 from tierewrite.consumers.vllm.quantization import Scheme
 from tierewrite.consumers.vllm.sources import MODELOPT, QUANTIZATION_UTILS, WEIGHT_UTILS
-from tierewrite.consumers.vllm.subject import VllmSubject, split_expert
+from tierewrite.consumers.vllm.subject import VllmSubject
+from tierewrite.formats.experts import split_expert
 
 RULES: RuleSet[VllmSubject] = RuleSet()
 

@@ -10,6 +10,7 @@ from tierewrite.consumers.backbone import matches
 from tierewrite.consumers.subject import PACKED, Module, Subject
 from tierewrite.consumers.vllm.ignore import Ignore
 from tierewrite.consumers.vllm.quantization import VISION, Quantization, Scheme
+from tierewrite.formats.experts import split_expert
 
 
 class VllmSubject(Subject):
@@ -30,8 +31,6 @@ class VllmSubject(Subject):
         q = self.quantization
         entries = q.ignore if q is not None and q.modelopt and q.problem is None else ()
         return Ignore(entries, self.backbone)
-
-    # -- modules as vLLM builds them
 
     def built_as(self, module: str) -> str:
         """The vLLM module that a module of the checkpoint becomes a part of: qkv_proj, gate_up_proj, experts."""
@@ -152,15 +151,6 @@ def _family(scheme: Scheme) -> str:
     if scheme.block is None:
         return "fp8"
     return "nvfp4-packed" if scheme.weight == "weight_packed" else "nvfp4"
-
-
-def split_expert(module: str) -> tuple[str, int | None, str]:
-    """`model.layers.0.experts.3.up_proj` -> ("model.layers.0.experts", 3, "up_proj"); no expert: None."""
-    parent, _, projection = module.rpartition(".")
-    container, _, number = parent.rpartition(".")
-    if number.isdecimal() and number.isascii() and container.rpartition(".")[2] == "experts":
-        return container, int(number), projection
-    return module, None, ""
 
 
 def numberless(name: str) -> str:
