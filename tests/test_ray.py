@@ -594,7 +594,7 @@ def test_workers_read_from_a_store_and_write_to_it(
     # A cluster of its own: its workers get the endpoint from this process's environment.
     tierewrite.rewrite(source, target, engine="ray", ray_address="local", **options)
     assert store.objects("out") == right
-    assert tierewrite.verify(source, target, ties=made.ties_file).ok
+    assert tierewrite.verify(source, target, **options).ok
 
 
 # ------------------------------------------------------------------------------------------------- what travels

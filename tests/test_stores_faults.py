@@ -364,7 +364,7 @@ WRITES = [
 
 def half_written_is_refused_by_all(case: Case, store: Store, folder: Path) -> None:
     out = store.url("out")
-    found = tierewrite.verify(case.src, out)
+    found = tierewrite.verify(case.src, out, **case.options)
     assert [(problem.id, problem.where) for problem in found.problems] == [("unreadable", out)]
     assert INCOMPLETE_NAME in found.problems[0].message
     copy = folder / "copy"
@@ -407,7 +407,7 @@ def test_kill_at_each_write_is_recognised_and_resumed(number: int, case: Case, s
     assert INCOMPLETE_NAME in left
     if number == len(WRITES):  # complete, and only the marker was not removed
         assert {name: data for name, data in left.items() if name != INCOMPLETE_NAME} == case.expected
-        assert tierewrite.verify(case.src, store.url("out")).ok
+        assert tierewrite.verify(case.src, store.url("out"), **case.options).ok
         with pytest.raises(tierewrite.UsageError, match="choose another place"):
             up(case, store, resume=True)
         return
@@ -502,7 +502,7 @@ def test_credentials_are_in_no_output(where: str, case: Case, store: Store, tmp_
     words = case.words[:-1]
     for arguments in (
         ["rewrite", src, out, *words],
-        ["verify", src, out],
+        ["verify", src, out, *words],
         ["report", out, "--html", str(folder / "report.html")],
     ):
         said = outputs(folder, *arguments, **settings)
