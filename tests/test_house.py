@@ -150,3 +150,31 @@ def test_every_test_that_the_table_of_promises_names_exists() -> None:
         text = (folder / file).read_text(encoding="utf-8")
         for word in filter(None, path.split("::")):
             assert re.search(rf"^\s*(?:class|def) {word}\b", text, re.MULTILINE), f"{file}: {word}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_says_its_job_and_what_is_public_says_what_it_does(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    first, _, rest = (ast.get_docstring(tree) or "").partition("\n")
+    assert first.endswith("."), "its first line is one sentence"
+    assert not rest or rest.startswith("\n"), "an empty line comes after it"
+    silent = [name for name, node in public(tree) if ast.get_docstring(node) is None]
+    assert not silent, "a sentence each, or `See Protocol`"
+
+
+def public(
+    tree: ast.Module | ast.ClassDef, of: str = ""
+) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]]:
+    """Names of classes, functions and methods that others may use, declarations of a protocol excepted."""
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            if not is_declaration(node):
+                yield of + node.name, node
+            if isinstance(node, ast.ClassDef):
+                yield from public(node, f"{of}{node.name}.")
+
+
+def is_declaration(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> bool:
+    """Whether its body is `...` alone."""
+    only = node.body[0]
+    return len(node.body) == 1 and isinstance(only, ast.Expr) and getattr(only.value, "value", None) is ...

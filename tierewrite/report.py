@@ -78,6 +78,7 @@ class GroupReport:
         return max((s.ratio for s in self.scales if s.ratio is not None), default=None)
 
     def to_json(self) -> dict[str, Any]:
+        """One entry of `groups` of the report's JSON."""
         return {
             **group_json(self.group),
             "status": self.status,
@@ -139,6 +140,7 @@ class Report:
 
     @property
     def dropped_tensors(self) -> int:
+        """How many tensors less DST has than SRC."""
         return self.before_tensors - self.after_tensors
 
     @property

@@ -61,6 +61,7 @@ class BatchResult:
 
     @property
     def ok(self) -> bool:
+        """Whether it ended well: exit code 0."""
         return self.exit_code == EXIT_OK
 
     @property
@@ -69,6 +70,7 @@ class BatchResult:
         return (self.before_bytes or 0) - (self.after_bytes or 0) if self.after_bytes is not None else 0
 
     def to_json(self) -> dict[str, Any]:
+        """One entry of `results` of schema tierewrite/batch/1."""
         known = self.after_bytes is not None
         return {
             "src": self.src,
@@ -117,6 +119,7 @@ class BatchReport:
 
     @property
     def after_bytes(self) -> int:
+        """Tensor bytes of what was made of them."""
         return sum(result.after_bytes or 0 for result in self.results)
 
     @property

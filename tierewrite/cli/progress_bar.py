@@ -59,16 +59,20 @@ class Bar(Progress):
             self._display.stop()
 
     def start(self, phase: str, total: int) -> None:
+        """See `Progress`."""
         self._task = self.begin(self._task, phase, total)
 
     def advance(self, nbytes: int) -> None:
+        """See `Progress`."""
         self.move(self._task, nbytes)
 
     def note(self, text: str) -> None:
+        """See `Progress`."""
         if self._notes:
             self._console.print(Text(text))
 
     def part(self, name: str, number: int, total: int) -> Progress:
+        """See `Progress`."""
         return _CheckpointBar(self, f"[{number}/{total}] {shown(name)}")
 
     def begin(self, task: Any, phase: str, total: int) -> Any:

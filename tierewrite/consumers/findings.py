@@ -76,10 +76,12 @@ class ReadinessReport:
 
     @property
     def errors(self) -> tuple[Finding, ...]:
+        """The findings of severity error."""
         return tuple(f for f in self.findings if f.severity == "error")
 
     @property
     def warnings(self) -> tuple[Finding, ...]:
+        """The findings of severity warning."""
         return tuple(f for f in self.findings if f.severity == "warning")
 
     def ids(self) -> set[str]:

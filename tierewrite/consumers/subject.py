@@ -164,6 +164,7 @@ class Subject:
 
     @cached_property
     def families(self) -> tuple[str, ...]:
+        """Names of the quantization formats that it is written in."""
         return formats.detect(self.config, self.folder.quant_config, self.entries)
 
     @cached_property

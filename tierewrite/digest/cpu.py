@@ -50,10 +50,12 @@ class CpuDigester:
         return 1 if self.threads == 1 else blake3.AUTO
 
     def digest(self, data: object) -> bytes:
+        """See `Digester`."""
         view = host_bytes(data).data
         return self._one(view) if len(view) >= _LARGE else blake3(view).digest()
 
     def digest_many(self, data: object, spans: Iterable[tuple[int, int]]) -> list[bytes]:
+        """See `Digester`."""
         view = host_bytes(data).data
         ranges = list(spans)
         for start, length in ranges:
@@ -62,12 +64,15 @@ class CpuDigester:
         return self._views([view[start : start + length] for start, length in ranges])
 
     def digest_arrays(self, arrays: Iterable[object]) -> list[bytes]:
+        """See `Digester`."""
         return self._views([host_bytes(array).data for array in arrays])
 
     def host_buffer(self, nbytes: int) -> Bytes:
+        """See `Digester`."""
         return np.frombuffer(mmap.mmap(-1, max(1, nbytes)), np.uint8)[:nbytes]
 
     def stream(self, buffer_size: int) -> CpuStream:
+        """See `Digester`."""
         return CpuStream(self, buffer_size)
 
     def _one(self, view: memoryview) -> bytes:
@@ -112,6 +117,7 @@ class CpuStream:
         self._hashers: dict[int, blake3] = {}
 
     def update(self, buffer: Bytes, spans: Sequence[Row] | Columns) -> _Done:
+        """See `Stream`."""
         view = host_bytes(buffer).data  # a slice of which costs a third of an array's
         if len(view) > self.buffer_size:
             raise ValueError(f"a buffer of {len(view)} bytes: this stream takes up to {self.buffer_size}")
@@ -129,13 +135,16 @@ class CpuStream:
         return _Done()
 
     def finish(self) -> dict[int, bytes]:
+        """See `Stream`."""
         self._ledger.close()
         return self._digests
 
     def salvage(self) -> dict[int, bytes]:
+        """See `Stream`."""
         return dict(self._digests)
 
     def close(self) -> None:
+        """See `Stream`."""
         self._hashers.clear()
 
     def __enter__(self) -> CpuStream:

@@ -206,9 +206,11 @@ class CudaDigester:
         self.description = f"{', '.join(counted)} (CuPy {cupy.__version__})"
 
     def digest(self, data: object) -> bytes:
+        """See `Digester`."""
         return self.digest_arrays([data])[0]
 
     def digest_many(self, data: object, spans: Iterable[tuple[int, int]]) -> list[bytes]:
+        """See `Digester`."""
         ranges = np.array(spans if isinstance(spans, np.ndarray) else list(spans), dtype=np.int64).reshape(-1, 2)
         there = self._on_device(data)
         flat = host_bytes(data) if there is None else there
@@ -225,6 +227,7 @@ class CudaDigester:
             return _split(self._gpu(there.device.id).digests(address, np.ascontiguousarray(unsigned[:, 1])))
 
     def digest_arrays(self, arrays: Iterable[object]) -> list[bytes]:
+        """See `Digester`."""
         items = list(arrays)
         digests: list[bytes] = [b""] * len(items)
         arrays_there = [self._on_device(item) for item in items]
@@ -242,6 +245,7 @@ class CudaDigester:
         return digests
 
     def host_buffer(self, nbytes: int) -> Bytes:
+        """See `Digester`."""
         with _device_work("pinning host memory"):
             runtime = self._cupy.cuda.runtime
             memory = self._cupy.cuda.PinnedMemory(nbytes + _PAGE, runtime.hostAllocPortable)
@@ -250,6 +254,7 @@ class CudaDigester:
             return whole[start : start + nbytes]
 
     def stream(self, buffer_size: int) -> CudaStream:
+        """See `Digester`."""
         return CudaStream(self, buffer_size)
 
     def _gpu(self, number: int) -> _Gpu:
@@ -378,6 +383,7 @@ class CudaStream:
             )
 
     def update(self, buffer: Bytes, spans: Sequence[Row] | Columns) -> _Copied:
+        """See `Stream`."""
         view = host_bytes(buffer)
         if len(view) > self.buffer_size:
             raise ValueError(f"a buffer of {len(view)} bytes: this stream takes up to {self.buffer_size}")
@@ -451,6 +457,7 @@ class CudaStream:
         slot.under_way = None
 
     def finish(self) -> dict[int, bytes]:
+        """See `Stream`."""
         with self._lock, _device_work("hashing"):
             self._ledger.close()
             self._hash(self._slots[self._turn])
@@ -461,9 +468,11 @@ class CudaStream:
             return self._digests
 
     def salvage(self) -> dict[int, bytes]:
+        """See `Stream`."""
         return dict(self._digests)
 
     def close(self) -> None:
+        """See `Stream`."""
         for slot in self._slots:
             with suppress(Exception):  # a dead device's memory is gone either way
                 slot.stream.synchronize()  # the memory must outlive the work on it

@@ -56,6 +56,7 @@ class LocalEngine:
 
     @property
     def device(self) -> str:
+        """See `Engine`."""
         now = self._now()
         return now.description if now.device == "cpu" or not self._used else ", then ".join(self._used)
 
@@ -67,6 +68,7 @@ class LocalEngine:
             self._selecting.shutdown(wait=True, cancel_futures=True)
 
     def hash(self, source: Checkpoint, keys: Iterable[str], phase: str) -> dict[str, bytes]:
+        """See `Engine`."""
         return self.run_pass(work_of(source, keys), phase).digests
 
     def run_pass(self, work: Work, phase: str, outputs: PartFiles | None = None) -> Result:
@@ -80,6 +82,7 @@ class LocalEngine:
                 self._digester = self._cpu
 
     def run_jobs(self, jobs: Sequence[Job], phase: str) -> list[Result]:
+        """See `Engine`."""
         self.progress.start(phase, sum(job.nbytes for job in jobs))
         stop = threading.Event()
         with ThreadPoolExecutor(self.threads or io_threads(), thread_name_prefix="tierewrite") as pool:

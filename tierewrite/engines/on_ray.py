@@ -132,6 +132,7 @@ class RayEngine:
 
     @property
     def device(self) -> str:
+        """See `Engine`."""
         parts = [_counted(self._nodes, "node"), _counted(self._cpus, "CPU")]
         if self._gpus:
             parts.append(_counted(int(self._gpus), "GPU"))
@@ -141,6 +142,7 @@ class RayEngine:
         self._kept_open.close()
 
     def hash(self, source: Checkpoint, keys: Iterable[str], phase: str) -> dict[str, bytes]:
+        """See `Engine`."""
         keys = list(keys)
         total = sum(source.tensors[key].nbytes for key in keys)
         digests: dict[str, bytes] = {}
@@ -149,6 +151,7 @@ class RayEngine:
         return digests
 
     def run_jobs(self, jobs: Sequence[Job], phase: str) -> list[Result]:
+        """See `Engine`."""
         self.progress.start(phase, sum(job.nbytes for job in jobs))
         results: dict[int, Result] = {}
         waiting: dict[Future[Result], _Task] = {}

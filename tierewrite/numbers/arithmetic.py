@@ -57,5 +57,6 @@ def array_module(array: Array) -> Any:
 
 
 def quiet(xp: Any) -> contextlib.AbstractContextManager[Any]:
+    """A context in which dividing by zero warns of nothing, on either device."""
     # 0/0 and x/0 are part of ModelOpt's arithmetic here; NumPy would warn, CuPy never does.
     return np.errstate(all="ignore") if xp is np else contextlib.nullcontext()

@@ -34,12 +34,15 @@ class FolderDestination:
 
     @property
     def backup(self) -> Path | None:
+        """See `Destination`."""
         return self.target.backup
 
     def check_space(self, needed: int) -> None:
+        """See `Destination`."""
         check_space(self.target.path, needed)
 
     def staging(self, resume: bool) -> Staged:
+        """See `Destination`."""
         return Staging(self.target, resume)
 
 
@@ -54,6 +57,7 @@ class StoreDestination:
         """A store does not say what it has left."""
 
     def staging(self, resume: bool) -> Staged:
+        """See `Destination`."""
         return RemoteStaging(self.target, resume)
 
 

@@ -58,6 +58,7 @@ class JobTensor(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Its size."""
         return self.end - self.start
 
 

@@ -181,16 +181,20 @@ class Staging:
 
     @property
     def folder(self) -> Path:
+        """See `Staged`."""
         return self.path
 
     def put(self, name: str, data: bytes) -> None:
+        """See `Staged`."""
         path = self.path / name
         store_of(path).put(path, data)
 
     def view(self) -> Path:
+        """See `Staged`."""
         return self.path
 
     def kept(self) -> list[FilePath]:
+        """See `Staged`."""
         with system_errors("listing", self.path):
             return [*self.path.iterdir()]
 

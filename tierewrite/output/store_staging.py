@@ -131,15 +131,18 @@ class RemoteStaging:
             )
 
     def put(self, name: str, data: bytes) -> None:
+        """See `Staged`."""
         if name in _LATE:
             self._late[name] = data
         else:
             (self.folder / name).write_bytes(data)
 
     def view(self) -> RemoteFolder:
+        """See `Staged`."""
         return RemoteFolder(self.folder, dict(self._late))
 
     def kept(self) -> list[FilePath]:
+        """See `Staged`."""
         return [self.folder / name for name in listing(self.folder) if name != INCOMPLETE_NAME]
 
     def commit(self) -> None:

@@ -65,6 +65,7 @@ class MadeTask:
 
     @property
     def outs(self) -> frozenset[int]:
+        """Indices of the output shards that it writes to: one."""
         return frozenset((self.out,))
 
 

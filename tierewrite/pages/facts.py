@@ -112,6 +112,7 @@ class Divergence:
 
     @property
     def median(self) -> float | None:
+        """The median ratio; None where no scale has one."""
         return quantile(self.ratios, 0.5)
 
     @property
@@ -126,9 +127,11 @@ class Divergence:
 
     @property
     def max(self) -> float | None:
+        """The largest ratio; None where no scale has one."""
         return self.ratios[-1] if self.ratios else None
 
     def to_json(self) -> dict[str, Any]:
+        """One entry of `divergence` of schema tierewrite/page/1."""
         return {
             "projection": self.projection,
             "scales": len(self.scales),
@@ -160,6 +163,7 @@ class GroupRow:
     actions: Mapping[str, int]
 
     def to_json(self) -> dict[str, Any]:
+        """One entry of `groups` of schema tierewrite/page/1."""
         return {
             "kind": self.kind,
             "rewritten": self.rewritten,

@@ -56,6 +56,7 @@ class Heatmap:
         return 0.24 if named else min(0.24, max(0.085, 3.2 / len(self.rows)))
 
     def draw(self, figure: Figure | SubFigure) -> None:
+        """Draws it on `figure`, which has `height`."""
         import numpy as np
         from matplotlib import colormaps
 

@@ -31,4 +31,5 @@ class Problem:
         object.__setattr__(self, "message", "".join(map(shown, pieces)))
 
     def to_json(self) -> dict[str, str]:
+        """All attributes, by name."""
         return {"id": self.id, "where": self.where, "message": self.message}

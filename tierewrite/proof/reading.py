@@ -153,6 +153,7 @@ class Reader:
             raise SystemFailure(f"cannot be read: {e.strerror}", file=self.path) from None
 
     def seek(self, start: int, end: int) -> None:
+        """Goes on from `start`, and no further than `end`."""
         self.position, self.end = start, end
         self.piece = memoryview(b"")
 

@@ -13,6 +13,7 @@ from tierewrite.errors import SourceError, SystemFailure, TierewriteError
 
 
 def kind_of_file(mode: int) -> str:
+    """What a file of this mode is, if it is no regular one; for messages."""
     for test, text in (
         (stat.S_ISDIR, "a folder"),
         (stat.S_ISFIFO, "a FIFO"),
@@ -51,6 +52,7 @@ def resolved_path(path: Path) -> Path:
 
 
 def stat_of(path: Path, given: Path) -> os.stat_result:
+    """`os.stat(path)`; errors name `given`, the path that the user knows it by. Raises SourceError, SystemFailure."""
     try:
         return os.stat(path)
     except (OSError, ValueError) as e:
@@ -58,6 +60,7 @@ def stat_of(path: Path, given: Path) -> os.stat_result:
 
 
 def names_in(path: Path) -> list[str]:
+    """The names in a folder, sorted. Raises SourceError, SystemFailure."""
     try:
         return sorted(os.listdir(path))
     except OSError as e:

@@ -131,6 +131,7 @@ class LocalFile:
         return status
 
     def finish(self) -> None:
+        """See `SourceFile`."""
         if self._unchanged().st_ctime_ns != self.shard.ctime_ns:
             # Bytes may have been written and the modification time set back; but chmod, a hard link or a rename do this
             # too, and some network file systems make the time up: too little to refuse.
@@ -141,6 +142,7 @@ class LocalFile:
             )
 
     def read_runs(self, runs: Sequence[tuple[int, int]], into: memoryview) -> None:
+        """See `SourceFile`."""
         with system_errors("reading", self.shard.path):
             for start, end in runs:
                 self._read(into[: end - start], start)
@@ -160,6 +162,7 @@ class LocalFile:
             offset += done
 
     def close(self) -> None:
+        """See `SourceFile`."""
         os.close(self.fd)
 
     def __enter__(self) -> LocalFile:
@@ -192,6 +195,7 @@ class LocalSink:
             self._fd = create(self.under)
 
     def write(self, data: memoryview) -> None:
+        """See `Sink`."""
         with system_errors("writing", self.path):
             write_all(self._fd, data, self._size)
         self._size += len(data)
@@ -201,6 +205,7 @@ class LocalSink:
             self._gathered = 0
 
     def commit(self) -> None:
+        """See `Sink`."""
         with system_errors("flushing", self.path):
             flush(self._fd)
             self._close()
@@ -208,6 +213,7 @@ class LocalSink:
                 os.rename(self.under, self.path)
 
     def abort(self) -> None:
+        """See `Sink`."""
         self._close()
         with contextlib.suppress(OSError):
             self.under.unlink()
@@ -225,6 +231,7 @@ class LocalStore:
     read_most_bytes = _CHUNK_BYTES
 
     def names(self, folder: Path) -> list[str]:
+        """See `Store`."""
         with system_errors("listing", folder):
             return sorted(
                 os.path.relpath(os.path.join(place, name), folder)
@@ -233,14 +240,17 @@ class LocalStore:
             )
 
     def stamp(self, path: Path) -> FileStamp:
+        """See `Store`."""
         with system_errors("looking at", path):
             status = path.stat()
         return FileStamp(path, status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns)
 
     def open(self, file: LocalStamped) -> SourceFile:
+        """See `Store`."""
         return LocalFile(file)
 
     def chunks(self, file: Stamped) -> Iterator[bytes]:
+        """See `Store`."""
         with system_errors("copying", file.path):
             fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
@@ -271,19 +281,23 @@ class LocalStore:
         return LocalSink(path, part_path(path, token) if token else None)
 
     def read(self, path: Path) -> bytes:
+        """See `Store`."""
         with system_errors("reading", path):
             return path.read_bytes()
 
     def put(self, path: Path, data: bytes) -> None:
+        """See `Store`."""
         if os.path.lexists(path):
             with system_errors("replacing", path):
                 path.unlink()
         write_file(path, data)
 
     def remove(self, path: Path, missing_ok: bool = False) -> None:
+        """See `Store`."""
         with system_errors("removing", path):
             path.unlink(missing_ok)
 
     def make_folder(self, path: Path) -> None:
+        """See `Store`."""
         with system_errors("making a folder", path):
             path.mkdir(parents=True, exist_ok=True)

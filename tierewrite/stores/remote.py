@@ -397,16 +397,20 @@ class RemoteStore:
     read_most_bytes = 2 * _CHUNK_BYTES
 
     def names(self, folder: RemotePath) -> list[str]:
+        """See `Store`."""
         return list(listing(folder))
 
     def stamp(self, path: RemotePath) -> FileStamp:
+        """See `Store`."""
         info = path.info()
         return FileStamp(path, info.get("size") or 0, version=identity(info))
 
     def open(self, file: Stamped) -> SourceFile:
+        """See `Store`."""
         return RemoteFile(_remote(file), file.size, file.version)
 
     def chunks(self, file: Stamped) -> Iterator[bytes]:
+        """See `Store`."""
         remote = RemoteFile(_remote(file), file.size, file.version)
         for start in range(0, file.size, _CHUNK_BYTES):
             yield remote.read(start, min(file.size, start + _CHUNK_BYTES))
@@ -417,12 +421,15 @@ class RemoteStore:
         return Upload(path, size)
 
     def read(self, path: RemotePath) -> bytes:
+        """See `Store`."""
         return path.read_bytes()
 
     def put(self, path: RemotePath, data: bytes) -> None:
+        """See `Store`."""
         path.write_bytes(data)
 
     def remove(self, path: RemotePath, missing_ok: bool = False) -> None:
+        """See `Store`."""
         path.unlink(missing_ok)
 
     def make_folder(self, path: RemotePath) -> None:

@@ -42,6 +42,7 @@ class TooLarge(Exception):
 
 
 def first_line(exc: BaseException) -> str:
+    """An exception in one line: its type, and what it says."""
     text = str(exc).strip().replace("\n", " ")
     return shown(f"{type(exc).__name__}: {text}" if text else type(exc).__name__)
 
@@ -243,6 +244,7 @@ def _pair_legacy(
 
 
 def names_of(model: Any) -> ModelNames:
+    """What a model on the meta device says of names: its own, its prefix, and transformers' renamings for it."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
 
     hub = tuple(get_model_conversion_mapping(model, add_legacy=False))

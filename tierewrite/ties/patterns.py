@@ -27,6 +27,7 @@ PLAIN_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\Z")
 
 
 def is_regex(pattern: str) -> bool:
+    """Whether a declared name is a pattern; a plain one is words with dots between."""
     return PLAIN_NAME.match(pattern) is None
 
 
@@ -256,6 +257,7 @@ def _pair(alias: str, canonical: str, targets: Sequence[str], sources: Sequence[
 
 
 def read_ties(path: Path) -> dict[str, str]:
+    """The object of a ties file: alias -> canonical, names or patterns. Raises TieFileError."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:
@@ -272,6 +274,7 @@ def read_ties(path: Path) -> dict[str, str]:
 def checked_mapping(
     data: Any, file: Path | None, error: type[TieFileError] | type[ConfigError], what: str
 ) -> dict[str, str]:
+    """`data` as an object alias -> canonical; `what` is its name in messages. Raises `error`."""
     if not isinstance(data, dict):
         raise error(f"{what} holds {kind_of_json(data)}; expected an object {{alias: canonical}}", file=file)
     for alias, canonical in data.items():
@@ -321,6 +324,7 @@ def expanded_over_keys(declared: Mapping[str, str], path: Path | None, keys: Col
 
 
 def safe_pattern(pattern: str) -> str:
+    """`pattern`, or what matches its text where it is no regular expression."""
     try:
         re.compile(pattern)
     except re.error:

@@ -44,6 +44,7 @@ class Translator:
             self._texts = None if None in texts else tuple(dict.fromkeys(t for t in texts if t is not None))
 
     def in_loading_order(self, keys: Collection[str]) -> Collection[str]:
+        """The keys in the order in which transformers meets them, where that makes a difference."""
         if not self._stateful:
             return keys
         from transformers.core_model_loading import dot_natural_key

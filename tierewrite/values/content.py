@@ -60,6 +60,7 @@ class Range(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Its size."""
         return self.end - self.start
 
 
@@ -132,6 +133,7 @@ class Moved:
 
     @property
     def rms(self) -> float:
+        """Root of the mean square over all elements; 0 where there are none."""
         return (self.squares / self.elements) ** 0.5 if self.elements else 0.0
 
 

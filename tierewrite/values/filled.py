@@ -34,6 +34,7 @@ class Filled:
     taken_from: str | None
 
     def to_json(self) -> dict[str, Any]:
+        """One entry of `filled` in the report's JSON."""
         return {"target": self.target, "missing": self.missing, "taken_from": self.taken_from}
 
 

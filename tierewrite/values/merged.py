@@ -35,6 +35,7 @@ class MergedScale(NamedTuple):
     kv: bool = False
 
     def to_json(self) -> dict[str, Any]:
+        """One entry of a group's `scales` in the report's JSON."""
         return {
             "target": self.target,
             "sources": list(self.sources),

@@ -84,6 +84,7 @@ class Reencoding:
         return replace(self, largest=moved.largest, rms=moved.rms)
 
     def to_json(self) -> dict[str, object]:
+        """One entry of `reencoded` in the report's JSON."""
         return {
             "module": self.module,
             "reason": self.reason,

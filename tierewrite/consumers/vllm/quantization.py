@@ -94,6 +94,7 @@ class Quantization:
 
     @property
     def modelopt(self) -> bool:
+        """Whether the quantization method is one of ModelOpt's."""
         return self.method.startswith("modelopt")
 
     @property

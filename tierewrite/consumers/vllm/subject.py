@@ -18,6 +18,7 @@ class VllmSubject(Subject):
 
     @cached_property
     def quantization(self) -> Quantization | None:
+        """What vLLM reads in the configs; None if it takes the checkpoint for an unquantized one."""
         return Quantization.of(self.config, self.folder.quant_config)
 
     @property
@@ -28,6 +29,7 @@ class VllmSubject(Subject):
 
     @cached_property
     def ignore(self) -> Ignore:
+        """The list of modules that vLLM leaves unquantized; an empty one where that is not ModelOpt's."""
         q = self.quantization
         entries = q.ignore if q is not None and q.modelopt and q.problem is None else ()
         return Ignore(entries, self.backbone)
