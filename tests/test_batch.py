@@ -22,7 +22,7 @@ import tierewrite
 from tests.checkpoints import FIXTURES, digests, read_header, right_answer, write_shard
 from tests.conftest import snapshot
 from tests.hub_server import Hub, Repo
-from tierewrite import cli, digest
+from tierewrite import cli, digest, interrupts
 from tierewrite.batches import collection, done_before
 from tierewrite.batches.results import BATCH_SCHEMA, BatchInterrupted, BatchReport, BatchResult
 from tierewrite.errors import Interrupted, SourceError, UsageError
@@ -1012,10 +1012,15 @@ class Interrupting(tierewrite.Progress):
 @pytest.fixture
 def handlers() -> Iterator[None]:
     """The command line's handlers of signals."""
-    before = {signum: signal.signal(signum, cli._stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.getsignal(signum) for signum in interrupts.SIGNALS}
+    hook = sys.unraisablehook
+    interrupts.install()
     yield
+    interrupts.end()
+    sys.unraisablehook = hook
     for signum, handler in before.items():
         signal.signal(signum, handler)
+    interrupts.reset()
 
 
 @pytest.mark.usefixtures("handlers")
@@ -1035,8 +1040,7 @@ def test_an_interrupt_leaves_what_is_finished_and_nothing_half_done(
     assert {result.exit_code for result in report.results[1:]} == {code}
     assert [path.name for path in (tmp_path / "out" / "deep").iterdir()] == ["a"]
     assert isinstance(stopped.value, Interrupted)
-    for signal_ in (signal.SIGINT, signal.SIGTERM):  # as a new command would find them
-        signal.signal(signal_, cli._stop)
+    interrupts.install()  # as a new command would find them
     again = tierewrite.batch(tmp_path / "models", into=tmp_path / "out" / "deep", ties=ties_file)
     assert [result.status for result in again.results] == ["already-done", "rewritten", "rewritten"]
 

@@ -14,6 +14,7 @@ import pytest
 
 from tests.checkpoints import FIXTURES, digests, read_tensors, right_answer
 from tierewrite import cli, errors
+from tierewrite.cli import commands
 
 Naive = Callable[[str], Path]
 
@@ -248,7 +249,7 @@ def test_help_lists_every_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"{code:>3}  " in text
 
 
-@pytest.mark.parametrize("command", sorted(cli.cli.commands))
+@pytest.mark.parametrize("command", sorted(commands.cli.commands))
 def test_help_shows_each_example_on_a_line_of_its_own(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command, "--help") == 0
     text = capsys.readouterr().out

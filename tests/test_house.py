@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "tierewrite"
 
 ROOMS = (
     "errors",
+    "interrupts",
     "units",
     "json_text",
     "stores",

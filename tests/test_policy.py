@@ -14,7 +14,7 @@ import pytest
 
 import tierewrite
 from tests.checkpoints import FIXTURES
-from tierewrite.cli import cli
+from tierewrite.cli.commands import cli
 from tierewrite.errors import UsageError
 from tierewrite.planning.policy import (
     FOR_CONSUMER,

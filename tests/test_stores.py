@@ -297,7 +297,7 @@ def test_command_line_takes_urls(naive: Naive, store: Store, tmp_path: Path) -> 
 def test_help_says_that_urls_are_taken(command: str) -> None:
     from click.testing import CliRunner
 
-    from tierewrite.cli import cli
+    from tierewrite.cli.commands import cli
 
     assert "s3://" in CliRunner().invoke(cli, [command, "--help"]).output
 

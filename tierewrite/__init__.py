@@ -9,8 +9,22 @@ The public interface is what `__init__.pyi` lists, and only that; everything els
 first used, so that importing the package costs nothing (no torch, no transformers, no NumPy).
 """
 
-import lazy_loader
-
 __version__ = "0.1.0"
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+def __getattr__(name: str) -> object:
+    """The first use of a public name: `lazy_loader` takes over. (A command has its signals by then.)"""
+    _attach()
+    return globals()["__all__"] if name == "__all__" else globals()["__getattr__"](name)
+
+
+def __dir__() -> list[str]:
+    _attach()
+    return list(globals()["__all__"])
+
+
+def _attach() -> None:
+    import lazy_loader
+
+    public = lazy_loader.attach_stub(__name__, __file__)
+    globals().update(zip(("__getattr__", "__dir__", "__all__"), public, strict=True))

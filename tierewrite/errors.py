@@ -10,7 +10,7 @@ import contextlib
 import errno
 import unicodedata
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 EXIT_OK = 0
 EXIT_INTERNAL = 1
@@ -19,8 +19,12 @@ EXIT_REFUSED = 3
 EXIT_SOURCE = 4
 EXIT_SYSTEM = 5
 EXIT_FINDINGS = 6
+EXIT_SIGHUP = 129
 EXIT_SIGINT = 130
+EXIT_SIGQUIT = 131
+EXIT_SIGALRM = 142
 EXIT_SIGTERM = 143
+EXIT_SIGXCPU = 152
 
 EXIT_CODES: dict[int, str] = {
     EXIT_OK: "done",
@@ -28,11 +32,31 @@ EXIT_CODES: dict[int, str] = {
     EXIT_USAGE: "wrong usage: DST not empty, SRC and DST overlap, a broken, cyclic or idle --ties file",
     EXIT_REFUSED: "refused: a declared tie was not confirmed, or a tied module has an unknown companion",
     EXIT_SOURCE: "something is wrong in SRC: headers, index, configs, model class, remote code, file kinds",
-    EXIT_SYSTEM: "the system failed: disk full, no permission, I/O error, SRC changed underfoot",
+    EXIT_SYSTEM: "the system failed: disk full, no permission, I/O error, no thread starts, SRC changed underfoot, or "
+    "standard output did not take the result",
     EXIT_FINDINGS: "verify or check found something wrong (an unreadable DST too), or one of a batch failed",
+    EXIT_SIGHUP: "the terminal was closed (SIGHUP, unless it is ignored, as nohup has it)",
     EXIT_SIGINT: "interrupted (SIGINT)",
+    EXIT_SIGQUIT: "interrupted (SIGQUIT)",
+    EXIT_SIGALRM: "a timer ran out (SIGALRM)",
     EXIT_SIGTERM: "terminated (SIGTERM)",
+    EXIT_SIGXCPU: "the limit of CPU time is reached (SIGXCPU)",
 }
+
+
+def escaped(text: str, keep: str = "") -> str:
+    """`text` with its control, format and unpaired surrogate characters and line separators escaped, but for `keep`."""
+    plain = text
+    for character in keep:
+        plain = plain.replace(character, "")
+    if plain.isprintable():  # as nearly every text is: none of its characters is of the categories below
+        return text
+    return "".join(
+        c.encode("unicode_escape").decode("ascii")
+        if c not in keep and unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        else c
+        for c in text
+    )
 
 
 def shown(name: object) -> str:
@@ -41,14 +65,7 @@ def shown(name: object) -> str:
     Tensor and file names come from strangers; a terminal escape in one must not reach the terminal.
     Names over 300 characters are cut in the middle.
     """
-    text = str(name)
-    if not text.isprintable():  # nearly every name is: none of its characters is of the categories below
-        text = "".join(
-            c.encode("unicode_escape").decode("ascii")
-            if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")
-            else c
-            for c in text
-        )
+    text = escaped(str(name))
     return text if len(text) <= 300 else f"{text[:180]}...{text[-100:]}"
 
 
@@ -103,7 +120,10 @@ class TierewriteError(Exception):
         }
 
 
-def _again(kind: type[TierewriteError], args: tuple[Any, ...], state: dict[str, Any]) -> TierewriteError:
+_Sent = TypeVar("_Sent", bound="TierewriteError | Interrupted")
+
+
+def _again(kind: type[_Sent], args: tuple[Any, ...], state: dict[str, Any]) -> _Sent:
     """An error that was sent from another process. Its class is not called: it may take, or add, something else."""
     error = kind.__new__(kind)
     error.args = args
@@ -177,15 +197,46 @@ class NotReady(TierewriteError):
     exit_code = EXIT_FINDINGS
 
 
-class Interrupted(TierewriteError):
-    """SIGINT or SIGTERM arrived; everything staged has been removed (exit 130 or 143)."""
+class Undelivered(SystemFailure):
+    """Standard output did not take what was to be printed (exit 5).
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by signal {signum}; nothing half-done was left behind")
+    Args:
+        said: what the system says of it.
+        reader_gone: whether it is a pipe that nobody reads any more.
+        state: how things stand: "DST is complete".
+    """
+
+    def __init__(self, said: str, reader_gone: bool = False, state: str = "") -> None:
+        super().__init__(f"standard output did not take the result: {said}" + (f"; {state}" if state else ""))
+        self.said = said
+        self.reader_gone = reader_gone and not state
+
+    def with_state(self, state: str) -> Undelivered:
+        """The same, for a message that says how things stand, whoever reads it."""
+        return Undelivered(self.said, self.reader_gone, state)
+
+
+class Interrupted(BaseException):
+    """A signal arrived; everything staged has been removed (exit 128 + its number, see EXIT_CODES).
+
+    No Exception, and so no TierewriteError: whoever goes on after what fails must not go on after this.
+    """
+
+    def __init__(self, signum: int, state: str = "nothing half-done was left behind") -> None:
+        super().__init__(f"stopped by signal {signum}; {state}")
+        self.signum = signum
         self.exit_code = 128 + signum
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (type(self), self.args, self.__dict__)
 
-def to_tierewrite_error(error: Exception) -> TierewriteError:
+    def to_json(self) -> dict[str, Any]:
+        """As `TierewriteError.to_json`."""
+        error = TierewriteError(str(self)).to_json()
+        return {**error, "type": type(self).__name__, "exit_code": self.exit_code}
+
+
+def to_tierewrite_error(error: BaseException) -> TierewriteError:
     """Any exception as one of the family, where it ends a command or one checkpoint of a batch."""
     if isinstance(error, TierewriteError):
         return error
@@ -194,6 +245,11 @@ def to_tierewrite_error(error: Exception) -> TierewriteError:
         return SystemFailure(f"{error.strerror or error}", file=error.filename, advice=advice)
     if isinstance(error, MemoryError):
         return SystemFailure("out of memory; use fewer --threads or a larger machine")
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):  # CPython's thread.error
+        return SystemFailure(
+            "the system starts no further thread: raise the limit of processes (ulimit -u, or the container's), or use "
+            "fewer --threads"
+        )
     return TierewriteError(
         f"internal error: {type(error).__name__}: {error}; this is a bug, please report it (-vv shows where)"
     )

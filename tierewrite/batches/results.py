@@ -150,7 +150,7 @@ class BatchReport:
 
 
 class BatchInterrupted(Interrupted):
-    """SIGINT or SIGTERM arrived during a batch: what was finished stays, nothing half-done was left (exit 130, 143).
+    """A signal arrived during a batch: what was finished stays, nothing half-done was left (exit 128 + its number).
 
     Attributes:
         report: of what was done until then.

@@ -21,6 +21,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from tierewrite import interrupts
 from tierewrite.batches import done_before
 from tierewrite.batches.collection import Gatherer, Item
 from tierewrite.batches.results import BatchInterrupted, BatchReport, BatchResult, planned, rewritten
@@ -227,6 +228,7 @@ class _Batch:
         Raises:
             Interrupted: in the main thread.
         """
+        interrupts.check()
         if self.stop.is_set():
             return
         self.begun.add(index)
@@ -251,9 +253,8 @@ class _Batch:
             if self.plan_only:
                 return planned(src, self._plan(item))
             return self._made_before(item, src, dst) or rewritten(src, dst, self._rewrite(item, progress))
-        except Interrupted:
-            raise
         except Exception as exception:
+            interrupts.check()  # somebody may have made an error of a signal
             log.debug("%s ended early", src, exc_info=True)
             # No name for the error: it holds this frame, and with it all that the rewrite had in memory.
             described = to_tierewrite_error(exception).to_json()

@@ -28,7 +28,7 @@ from tierewrite.cli.options import (
     ties_option,
     trust_remote_code_option,
 )
-from tierewrite.cli.terminal import console, print_json
+from tierewrite.cli.terminal import LogHandler, console, print_json, said_of
 from tierewrite.errors import EXIT_CODES, EXIT_FINDINGS
 
 _EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:>3}  {text}" for code, text in EXIT_CODES.items())
@@ -57,7 +57,7 @@ def cli(verbose: int) -> None:
       eval "$(_TIEREWRITE_COMPLETE=bash_source tierewrite)"
     """
     level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
-    handler = logging.StreamHandler()
+    handler = LogHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     # What libraries log of a failure, tracebacks and all, our error says in a line.
     handler.addFilter(lambda record: verbose > 0 or record.name.partition(".")[0] == "tierewrite")
@@ -117,12 +117,13 @@ def rewrite(
         report = tierewrite.rewrite(
             src, dst, manifest=not no_manifest, backup=not no_backup, progress=bar, **options
         )
-    if as_json:
-        print_json(report.to_json())
-    elif not quiet:
-        from tierewrite.cli.tables import show_report
+    with said_of("the rewrite in place is complete" if "in_place" in options else "DST is complete"):
+        if as_json:
+            print_json(report.to_json())
+        elif not quiet:
+            from tierewrite.cli.tables import show_report
 
-        show_report(console(), report)
+            show_report(console(), report)
     if report.readiness is not None and report.readiness.errors:
         raise click.exceptions.Exit(EXIT_FINDINGS)
 
@@ -210,12 +211,13 @@ def batch(
             )
         except BatchInterrupted as interrupt:
             stopped, report = interrupt, interrupt.report
-    if as_json:
-        print_json(report.to_json())
-    elif not quiet:
-        from tierewrite.cli.tables import show_batch
+    with said_of("every checkpoint that was finished is complete"):
+        if as_json:
+            print_json(report.to_json())
+        elif not quiet:
+            from tierewrite.cli.tables import show_batch
 
-        show_batch(console(), report)
+            show_batch(console(), report)
     if stopped is not None:
         print(f"tierewrite: {stopped}", file=sys.stderr)
     if report.exit_code:

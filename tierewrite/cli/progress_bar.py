@@ -40,6 +40,9 @@ class Bar(Progress):
             TimeRemainingColumn(),
             console=console,
             transient=True,
+            # Rich would take the escapes of what is printed meanwhile for colours.
+            redirect_stdout=False,
+            redirect_stderr=False,
         )
         self._console = console
         self._notes = shown

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
-from tierewrite import digest
+from tierewrite import digest, interrupts
 from tierewrite.engines.progress import Progress
 from tierewrite.output.files import PartFiles
 from tierewrite.output.jobs import Job, run_job
@@ -74,6 +74,7 @@ class LocalEngine:
     def run_pass(self, work: Work, phase: str, outputs: PartFiles | None = None) -> Result:
         """Carries out `work` in one pass. Raises what `Transfer.run` raises."""
         self.progress.start(phase, work.nbytes)
+        interrupts.check()
         transfer = Transfer(work, self.digester, outputs, self.threads, self.progress.advance)
         try:
             return transfer.run()
@@ -84,16 +85,16 @@ class LocalEngine:
     def run_jobs(self, jobs: Sequence[Job], phase: str) -> list[Result]:
         """See `Engine`."""
         self.progress.start(phase, sum(job.nbytes for job in jobs))
+        interrupts.check()
         stop = threading.Event()
-        with ThreadPoolExecutor(self.threads or io_threads(), thread_name_prefix="tierewrite") as pool:
+        pool = ThreadPoolExecutor(self.threads or io_threads(), thread_name_prefix="tierewrite")
+        try:
             futures = [pool.submit(run_job, job, self.digester(), self.progress.advance, stop) for job in jobs]
-            try:
-                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-                for future in futures:
-                    if future in done and (error := future.exception()) is not None:
-                        raise error
-            finally:
-                stop.set()
-                for future in futures:
-                    future.cancel()
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in futures:
+                if future in done and (error := future.exception()) is not None:
+                    raise error
+        finally:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
         return [future.result() for future in futures]

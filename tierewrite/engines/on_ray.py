@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, NoReturn
 from urllib.parse import urlsplit
 
 import tierewrite
-from tierewrite import digest
+from tierewrite import digest, interrupts
 from tierewrite.digest import Digester
 from tierewrite.engines.progress import Progress
 from tierewrite.errors import Interrupted, SystemFailure, TierewriteError, UsageError
@@ -153,6 +153,7 @@ class RayEngine:
     def run_jobs(self, jobs: Sequence[Job], phase: str) -> list[Result]:
         """See `Engine`."""
         self.progress.start(phase, sum(job.nbytes for job in jobs))
+        interrupts.check()
         results: dict[int, Result] = {}
         waiting: dict[Future[Result], _Task] = {}
         try:
@@ -162,6 +163,7 @@ class RayEngine:
                 waiting[task.future()] = _Task(task, number)
             while waiting:
                 done = wait(waiting, _POLL_SECONDS, FIRST_COMPLETED).done
+                interrupts.check()
                 if not done:
                     self.progress.advance(0)  # who wants to stop the run raises there
                 for ended in done:
@@ -362,7 +364,7 @@ def _own_signals() -> Iterator[None]:
         arrived.append(signum)
         sys.exit(signum)
 
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.getsignal(signum) for signum in interrupts.SIGNALS}
     before = {signum: handler for signum, handler in before.items() if handler not in (None, signal.SIG_IGN)}
     for signum in before:
         signal.signal(signum, stop)
@@ -378,3 +380,4 @@ def _own_signals() -> Iterator[None]:
     if arrived:
         signal.raise_signal(arrived[0])
         raise Interrupted(arrived[0])
+    interrupts.check()  # one that arrived before may have been swallowed

@@ -14,13 +14,12 @@ import fcntl
 import logging
 import os
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from tierewrite import interrupts
 from tierewrite.errors import UsageError, shown, system_errors
 from tierewrite.output.files import is_finished_shard
 from tierewrite.output.target import Target, aside_of, staging_of
@@ -88,7 +87,7 @@ class Staging:
 
     def __enter__(self) -> Staging:
         try:
-            with _signals_deferred(), system_errors("making the staging folder", self.path):
+            with interrupts.held(), system_errors("making the staging folder", self.path):
                 missing = []
                 parent = self.path.parent
                 while not parent.exists():
@@ -205,11 +204,12 @@ class Staging:
             SystemFailure: the rename or a flush failed; the target is what it was.
             UsageError: something appeared in the target meanwhile.
         """
+        interrupts.check()
         target = self.target.path
         for folder, _, _ in os.walk(self.path, topdown=False):
             with system_errors("flushing", folder):
                 sync_folder(Path(folder))
-        with _signals_deferred(), system_errors("moving the new checkpoint into place", target):
+        with interrupts.held(), system_errors("moving the new checkpoint into place", target):
             staged = self.path
             undo = self._move_in(target, self.target.backup)
             try:
@@ -280,7 +280,7 @@ class Staging:
         if self._lock < 0:
             self._remove_parents()
             return
-        with _signals_deferred():
+        with interrupts.held():
             if not self._in_doubt and not (self._committed and self.path == self.target.backup):
                 shutil.rmtree(self.path, ignore_errors=True)
             if not self._committed:
@@ -317,23 +317,3 @@ def _exchange(one: Path, other: Path) -> bool:
     if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
         return False
     raise OSError(code, os.strerror(code), os.fspath(other))
-
-
-@contextlib.contextmanager
-def _signals_deferred() -> Iterator[None]:
-    """Holds SIGINT and SIGTERM back while two renames belong together; they arrive afterwards."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    arrived: list[int] = []
-    handlers = {
-        signum: signal.signal(signum, lambda number, frame: arrived.append(number))
-        for signum in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
-        if arrived:
-            signal.raise_signal(arrived[0])

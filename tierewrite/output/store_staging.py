@@ -19,6 +19,7 @@ import secrets
 from dataclasses import dataclass
 from types import TracebackType
 
+from tierewrite import interrupts
 from tierewrite.errors import Interrupted, SourceError, SystemFailure, TierewriteError, UsageError, shown
 from tierewrite.source.folder import is_half_written
 from tierewrite.source.table import INCOMPLETE_NAME, INDEX_NAME
@@ -151,6 +152,7 @@ class RemoteStaging:
         Raises:
             SystemFailure: the store does not take them. UsageError: another run writes there.
         """
+        interrupts.check()
         self.still_ours()
         for name in _LATE:
             if name in self._late:

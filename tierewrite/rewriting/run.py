@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tierewrite import interrupts
 from tierewrite.engines import open_engine
 from tierewrite.engines.progress import Progress
 from tierewrite.errors import UsageError
@@ -129,6 +130,7 @@ def rewrite(
     with open_engine(engine, device=device, threads=threads, progress=progress, ray_address=ray_address) as workers:
         before = listing(route.swapped) if route.swapped is not None else {}
         opened = Opened.open(route.src, meanwhile=read_ahead.reading if engine == "local" else None, **reading)
+        interrupts.check()
         planned = opened.plan(policy)
         refuse_unconfirmed(opened, planned, workers)
         side_bytes = sum(side.size for side in opened.checkpoint.side_files)

@@ -70,9 +70,13 @@ def reading(checkpoint: Checkpoint) -> Iterator[None]:
             log.debug("reading ahead ended early: %s", error)
 
     thread = threading.Thread(target=work, name="tierewrite-ahead", daemon=True)
-    thread.start()
     try:
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system starts no further thread: whoever needs one says so
+            log.debug("nothing is read ahead: %s", error)
         yield
     finally:
         over.set()
-        thread.join()
+        if thread.ident is not None:
+            thread.join()

@@ -382,8 +382,12 @@ def with_timeout(act: Callable[[], object]) -> bool:
             done.set()
 
     thread = threading.Thread(target=run, name="tierewrite-cleanup", daemon=True)
-    thread.start()
-    thread.join(_CLEANUP_SECONDS)
+    try:
+        thread.start()
+    except RuntimeError:  # the system starts no further thread: then it takes as long as it takes
+        run()
+    else:
+        thread.join(_CLEANUP_SECONDS)
     return done.is_set()
 
 
