@@ -516,26 +516,32 @@ def test_shard_that_changes_while_it_is_read_is_refused(
     assert not (tmp_path / "work").exists()
 
 
-def test_shard_whose_time_was_set_back_after_a_change_is_warned_of_and_found_by_verify(
-    own: Source, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_shard_whose_time_was_set_back_after_a_change_is_refused_and_found_by_verify(
+    own: Source, tmp_path: Path
 ) -> None:
     def change() -> None:
         modified(own.path / SHARD)
         os.utime(own.path / SHARD, ns=(LAST_YEAR, LAST_YEAR))
 
-    in_process(own, tmp_path / "work" / "out", Watch("copying other files", change), verify=False)
-    assert caplog.messages == []  # the shards were done with
-    in_process(own, tmp_path / "work" / "late", Watch("rewriting", change))
-    (message,) = caplog.messages
-    assert SHARD in message
-    assert "touched" in message
+    in_process(own, tmp_path / "work" / "out", Watch("copying other files", change), verify=False)  # it was done with
+    with pytest.raises(tierewrite.SourceChanged, match="time set back") as raised:
+        in_process(own, tmp_path / "work" / "late", Watch("rewriting", change))
+    assert SHARD in str(raised.value)
     with pytest.raises(tierewrite.VerificationFailed):
         in_process(own, tmp_path / "work" / "never", Watch("copying other files", change), verify=True)
-    assert names_in(tmp_path / "work") == ["late", "out"]
+    assert names_in(tmp_path / "work") == ["out"]
+
+
+def exchanged(path: Path) -> None:
+    """Another file takes the name, with the size and the time of the old one."""
+    before, other = path.stat(), path.with_name("other")
+    other.write_bytes(path.read_bytes()[::-1])
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.replace(path)
 
 
 @pytest.mark.parametrize("name", ["config.json", "remote/code/model.py"])
-@pytest.mark.parametrize("change", [truncated, appended, modified, removed], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("change", [truncated, appended, modified, exchanged, removed], ids=lambda f: f.__name__)
 def test_side_file_that_changes_before_it_is_copied_is_refused(
     own: Source, tmp_path: Path, name: str, change: Callable[[Path], None]
 ) -> None:

@@ -24,7 +24,7 @@ def copy_side_files(
         contents: name -> bytes to write instead of the file's own.
 
     Raises:
-        SourceChanged: a file's size or modification time is not what it was when the source was opened.
+        SourceChanged: a file is not what it was when the source was opened.
         SystemFailure: reading or writing failed.
     """
     folder = staging.folder
@@ -33,6 +33,7 @@ def copy_side_files(
         store.make_folder(folder / name)
     for side in side_files:
         if contents is not None and side.name in contents:
+            read_side_file(side)  # what is written was worked out from it: it has to be that file still
             staging.put(side.name, contents[side.name])
             continue
         if side.name in staging.held_back:

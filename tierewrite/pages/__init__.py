@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 
 from tierewrite.errors import SystemFailure, UsageError
 from tierewrite.pages.facts import WORST_SHOWN, Facts, read_facts
+from tierewrite.source.regular_files import kind_of_file
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.places import FilePath, is_local, located
 
@@ -118,8 +120,10 @@ def report_page(
 
 
 def _write(path: Path, data: bytes) -> None:
+    """Writes a whole file, or none; a link is followed, and what is no regular file stays what it is."""
     staged: str | None = None
     try:
+        path = _regular(path)
         fd, staged = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent)
         with os.fdopen(fd, "wb") as out:
             out.write(data)
@@ -133,6 +137,25 @@ def _write(path: Path, data: bytes) -> None:
         if staged is not None:
             with contextlib.suppress(OSError):
                 os.unlink(staged)
+
+
+def _regular(path: Path) -> Path:
+    """Where a file of the name `path` is written: there, or where a link of that name leads to.
+
+    Raises:
+        UsageError: a device, a FIFO, a socket, a folder or a link to nothing is there.
+        OSError: it cannot be looked at.
+    """
+    advice = "name a file that may be made or replaced"
+    if path.is_symlink() and not path.exists():
+        raise UsageError("is a link to nothing", file=path, advice=advice)
+    if not path.exists():
+        return path
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        what = f"is {kind_of_file(mode)}, or a link to one, and stays that"
+        raise UsageError(what, file=path, advice=advice)
+    return path.resolve()
 
 
 def _umask() -> int:

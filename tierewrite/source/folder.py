@@ -347,7 +347,9 @@ def _walk(root: Path, leave_out: set[str], warnings: list[str]) -> tuple[tuple[S
             elif stat.S_ISREG(info.st_mode):
                 if linked and not _belongs(root, resolved):
                     warnings.append(f"{shown(relative)} is a link to {shown(resolved)}: that file is copied")
-                files.append(SideFile(relative, resolved, info.st_size, info.st_mtime_ns))
+                files.append(
+                    SideFile(relative, resolved, info.st_size, info.st_mtime_ns, "", info.st_ino, info.st_ctime_ns)
+                )
             else:
                 what = f"is {kind_of_file(info.st_mode)}; only regular files can be copied: move it away"
                 raise SourceError(what, file=path)

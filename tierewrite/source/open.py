@@ -21,7 +21,7 @@ from tierewrite.source.index import MAX_INDEX_BYTES
 from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME, Checkpoint, Header, Shard, SideFile
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.mirror import Mirror, Place, RemoteFolder, folder_of, is_remote_folder
-from tierewrite.stores.places import FilePath, is_local, is_remote, located, without_scheme
+from tierewrite.stores.places import FilePath, is_local, is_remote, located, store_of, without_scheme
 from tierewrite.stores.remote import RemoteFile, RemotePath, identity
 
 _CONFIGS = ("config.json", "hf_quant_config.json", "generation_config.json", MANIFEST_NAME, INDEX_NAME)
@@ -142,8 +142,10 @@ class RemoteCheckpoint:
         ]
         for name in self.folder.overlay:
             if name not in listed:
-                status = (self.root / name).stat()
-                sides.append(SideFile(name, self.root / name, status.st_size, status.st_mtime_ns))
+                now = store_of(self.root / name).stamp(self.root / name)
+                sides.append(
+                    SideFile(name, now.path, now.size, now.mtime_ns, inode=now.inode, ctime_ns=now.ctime_ns)
+                )
         return tuple(sorted(sides, key=lambda side: side.name)), hub.folders_of(self.infos)
 
 

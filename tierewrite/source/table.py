@@ -268,8 +268,8 @@ class SideFile:
     Attributes:
         name: its POSIX path below the root.
         path: the regular file it leads to, links resolved; or the remote file.
-        size, mtime_ns: of that file when it was listed (bytes, ns).
-        version: of a remote file.
+        size, mtime_ns, inode, ctime_ns: of that file when it was listed (bytes, ns); to notice a change.
+        version: of a remote file, for the same.
     """
 
     name: str
@@ -277,6 +277,8 @@ class SideFile:
     size: int
     mtime_ns: int
     version: str = ""
+    inode: int = 0
+    ctime_ns: int = 0
 
 
 @dataclass(frozen=True)

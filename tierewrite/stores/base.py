@@ -101,7 +101,7 @@ class Store(Protocol[P]):
     def open(self, file: Any) -> SourceFile:
         """The file for reading ranges. Raises SourceChanged: it is not what `file` says."""
 
-    def chunks(self, file: Stamped) -> Iterator[bytes]:
+    def chunks(self, file: Any) -> Iterator[bytes]:
         """A file from its first byte to its last. Raises SourceChanged: it is not what `file` says."""
 
     def create(self, path: P, size: int, token: str = "") -> Sink:

@@ -7,17 +7,14 @@ import ctypes
 import errno
 import fcntl
 import functools
-import logging
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from tierewrite.errors import SourceChanged, shown, system_errors
+from tierewrite.errors import SourceChanged, system_errors
 from tierewrite.stores.base import FileStamp, Sink, SourceFile, Stamped
-
-log = logging.getLogger(__name__)
 
 _WRITE_BYTES = 256 << 10
 """Of one system call, at most. The page cache takes pages as large as the call, up to megabytes, and these are the ones
@@ -104,6 +101,43 @@ class LocalStamped(Stamped, Protocol):
     def ctime_ns(self) -> int: ...
 
 
+def refuse_changed(file: LocalStamped, fd: int) -> None:
+    """Refuses a file that is not as it was when it was looked at: size, both times and inode.
+
+    The change time counts because a modification time can be set back after bytes were written.
+
+    Args:
+        fd: the file, opened.
+
+    Raises:
+        SourceChanged: it changed, or another file has its name now.
+        SystemFailure: it cannot be looked at.
+    """
+    with system_errors("looking at", file.path):
+        status = os.fstat(fd)
+    was = {"size": file.size, "modified": file.mtime_ns, "inode": file.inode, "touched": file.ctime_ns}
+    now = {
+        "size": status.st_size,
+        "modified": status.st_mtime_ns,
+        "inode": status.st_ino,
+        "touched": status.st_ctime_ns,
+    }
+    if not stat.S_ISREG(status.st_mode):
+        raise SourceChanged("is no regular file any more", file=file.path)
+    if was != now:
+        what = {
+            "size": f"its size was {was['size']:,} bytes and is {now['size']:,}",
+            "modified": "it was written to",
+            "inode": "another file has its name now",
+            "touched": "it was written to and its time set back, or its permissions, links or name changed",
+        }
+        first = next(what[name] for name in ("size", "inode", "modified", "touched") if was[name] != now[name])
+        raise SourceChanged(
+            f"the file changed while it was being read ({first}); run again when nothing writes to SRC",
+            file=file.path,
+        )
+
+
 class LocalFile:
     """A shard of this machine's, by a read-only descriptor."""
 
@@ -112,34 +146,14 @@ class LocalFile:
         with system_errors("opening", shard.path):
             self.fd = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            self._unchanged()
+            refuse_changed(self.shard, self.fd)
         except BaseException:
             os.close(self.fd)
             raise
 
-    def _unchanged(self) -> os.stat_result:
-        with system_errors("looking at", self.shard.path):
-            status = os.fstat(self.fd)
-        was = (self.shard.size, self.shard.mtime_ns, self.shard.inode)
-        now = (status.st_size, status.st_mtime_ns, status.st_ino)
-        if was != now:
-            raise SourceChanged(
-                f"the file changed while it was being read (size {was[0]:,} then, {now[0]:,} now); run again when "
-                "nothing writes to SRC",
-                file=self.shard.path,
-            )
-        return status
-
     def finish(self) -> None:
         """See `SourceFile`."""
-        if self._unchanged().st_ctime_ns != self.shard.ctime_ns:
-            # Bytes may have been written and the modification time set back; but chmod, a hard link or a rename do this
-            # too, and some network file systems make the time up: too little to refuse.
-            log.warning(
-                "%s was touched while it was read (its modification time is as before); if more than its permissions, "
-                "links or name changed, run again, or with --verify",
-                shown(self.shard.path),
-            )
+        refuse_changed(self.shard, self.fd)
 
     def read_runs(self, runs: Sequence[tuple[int, int]], into: memoryview) -> None:
         """See `SourceFile`."""
@@ -249,14 +263,12 @@ class LocalStore:
         """See `Store`."""
         return LocalFile(file)
 
-    def chunks(self, file: Stamped) -> Iterator[bytes]:
+    def chunks(self, file: LocalStamped) -> Iterator[bytes]:
         """See `Store`."""
         with system_errors("copying", file.path):
             fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            with system_errors("copying", file.path):
-                if not stat.S_ISREG(os.fstat(fd).st_mode):
-                    raise SourceChanged("is no regular file any more", file=file.path)
+            refuse_changed(file, fd)
             size = 0
             while True:
                 with system_errors("copying", file.path):
@@ -265,11 +277,10 @@ class LocalStore:
                     break
                 size += len(chunk)
                 yield chunk
-            with system_errors("copying", file.path):
-                changed = os.fstat(fd).st_mtime_ns != file.mtime_ns
+            refuse_changed(file, fd)
         finally:
             os.close(fd)
-        if size != file.size or changed:
+        if size != file.size:
             raise SourceChanged(
                 f"changed while the run was working (it had {file.size:,} bytes then, {size:,} were copied); run again "
                 "when nothing writes to SRC",
