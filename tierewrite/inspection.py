@@ -130,7 +130,7 @@ def inspect(
     checkpoint = open_checkpoint(
         src, revision=revision, ignore_unindexed=ignore_unindexed, trust_remote_code=trust_remote_code
     )
-    keys = checkpoint.tensors.keys()
+    keys = checkpoint.tensors
     tie_map = disk = None
     if declared:
         tie_map = TieMap.of(checkpoint, ties, trust_remote_code)

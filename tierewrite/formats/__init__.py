@@ -16,6 +16,7 @@ from tierewrite.formats.smoothing import Adjacency
 from tierewrite.formats.suffixes import (
     classify,
     concerns,
+    ends_longer_suffix,
     fused_companions,
     fused_parameters,
     is_companion,
@@ -38,6 +39,7 @@ __all__ = [
     "classify",
     "concerns",
     "detect",
+    "ends_longer_suffix",
     "fused_companions",
     "fused_parameters",
     "is_companion",

@@ -168,6 +168,11 @@ def is_own_parameter(name: str) -> bool:
     return leaf in forms.alone or leaf.endswith(forms.alone_ends)
 
 
+def ends_longer_suffix(leaf: str) -> bool:
+    """Whether some family has a suffix of several words that ends in `leaf`: it alone does not say what a key is."""
+    return leaf in _forms().ends
+
+
 def part_of_weight(key: str) -> tuple[str, Companion] | None:
     """The weight that the tensor `key` is a part of by its suffix, and as what; None where no family knows the suffix.
 

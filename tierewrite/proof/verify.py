@@ -171,7 +171,7 @@ def verify(
     except (SourceError, SystemFailure) as e:
         return Verification(False, (*problems, Problem("unreadable", str(e.file or dst_name), str(e))))
 
-    disk = on_disk(tie_map, source.tensors.keys(), source.tensors)
+    disk = on_disk(tie_map, source.tensors, source.tensors)
     proof = Proof(source, target, before, after, policy)
     proof.run(disk, tie_map)
     problems += proof.problems

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import compress
@@ -76,21 +75,84 @@ Kind = tuple[str, tuple[int, ...]]
 """A dtype and a shape: what a header says of a tensor besides its name and place."""
 
 
-class Tensors(Mapping[str, TensorEntry]):
-    """The tensors of a checkpoint as a table: a row each, ordered by shard, then offset.
+class Names(Collection[str]):
+    """The keys of a checkpoint as a table: a row each, split around their last dot.
 
-    Stages that look at all tensors ask the columns; `tensors[name]` makes one `TensorEntry` for whoever asks for one.
+    A million names share few leaves, and a few make a module: who looks at all names asks these columns.
 
     Attributes:
         names: row -> key.
-        shard: int32 [rows], position of its file in `Checkpoint.shards`.
-        start, end: int64 [rows], byte range in that file, absolute, end exclusive.
-        kind: int32 [rows], position of its dtype and shape in `kinds`.
-        kinds: the dtypes and shapes that occur, each once.
         modules, leaves: the two halves of the names around their last dot, each once, with their numbers. A name
             without a dot (or with none but its first character) is a leaf of the module "": so a name is always
             `f"{module}.{leaf}"`, or its leaf alone where the module is "".
         module, leaf: int32 [rows], the numbers of a row's halves in `modules` and `leaves`.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+
+    @cached_property
+    def row(self) -> dict[str, int]:
+        """Key -> row."""
+        return dict(zip(self.names, range(len(self.names)), strict=True))
+
+    @cached_property
+    def _halves(self) -> tuple[dict[str, int], dict[str, int], np.ndarray, np.ndarray]:
+        modules: dict[str, int] = {}
+        leaves: dict[str, int] = {}
+        module: list[int] = []
+        leaf: list[int] = []
+        for name in self.names:
+            parent, _, rest = name.rpartition(".")
+            module.append(modules.setdefault(parent, len(modules)))
+            leaf.append(leaves.setdefault(rest if parent else name, len(leaves)))
+        return modules, leaves, np.array(module, np.int32), np.array(leaf, np.int32)
+
+    @property
+    def modules(self) -> dict[str, int]:
+        """Module -> number, in order of their numbers."""
+        return self._halves[0]
+
+    @cached_property
+    def leaves(self) -> list[str]:
+        """Number -> leaf."""
+        return list(self._halves[1])
+
+    @property
+    def module(self) -> np.ndarray:
+        """int32 [rows], the number of its module in `modules`."""
+        return self._halves[2]
+
+    @property
+    def leaf(self) -> np.ndarray:
+        """int32 [rows], the number of its leaf in `leaves`."""
+        return self._halves[3]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.row
+
+
+def as_names(keys: Collection[str]) -> Names:
+    """The table of `keys`, in their order; `keys` themselves where they are one."""
+    return keys if isinstance(keys, Names) else Names(list(keys))
+
+
+class Tensors(Names, Mapping[str, TensorEntry]):
+    """The tensors of a checkpoint as a table: a row each, ordered by shard, then offset.
+
+    Stages that look at all tensors ask the columns; `tensors[name]` makes one `TensorEntry` for whoever asks for one.
+
+    Attributes, besides those of `Names`:
+        shard: int32 [rows], position of its file in `Checkpoint.shards`.
+        start, end: int64 [rows], byte range in that file, absolute, end exclusive.
+        kind: int32 [rows], position of its dtype and shape in `kinds`.
+        kinds: the dtypes and shapes that occur, each once.
     """
 
     def __init__(
@@ -102,7 +164,7 @@ class Tensors(Mapping[str, TensorEntry]):
         kind: np.ndarray,
         kinds: Sequence[Kind],
     ) -> None:
-        self.names = list(names)
+        super().__init__(names)
         self.shard = shard
         self.start = start
         self.end = end
@@ -158,48 +220,11 @@ class Tensors(Mapping[str, TensorEntry]):
         shard = np.full(len(self), number, np.int32)
         return Tensors(self.names, shard, self.start, self.end, self.kind, self.kinds)
 
-    @cached_property
-    def row(self) -> dict[str, int]:
-        """Key -> row."""
-        return dict(zip(self.names, range(len(self.names)), strict=True))
-
     @property
     def total_bytes(self) -> int:
         """Sum of all tensors' bytes, exact even where 64 bits do not hold it (files may have holes)."""
         nbytes = self.nbytes
         return (int((nbytes >> 32).sum()) << 32) + int((nbytes & 0xFFFFFFFF).sum())
-
-    @cached_property
-    def _halves(self) -> tuple[dict[str, int], dict[str, int], np.ndarray, np.ndarray]:
-        modules: dict[str, int] = {}
-        leaves: dict[str, int] = {}
-        module, leaf = array("i"), array("i")
-        for name in self.names:
-            dot = name.rfind(".")
-            parent, rest = (name[:dot], name[dot + 1 :]) if dot > 0 else ("", name)
-            module.append(modules.setdefault(parent, len(modules)))
-            leaf.append(leaves.setdefault(rest, len(leaves)))
-        return modules, leaves, np.array(module, np.int32), np.array(leaf, np.int32)
-
-    @property
-    def modules(self) -> dict[str, int]:
-        """Module -> number, in order of their numbers."""
-        return self._halves[0]
-
-    @cached_property
-    def leaves(self) -> list[str]:
-        """Number -> leaf."""
-        return list(self._halves[1])
-
-    @property
-    def module(self) -> np.ndarray:
-        """int32 [rows], the number of its module in `modules`."""
-        return self._halves[2]
-
-    @property
-    def leaf(self) -> np.ndarray:
-        """int32 [rows], the number of its leaf in `leaves`."""
-        return self._halves[3]
 
     @property
     def nbytes(self) -> np.ndarray:
@@ -216,15 +241,6 @@ class Tensors(Mapping[str, TensorEntry]):
 
     def __getitem__(self, name: str) -> TensorEntry:
         return self.entry(self.row[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.row
 
     def __repr__(self) -> str:
         return f"<{len(self):,} tensors, {self.total_bytes:,} bytes>"

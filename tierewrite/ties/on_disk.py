@@ -18,7 +18,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from typing import Any
 
-from tierewrite.source.table import TensorEntry
+import numpy as np
+
+from tierewrite.source.table import Names, TensorEntry, as_names
 from tierewrite.ties.scopes import Scopes
 from tierewrite.ties.spelling import Speller
 from tierewrite.ties.tie import ModelNames
@@ -49,8 +51,10 @@ def on_disk(ties: TieMap, keys: Collection[str], entries: Mapping[str, TensorEnt
         origins.setdefault(tie.canonical, []).append(tie.origin)
     tied = {name: root for root, names in sides.items() for name in names}
     translator = Translator(ties.model, tied)
-    found, located = _found(translator, tied, keys)
-    owned = located if ties.model is not None and ties.model.shapes else set()
+    names_of_keys = as_names(keys)
+    found, located = _found(translator, tied, names_of_keys)
+    asked = ties.model is not None and ties.model.shapes
+    owned = {names_of_keys.names[row] for row in located} if asked else set()
 
     groups: list[TieGroup] = []
     idle: list[str] = []
@@ -67,35 +71,38 @@ def on_disk(ties: TieMap, keys: Collection[str], entries: Mapping[str, TensorEnt
     return DiskTies(checked, owned, tuple(root for root in idle if root not in covered))
 
 
-def _found(translator: Translator, tied: Collection[str], keys: Collection[str]) -> tuple[_Found, set[str]]:
-    """Where the `tied` parameters are on disk, and the keys that are a parameter or buffer themselves."""
+def _found(translator: Translator, tied: Collection[str], keys: Names) -> tuple[_Found, list[int]]:
+    """Where the `tied` parameters are on disk, and the rows that are a parameter or buffer themselves."""
     found: _Found = {name: {} for name in tied}
-    located: set[str] = set()
-    companions: list[str] = []
-    settled: set[str] = set()  # modules whose weight is found: their other tensors tell nothing new
-    for key in translator.in_loading_order(keys):
+    located: list[int] = []
+    order = translator.loading_order(keys)
+    for row in order[translator.may_be_located(keys)[order]].tolist():
+        key = keys.names[row]
         place = translator.locate(key)
         if place is None:
-            companions.append(key)
             continue
-        located.add(key)
+        located.append(row)
         parameter, part = place
         if parameter in tied:
             found[parameter].setdefault(part, key)
-        if key.endswith(".weight"):
-            settled.add(key[: -len(".weight")])
+    companion = np.ones(len(keys), bool)
+    companion[located] = False
+    settled = np.zeros(len(keys.modules), bool)  # modules whose weight is found: their other tensors tell nothing new
+    weight = np.array([leaf == "weight" for leaf in keys.leaves], bool)[keys.leaf]
+    settled[keys.module[weight & ~companion]] = True
     # A companion says that its parameter is there in some form.
-    for key in companions:
-        parent = key.rpartition(".")[0]
-        if parent in settled:
+    for row in order[(companion & ~settled[keys.module])[order]].tolist():
+        number = keys.module[row]
+        if settled[number]:
             continue
+        key = keys.names[row]
         for name in _unquantized(key):
             place = translator.locate(name)
             if place is not None:
                 if place[0] in tied:
                     found[place[0]].setdefault(place[1], name)
-                if name == f"{parent}.weight":
-                    settled.add(parent)
+                if name == f"{key.rpartition('.')[0]}.weight":
+                    settled[number] = True
                 break
     return found, located
 

@@ -11,14 +11,18 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import cycle
+from itertools import compress, cycle
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from tierewrite import formats
 from tierewrite.errors import ConfigError, TieFileError, shown
 from tierewrite.source.strict_json import BadJson, kind_of_json, strict_json
+from tierewrite.source.table import as_names
 from tierewrite.ties.scopes import Scopes
 from tierewrite.ties.tie import Declared, rooted
 
@@ -39,30 +43,43 @@ def parameters_of(keys: Collection[str]) -> dict[str, None]:
     stands in a quantized module: the module's tie is refused because of it (planning), and must not be split. Unpacked
     experts (`experts.3.gate_proj.weight`) also speak of the fused parameters that they may be in memory.
     """
-    names: dict[str, None] = {}
-    quantized: set[str] = set()  # modules
+    table = as_names(keys)
+    kind = np.array([_kind_of(leaf) for leaf in table.leaves], np.int8)[table.leaf]
+    names = dict.fromkeys(compress(table.names, kind == _WEIGHT))
+    modules = list(table.modules)
+    packed = np.zeros(len(modules), bool)
+    packed[table.module[kind == _OF_WEIGHT]] = True
+    quantized = set(compress(modules, packed))
+    packed[table.module[kind == _WEIGHT]] = False
+    names.update((f"{module}.weight" if module else "weight", None) for module in compress(modules, packed))
     unknown: list[str] = []
-    is_part: dict[str, bool] = {}  # last word of a key -> whether a family knows it below a weight's module
-    for key in keys:
-        parent, _, leaf = key.rpartition(".")
-        if leaf == "weight":
-            names[key] = None
-            continue
-        if leaf not in is_part:
-            is_part[leaf] = formats.is_main(leaf) or formats.is_companion(leaf)
-        if is_part[leaf] and parent in quantized:
-            continue
-        part = formats.part_of_weight(key)
+    for row in np.flatnonzero((kind == _UNKNOWN) | (kind == _SEVERAL_WORDS)).tolist():
+        part = formats.part_of_weight(table.names[row]) if kind[row] == _SEVERAL_WORDS else None
         if part is None:
-            unknown.append(key)
+            unknown.append(table.names[row])
         elif part[1].role.of_weight:
             names[part[0]] = None
             quantized.add(part[0].rpartition(".")[0])
     for key in unknown:
-        if _is_parameter(key, keys, names, quantized):
+        if _is_parameter(key, table, names, quantized):
             names[formats.main_parameter(key) or key] = None
     names.update(dict.fromkeys(_fused_experts(names)))
     return names
+
+
+_WEIGHT, _OF_WEIGHT, _OTHER, _UNKNOWN, _SEVERAL_WORDS = range(5)
+
+
+def _kind_of(leaf: str) -> int:
+    """What the last word of a key says of it: which of the above."""
+    if leaf in ("weight", ".weight"):
+        return _WEIGHT
+    if leaf.startswith(".") or formats.ends_longer_suffix(leaf):
+        return _SEVERAL_WORDS
+    part = formats.part_of_weight(leaf)
+    if part is None:
+        return _UNKNOWN
+    return _OF_WEIGHT if part[1].role.of_weight else _OTHER
 
 
 def _is_parameter(key: str, keys: Collection[str], names: Collection[str], quantized: Collection[str]) -> bool:
@@ -82,13 +99,11 @@ def _is_parameter(key: str, keys: Collection[str], names: Collection[str], quant
 
 def _fused_experts(names: Iterable[str]) -> Iterator[str]:
     """The parameters in memory that unpacked experts may be parts of."""
-    containers: dict[str, set[str]] = {}
+    containers: dict[str, set[str]] = defaultdict(set)
     for name in names:
-        parent, _, leaf = name.rpartition(".")
-        head, _, projection = parent.rpartition(".")
-        container, _, index = head.rpartition(".")
-        if leaf == "weight" and container and index.isdecimal():
-            containers.setdefault(container, set()).add(projection)
+        words = name.rsplit(".", 3)
+        if len(words) == 4 and words[3] == "weight" and words[0] and words[1].isdecimal():
+            containers[words[0]].add(words[2])
     for container, projections in containers.items():
         for projection in sorted(projections):
             yield f"{container}.{projection}"

@@ -62,7 +62,7 @@ class TieMap(Declared):
             return cls.resolve(
                 checkpoint.root,
                 checkpoint.config,
-                keys=checkpoint.tensors.keys(),
+                keys=checkpoint.tensors,
                 ties_file=None if ties_file is None else Path(ties_file),
                 trust_remote_code=trust_remote_code,
             )

@@ -11,6 +11,9 @@ from collections.abc import Collection, Mapping
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
+
+from tierewrite.source.table import Names
 from tierewrite.ties.tie import ModelNames
 from tierewrite.ties.tie_group import WHOLE, Part
 from tierewrite.ties.unpacked import ENDINGS, FusedParameters
@@ -50,6 +53,21 @@ class Translator:
         from transformers.core_model_loading import dot_natural_key
 
         return sorted(keys, key=dot_natural_key)
+
+    def loading_order(self, keys: Names) -> np.ndarray:
+        """int64 [keys], the rows of `keys` in the order in which they are loaded."""
+        if not self._stateful:
+            return np.arange(len(keys))
+        return np.array([keys.row[key] for key in self.in_loading_order(keys)], np.int64)
+
+    def may_be_located(self, keys: Names) -> np.ndarray:
+        """bool [keys], false for keys that `locate` has no place for, as far as their last words tell."""
+        if self.rename is not None:
+            return np.ones(len(keys), bool)
+        # Names on disk are those in memory: only these, and parts of fused parameters, have a place.
+        possible: np.ndarray = np.array([f".{leaf}" in ENDINGS for leaf in keys.leaves], bool)[keys.leaf]
+        possible[[keys.row[name] for name in self.known if name in keys]] = True
+        return possible
 
     def locate(self, name: str) -> tuple[str, Part] | None:
         """The parameter that the unquantized name `name` is loaded into, and which part of it; None if none."""

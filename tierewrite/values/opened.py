@@ -102,7 +102,7 @@ class Opened:
         )
         with meanwhile(checkpoint) if meanwhile is not None and ties is None else nullcontext():
             tie_map = TieMap.of(checkpoint, ties, trust_remote_code)
-        return cls(checkpoint, tie_map, on_disk(tie_map, checkpoint.tensors.keys(), checkpoint.tensors))
+        return cls(checkpoint, tie_map, on_disk(tie_map, checkpoint.tensors, checkpoint.tensors))
 
     def plan(self, policy: Policy, evidence: Evidence | None = None) -> RewritePlan:
         """The plan for this source, with the ties' provenance and what the bytes have said so far."""
