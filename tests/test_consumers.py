@@ -157,7 +157,7 @@ def test_records_of_one_id_say_which_case_each_is_for(consumer: str) -> None:
 
 def test_tables_of_the_readme_are_those_of_the_records() -> None:
     readme = Path(consumers.__file__).parent / "README.md"
-    assert readme.read_text(encoding="utf-8").endswith("\n\n" + tables()), "python -m tests.vllm_loader.table"
+    assert readme.read_text(encoding="utf-8").endswith("\n\n" + tables()), "python -m tests.vllm_loader.table --write"
 
 
 @pytest.mark.parametrize("which", sorted({rule.id for _, rule in RECORDS}))

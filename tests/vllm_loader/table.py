@@ -1,4 +1,4 @@
-"""The tables of consumers/README.md, in Markdown: `python -m tests.vllm_loader.table`.
+"""The tables of consumers/README.md, in Markdown: `python -m tests.vllm_loader.table`; with `--write`, put there.
 
 The rules come from their records; the defects from tests/defects.py, with what the real loader did with each.
 """
@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
+import tierewrite
 from tests.defects import DEFECTS
 from tests.vllm_loader.behaviour import RECORD
 from tierewrite.consumers import CONSUMERS
 from tierewrite.consumers.explain import table
 from tierewrite.consumers.vllm import VLLM
+
+README = Path(tierewrite.__file__).parent / "consumers" / "README.md"
 
 
 def does(facts: dict[str, Any]) -> str:
@@ -56,5 +60,16 @@ def tables() -> str:
     return "\n\n".join([*parts, "### What the real loader of vLLM does\n\n" + "\n".join(rows())]) + "\n"
 
 
+def write() -> None:
+    """Puts the tables at the end of consumers/README.md, in the place of those that are there."""
+    text = README.read_text(encoding="utf-8")
+    first = next(iter(CONSUMERS.values()))
+    before = text[: text.index(f"### {first.name} ")]
+    README.write_text(before + tables(), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    sys.stdout.write(tables())
+    if sys.argv[1:] == ["--write"]:
+        write()
+    else:
+        sys.stdout.write(tables())
