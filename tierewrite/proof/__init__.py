@@ -1,7 +1,6 @@
-"""What `verification` is made of: an independent reading of what every tensor of SRC must have become in DST.
+"""The proof of an output: what every tensor of SRC must have become in DST, by a reading of its own.
 
-Nothing here is shared with the code that plans and writes, but the header reader, the declared ties and the table of
-suffixes.
+README.md here says what is shared with the code that plans and writes, and why.
 """
 
 from __future__ import annotations
