@@ -15,7 +15,7 @@ Shared with the code that rewrites, and why:
     declared ties       who declares them, and how a parameter is called on disk, is what transformers says
     table of suffixes   formats/ is the one place that knows them; tests hold it against exporters' own output
     NVFP4 codec         tested bit by bit against ModelOpt's; what is encoded to which scale is worked out here
-    plan to manifest    `exact` alone: it works out the files around the tensors; what a tensor holds is judged without it
+    plan to manifest    `exact` alone, for the files around the tensors; what a tensor holds is judged without it
 
 Ids of problems:
     unreadable       DST, or a file of it, cannot be opened as what it should be
