@@ -56,6 +56,16 @@ def chunks(data: Mapping[str, Any], ascii_only: bool = False) -> Iterator[str]:
     yield "\n}\n"
 
 
+def in_style_of(text: str, data: Any) -> str:
+    """`data` as JSON text that looks like the JSON `text`, as far as JSON has a style.
+
+    Kept: the indentation of the first indented line, escapes or their absence, the final newline.
+    """
+    indented = re.search(r"\n([ \t]+)\S", text)
+    new = json.dumps(data, indent=indented.group(1) if indented else None, ensure_ascii=text.isascii())
+    return new + text[len(text.rstrip()) :]
+
+
 def _line(value: Any, ascii_only: bool) -> str:
     """A value on one line, with a space after each colon and comma."""
     try:

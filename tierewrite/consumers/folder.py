@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -11,8 +10,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from tierewrite.errors import ConfigError, SourceError
-from tierewrite.source.folder import WANTED, natural_key, refuse_half_written, what_is_here
+from tierewrite.errors import SourceError
+from tierewrite.source.folder import WANTED, natural_key, read_config, refuse_half_written, what_is_here
 from tierewrite.source.header import read_header
 from tierewrite.source.index import read_index
 from tierewrite.source.open import RemoteCheckpoint, rename_in_errors
@@ -54,7 +53,7 @@ class Folder:
 
     def with_configs(self, folder: Path) -> Folder:
         """This folder with the config.json and hf_quant_config.json of another."""
-        config, quant_config = (_json(folder / name) for name in ("config.json", "hf_quant_config.json"))
+        config, quant_config = (read_config(folder / name, []) for name in ("config.json", "hf_quant_config.json"))
         return replace(self, root=folder, config=config, quant_config=quant_config)
 
     @classmethod
@@ -123,9 +122,9 @@ class Folder:
             tuple(absent),
             unread,
             alone,
-            _json(root / "config.json"),
-            _json(root / "hf_quant_config.json"),
-            _json(root / "generation_config.json"),
+            read_config(root / "config.json", []),
+            read_config(root / "hf_quant_config.json", []),
+            read_config(root / "generation_config.json", []),
             mirror,
         )
 
@@ -137,18 +136,3 @@ class Folder:
 
 def _local_header(root: Path) -> Callable[[str, int], Header]:
     return lambda name, number: read_header(root / name, shard=number, name=name)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON object from a config file; {} if absent."""
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise ConfigError(f"is no valid JSON: {e}; correct it, or copy it from the original model", file=path) from None
-    except OSError as e:
-        raise SourceError(f"cannot be read: {e.strerror or e}", file=path) from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"is {type(found).__name__}; expected an object", file=path)
-    return found

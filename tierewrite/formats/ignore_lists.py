@@ -32,6 +32,7 @@ from enum import Enum
 from typing import Any
 
 from tierewrite.formats import classify
+from tierewrite.json_text import in_style_of
 
 CONFIG = "config.json"
 QUANT_CONFIG = "hf_quant_config.json"
@@ -311,15 +312,12 @@ def fixed(config: Mapping[str, Any], file: str, findings: Iterable[Inconsistency
 
 
 def fixed_text(text: str, file: str, findings: Iterable[Inconsistency]) -> str:
-    """The JSON `text` of `file` with the entries replaced, in its own style as far as JSON has one.
+    """The JSON `text` of `file` with the entries replaced, in its order of keys and its style.
 
-    Kept: the order of keys, the indentation of the first indented line, escapes or their absence, the final newline.
     Returns `text` itself when nothing changes.
     """
     config = json.loads(text)
     result = fixed(config, file, findings)
     if result == config:
         return text
-    indented = re.search(r"\n([ \t]+)\S", text)
-    new = json.dumps(result, indent=indented.group(1) if indented else None, ensure_ascii=text.isascii())
-    return new + text[len(text.rstrip()) :]
+    return in_style_of(text, result)

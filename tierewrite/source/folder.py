@@ -100,8 +100,8 @@ def assembled(
     """
     refuse_half_written(top, origin or root)
     warnings: list[str] = []
-    config = _read_config(root / "config.json", warnings)
-    quant_config = _read_config(root / "hf_quant_config.json", warnings)
+    config = read_config(root / "config.json", warnings)
+    quant_config = read_config(root / "hf_quant_config.json", warnings)
 
     metadata, weight_map = read_index(root / INDEX_NAME) if INDEX_NAME in top else (None, None)
     names, strays = _shard_names(top, weight_map, origin or root)
@@ -276,8 +276,14 @@ def _belongs(root: Path, resolved: Path) -> bool:
     return False
 
 
-def _read_config(path: Path, warnings: list[str]) -> dict[str, Any]:
-    """A JSON object from a configuration file, as `json.load` sees it (NaN and Infinity included); {} if absent."""
+def read_config(path: Path, warnings: list[str]) -> dict[str, Any]:
+    """A JSON object from a configuration file, as `json.load` sees it (NaN and Infinity included); {} if absent.
+
+    A key that comes twice is added to `warnings`; the last one counts.
+
+    Raises:
+        ConfigError: it is too large, no UTF-8, no JSON, or no object.
+    """
     if not os.path.lexists(path):
         return {}
     raw = read_small(path, MAX_CONFIG_BYTES, ConfigError)

@@ -8,12 +8,12 @@ shards of one parameter, of which only some are quantized) is left to the findin
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from typing import Any
 
 from tierewrite.consumers.vllm.ignore import Ignore
 from tierewrite.consumers.vllm.subject import VllmSubject
+from tierewrite.json_text import in_style_of
 
 
 def consistent_ignore(s: VllmSubject) -> list[str] | None:
@@ -96,9 +96,7 @@ def corrected_ignore_lists(s: VllmSubject) -> tuple[dict[str, bytes], tuple[str,
         for part, key in lists:
             part[key] = patterns
         if lists:
-            indented = re.search(r"\n([ \t]+)\S", text)
-            new = json.dumps(content, indent=indented.group(1) if indented else None, ensure_ascii=text.isascii())
-            contents[name] = (new + text[len(text.rstrip()) :]).encode()
+            contents[name] = in_style_of(text, content).encode()
     sentence = "{}: the ignore list was rewritten so that vLLM builds what is on disk"
     return contents, tuple(sentence.format(name) for name in contents)
 
