@@ -255,6 +255,12 @@ def to_tierewrite_error(error: BaseException) -> TierewriteError:
     )
 
 
+def first_line(error: BaseException) -> str:
+    """The type of an exception and the first line of what it says, for messages; not yet escaped (`shown`)."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 @contextlib.contextmanager
 def system_errors(what: str, file: object) -> Iterator[None]:
     """Turns an OSError inside into a SystemFailure that names `file` and what was being done."""

@@ -42,12 +42,14 @@ class Door:
         self.encoding: str = getattr(stream, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:
+        """Writes `text`, control characters escaped. Raises Undelivered."""
         if not isinstance(text, str):  # click finds out in this way that it is no file of bytes
             raise TypeError("text is expected")
         self.pass_on(escaped(text, keep="\n\t"))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
+        """Writes one after the other. Raises Undelivered."""
         for line in lines:
             self.write(line)
 
@@ -69,14 +71,17 @@ class Door:
                 self._stream.flush()
 
     def isatty(self) -> bool:
+        """See `io.IOBase`."""
         return self._stream is not None and self._stream.isatty()
 
     def fileno(self) -> int:
+        """See `io.IOBase`."""
         if self._stream is None:
             raise OSError(errno.EBADF, "it is closed")
         return self._stream.fileno()
 
     def writable(self) -> bool:
+        """See `io.IOBase`."""
         return True
 
     def console(self) -> Console:
@@ -143,6 +148,7 @@ class LogHandler(logging.Handler):
     """Log lines go to standard error as it is when they come."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler`."""
         try:
             text = self.format(record)
         except Exception:  # a library's own mistake in a message

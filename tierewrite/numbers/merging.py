@@ -140,7 +140,7 @@ def mergeable(headers: Sequence[tuple[str, tuple[int, ...]]]) -> str | None:
 
 
 def _elements_checked(sides: Sequence[Side], companion: Companion) -> int:
-    """The element count of a job's sides, having checked that such sides can be merged (ValueError)."""
+    """The element count of a scale's sides, having checked that such sides can be merged (ValueError)."""
     if not sides:
         raise ValueError(f"no side to merge for '{companion.suffix}'")
     dtype, shape = sides[0].dtype, sides[0].shape
@@ -168,21 +168,21 @@ def _valid(dtype: str, values: _F64, companion: Companion) -> _Bool:
     return valid
 
 
-def merge_many(jobs: Sequence[tuple[Sequence[Side], Companion]]) -> list[MergeResult]:
-    """Merge each job's sides into one scale; the first side gives dtype and shape.
+def merge_many(scales: Sequence[tuple[Sequence[Side], Companion]]) -> list[MergeResult]:
+    """Merge the sides of each scale into one; the first side gives dtype and shape.
 
     Result: elementwise `companion.merge` over the valid sides, in the first side's dtype, rounded up for
     "max" and down for "min", so that its range is never smaller than any valid side's. An element that no
-    side has validly keeps the first side's bits. Vectorised over all jobs of like dtypes and sizes.
+    side has validly keeps the first side's bits. Vectorised over all scales of like dtypes and sizes.
 
     Raises:
         ValueError: a companion without a merging rule, sides that are not `mergeable`, data of the wrong length, or a
             result that the first side's dtype cannot represent (a BF16 maximum stored as F16).
     """
     alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
-    # There is a job an expert, and few kinds of them: what depends on the headers is worked out once a kind.
+    # There is a scale an expert, and few kinds of them: what depends on the headers is worked out once a kind.
     kinds: dict[tuple[object, ...], tuple[list[int], list[int]]] = {}
-    for at, (sides, companion) in enumerate(jobs):
+    for at, (sides, companion) in enumerate(scales):
         kind = (companion.merge, companion.uncalibrated, *[side[1:3] for side in sides])  # dtypes and shapes
         known = kinds.get(kind)
         if known is None:
@@ -195,20 +195,20 @@ def merge_many(jobs: Sequence[tuple[Sequence[Side], Companion]]) -> list[MergeRe
             side = next(side for side, size in zip(sides, sizes, strict=True) if len(side.data) != size)
             raise ValueError(f"'{side.key}': {len(side.data)} bytes do not fill {side.dtype} {list(side.shape)}")
         together.append(at)
-    merged: list[MergeResult | None] = [None] * len(jobs)
+    merged: list[MergeResult | None] = [None] * len(scales)
     for indices in alike.values():
-        for at, result in zip(indices, _merge_alike([jobs[at] for at in indices]), strict=True):
+        for at, result in zip(indices, _merge_alike([scales[at] for at in indices]), strict=True):
             merged[at] = result
     return [result for result in merged if result is not None]
 
 
-def _merge_alike(jobs: Sequence[tuple[Sequence[Side], Companion]]) -> list[MergeResult]:
-    """`merge_many` for jobs that agree in dtypes, element count and rule. Arrays are [side, job, element]."""
-    first, companion = jobs[0]
+def _merge_alike(scales: Sequence[tuple[Sequence[Side], Companion]]) -> list[MergeResult]:
+    """`merge_many` for scales that agree in dtypes, element count and rule. Arrays are [side, scale, element]."""
+    first, companion = scales[0]
     dtype = first[0].dtype
     up = companion.merge == "max"
-    shape = (len(jobs), math.prod(first[0].shape))
-    columns = [b"".join(sides[s].data for sides, _ in jobs) for s in range(len(first))]
+    shape = (len(scales), math.prod(first[0].shape))
+    columns = [b"".join(sides[s].data for sides, _ in scales) for s in range(len(first))]
     values: _F64 = np.stack(
         [_decode(side.dtype, column).reshape(shape) for side, column in zip(first, columns, strict=True)]
     )
@@ -225,7 +225,7 @@ def _merge_alike(jobs: Sequence[tuple[Sequence[Side], Companion]]) -> list[Merge
     lost = ~(np.isfinite(stored) & (stored > 0)).all(axis=1)
     if lost.any():
         at = int(lost.argmax())
-        keys = ", ".join(f"'{side.key}'" for side in jobs[at][0])
+        keys = ", ".join(f"'{side.key}'" for side in scales[at][0])
         raise ValueError(f"{keys}: the merged scale does not fit into {dtype}, the dtype of the first")
     data = np.where(any_valid[..., None], data, kept)
 
@@ -235,10 +235,10 @@ def _merge_alike(jobs: Sequence[tuple[Sequence[Side], Companion]]) -> list[Merge
     same = (valid & (values == stored)) | ~any_valid
     whole = np.asarray(same.all(axis=2) & valid.any(axis=2))
     if all(side.dtype == dtype for side in first):
-        raw = np.stack([np.frombuffer(column, np.uint8).reshape(len(jobs), -1) for column in columns])
+        raw = np.stack([np.frombuffer(column, np.uint8).reshape(len(scales), -1) for column in columns])
         equal: list[bool] = (raw == raw[0]).all(axis=(0, 2)).tolist()
     else:
-        equal = [False] * len(jobs)
+        equal = [False] * len(scales)
     source = np.where(whole.any(axis=0), whole.argmax(axis=0), -1).tolist()
     partial = np.asarray((~valid).any(axis=2))
     touched: list[bool] = np.asarray(partial.any(axis=0)).tolist()
@@ -254,5 +254,5 @@ def _merge_alike(jobs: Sequence[tuple[Sequence[Side], Companion]]) -> list[Merge
             equal[at],
             tuple([side.key for s, side in enumerate(sides) if partial[s, at]]) if touched[at] else (),
         )
-        for at, ((sides, _), ratio) in enumerate(zip(jobs, ratios.tolist(), strict=True))
+        for at, ((sides, _), ratio) in enumerate(zip(scales, ratios.tolist(), strict=True))
     ]

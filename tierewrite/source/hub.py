@@ -29,6 +29,7 @@ from tierewrite.errors import (
     SystemFailure,
     TierewriteError,
     UsageError,
+    first_line,
     shown,
 )
 from tierewrite.source.folder import assembled, open_folder
@@ -194,11 +195,11 @@ class _Remote:
                 found = self.api.parse_safetensors_file_metadata(self.repo, name, revision=self.commit)
             except errors.SafetensorsParsingError as error:
                 advice = "download the repository to see more"
-                raise HeaderError(_first_line(error), file=file, advice=advice) from error
+                raise HeaderError(_shown_line(error), file=file, advice=advice) from error
             except (TypeError, AttributeError, KeyError, ValueError) as error:
                 if isinstance(error, errors.HfHubHTTPError):
                     raise
-                raise HeaderError(f"huggingface_hub cannot read its header: {_first_line(error)}", file=file) from error
+                raise HeaderError(f"huggingface_hub cannot read its header: {_shown_line(error)}", file=file) from error
         text = {"__metadata__": found.metadata} if found.metadata else {}
         text.update(
             (key, {"dtype": info.dtype, "shape": info.shape, "data_offsets": list(info.data_offsets)})
@@ -210,7 +211,7 @@ class _Remote:
             # as short as it can be written, which bounds the real one's length from below
             header = json.dumps(text, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
         except (TypeError, ValueError) as error:
-            raise HeaderError(f"huggingface_hub cannot read its header: {_first_line(error)}", file=file) from error
+            raise HeaderError(f"huggingface_hub cannot read its header: {_shown_line(error)}", file=file) from error
         size = self.sizes.get(name)
         base = 8 if size is None else size - data_bytes
         metadata, tensors = parse_header(header, data_bytes, file=file, base=base)
@@ -282,7 +283,7 @@ def _translated(error: Exception, repo: str, revision: str | None) -> Tierewrite
     here = f"there is no folder '{repo}' here, and as a hub id"
     log_in = "log in with `hf auth login`, or set HF_TOKEN"
     if isinstance(error, errors.HFValidationError):
-        return SourceError(f"{here} huggingface_hub does not take it: {_first_line(error)}")
+        return SourceError(f"{here} huggingface_hub does not take it: {_shown_line(error)}")
     if isinstance(error, errors.GatedRepoError):
         page = f"{constants.ENDPOINT}/{repo}"
         return SystemFailure(f"{what} is gated: ask for access on its page ({page}), then {log_in}")
@@ -296,7 +297,7 @@ def _translated(error: Exception, repo: str, revision: str | None) -> Tierewrite
     if isinstance(error, errors.HfHubHTTPError):
         return _of_status(error, what, here, log_in)
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-        return SourceError(f"{what}: {_first_line(error)}")
+        return SourceError(f"{what}: {_shown_line(error)}")
     if constants.HF_HUB_OFFLINE and isinstance(error, (ConnectionError, errors.LocalEntryNotFoundError)):
         return SystemFailure(
             f"{here} {what} is not (completely) in the cache {constants.HF_HUB_CACHE}, while HF_HUB_OFFLINE forbids to "
@@ -310,7 +311,7 @@ def _translated(error: Exception, repo: str, revision: str | None) -> Tierewrite
             "again (what has arrived is kept); HF_HUB_OFFLINE=1 takes what is in the cache"
         )
     if isinstance(error, OSError):
-        return SystemFailure(f"{what} cannot be fetched: {error.strerror or _first_line(error)}", file=error.filename)
+        return SystemFailure(f"{what} cannot be fetched: {error.strerror or _shown_line(error)}", file=error.filename)
     return None
 
 
@@ -338,10 +339,9 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _cause(error: BaseException) -> str:
     """The innermost reason that says something."""
-    texts = [_first_line(e) for e in _chain(error)]
-    return texts[-1] if texts else _first_line(error)
+    texts = [_shown_line(e) for e in _chain(error)]
+    return texts[-1] if texts else _shown_line(error)
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return shown(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__)
+def _shown_line(error: BaseException) -> str:
+    return shown(first_line(error))

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
-from tierewrite.errors import SourceChanged, SourceError, SystemFailure, TierewriteError, UsageError, shown
+from tierewrite.errors import SourceChanged, SourceError, SystemFailure, TierewriteError, UsageError, first_line, shown
 from tierewrite.stores.base import FileStamp, Sink, SourceFile, Stamped
 
 _USER = re.compile(r"(://)[^/@\s]*@")
@@ -179,8 +179,7 @@ def _failure(doing: str, where: RemotePath, error: Exception) -> SystemFailure:
 
 def _said(error: BaseException, where: RemotePath) -> str:
     """What an error says, on one line, without the credentials that its library may have put into it."""
-    lines = str(error).strip().splitlines()
-    text = redacted(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__)
+    text = redacted(first_line(error))
     for secret in sorted(_secrets(where), key=len, reverse=True):  # one may be a part of another
         text = text.replace(secret, "***")
     return shown(text)

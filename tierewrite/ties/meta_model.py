@@ -41,7 +41,7 @@ class TooLarge(Exception):
     """The class makes more modules, or takes longer, than any real model."""
 
 
-def first_line(exc: BaseException) -> str:
+def in_one_line(exc: BaseException) -> str:
     """An exception in one line: its type, and what it says."""
     text = str(exc).strip().replace("\n", " ")
     return shown(f"{type(exc).__name__}: {text}" if text else type(exc).__name__)

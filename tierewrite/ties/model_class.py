@@ -118,7 +118,7 @@ def _config_object(config_class: Any, config: dict[str, Any], file: Path) -> Any
     except BaseException as exc:
         meta_model.stop_if_fatal(exc)
         raise ConfigError(
-            f"{config_class.__name__} does not accept this config: {meta_model.first_line(exc)}; {_versions(config)}",
+            f"{config_class.__name__} does not accept this config: {meta_model.in_one_line(exc)}; {_versions(config)}",
             file=file,
         ) from exc
 
@@ -141,7 +141,7 @@ def _asked(model_class: Any, built_config: Any, config: Mapping[str, Any], file:
     except Exception as exc:
         meta_model.stop_if_fatal(exc)
         raise ConfigError(
-            f"{name} does not say what is tied: {meta_model.first_line(exc)}; {_versions(config)}", file=file
+            f"{name} does not say what is tied: {meta_model.in_one_line(exc)}; {_versions(config)}", file=file
         ) from exc
     return Declared(rooted(pairs, origins, ConfigError, file), "class", name, unpaired, warned, names)
 
@@ -207,7 +207,7 @@ def _classes(root: Path, config: dict[str, Any], wanted: str | None, trust_remot
         except Exception as exc:
             meta_model.stop_if_fatal(exc)
             raise ConfigError(
-                f"model_type '{shown(model_type)}': {meta_model.first_line(exc)}; {_versions(config)}", file=file
+                f"model_type '{shown(model_type)}': {meta_model.in_one_line(exc)}; {_versions(config)}", file=file
             ) from exc
     model_class = None
     if wanted is not None:
@@ -216,7 +216,7 @@ def _classes(root: Path, config: dict[str, Any], wanted: str | None, trust_remot
         except Exception as exc:
             meta_model.stop_if_fatal(exc)
             raise ConfigError(
-                f"{shown(wanted)} cannot be imported: {meta_model.first_line(exc)}; {_versions(config)}", file=file
+                f"{shown(wanted)} cannot be imported: {meta_model.in_one_line(exc)}; {_versions(config)}", file=file
             ) from exc
     if auto_map and trust_remote_code and remote_models:
         return *_remote_classes(root, config, wanted, remote_models, config_class, file), True
@@ -270,7 +270,7 @@ def _remote_classes(
     except BaseException as exc:
         meta_model.stop_if_fatal(exc)
         raise ConfigError(
-            f"remote code {shown(chosen)} cannot be imported: {meta_model.first_line(exc)}; {_versions(config)}",
+            f"remote code {shown(chosen)} cannot be imported: {meta_model.in_one_line(exc)}; {_versions(config)}",
             file=file,
         ) from exc
     if config_class is None:
@@ -301,7 +301,7 @@ def _class_level(
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     name = model_class.__name__
-    why = meta_model.first_line(cause)
+    why = meta_model.in_one_line(cause)
     declared = model_class._tied_weights_keys or {}
     if not getattr(built_config, "tie_word_embeddings", False):
         declared = {}
