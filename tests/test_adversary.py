@@ -408,7 +408,7 @@ def test_no_forgery_is_accepted(case: str, tmp_path: Path) -> None:
 
 
 def test_no_forgery_of_a_random_checkpoint_is_accepted(tmp_path: Path) -> None:
-    made = attack_random(range(100), 20, tmp_path)
+    made = attack_random(range(112), 20, tmp_path)
     assert made.total() >= 1500, made
     assert len(made) >= 15, made
 

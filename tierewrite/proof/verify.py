@@ -176,12 +176,14 @@ def verify(
     proof = Proof(source, target, before, after, policy)
     proof.run(disk, tie_map)
     problems += proof.problems
-    exact = exact_files(Opened(source, _as_told(tie_map, manifest), disk), policy, before.digests)
     if manifest is not None:
         problems += check_claims(manifest, policy, tie_map, disk)
         problems += check_statements(proof, manifest)
-        if not problems and exact is not None:  # else what differs was said already, tensor by tensor
-            problems += check_files(exact, target)
+    exact = None
+    if policy.fix_ignore or (manifest is not None and not problems):
+        exact = exact_files(Opened(source, _as_told(tie_map, manifest), disk), policy, before.digests)
+    if exact is not None and manifest is not None and not problems:  # else it was said already what differs
+        problems += check_files(exact, target)
     problems += check_layout(source, target, manifest, policy)
     configs = exact.configs if exact is not None else {}
     if consumer is not None and policy.fix_ignore:
