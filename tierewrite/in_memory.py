@@ -13,6 +13,7 @@ values that are no tensors. None of them has the bytes that a checkpoint would h
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -165,13 +166,8 @@ def _carried_out(
     return result
 
 
-# ------------------------------------------------------------------------------------------------ who is asked
-
-
 def _config_of(ties: Any) -> dict[str, Any]:
     """The config of a model or the config itself, as config.json would have it; {} if there is none."""
-    import json
-
     config: Any = getattr(_unwrapped(ties), "config", None) if _is_module(ties) else ties
     if not hasattr(config, "to_json_string"):
         return {}
@@ -232,9 +228,6 @@ def _unwrapped(model: Any) -> Any:
         else:
             break
     return model
-
-
-# ---------------------------------------------------------------------------------------------------- tensors
 
 
 def _described(state_dict: Mapping[str, Any], config: dict[str, Any]) -> Checkpoint:

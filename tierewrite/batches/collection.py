@@ -194,9 +194,6 @@ def last_name(src: str) -> str:
     return "" if name in (".", "..") else name
 
 
-# ------------------------------------------------------------------------------------------------------- lists
-
-
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines of a list that say something, with their numbers."""
     if path.suffix == ".safetensors":
@@ -228,11 +225,8 @@ def _from(folder: str, text: str, origin: str) -> str:
         return path
     if hub.repo_id(text) is not None:
         return text
-    # What does not exist must not be taken for a hub id for being joined to the list's folder.
+    # Joined to the list's folder, a path that does not exist may look like a hub id: "./" says that it is none.
     return os.path.join(os.curdir, path) if hub.repo_id(path) is not None else path
-
-
-# ------------------------------------------------------------------------------------------------- collections
 
 
 def _below(root: Path, into: str | None) -> list[str]:
@@ -340,9 +334,6 @@ def _empty(folders: int, root: object) -> SourceError:
         "folders were not looked into)",
         file=root,
     )
-
-
-# ----------------------------------------------------------------------------------------------------- clashes
 
 
 def refuse_clashes(items: Sequence[Item]) -> None:

@@ -269,7 +269,7 @@ TRANSFORMERS: Consumer[Subject] = Consumer(
     version="5.23.0",
     reads_alone=WHOLE_FILE,  # `_get_resolved_checkpoint_files`
     presets=FOR_CONSUMER["transformers"],
-    # transformers' own renamings are the business of ties.on_disk.
+    # ties.on_disk has applied transformers' own renamings already.
     backbones=BackboneTable.names_unchanged(MODELING),
     rules=RULES,
     subject_type=Subject,

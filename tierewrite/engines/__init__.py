@@ -22,7 +22,7 @@ class Engine(Worker, Protocol):
     """Carries out the work of one pass. A context manager.
 
     Attributes:
-        progress: who is told.
+        progress: gets the progress of the pass.
     """
 
     progress: Progress
@@ -51,7 +51,7 @@ def open_engine(
         engine: "local" or "ray".
         device: "auto", "cpu" or "cuda".
         threads: workers of the local engine; None: as many as there are cores, at most 8.
-        progress: told how many bytes have moved.
+        progress: gets the number of bytes that have moved.
         ray_address: the cluster, as `ray.init` takes it; None: RAY_ADDRESS, else the one that runs here, else a new
             one on this machine.
 

@@ -330,7 +330,7 @@ def _environment() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _news_logged() -> Iterator[None]:
-    """Logs what befalls the cluster (a node died): Ray prints it on standard output, whatever it was told."""
+    """Logs what happens to the cluster (a node died): Ray prints it on standard output, whatever its settings are."""
     try:
         from ray._private import worker
     except ImportError:  # a Ray that keeps it elsewhere: then its news are printed

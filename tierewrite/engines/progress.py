@@ -24,7 +24,7 @@ class Progress:
         """Something a person should know before it happens."""
 
     def part(self, name: str, number: int, total: int) -> Progress:
-        """The checkpoint `name` of a batch begins, the `number`-th of `total`. Returns who is told of it."""
+        """The checkpoint `name` of a batch begins, the `number`-th of `total`. Returns its `Progress`."""
         return self
 
     def finish(self, result: Any) -> None:

@@ -311,7 +311,7 @@ def position(module: str) -> tuple[int | None, int | None]:
     expert: int | None = None
     words = module.split(".")
     for before, word in zip(["", *words], words, strict=False):
-        # More digits than any model has layers: a stranger's joke, and a number that no picture can show.
+        # No model has as many layers as six digits say, and no picture could show such a number.
         if not (word.isascii() and word.isdigit() and len(word) < 6):
             continue
         if "expert" in before.lower():

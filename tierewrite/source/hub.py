@@ -276,7 +276,7 @@ def _translated(error: Exception, repo: str, revision: str | None) -> Tierewrite
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.LocalEntryNotFoundError):
-        # "not in the cache" is what is said when the hub's answer was an error; the answer is the news
+        # huggingface_hub says "not in the cache" also where the hub answered with an error: that answer is reported
         answers = [e for e in _chain(error) if isinstance(e, errors.HfHubHTTPError)]
         error = answers[0] if answers else error
     what = f"'{repo}'" if revision is None else f"'{repo}' at revision '{shown(revision)}'"

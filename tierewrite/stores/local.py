@@ -20,7 +20,7 @@ _WRITE_BYTES = 256 << 10
 """Of one system call, at most. The page cache takes pages as large as the call, up to megabytes, and these are the ones
 that a virtual machine's host has to give back first: calls of 8 MiB took three times as long, on 2 cores and ext4."""
 WRITEBACK_BYTES = 128 << 20
-"""The disk is told to begin whenever so much has gathered in a file: it is asked for large pieces by few."""
+"""Writing to the disk is begun whenever so many bytes of a file are waiting: few large requests are the fastest."""
 _SYNC_FILE_RANGE_WRITE = 2
 _CHUNK_BYTES = 1 << 20
 

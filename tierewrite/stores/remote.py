@@ -1,8 +1,8 @@
 """Files of any fsspec file system, by URL: the few operations that a rewrite needs of an object store.
 
-Everything goes through fsspec and its back ends (s3fs, gcsfs, huggingface_hub and so on; the extra `remote`): which
-credentials and endpoints are used, and how often a request is tried again, is their business and that of their own
-settings (https://filesystem-spec.readthedocs.io, "Configuration"). They are imported only once a URL is given. Whatever
+Everything goes through fsspec and its back ends (s3fs, gcsfs, huggingface_hub and so on; the extra `remote`): their
+own settings say which credentials and endpoints are used, and how often a request is tried again
+(https://filesystem-spec.readthedocs.io, "Configuration"). They are imported only once a URL is given. Whatever
 they raise becomes an error of ours that names the URL and never a credential.
 
 A `RemotePath` is text and can be sent to another process, which opens the file system by itself.

@@ -24,7 +24,7 @@ class Speller:
         """The name on disk that `part` of `parameter` would have in this checkpoint.
 
         Of the names that load into it (under hub names, memory names, with and without the base model's prefix), the
-        one whose path is most at home among the keys; among equals the one that is spelled as the sides that are there
+        one of whose path the keys share most; among equals the one that is spelled as the sides that are there
         (`beside`: parameter -> name on disk), then the longest path, then the hub's.
         """
         spelled = self._spellings(parameter, part)

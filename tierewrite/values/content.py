@@ -142,7 +142,7 @@ def fill(buffer: memoryview, content: Content, position: int = 0, moved: Moved |
 
     Args:
         buffer: for Copy and Patch it holds the source's bytes of the same range; else it may hold anything.
-        moved: told how far weights move where codes are re-encoded.
+        moved: adds up how far weights move where codes are re-encoded.
 
     Raises:
         SourceChanged: what was read is not what a patch was computed from, or a file changed.
