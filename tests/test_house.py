@@ -16,6 +16,7 @@ ROOMS = (
     "interrupts",
     "units",
     "json_text",
+    "bounded_regex",
     "stores",
     "source",
     "formats",
@@ -108,6 +109,7 @@ def body_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
         ("torch", {"ties", "digest", "in_memory"}),
         ("cupy", {"digest/cuda.py", "numbers/arithmetic.py"}),
         ("fsspec", {"stores"}),
+        ("regex", {"bounded_regex"}),
         ("ray", {"engines"}),
     ],
 )

@@ -22,6 +22,7 @@ list can say that to a single-backbone consumer; it is reported, with no fix.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import fnmatch
 import json
@@ -31,6 +32,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from tierewrite.bounded_regex import SHORT_NAME, BadPattern, BoundedRegex
+from tierewrite.errors import ConfigError, shown
 from tierewrite.formats import classify
 from tierewrite.json_text import in_style_of
 
@@ -84,24 +87,32 @@ class Inconsistency:
         )
 
 
-def _wildcard_and_below(entry: str) -> str:
+def _wildcard(entry: str) -> BoundedRegex:
+    """Quark. What fnmatch makes of a wildcard never goes back behind a star that has matched."""
+    return BoundedRegex(fnmatch.translate(entry), ours=True)
+
+
+def _wildcard_and_below(entry: str) -> BoundedRegex:
     """ModelOpt: the pattern, or anything below a module that it matches."""
-    return rf"(?:{fnmatch.translate(entry)}|{fnmatch.translate(entry + '.*')})"
+    return BoundedRegex(rf"(?:{fnmatch.translate(entry)}|{fnmatch.translate(entry + '.*')})", ours=True)
 
 
-def _exact_or_regex(entry: str) -> str:
+def _exact_or_regex(entry: str) -> BoundedRegex:
     """compressed-tensors."""
-    return entry[3:] if entry.startswith("re:") else rf"{re.escape(entry)}\Z"
+    if entry.startswith("re:"):
+        return BoundedRegex(entry[3:])
+    return BoundedRegex(rf"{re.escape(entry)}\Z", ours=True)
 
 
-def _transformers(entry: str) -> str:
+def _transformers(entry: str) -> BoundedRegex:
     """transformers: up to a dot from the start, by name or as a regular expression, or a suffix."""
-    return rf"(?:(?:{entry})(?:(?<=\.)|(?=\.|$))|.*{re.escape(entry)}\Z)"
+    return BoundedRegex(entry, rf"(?:(?:{{}})(?:(?<=\.)|(?=\.|$))|.*{re.escape(entry)}\Z)")
 
 
-_LANGUAGES: Mapping[str, Callable[[str], str]] = {
+Language = Callable[[str], BoundedRegex]
+_LANGUAGES: Mapping[str, Language] = {
     "exclude_modules": _wildcard_and_below,
-    "exclude": fnmatch.translate,
+    "exclude": _wildcard,
     "ignore": _exact_or_regex,
     "modules_to_not_convert": _transformers,
     "ignored_layers": _transformers,
@@ -111,8 +122,8 @@ _LANGUAGES: Mapping[str, Callable[[str], str]] = {
 
 def _lists(
     config: Mapping[str, Any], quant_config: Mapping[str, Any]
-) -> Iterable[tuple[str, tuple[str, ...], list[Any], Callable[[str], str]]]:
-    """Every list of unquantized modules: file, path to it, the list, and its language as entry -> regex."""
+) -> Iterable[tuple[str, tuple[str, ...], list[Any], Language]]:
+    """Every list of unquantized modules: file, path to it, the list, and its language."""
     for file, root in ((CONFIG, config), (QUANT_CONFIG, quant_config)):
         for path, part in _parts(file, root):
             modelopt = file == QUANT_CONFIG or "modelopt" in str(part.get("quant_method")).lower()
@@ -138,41 +149,51 @@ def _parts(file: str, root: Mapping[str, Any]) -> Iterable[tuple[tuple[str, ...]
                     yield (*path, name, "quantization"), deeper
 
 
-def _beginning(entry: str, language: Callable[[str], str]) -> str:
+def _beginning(entry: str, language: Language) -> str:
     """What every name that the entry covers begins with, as far as that is plain to see."""
-    if language in (fnmatch.translate, _wildcard_and_below):
+    if language in (_wildcard, _wildcard_and_below):
         return re.split(r"[*?[]", entry, maxsplit=1)[0]
     return entry if language is _exact_or_regex and not entry.startswith("re:") else ""
 
 
-def _compiled(pattern: str) -> re.Pattern[str] | None:
-    try:
-        return re.compile(pattern)
-    except re.error:
-        return None
-
-
 class _Entries:
-    """The entries of one list, compiled, with the modules that each covers."""
+    """The entries of one list, compiled, with the modules that each covers.
 
-    def __init__(self, entries: Sequence[Any], language: Callable[[str], str], modules: Collection[str]) -> None:
-        patterns = {
-            entry: pattern
-            for entry in entries
-            if isinstance(entry, str) and (pattern := _compiled(language(entry))) is not None
-        }
-        self.covers: dict[str, list[str]] = {entry: [] for entry in patterns}
-        self.covered: set[str] = set()
-        # Most modules are covered by nothing: their beginning tells, or else one combined pass.
-        beginnings = tuple({_beginning(entry, language) for entry in patterns})
-        anything = _compiled("|".join(f"(?:{p.pattern})" for p in patterns.values())) if "" in beginnings else None
-        for module in modules:
-            if not module.startswith(beginnings) or (anything is not None and not anything.match(module)):
-                continue
-            for entry, pattern in patterns.items():
-                if pattern.match(module):
-                    self.covers[entry].append(module)
-                    self.covered.add(module)
+    Raises:
+        ConfigError: an entry takes too long.
+    """
+
+    def __init__(self, entries: Sequence[Any], language: Language, modules: Collection[str], file: str) -> None:
+        patterns: dict[str, BoundedRegex] = {}
+        for entry in entries:
+            if isinstance(entry, str):
+                with contextlib.suppress(BadPattern):  # no consumer can read it either: it covers nothing
+                    patterns[entry] = language(entry)
+        likely = _covered_by_simple(
+            {entry: pattern for entry, pattern in patterns.items() if pattern.simple}, language, modules
+        )
+        self.covers: dict[str, list[str]] = {}
+        for entry, pattern in patterns.items():
+            try:
+                self.covers[entry] = pattern.matching(likely if pattern.simple else modules)
+            except BadPattern as problem:
+                raise ConfigError(f"the entry '{shown(entry)}' of an ignore list: {problem}", file=file) from problem
+        self.covered = {module for covered in self.covers.values() for module in covered}
+
+
+def _covered_by_simple(
+    patterns: Mapping[str, BoundedRegex], language: Language, modules: Collection[str]
+) -> list[str]:
+    """The modules that some simple pattern may cover: most are covered by none, and one look at each tells."""
+    beginnings = tuple({_beginning(entry, language) for entry in patterns})
+    likely = [module for module in modules if module.startswith(beginnings)]
+    if "" not in beginnings:
+        return likely
+    try:
+        anything = re.compile("|".join(f"(?:{pattern.text})" for pattern in patterns.values()))
+    except re.error:
+        return likely
+    return [module for module in likely if len(module) > SHORT_NAME or anything.match(module)]
 
 
 def sorted_modules(tensors: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[frozenset[str], frozenset[str]]:
@@ -219,6 +240,9 @@ def inconsistencies(
         quantized: modules whose weight in the result is quantized.
         plain: modules whose weight in the result is not, matrices only (a norm is never quantized and never
             listed).
+
+    Raises:
+        ConfigError: a regular expression in a list takes too long.
     """
     lists = list(_lists(config, quant_config))
     if not lists:
@@ -231,11 +255,11 @@ def inconsistencies(
             aliases.setdefault(name, []).append(pair)
     modules = dict.fromkeys((*aliases, *sorted(plain)))  # the order of what is written in an entry's place
     found: list[Inconsistency] = []
-    known: list[tuple[list[Any], Callable[[str], str], _Entries]] = []  # ModelOpt writes the same list into both files
+    known: list[tuple[list[Any], Language, _Entries]] = []  # ModelOpt writes the same list into both files
     for file, path, values, language in lists:
         entries = next((e for v, spoken, e in known if v == values and spoken is language), None)
         if entries is None:
-            entries = _Entries(values, language, modules)
+            entries = _Entries(values, language, modules, file)
             known.append((values, language, entries))
         for entry, covered in entries.covers.items():
             wrong: dict[EntryProblem, list[tuple[str, str]]] = {problem: [] for problem in EntryProblem}

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from tierewrite import formats
+from tierewrite.bounded_regex import LONGEST, BadPattern, BoundedRegex
 from tierewrite.errors import ConfigError, TieFileError, shown
 from tierewrite.source.strict_json import BadJson, kind_of_json, strict_json
 from tierewrite.source.table import as_names
@@ -132,22 +133,28 @@ def _parameter_named(name: str, keys: Collection[str], names: Collection[str]) -
     return name
 
 
-def _matcher(pattern: str, file: Path | None, error: type[TieFileError] | type[ConfigError]) -> re.Pattern[str]:
+def _matcher(pattern: str, file: Path | None, error: type[TieFileError] | type[ConfigError]) -> BoundedRegex:
     """`pattern` as transformers searches it (anchored at the start), ended at a dot or at the name's end."""
     try:
         # The end is ours: transformers searches `^...weight` over parameters only, where nothing longer exists.
-        return re.compile(f"(?:{pattern})(?=\\.|\\Z)")
-    except re.error as exc:
-        raise error(f"the tie pattern '{shown(pattern)}' is no regular expression: {exc}", file=file) from exc
+        return BoundedRegex(pattern, r"(?:{})(?=\.|\Z)")
+    except BadPattern as problem:
+        raise _bad_pattern(pattern, problem, file, error) from problem
+
+
+def _bad_pattern(
+    pattern: str, problem: BadPattern, file: Path | None, error: type[TieFileError] | type[ConfigError]
+) -> TieFileError | ConfigError:
+    return error(f"the tie pattern '{shown(pattern)}' cannot be used: {problem}", file=file)
 
 
 _TAIL = re.compile(r"(?<![\\A-Za-z0-9_])[A-Za-z0-9_]+\Z")
 
 
-def _tail_of(matcher: re.Pattern[str], pattern: str) -> str:
+def _tail_of(matcher: BoundedRegex, pattern: str) -> str:
     """Text that every match of `pattern` ends with; "" where that takes more than a look. Only a filter for speed."""
     found = _TAIL.search(pattern)
-    return found[0] if found and "|" not in pattern and matcher.flags == re.UNICODE else ""
+    return found[0] if found and "|" not in pattern and not matcher.has_flags else ""
 
 
 def _matches(
@@ -157,7 +164,10 @@ def _matches(
     if is_regex(pattern):
         matcher = _matcher(pattern, file, error)
         tail = _tail_of(matcher, pattern)
-        return [name for name in ordered if tail in name and matcher.match(name)]
+        try:
+            return matcher.matching(name for name in ordered if tail in name)
+        except BadPattern as problem:
+            raise _bad_pattern(pattern, problem, file, error) from problem
     found = []
     at = bisect_left(ordered, pattern)
     if at < len(ordered) and ordered[at] == pattern:
@@ -338,10 +348,26 @@ def expanded_over_keys(declared: Mapping[str, str], path: Path | None, keys: Col
     return Declared(ties, "ties-file", str(path or ""), (), tuple(warned), None)
 
 
+def entries_matched(
+    entries: Iterable[str], names: Collection[str], file: Path | None
+) -> Iterator[tuple[str, list[str]]]:
+    """Each entry of a legacy list, and the names that it is found in: as a regular expression, if it is one.
+
+    Raises:
+        ConfigError: one takes too long.
+    """
+    for entry in entries:
+        try:
+            pattern = BoundedRegex(entry if len(entry) > LONGEST else safe_pattern(entry))
+            yield entry, pattern.matching(names, anywhere=True)
+        except BadPattern as problem:
+            raise _bad_pattern(entry, problem, file, ConfigError) from problem
+
+
 def safe_pattern(pattern: str) -> str:
     """`pattern`, or what matches its text where it is no regular expression."""
     try:
         re.compile(pattern)
-    except re.error:
+    except (re.error, OverflowError, RecursionError):
         return re.escape(pattern)
     return pattern

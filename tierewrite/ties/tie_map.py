@@ -11,7 +11,6 @@ A tie is `alias -> canonical`, both names of parameters in memory. The first sou
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -164,11 +163,8 @@ def _from_config(
             return None
         asked = model_class.from_class(root, config, trust_remote_code)
         found = {tie.alias for tie in asked.ties}
-        left = tuple(
-            name
-            for name in declared
-            if name not in found and not any(re.search(patterns.safe_pattern(name), alias) for alias in found)
-        )
+        unknown = [name for name in declared if name not in found]
+        left = tuple(name for name, aliases in patterns.entries_matched(unknown, found, file) if not aliases)
         return Declared(asked.ties, asked.source, asked.detail, (*asked.unpaired, *left), asked.warnings, asked.model)
     declared = patterns.checked_mapping(declared, file, ConfigError, "_tied_weights_keys")
     if config.get("tie_word_embeddings") is False:
