@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from blake3 import blake3
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 import tierewrite
 from tests.checkpoints import FIXTURES, digests, right_answer
@@ -509,3 +511,84 @@ def test_without_cupy_tensors_on_a_gpu_are_hashed_through_copies(on_gpu: str, mo
     result, report = dedupe_state_dict(state_dict, config_of("dg_nvfp4"), device="cpu")
     assert answer_of(result) == right_answer("dg_nvfp4")
     assert "CPU" in report.device
+
+
+class Subclass(torch.Tensor):
+    """A dense one, as libraries make for their parameters."""
+
+
+def without_memory(nbytes: int) -> torch.Tensor:
+    """What FSDP leaves of a parameter between two steps."""
+    tensor = torch.ones(3, 4)
+    tensor.untyped_storage().resize_(nbytes)
+    return tensor
+
+
+def fake() -> torch.Tensor:
+    with FakeTensorMode():
+        return torch.ones(3, 4)
+
+
+ODD = {
+    "nested": (lambda: torch.nested.nested_tensor([torch.ones(4), torch.ones(2)]), "nested"),
+    "uninitialized": (UninitializedParameter, "uninitialized"),
+    "uninitialized buffer": (UninitializedBuffer, "uninitialized"),
+    "freed": (lambda: without_memory(0), "takes 48 bytes, and its memory has 0"),
+    "short": (lambda: without_memory(8), "takes 48 bytes, and its memory has 8"),
+    "fake": (fake, "no bytes"),
+    "fake parameter": (lambda: torch.nn.Parameter(fake()), "no bytes"),
+    "sparse": (lambda: torch.ones(3, 4).to_sparse(), "expected a dense one"),
+    "compressed": (lambda: torch.ones(3, 4).to_sparse_csr(), "expected a dense one"),
+    "quantized": (lambda: torch.quantize_per_tensor(torch.ones(3, 4), 0.1, 0, torch.qint8), "expected a dense one"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("shared", [False, True])
+def test_tensors_without_bytes_are_named(kind: str, shared: bool) -> None:
+    """Shared memory must not stand for shared content: two freed tensors both lie at address 0."""
+    make, message = ODD[kind]
+    odd = make()
+    for state in ({"b.weight": odd, "a.weight": odd if shared else torch.ones(3, 4)}, {"b.weight": odd}):
+        with pytest.raises(tierewrite.UsageError, match=message) as error:
+            tierewrite.dedupe_state_dict(state, {"a.weight": "b.weight"})
+        assert error.value.tensor == "b.weight"
+
+
+def test_tensors_inside_vmap_are_named() -> None:
+    caught = []
+
+    def dedupe(tensor: torch.Tensor) -> torch.Tensor:
+        with pytest.raises(tierewrite.UsageError) as error:
+            tierewrite.dedupe_state_dict({"a.weight": tensor, "b.weight": tensor}, {"a.weight": "b.weight"})
+        caught.append(error.value.tensor)
+        return tensor
+
+    torch.vmap(dedupe)(torch.ones(2, 3, 4))
+    assert caught == ["a.weight"]
+
+
+@pytest.mark.parametrize("other", [1.0, 2.0])
+def test_a_dense_subclass_is_read_as_the_tensor_that_it_is(other: float) -> None:
+    odd = torch.ones(3, 4).as_subclass(Subclass)
+    state = {"a.weight": torch.full((3, 4), other), "b.weight": odd}
+    if other != 1.0:
+        with pytest.raises(tierewrite.Refused):
+            tierewrite.dedupe_state_dict(state, {"a.weight": "b.weight"})
+        return
+    found, _ = tierewrite.dedupe_state_dict(state, {"a.weight": "b.weight"})
+    assert list(found) == ["b.weight"]
+    assert found["b.weight"] is odd
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x.to(torch.complex64).conj(), lambda x: x.to(torch.complex64).conj().imag, lambda x: x[:, :0],
+        lambda x: x.to(torch.complex128), lambda x: x[:1, :1].expand(3, 4), lambda x: x[0, 0], lambda x: x.t(),
+    ],
+)  # fmt: skip
+def test_views_are_compared_by_the_values_that_they_show(make: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    one, two = make(torch.ones(3, 4)), make(torch.ones(3, 4)).clone()
+    found, _ = tierewrite.dedupe_state_dict({"a.weight": one, "b.weight": two}, {"a.weight": "b.weight"})
+    assert list(found) == ["b.weight"]

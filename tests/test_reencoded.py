@@ -12,6 +12,7 @@ import pytest
 
 import tierewrite
 from tests.checkpoints import Tensor, digests, edit_tensors, read_tensors, right_answer
+from tierewrite.errors import Refused
 from tierewrite.numbers import nvfp4
 
 Naive = Callable[[str], Path]
@@ -184,6 +185,49 @@ def test_unify_leaves_a_set_with_a_zero_scale_alone_and_says_so(copied: Naive, t
     after = read_tensors(tmp_path / "out")
     assert after[f"{DECODER}.layers.0.mlp.up_proj.weight_scale_2"] == zero
     assert any("not unified" in warning and "layers.0.mlp" in warning for warning in report.warnings)
+
+
+@pytest.mark.parametrize("byte", [0x7F, 0x80, 0xFF, 0xB0])
+def test_unify_leaves_a_set_with_a_broken_block_scale_alone_and_says_so(
+    byte: int, copied: Naive, tmp_path: Path
+) -> None:
+    src = copied("dg_nvfp4")
+    tensors = read_tensors(src)
+    word, name = "up_proj", "layers.0.mlp.up_proj.weight_scale"
+    dtype, shape, data = tensors[f"{DECODER}.{name}"]
+    larger = struct.pack("<f", 2 * blob(tensors, f"{DECODER}.layers.0.mlp.gate_proj")[2])
+    for side in (ENCODER, DECODER):
+        edit_tensors(
+            src,
+            {
+                f"{side}.{name}": (dtype, shape, bytes([byte]) + data[1:]),
+                f"{side}.layers.0.mlp.gate_proj.weight_scale_2": ("F32", [], larger),
+            },
+        )
+    report = tierewrite.rewrite(src, tmp_path / "out", unify_fused_scales=True, verify=True)
+    after = read_tensors(tmp_path / "out")
+    for leaf in ("weight", "weight_scale", "weight_scale_2"):
+        kept = f"{DECODER}.layers.0.mlp.{word}.{leaf}"
+        assert after[kept] == read_tensors(src)[kept]
+    assert any("not unified" in warning and f"{word}.weight_scale" in warning for warning in report.warnings)
+
+
+@pytest.mark.parametrize("byte", [0x7F, 0x80])
+def test_repack_refuses_a_broken_block_scale(byte: int, copied: Naive, tmp_path: Path) -> None:
+    src = copied("dg_nvfp4")
+    rescaled(src, f"{ENCODER}.layers.0.mlp.up_proj", 9.0)
+    tensors = read_tensors(src)
+    broken = {}
+    for side in (ENCODER, DECODER):
+        name = f"{side}.layers.0.mlp.up_proj.weight_scale"
+        dtype, shape, data = tensors[name]
+        broken[name] = (dtype, shape, bytes([byte]) + data[1:])
+        codes, codes_shape, codes_data = tensors[f"{side}.layers.0.mlp.up_proj.weight"]
+        broken[f"{side}.layers.0.mlp.up_proj.weight"] = (codes, codes_shape, bytes(8) + codes_data[8:])  # zeros
+    edit_tensors(src, broken)
+    with pytest.raises(Refused, match="up_proj"):
+        tierewrite.rewrite(src, tmp_path / "out", on_mismatch="repack")
+    assert not (tmp_path / "out").exists()
 
 
 def test_repack_and_unify_together_choose_the_largest_of_all(copied: Naive, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from blake3 import blake3
 
 from tests.checkpoints import FIXTURES, read_tensors, write_checkpoint, write_shard, write_sparse_shard
 from tierewrite.errors import (
+    EXIT_SOURCE,
     ConfigError,
     HeaderError,
     ShardIndexError,
@@ -874,3 +875,71 @@ def test_a_checkpoint_of_several_shards_is_ordered_by_shard_then_offset(tmp_path
     opened = open_folder(root)
     assert list(opened.tensors) == ["t0", "t3", "t6", "t1", "t4", "t2", "t5"]
     assert opened.index_metadata == {"total_size": 7, "note": "kept"}
+
+
+# --- files named for another loader
+
+ALONE = {"a.weight": ("F32", [1], b"1234")}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("adapter_model.safetensors", "PEFT adapter"),
+        ("consolidated.safetensors", "layout"),
+        ("consolidated.00.safetensors", "layout"),
+        ("diffusion_pytorch_model.safetensors", "diffusers"),
+        ("diffusion_pytorch_model-00001-of-00002.safetensors", "diffusers"),
+        ("diffusion_pytorch_model.fp16.safetensors", "diffusers"),
+        ("model.fp16.safetensors", "variant"),
+        ("model.fp16-00001-of-00002.safetensors", "variant"),
+        ("model-00001-of-00002.fp16.safetensors", "variant"),
+        ("pytorch_lora_weights.safetensors", "LoRA"),
+        ("optimizer.safetensors", "training"),
+    ],
+)
+def test_a_file_of_another_loader_is_no_model(name: str, kind: str, tmp_path: Path) -> None:
+    """Renamed to model.safetensors, it would be found by nobody."""
+    write_checkpoint(tmp_path, ALONE, config={})
+    (tmp_path / "model.safetensors").rename(tmp_path / name)
+    with pytest.raises(SourceError, match=kind) as error:
+        open_folder(tmp_path)
+    assert name in str(error.value)
+    assert error.value.exit_code == EXIT_SOURCE
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "consolidated.safetensors", "model.fp16.safetensors"])
+def test_a_file_of_another_loader_beside_a_model_is_copied_under_its_name(name: str, tmp_path: Path) -> None:
+    src = write_checkpoint(tmp_path / "src", ALONE, config={})
+    other = write_checkpoint(tmp_path / "other", {"b.weight": ("F32", [1], b"5678")}) / "model.safetensors"
+    (src / name).write_bytes(other.read_bytes())
+    checkpoint = open_folder(src)
+    assert [shard.name for shard in checkpoint.shards] == ["model.safetensors"]
+    assert list(checkpoint.tensors) == ["a.weight"]
+    assert name in [side.name for side in checkpoint.side_files]
+    assert any(name in warning and "copied" in warning for warning in checkpoint.warnings)
+
+
+def test_a_variant_with_the_names_of_the_model_is_refused(tmp_path: Path) -> None:
+    src = write_checkpoint(tmp_path, ALONE, config={})
+    (src / "model.fp16.safetensors").write_bytes((src / "model.safetensors").read_bytes())
+    with pytest.raises(ShardIndexError, match="named as a variant"):
+        open_folder(src)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00001.safetensors", "part.1.safetensors"])
+def test_other_names_are_those_of_a_model(name: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, ALONE, config={})
+    (tmp_path / "model.safetensors").rename(tmp_path / name)
+    assert [shard.name for shard in open_folder(tmp_path).shards] == [name]
+
+
+@pytest.mark.parametrize("padding", ["", " "])
+def test_an_empty_dtype_is_none(padding: str, tmp_path: Path) -> None:
+    header = {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+    header["lm_head.weight"] = {"dtype": "", "shape": [], "data_offsets": [4, 4]}
+    text = (padding + json.dumps(header, separators=(",", ":"))).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"1234")
+    with pytest.raises(HeaderError, match="dtype is empty") as error:
+        open_folder(tmp_path)
+    assert error.value.tensor == "lm_head.weight"

@@ -255,17 +255,22 @@ def _described(state_dict: Mapping[str, Any], config: dict[str, Any]) -> Checkpo
 
 def _check(name: str, tensor: Any) -> None:
     import torch
+    from torch._subclasses.fake_tensor import is_fake
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
     problem = None
     if not isinstance(tensor, torch.Tensor):
         problem = f"is a {type(tensor).__name__}; expected a tensor. Take it out of the state dict first"
+    elif torch.nn.parameter.is_lazy(tensor):
+        problem = "is uninitialized: it has no shape yet. Run the model once, or load the weights, then deduplicate"
+    elif tensor.is_nested:
+        problem = "is a nested tensor, one of several shapes; expected a dense one, as a checkpoint holds it"
     elif hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):
         problem = (
             "is a DTensor, a part of a tensor that is spread over ranks; expected all of it. Gather the state dict "
             "first: get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))"
         )
-    elif tensor.is_meta or type(tensor).__name__ == "FakeTensor":
+    elif tensor.is_meta or is_fake(tensor):
         problem = "is a meta tensor: it has no bytes to compare. Load the weights first, then deduplicate"
     elif is_traceable_wrapper_subclass(tensor):
         problem = (
@@ -274,15 +279,51 @@ def _check(name: str, tensor: Any) -> None:
         )
     elif tensor.layout is not torch.strided or tensor.is_quantized:
         problem = f"is a {tensor.layout} tensor of {tensor.dtype}; expected a dense one, as a checkpoint holds it"
+    else:
+        problem = _missing_bytes(tensor)
     if problem is not None:
         raise UsageError(problem, tensor=name)
 
 
-def _bytes_view(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's bytes in row-major order, uint8 (n,); a copy only if they do not lie so."""
+def _missing_bytes(tensor: torch.Tensor) -> str | None:
+    """What is wrong with a dense tensor whose memory is shorter than its shape says; None if nothing is."""
+    try:
+        there = tensor.untyped_storage().nbytes()
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        needed = (tensor.storage_offset() + last + 1) * tensor.element_size() if tensor.numel() else 0
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        return f"has no memory that can be read ({_first_line(error)}); expected a plain tensor with its bytes"
+    if there >= needed:
+        return None
+    return (
+        f"says that it takes {needed} bytes, and its memory has {there}: freed, as by FSDP between two steps. Gather "
+        "the state dict first: get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {shown((str(error).splitlines() or [''])[0])}"
+
+
+def _bytes_view(name: str, tensor: torch.Tensor, *, on_cpu: bool = False) -> torch.Tensor:
+    """The tensor's bytes in row-major order, uint8 (n,); a copy only if they do not lie so, or not on the CPU.
+
+    Raises:
+        UsageError: torch cannot give them.
+    """
     import torch
 
-    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+    try:
+        with torch._C.DisableTorchFunctionSubclass():  # a dense subclass is read as the plain tensor that it is
+            plain = tensor.detach().as_subclass(torch.Tensor)
+        plain = plain.cpu() if on_cpu else plain
+        return plain.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        raise UsageError(
+            f"is a {type(tensor).__name__} of {tensor.dtype} on {tensor.device} whose bytes cannot be read "
+            f"({_first_line(error)}); expected a plain tensor, as a checkpoint holds it",
+            tensor=name,
+        ) from error
 
 
 def _read(state_dict: Mapping[str, torch.Tensor], keys: Iterable[str]) -> dict[str, bytes]:
@@ -294,7 +335,7 @@ def _read(state_dict: Mapping[str, torch.Tensor], keys: Iterable[str]) -> dict[s
         by_device.setdefault(state_dict[key].device, []).append(key)
     found: dict[str, bytes] = {}
     for names in by_device.values():
-        views = [_bytes_view(state_dict[name]) for name in names]
+        views = [_bytes_view(name, state_dict[name]) for name in names]
         data = torch.cat(views).cpu().numpy().tobytes()
         position = 0
         for name, view in zip(names, views, strict=True):
@@ -342,11 +383,11 @@ class _Hasher:
             if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg() and (
                 on_gpu or tensor.device.type == "cpu"
             ):
-                in_place[on_gpu].append((names, _bytes_view(tensor)))
+                in_place[on_gpu].append((names, _bytes_view(names[0], tensor)))
                 continue
             # a copy in row-major order or on the host; one at a time
             digester = self._gpu if on_gpu and self._gpu is not None else self._cpu
-            view = _bytes_view(tensor) if on_gpu else _bytes_view(tensor.cpu())
+            view = _bytes_view(names[0], tensor, on_cpu=not on_gpu)
             self._known.update(dict.fromkeys(names, digester.digest(view)))
         for on_gpu, rows in in_place.items():
             if rows:

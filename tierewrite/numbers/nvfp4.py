@@ -298,6 +298,11 @@ def _positive(scale: np.float32, what: str) -> np.float32:
     return scale
 
 
+def are_sound(weight_scale: Array) -> bool:
+    """Whether block scales (E4M3 bytes) are neither NaN nor negative, minus zero included: `repack` takes no others."""
+    return not bool((weight_scale >= np.uint8(0x7F)).any())
+
+
 def repack(
     weight: Array,
     weight_scale: Array,
@@ -342,7 +347,7 @@ def repack(
     with quiet(xp):
         for part in _chunks(codes.shape[0], xp):
             old_bytes = scales[part]
-            if bool((old_bytes >= np.uint8(0x7F)).any()):
+            if not are_sound(old_bytes):
                 raise ValueError("weight_scale holds a NaN or a negative scale; such a weight is not re-encoded")
             block = e4m3_to_float32(old_bytes)
             up, down = (new, old) if reciprocal else (old, new)
@@ -469,7 +474,9 @@ def agree_up_to_scaling(
             alike = xp.abs(unit_a - unit_b) <= 2.0**-20 * coarser
             fine = xp.where(alike[:, None], code_a == code_b, overlap)
             fine |= (code_a == 0) & (code_b == 0)
-            bad = ~(fine & (sound & (unit_a >= 0) & (unit_b >= 0))[:, None])  # a NaN is not >= 0
+            # From 0x7F on, E4M3 bytes are NaN or negative.
+            positive = (scales_a[part] < np.uint8(0x7F)) & (scales_b[part] < np.uint8(0x7F))
+            bad = ~(fine & (sound & positive)[:, None])
             count = int(bad.sum())
             if count and first < 0:
                 first = part.start * codes_a.shape[1] * 2 + int(bad.reshape(-1).argmax())

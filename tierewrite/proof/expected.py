@@ -158,6 +158,7 @@ def _encoded(source: Checkpoint, before: Contents, found: Expected, policy: Poli
                 continue
             try:
                 one = nvfp4.widest(values, reciprocal=blobs[fused[0]].reciprocal)
+                _check_block_scales(source, before, [blobs[module].sides[0] for module in fused], one)
             except ValueError as error:
                 found.notes.append(f"the scales of {', '.join(fused)} cannot be unified: {error}")
                 continue
@@ -172,6 +173,15 @@ def _encoded(source: Checkpoint, before: Contents, found: Expected, policy: Poli
             problem = "not-unified" if policy.unify_fused_scales and not found.stands[name].repacked else "bytes"
             found.wants[name] = Want(found.wants[name].like, blake3(data).digest(), problem, because)
             found.repacked.add(name)
+
+
+def _check_block_scales(
+    source: Checkpoint, before: Contents, weights: Iterable[tuple[str, str, str]], scale: np.float32
+) -> None:
+    """Raises ValueError if one of the weights that are not under `scale` has a block scale that is NaN or negative."""
+    for _, blocks, own in weights:
+        if before.values[own] != scale.tobytes() and not nvfp4.are_sound(read_array(source, blocks)):
+            raise ValueError(f"'{blocks}' holds a NaN or a negative scale")
 
 
 def _float32(contents: Contents, key: str) -> np.ndarray:

@@ -46,8 +46,8 @@ def open_folder(path: PathLike, *, ignore_unindexed: bool = False) -> Checkpoint
     """Read the headers, index and configurations of the checkpoint folder `path`.
 
     With an index, the index decides which files are shards; without one, every `*.safetensors` of the
-    folder is read, as vLLM does. Safetensors files beside an index are side files, unless their keys
-    overlap.
+    folder is read, as vLLM does, but those that are named for another loader (`loader_of`): such a file
+    is no model. Other safetensors files are side files, unless their keys overlap.
 
     Args:
         path: the folder (a link to one is followed).
@@ -115,7 +115,7 @@ def assembled(
             tensors = _without_unindexed(tensors, weight_map, shards, root, ignore_unindexed, warnings)
         check_total(metadata, tensors, warnings)
     for name in strays:
-        _check_stray(root / name, header(name, 0)[1], tensors, warnings)
+        _check_stray(root / name, header(name, 0)[1], tensors, weight_map is not None, warnings)
     if not tensors:
         raise SourceError("the safetensors files hold no tensors; nothing to rewrite", file=root)
     side_files, directories = others({*names, INDEX_NAME, MANIFEST_NAME, INCOMPLETE_NAME}, warnings)
@@ -142,7 +142,35 @@ def _shard_names(top: list[str], weight_map: dict[str, str] | None, where: FileP
         return sorted(listed, key=natural_key), [name for name in local if name not in listed]
     if not local:
         raise SourceError(f"no *.safetensors file here; {what_is_here(top)}", file=where)
-    return sorted(local, key=natural_key), []
+    named_for = {name: kind for name in local if (kind := loader_of(name)) is not None}
+    if len(named_for) == len(local):
+        name, kind = next(iter(named_for.items()))
+        raise SourceError(
+            f"holds {kind} ({shown(name)}) and no model: under model.safetensors, which a rewrite writes, its loader "
+            "would not find it; give the folder of a model, merge it into one first, or name its files in a "
+            f"{INDEX_NAME}",
+            file=where,
+        )
+    return sorted((name for name in local if name not in named_for), key=natural_key), list(named_for)
+
+
+_NAMED_FOR = (
+    (re.compile(r"adapter"), "a PEFT adapter"),
+    (re.compile(r".*lora"), "LoRA weights"),
+    (re.compile(r"consolidated"), "weights in a model author's own layout"),
+    (re.compile(r"diffusion_pytorch_model"), "a model of diffusers"),
+    (re.compile(r"open_clip"), "a model of OpenCLIP"),
+    (re.compile(r"optimizer|scheduler|random_states"), "the state of a training run"),
+    (re.compile(r"(?:pytorch_)?model(?:-[0-9]+-of-[0-9]+)?\.[^.]+(?:-[0-9]+-of-[0-9]+)?\."), "a variant of a model"),
+)
+
+
+def loader_of(name: str) -> str | None:
+    """Whose weights a safetensors file holds that no loader of models looks for; None for any other name.
+
+    PEFT, diffusers and the variants of transformers (`model.fp16.safetensors`) find their files by these names.
+    """
+    return next((kind for pattern, kind in _NAMED_FOR if pattern.match(name)), None)
 
 
 def _joined(names: list[str], header: Callable[[str, int], Header], root: Path) -> tuple[tuple[Shard, ...], Tensors]:
@@ -198,22 +226,24 @@ def _without_unindexed(
     return tensors.where(indexed)
 
 
-def _check_stray(path: Path, held: Tensors, tensors: Tensors, warnings: list[str]) -> None:
-    """A safetensors file that the index does not name is a side file, unless it holds a name that the index lists.
+def _check_stray(path: Path, held: Tensors, tensors: Tensors, has_index: bool, warnings: list[str]) -> None:
+    """A safetensors file that is no shard is a side file, unless it holds a name that a shard holds too.
 
     Raises:
         ShardIndexError: it does.
     """
     twice = [name for name in held.names if name in tensors.row]
     if twice:
+        why = f"is not in {INDEX_NAME}" if has_index else f"is named as {loader_of(path.name)}"
         raise ShardIndexError(
-            f"is not in {INDEX_NAME}, yet holds {len(twice)} of its tensors",
+            f"{why}, yet holds {len(twice)} of the model's tensors",
             file=path,
             tensor=twice[0],
             details={"overlap": twice},
             advice="remove the file, or the index if the file is what counts",
         )
-    warnings.append(f"{shown(path.name)} is not in {INDEX_NAME}: copied as it is, its tensors are not looked at")
+    why = f"is not in {INDEX_NAME}" if has_index else f"is named as {loader_of(path.name)}"
+    warnings.append(f"{shown(path.name)} {why}: copied as it is, its tensors are not looked at")
 
 
 def is_half_written(top: Collection[str]) -> bool:

@@ -274,8 +274,15 @@ def _bytes_of(dtype: str, shape: tuple[int, ...], file: object = None, name: str
     does not save it, as in Rust).
 
     Raises:
-        HeaderError: more than 64 bits can count, or no whole number of bytes.
+        HeaderError: more than 64 bits can count, no whole number of bytes, or no dtype.
     """
+    if not dtype:
+        raise HeaderError(
+            "dtype is empty, which no reader of safetensors takes: the writer had an entry for this tensor, and no "
+            "tensor; where it is tied, leave the entry out",
+            file=file,
+            tensor=name,
+        )
     elements = 1
     for dim in shape:
         elements *= dim

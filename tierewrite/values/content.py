@@ -222,6 +222,17 @@ def blocks_of(blob: Blob) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield _codes(blob, start, stop), _block_scales(blob, start, stop)
 
 
+def has_sound_scales(blob: Blob) -> bool:
+    """Whether all block scales of a blob can be re-encoded: none is NaN or negative. Reads them.
+
+    Raises:
+        SourceChanged, SystemFailure: reading failed.
+    """
+    return all(
+        nvfp4.are_sound(_block_scales(blob, start, stop)) for start, stop in _chunks(0, blob.block_scales.nbytes)
+    )
+
+
 def scale_value(data: bytes) -> np.ndarray:
     """The value of a scale of four bytes."""
     return np.frombuffer(data, "<f4")

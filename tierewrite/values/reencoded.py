@@ -6,7 +6,8 @@ get one `weight_scale_2`, the largest of them, because a fused kernel has one fo
 `weight_global_scale` is the reciprocal: there the smallest.
 
 Refused: sides whose decoded weights differ by more than the rounding of the coarser encoding, and scales that are zero,
-negative or not finite (`nvfp4.widest` says so).
+negative or not finite (`nvfp4.widest` says so), block scales that are negative or NaN. A fused set with such a scale is
+left as it is, with a warning.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from tierewrite.errors import shown
 from tierewrite.formats.nvfp4_blobs import blob_of, fused_sets
 from tierewrite.numbers import nvfp4
 from tierewrite.planning.plan import GroupPlan, RewritePlan
@@ -28,6 +30,7 @@ from tierewrite.values.content import (
     Made,
     Patch,
     blocks_of,
+    has_sound_scales,
     range_of,
     scale_value,
 )
@@ -170,7 +173,7 @@ def _why_different(checkpoint: Checkpoint, first: BlobKeys, other: BlobKeys) -> 
 
 
 def reencodings(checkpoint: Checkpoint, plan: RewritePlan) -> Reencodings:
-    """What the plan re-encodes, with the new scales. Reads the scales only.
+    """What the plan re-encodes, with the new scales. Reads the scales only, those of blocks in fused sets.
 
     Raises:
         SourceChanged, SystemFailure: reading failed.
@@ -243,6 +246,14 @@ def _unify(
     except ValueError as error:
         return [f"the fused scales of {', '.join(modules)} are not unified: {error}"]
     data = new.astype("<f4").tobytes()
+    unsound = [
+        module
+        for module, blob in blobs.items()
+        if read[blob.scale] != data and not has_sound_scales(blob.located(checkpoint, read[blob.scale]))
+    ]
+    if unsound:
+        why = f"{shown(unsound[0])}.weight_scale holds a NaN or a negative scale"
+        return [f"the fused scales of {', '.join(modules)} are not unified: {why}"]
     for module, blob in blobs.items():
         if module in by_module:
             by_module[module] = replace(by_module[module], scale=data)
