@@ -79,9 +79,11 @@ def reset() -> None:
 
 
 def end() -> None:
-    """The command is over: no signal may disturb the interpreter while it ends."""
+    """The command is over: no signal may disturb the interpreter while it ends, which takes handlers of ours away."""
     _state.over = True
     signal.setitimer(signal.ITIMER_REAL, 0)
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def pending() -> Interrupted | None:

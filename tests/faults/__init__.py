@@ -75,12 +75,14 @@ class Call:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command line ended: its exit status (-9 after a kill), what it printed, and what was counted."""
+    """How a command line ended: its exit status (-9 after a kill, None where it was hung), what it printed, what was
+    counted, and how long it took."""
 
-    code: int
+    code: int | None
     stdout: str
     stderr: str
     calls: list[Call] = field(repr=False)
+    seconds: float = 0
 
 
 class Machine:
@@ -125,6 +127,8 @@ class Machine:
         uid: int = 0,
         exchange_missing: bool = False,
         seconds: float = 120,
+        signals: Sequence[tuple[float, int]] | None = None,
+        environment: dict[str, str] | None = None,
     ) -> Outcome:
         """Runs `tierewrite argv`.
 
@@ -135,10 +139,13 @@ class Machine:
             uid: the user that it runs as.
             exchange_missing: as on a kernel that cannot swap two folders in one step.
             seconds: after which it counts as hung.
+            signals: are sent to it once its handlers are installed, each so many seconds after the one before; and it
+                ends as a process of its own does.
+            environment: what it finds there besides.
         """
         self.runs += 1
         out, err, log = (self.folder / f"{self.runs}.{name}" for name in ("out", "err", "log"))
-        code = self._ask(
+        answer = self._ask(
             argv,
             stdin=os.devnull,
             stdout=str(out),
@@ -148,8 +155,11 @@ class Machine:
             exchange_missing=exchange_missing,
             fault=fault.to_json(log) if fault else None,
             seconds=seconds,
+            signals=signals,
+            environment=environment or {},
         )
-        outcome = Outcome(code, out.read_text(), err.read_text(), calls_in(log))
+        code = answer["code"]
+        outcome = Outcome(code, out.read_text(), err.read_text(), calls_in(log), answer["seconds"])
         for path in (out, err, log):
             path.unlink(missing_ok=True)
         assert code is not None, f"hung: {outcome}"
@@ -157,7 +167,7 @@ class Machine:
 
     def warm(self, *argv: str | Path) -> None:
         """Runs `tierewrite argv`, which prints nothing, in the server itself: later runs import nothing more."""
-        assert self._ask(argv, warm=True) == 0
+        assert self._ask(argv, warm=True)["code"] == 0
 
     def _ask(self, argv: Sequence[str | Path], **job: Any) -> Any:
         assert self.server.stdin is not None
@@ -165,7 +175,7 @@ class Machine:
         asked = {"argv": [str(argument) for argument in argv], "warm": False, **job}
         self.server.stdin.write(json.dumps(asked) + "\n")
         self.server.stdin.flush()
-        return json.loads(self.server.stdout.readline())["code"]
+        return json.loads(self.server.stdout.readline())
 
     def close(self) -> None:
         """Ends the server."""

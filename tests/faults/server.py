@@ -6,6 +6,7 @@ Started with the shim preloaded. Reads one JSON object a line from standard inpu
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import json
 import os
 import resource
@@ -14,7 +15,28 @@ import sys
 import time
 from typing import Any
 
-from tierewrite import cli
+from tierewrite import cli, interrupts
+
+
+def ready(write_end: int) -> None:
+    """Has the command say so once its handlers are installed: signals are sent from then on."""
+    install = interrupts.install
+
+    def installed() -> None:
+        install()
+        os.write(write_end, b"!")
+
+    interrupts.install = installed
+
+
+def sent(pid: int, signals: list[list[float]], read_end: int) -> float:
+    """Sends signals to a command that is ready, each so many seconds after the one before; returns when it began."""
+    os.read(read_end, 1)
+    began = time.monotonic()
+    for seconds, signum in signals:
+        time.sleep(seconds)
+        os.kill(pid, int(signum))  # no other process: until it is waited for, it keeps its number
+    return began
 
 
 def child(job: dict[str, Any]) -> None:
@@ -31,6 +53,8 @@ def child(job: dict[str, Any]) -> None:
         os.setgid(job["uid"])
         os.setuid(job["uid"])
 
+    os.environ.update(job["environment"])
+    faulthandler.enable()
     sys.argv = ["tierewrite", *job["argv"]]
     if job["exchange_missing"]:
         ctypes.CDLL(None).faults_no_exchange()
@@ -56,6 +80,8 @@ def ended(pid: int, seconds: float) -> int | None:
         if found:
             return os.waitstatus_to_exitcode(status)
         if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGABRT)  # says where every thread is
+            time.sleep(1)
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             return None
@@ -73,7 +99,11 @@ def serve() -> None:
         if job["warm"]:  # once in here: what a rewrite imports later is then there for every fork
             print(json.dumps({"code": tierewrite.cli.run(job["argv"])}), flush=True)
             continue
+        read_end, write_end = os.pipe()
         pid = os.fork()
+        if pid == 0 and job["signals"] is not None:
+            ready(write_end)
+            child(job)  # ends as a command does: the interpreter's end is an instant too
         if pid == 0:
             code = 70
             try:
@@ -89,7 +119,11 @@ def serve() -> None:
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(code)
-        print(json.dumps({"code": ended(pid, job["seconds"])}), flush=True)
+        os.close(write_end)
+        began = time.monotonic() if job["signals"] is None else sent(pid, job["signals"], read_end)
+        os.close(read_end)
+        code = ended(pid, job["seconds"])
+        print(json.dumps({"code": code, "seconds": time.monotonic() - began}), flush=True)
 
 
 if __name__ == "__main__":

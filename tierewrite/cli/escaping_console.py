@@ -35,7 +35,7 @@ class EscapingConsole(Console):
         super().__init__(file=cast(IO[str], _Passing(door)), highlight=False, soft_wrap=True, width=width)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """See `rich.console.Console`; text comes out escaped."""
+        """Rich's segments, with their text escaped."""
         for segment in super().render(renderable, options):
             text = segment.text
             if segment.control is None and not text.isprintable():

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 class Door:
     """Standard output or error for everybody who prints: click, logging, warnings, other people's libraries.
 
-    What cannot be written is said once: by `Undelivered`, or, for standard error, by nobody.
+    What cannot be written is remembered, and everything after it is dropped.
 
     Args:
         stream: where it goes; None where the process was started without it.
-        must_arrive: raise Undelivered.
+        must_arrive: raise Undelivered; for standard error there is nobody to tell.
     """
 
     errors = "backslashreplace"
@@ -37,25 +37,25 @@ class Door:
     def __init__(self, stream: TextIO | None, must_arrive: bool = False) -> None:
         self._stream = stream
         self._must_arrive = must_arrive
-        self._lost = False
+        self._failure: Undelivered | None = None
         self._console: Console | None = None
         self.encoding: str = getattr(stream, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:
-        """Writes `text`, control characters escaped. Raises Undelivered."""
+        """Writes `text`, escaped. Raises Undelivered."""
         if not isinstance(text, str):  # click finds out in this way that it is no file of bytes
             raise TypeError("text is expected")
         self.pass_on(escaped(text, keep="\n\t"))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
-        """Writes one after the other. Raises Undelivered."""
+        """Writes all of them. Raises Undelivered."""
         for line in lines:
             self.write(line)
 
     def pass_on(self, text: str) -> None:
         """Writes what holds no control character but our own. Raises Undelivered."""
-        if self._lost:
+        if self._failure is not None or not text:
             return
         if not text.isascii():
             text = text.encode(self.encoding, self.errors).decode(self.encoding)
@@ -65,23 +65,26 @@ class Door:
             self._stream.write(text)
 
     def flush(self) -> None:
-        """Raises Undelivered."""
-        if self._stream is not None and not self._lost:
+        """Raises Undelivered, also for what somebody else's code has tried to write and went on."""
+        if self._failure is not None:
+            if self._must_arrive:
+                raise self._failure
+        elif self._stream is not None:
             with self._arrives():
                 self._stream.flush()
 
     def isatty(self) -> bool:
-        """See `io.IOBase`."""
+        """Whether a person is looking."""
         return self._stream is not None and self._stream.isatty()
 
     def fileno(self) -> int:
-        """See `io.IOBase`."""
+        """The number of the open file. Raises OSError."""
         if self._stream is None:
             raise OSError(errno.EBADF, "it is closed")
         return self._stream.fileno()
 
     def writable(self) -> bool:
-        """See `io.IOBase`."""
+        """It is, for click."""
         return True
 
     def console(self) -> Console:
@@ -106,15 +109,15 @@ class Door:
         try:
             yield
         except (OSError, ValueError) as error:  # ValueError: somebody has closed it
-            self._lost = True
+            code = getattr(error, "errno", None) or 0
+            said = f"{getattr(error, 'strerror', None) or error} ({errno.errorcode.get(code, '?')})"
+            self._failure = Undelivered(said, reader_gone=isinstance(error, BrokenPipeError))
             with contextlib.suppress(OSError, ValueError):  # what is still buffered must not fail again at the end
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, self.fileno())
                 os.close(null)
             if self._must_arrive:
-                code = getattr(error, "errno", None) or 0
-                said = f"{getattr(error, 'strerror', None) or error} ({errno.errorcode.get(code, '?')})"
-                raise Undelivered(said, reader_gone=isinstance(error, BrokenPipeError)) from error
+                raise self._failure from error
 
 
 def console(stderr: bool = False) -> Console:
@@ -148,7 +151,7 @@ class LogHandler(logging.Handler):
     """Log lines go to standard error as it is when they come."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """See `logging.Handler`."""
+        """Prints it. Never raises."""
         try:
             text = self.format(record)
         except Exception:  # a library's own mistake in a message
