@@ -45,7 +45,7 @@ def check(
 
     Args:
         path: the folder, or its URL.
-        consumer: one of `CONSUMERS`: "vllm" or "transformers".
+        consumer: one of `CONSUMERS`, such as "vllm".
         backbone: a JSON file that describes how the consumer maps names (the form of vllm/backbones.json here), asked
             before the built-in table.
         ties, trust_remote_code: as for `rewrite`.

@@ -107,8 +107,8 @@ def report_page(
 
     Args:
         path: the folder that it wrote, or its URL; or its manifest alone, for everything but the sizes.
-        consumer: "vllm" or "transformers": what a readiness check of the folder finds is on the page.
-        backbone: a JSON file for the check, as for `readiness.check`.
+        consumer: such as "vllm": what `tierewrite.check` finds in the folder is on the page.
+        backbone: a JSON file for the check, as for `tierewrite.check`.
         worst: how many of the scales that differ most to list.
 
     Raises:

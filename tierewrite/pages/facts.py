@@ -353,8 +353,8 @@ def read_facts(
 
     Args:
         path: the folder that it wrote, or its URL; or a manifest alone.
-        consumer: "vllm" or "transformers": the findings of `readiness.check` are among the facts (a folder only).
-        backbone: as for `readiness.check`.
+        consumer: such as "vllm": the findings of `tierewrite.check` are among the facts (a folder only).
+        backbone: as for `tierewrite.check`.
 
     Raises:
         UsageError: nothing there, a folder without a manifest, or a consumer asked for without a folder.

@@ -94,7 +94,7 @@ def rewrite(
         verify: prove the output from the source before it appears.
         engine: "local", or "ray": hashing and writing are tasks on a Ray cluster whose nodes all see `src` and `dst`.
         ray_address: the cluster, as `ray.init` takes it; None: RAY_ADDRESS, else one on this machine.
-        consumer: make the choices that "vllm" or "transformers" needs (`FOR_CONSUMER`), where `options` does not, and
+        consumer: make the choices that it needs (`FOR_CONSUMER`; "vllm", ...), where `options` does not, and
             check the output before it appears; errors other than per-side conflicts, which no rewrite can merge, leave
             no `dst`.
         force: with `consumer`, let the output appear all the same.
