@@ -83,7 +83,7 @@ class RemoteTarget:
 
 
 class RemoteStaging:
-    """An output on its way into a store; see `writer.Staged`."""
+    """An output on its way into a store; see `output.staging.Staged`."""
 
     held_back = _LATE
 

@@ -103,7 +103,7 @@ def _hash_run(
             digests[entry.name] = hasher.digest()
             if pieces is not None:
                 kept[entry.name] = b"".join(pieces)
-        reader.check()
+        reader.finish()
     return digests, kept
 
 
@@ -125,7 +125,7 @@ class Reader:
         except OSError as e:
             raise SystemFailure(f"cannot be opened again: {e.strerror}", file=self.path) from None
         try:
-            self.check()
+            self.finish()
         except BaseException:
             os.close(self.fd)
             raise
@@ -135,8 +135,8 @@ class Reader:
         if self.remote is None:
             os.close(self.fd)
 
-    def check(self) -> None:
-        """Notice a file that is not what it was when its header or folder was read."""
+    def finish(self) -> None:
+        """Raises SourceChanged: the file is not what it was when its header or folder was read."""
         if self.remote is not None:
             self.remote.finish()
             return
@@ -186,7 +186,7 @@ def hash_file(side: SideFile, advance: Callable[[int], None] | None) -> bytes:
         reader.seek(0, side.size)
         for piece in reader.take(side.size):
             hasher.update(piece)
-        reader.check()
+        reader.finish()
     return hasher.digest()
 
 

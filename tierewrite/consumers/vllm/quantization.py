@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 CONFIG = "config.json: quantization_config"
-LEGACY = "hf_quant_config.json: quantization"
 ALGOS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "MXFP8", "MIXED_PRECISION")
 # What the legacy file may say when config.json says nothing (model_arch_config_convertor.py
 # `_normalize_quantization_config`).
