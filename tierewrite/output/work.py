@@ -138,7 +138,9 @@ class Work:
         hashed = np.flatnonzero(columns.hashed)
         spans = np.stack([columns.row, place, lengths, lengths, np.zeros_like(place)], axis=1)[hashed]
         self._hashed = _Runs.of((hashed, spans), first, stop)
-        patched = np.flatnonzero(np.isin(columns.row, np.array(list(patches), np.int64)) & (columns.out >= 0))
+        replaced = np.zeros(len(checkpoint.tensors), bool)
+        replaced[list(patches)] = True
+        patched = np.flatnonzero(replaced[columns.row] & (columns.out >= 0))
         self._patches = patches
         where = np.stack([columns.row, place, place + lengths], axis=1)[patched]
         self._patched = _Runs.of((patched, where), first, stop)
@@ -155,8 +157,10 @@ class Work:
         made: Iterable[MadeTask],
     ) -> list[AnyTask]:
         outs: list[set[int]] = [set() for _ in first]
-        written = self.columns.out >= 0
-        for number, out in np.unique(np.stack([batch, self.columns.out], axis=1)[written], axis=0).tolist():
+        pairs = np.stack([batch, self.columns.out], axis=1)[self.columns.out >= 0]
+        new = np.ones(len(pairs), bool)
+        new[1:] = (pairs[1:] != pairs[:-1]).any(axis=1)  # most tensors go where the one before goes
+        for number, out in pairs[new].tolist():
             outs[number].add(out)
         sizes = before[stop] - before[first]
         rows = zip(shard[first].tolist(), first.tolist(), stop.tolist(), sizes.tolist(), outs, strict=True)

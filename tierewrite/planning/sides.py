@@ -73,7 +73,7 @@ class Sides:
         self.first, signature = first[module], composition[module]
         known = np.full(signature.max(initial=-1) + 2, -1, np.int32)  # the last one is for -1
         known[-1] = 0
-        for number in np.unique(signature[signature >= 0]).tolist():
+        for number in np.flatnonzero(np.bincount(signature[signature >= 0])).tolist():
             known[number] = self._numbered("weight", self._signatures[number])
         self.composition = known[signature]
         found: list[int] = []

@@ -44,7 +44,7 @@ def read_tensors(checkpoint: Checkpoint, keys: Iterable[str]) -> dict[str, bytes
     rows = np.array([tensors.row[key] for key in dict.fromkeys(keys)], np.int64)
     rows = rows[np.lexsort((tensors.start[rows], tensors.shard[rows]))]
     result: dict[str, bytes] = {}
-    for number in np.unique(tensors.shard[rows]).tolist():
+    for number in np.flatnonzero(np.bincount(tensors.shard[rows])).tolist():
         mine = rows[tensors.shard[rows] == number]
         starts, ends = tensors.start[mine], tensors.end[mine]
         names = list(map(tensors.names.__getitem__, mine.tolist()))
