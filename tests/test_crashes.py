@@ -501,6 +501,7 @@ def test_signal_during_the_swap_comes_after_it(case: Case, argv: tuple[str, ...]
         fault = Fault(work, "signal_after", 1, 0, signal.SIGTERM, calls, part)
         done = case.in_place(src, *argv, fault=fault)
         assert done.code == 143, done
+        assert done.stderr == "tierewrite: stopped by signal 15; the rewrite is complete\n", done
         assert contents(src) == case.right
         assert contents(work / "out.bak") == (None if argv else case.original)
         assert names_in(work) == (["out"] if argv else ["out", "out.bak"])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
 import os
 import pickle
+import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -336,6 +339,30 @@ def test_a_signal_ends_the_tasks_and_leaves_nothing(
     assert (driver.returncode, out) == (code, ""), err
     assert err == f"tierewrite: stopped by signal {int(signum)}; nothing half-done was left behind\n"
     assert names_in(tmp_path) == []
+
+
+@pytest.mark.long
+def test_signals_at_random_instants_end_the_tasks_and_leave_nothing(
+    cluster: Cluster, made: Generated, right: dict[str, bytes], tmp_path: Path
+) -> None:
+    began = time.monotonic()
+    assert start_cli(cluster, made, tmp_path / "out", "--quiet").wait(120) == 0
+    lasted = time.monotonic() - began
+    for number in range(int(os.environ.get("SIGNALS", "200"))):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        chance = random.Random(number)
+        signum = chance.choice([signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGXCPU])
+        driver = start_cli(cluster, made, tmp_path / "out", "--quiet")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            driver.wait(chance.uniform(0.3, 1.05 * lasted))
+        driver.send_signal(signum)
+        out, err = driver.communicate(timeout=120)
+        assert driver.returncode in (0, 128 + signum), (number, signum, err)
+        assert out == "", number
+        assert "Traceback" not in err, (number, signum, err)
+        complete = driver.returncode == 0 or "the rewrite is complete" in err  # Ray's own end takes a while
+        assert names_in(tmp_path) == (["out"] if complete else []), (number, signum, err)
+        assert not complete or contents(tmp_path / "out") == right, number
 
 
 # ------------------------------------------------------------------------------------------------- what fails for good

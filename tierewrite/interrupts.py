@@ -2,10 +2,10 @@
 
 Python runs a handler between any two instructions of the main thread. An exception raised between the taking of a lock
 and the `with` that would give it back leaves it taken, and whoever wants it next waits for ever; one raised while a
-module is imported leaves half a module; Ray makes another error of it. So inside the modules of `_LOCKS` and `_IMPORTS`
-a handler only asks, by a timer, to be called again soon. Elsewhere it raises, in other people's code too: a model class
-or a download may take minutes. Whoever swallows it there (a bare `except`, an object that is being deleted) only delays
-it: it is raised again by `check`, which stands at the steps of ours.
+module is imported leaves half a module. So inside the modules of `_LOCKS`, `_IMPORTS` and `_PATIENT` a handler only
+asks, by a timer, to be called again soon. Elsewhere it raises, in other people's code too: a model class or a download
+may take minutes. Whoever swallows it there (a bare `except`, an object that is being deleted) only delays it: it is
+raised again by `check`, which stands at the steps of ours.
 
 Only the command line installs handlers. Without them `check` never raises, and `held` holds back whatever handlers
 there are.
@@ -28,11 +28,13 @@ SIGNALS = tuple(signal.Signals(code - 128) for code in EXIT_CODES if code > 128)
 
 _LOCKS = frozenset({"threading", "queue", "logging", "weakref", "_weakrefset"})
 _IMPORTS = frozenset({"importlib._bootstrap", "importlib._bootstrap_external"})
+_PATIENT = ("asyncio.", "ray.")
+"""Packages whose state, half-made, makes another error of it."""
 _AGAIN_SECONDS = 0.01
 _BLOCKED = 5
 """Looks in a row that find the main thread at one instruction: it waits in C, and has not got what it waits for."""
 _PATIENCE = 300
-"""Looks that an import, or Ray, is waited for: 3 s and what its calls into C take."""
+"""Looks that an import, Ray or asyncio is waited for: 3 s and what its calls into C take."""
 
 
 class _State:
@@ -122,6 +124,18 @@ def held() -> Iterator[None]:
             _look_again()
 
 
+@contextlib.contextmanager
+def standing() -> Iterator[list[str]]:
+    """Around work with a point of no return: what is appended says how things stand to whoever is interrupted later."""
+    said: list[str] = []
+    try:
+        yield said
+    except Interrupted as stopped:
+        if said:
+            raise Interrupted(stopped.signum, said[-1]) from None
+        raise
+
+
 def _arrived(signum: int, frame: FrameType | None) -> None:
     """The handler, also of the timer that it asks to be called again by."""
     if _state.over or _state.raised:
@@ -138,10 +152,10 @@ def _arrived(signum: int, frame: FrameType | None) -> None:
 
 
 def _unraisable(what: Any) -> None:
-    """What a destructor swallowed: a signal is raised again soon, and not printed."""
-    if not isinstance(what.exc_value, Interrupted):
+    """What a destructor swallowed: a signal is raised again soon. What half-made objects say of it is not printed."""
+    if _state.pending is None:
         sys.__unraisablehook__(what)
-    elif not _state.over:
+    elif isinstance(what.exc_value, Interrupted) and not _state.over:
         _state.raised = False
         _look_again()
 
@@ -159,7 +173,7 @@ def _may_raise(frame: FrameType | None) -> bool:
         module = str(frame.f_globals.get("__name__"))
         if (module in _LOCKS or module.startswith("concurrent.futures")) and _state.stayed < _BLOCKED:
             return False
-        if (module in _IMPORTS or module.startswith("ray.")) and _state.looks < _PATIENCE:
+        if (module in _IMPORTS or module.startswith(_PATIENT)) and _state.looks < _PATIENCE:
             return False
         frame = frame.f_back
     return True

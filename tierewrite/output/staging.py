@@ -54,8 +54,8 @@ class Staged(Protocol):
     def kept(self) -> list[FilePath]:
         """The files that are there already: with `resume`, what a killed run left."""
 
-    def commit(self) -> None:
-        """Makes it appear. Raises SystemFailure, UsageError."""
+    def commit(self, done: Callable[[], None] = lambda: None) -> None:
+        """Makes it appear; `done` is called once that is not taken back. Raises SystemFailure, UsageError."""
 
     def __enter__(self) -> Staged: ...
 
@@ -197,7 +197,7 @@ class Staging:
         with system_errors("listing", self.path):
             return [*self.path.iterdir()]
 
-    def commit(self) -> None:
+    def commit(self, done: Callable[[], None] = lambda: None) -> None:
         """Flushes the folder and makes it the target, by one rename.
 
         Raises:
@@ -221,6 +221,7 @@ class Staging:
                 self._in_doubt = False
                 raise
             self._committed = True
+            done()
             aside = aside_of(target)
             if self.target.backup is None and aside.exists():
                 os.rename(aside, staged)  # now it is rubbish, and a next run may know that

@@ -16,6 +16,7 @@ import contextlib
 import json
 import logging
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -146,7 +147,7 @@ class RemoteStaging:
         """See `Staged`."""
         return [self.folder / name for name in listing(self.folder) if name != INCOMPLETE_NAME]
 
-    def commit(self) -> None:
+    def commit(self, done: Callable[[], None] = lambda: None) -> None:
         """Writes the configurations and then the index, which makes it a checkpoint.
 
         Raises:
@@ -158,6 +159,7 @@ class RemoteStaging:
             if name in self._late:
                 (self.folder / name).write_bytes(self._late[name])
         self._committed = True
+        done()
         try:
             self._marker.unlink(missing_ok=True)
         except (SystemFailure, Interrupted) as error:

@@ -127,7 +127,10 @@ def rewrite(
         route = Route.in_place(src, dst, backup)
     else:
         route = Route.between(src, dst, overwrite, resume, revision, progress)
-    with open_engine(engine, device=device, threads=threads, progress=progress, ray_address=ray_address) as workers:
+    with (
+        interrupts.standing() as said,
+        open_engine(engine, device=device, threads=threads, progress=progress, ray_address=ray_address) as workers,
+    ):
         before = listing(route.swapped) if route.swapped is not None else {}
         opened = Opened.open(route.src, meanwhile=read_ahead.reading if engine == "local" else None, **reading)
         interrupts.check()
@@ -155,7 +158,7 @@ def rewrite(
                 report = replace(report, readiness=readiness)
             if route.swapped is not None:
                 still_as_listed(route.swapped, before)
-            staging.commit()
+            staging.commit(lambda: said.append("the rewrite is complete"))
     return report
 
 
