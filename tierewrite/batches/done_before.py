@@ -85,7 +85,7 @@ def made(
     if manifest["options"] != policy.to_json():
         return "it was made with other options"
     opened = Opened.open(src, ties=ties, trust_remote_code=trust_remote_code, ignore_unindexed=ignore_unindexed)
-    source = opened.checkpoint
+    source = opened.excluding(policy.exclude).checkpoint
     if manifest["source"]["shards"] != [{"name": shard.name, "size": shard.size} for shard in source.shards]:
         return "it was made from shards of other names or sizes"
     if manifest["ties"]["map"] != ties_on_disk(opened.disk):

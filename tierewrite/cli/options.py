@@ -35,7 +35,7 @@ def together(*decorators: Decorator[F]) -> Decorator[F]:
 
 def given(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that were given on the command line: the library has the defaults."""
-    return {name: value for name, value in options.items() if value is not None and value is not False}
+    return {name: value for name, value in options.items() if value is not None and value is not False and value != ()}
 
 
 def flag_of(name: str) -> str:
@@ -50,7 +50,9 @@ def _policy_option(option: Option) -> Decorator[Any]:
         text = f"{option.help}  [default: {option.default}]"
         return click.option(flag_of(option.name), type=click.Choice(option.choices), help=text)
     kind = int if option.types == (int,) else str
-    return click.option(flag_of(option.name), type=kind, metavar=option.metavar, help=option.help)
+    return click.option(
+        flag_of(option.name), type=kind, metavar=option.metavar, multiple=list in option.types, help=option.help
+    )
 
 
 def _presets() -> str:

@@ -6,7 +6,7 @@ A new option is a field of `Policy`, and its line in `PolicyOptions` for type ch
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
@@ -31,6 +31,7 @@ class PolicyOptions(TypedDict, total=False):
     unify_fused_scales: bool
     fix_ignore: bool
     fill_missing_scales: bool
+    exclude: str | Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,18 @@ class Policy:
             "largest of the same projection's other experts in its layer.",
         },
     )
+    exclude: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "types": (str, list),
+            "metavar": "PATTERN",
+            "help": 'Leave out side files whose name, or path in SRC, matches this wildcard, e.g. "*.bin"; may be '
+            "given several times. config.json and hf_quant_config.json always stay.",
+        },
+    )
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "exclude", _patterns(self.exclude))
         for option in OPTIONS.values():
             option.check(getattr(self, option.name))
         if self.max_shard_size is not None and self.max_shard_size <= 0:
@@ -112,7 +123,7 @@ class Policy:
 
     def to_json(self) -> dict[str, Any]:
         """The `options` of manifest and report."""
-        return asdict(self)
+        return {**asdict(self), "exclude": list(self.exclude)}
 
 
 @dataclass(frozen=True)
@@ -139,6 +150,7 @@ class Option:
         """Raises UsageError: `value` is none of the choices, or of another type."""
         if value is None and self.default is None:
             return
+        value = list(value) if isinstance(value, tuple) else value
         if self.choices and value not in self.choices:
             raise UsageError(f"{self.name} is {value!r}; expected one of {', '.join(self.choices)}")
         if not of_type(value, self.types):
@@ -160,9 +172,21 @@ FOR_CONSUMER: Mapping[str, PolicyOptions] = {
 }
 """What a rewrite for a consumer chooses, where the caller does not. `--for` offers these names."""
 
-_TYPE_NAMES = {bool: "true or false", int: "a number", str: "a text"}
+_TYPE_NAMES = {bool: "true or false", int: "a number", str: "a text", list: "a list of texts"}
 _SIZE = re.compile(r"([0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})\s*([KMGT]B|)", re.IGNORECASE | re.ASCII)
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def _patterns(value: Any) -> tuple[str, ...]:
+    """The wildcards of `exclude`, of which one may be given as a text.
+
+    Raises:
+        UsageError: they are no texts.
+    """
+    found = (value,) if isinstance(value, str) else value
+    if not isinstance(found, (list, tuple)) or not all(isinstance(one, str) and one for one in found):
+        raise UsageError(f"exclude is {value!r}; expected wildcards such as '*.bin', a text or a list of texts")
+    return tuple(found)
 
 
 def of_type(value: Any, types: tuple[type, ...]) -> bool:

@@ -59,6 +59,7 @@ from tierewrite.proof.files import (
 )
 from tierewrite.proof.reading import hash_tensors, is_scale
 from tierewrite.source.open import fetched, name_in_messages, open_checkpoint
+from tierewrite.source.side_files import excluding
 from tierewrite.source.table import MANIFEST_NAME, Checkpoint
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.mirror import Place
@@ -158,6 +159,7 @@ def verify(
         src = fetched(src, revision=revision)
     dst_name = name_in_messages(dst)
     source = open_checkpoint(src, ignore_unindexed=ignore_unindexed, trust_remote_code=trust_remote_code)
+    source = excluding(source, policy.exclude)
     try:
         target = open_checkpoint(dst, plain=True)
     except (SourceError, SystemFailure) as e:

@@ -46,7 +46,7 @@ def plan(
     opened = Opened.open(
         src, ties=ties, trust_remote_code=trust_remote_code, ignore_unindexed=ignore_unindexed, revision=revision
     )
-    return opened.plan(policy)
+    return opened.excluding(policy.exclude).plan(policy)
 
 
 def rewrite(
@@ -134,6 +134,7 @@ def rewrite(
         before = listing(route.swapped) if route.swapped is not None else {}
         opened = Opened.open(route.src, meanwhile=read_ahead.reading if engine == "local" else None, **reading)
         interrupts.check()
+        opened = opened.excluding(policy.exclude)
         planned = opened.plan(policy)
         refuse_unconfirmed(opened, planned, workers)
         side_bytes = sum(side.size for side in opened.checkpoint.side_files)

@@ -21,6 +21,7 @@ from tierewrite.errors import ConfigError, ShardIndexError, SourceError, shown
 from tierewrite.source.header import read_header
 from tierewrite.source.index import check_against_index, check_total, read_index
 from tierewrite.source.regular_files import kind_of_file, names_in, read_small, resolved_path, stat_of
+from tierewrite.source.side_files import in_other_formats
 from tierewrite.source.strict_json import kind_of_json, repeated_key
 from tierewrite.source.table import (
     INCOMPLETE_NAME,
@@ -344,7 +345,7 @@ def what_is_here(names: list[str]) -> str:
     """What a folder without safetensors holds instead, for the error."""
     if not names:
         return "the folder is empty"
-    weights = [n for n in names if n.endswith((".bin", ".pt", ".pth", ".gguf", ".ckpt", ".msgpack", ".h5", ".onnx"))]
+    weights = in_other_formats(names)
     if weights:
         listed = ", ".join(shown(name) for name in weights[:5])
         return f"found weights in other formats ({listed}): convert them to safetensors first"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -10,6 +10,7 @@ from tierewrite.planning.plan import RewritePlan
 from tierewrite.planning.planner import plan as make_plan
 from tierewrite.planning.policy import Policy
 from tierewrite.source.open import open_checkpoint
+from tierewrite.source.side_files import excluding, other_weights
 from tierewrite.source.table import Checkpoint, gc_paused
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.mirror import Place
@@ -104,6 +105,10 @@ class Opened:
             tie_map = TieMap.of(checkpoint, ties, trust_remote_code)
         return cls(checkpoint, tie_map, on_disk(tie_map, checkpoint.tensors, checkpoint.tensors))
 
+    def excluding(self, patterns: Sequence[str]) -> Opened:
+        """This, without the side files that one of the wildcards matches."""
+        return replace(self, checkpoint=excluding(self.checkpoint, patterns)) if patterns else self
+
     def plan(self, policy: Policy, evidence: Evidence | None = None) -> RewritePlan:
         """The plan for this source, with the ties' provenance and what the bytes have said so far."""
         evidence = evidence or Evidence()
@@ -114,7 +119,7 @@ class Opened:
             ties_source=self.ties.source,
             ties_detail=self.ties.detail,
             unpaired=self.ties.unpaired,
-            warnings=(*self.checkpoint.warnings, *self.ties.warnings),
+            warnings=(*self.checkpoint.warnings, *other_weights(self.checkpoint), *self.ties.warnings),
             refuted=evidence.reasons,
             separate_kv=evidence.separate_kv,
             repacked=evidence.repacked,

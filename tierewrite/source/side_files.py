@@ -1,0 +1,43 @@
+"""Side files: weights in other formats among them, and those that are left out on request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+from tierewrite.errors import shown
+from tierewrite.source.table import Checkpoint
+
+_ALWAYS = ("config.json", "hf_quant_config.json")
+_OTHER_FORMATS = (".bin", ".pt", ".pth", ".gguf", ".ckpt", ".msgpack", ".h5", ".onnx")
+_NO_WEIGHTS = ("training_args.bin", "scheduler.pt", "rng_state.pth")
+
+
+def in_other_formats(names: Iterable[str]) -> list[str]:
+    """The files that hold weights and are no safetensors, by their names."""
+    return [n for n in names if n.endswith(_OTHER_FORMATS) and n.rpartition("/")[2] not in _NO_WEIGHTS]
+
+
+def other_weights(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """A warning that names the side files that hold weights in other formats, if there are any."""
+    found = in_other_formats(side.name for side in checkpoint.side_files)
+    if not found:
+        return ()
+    listed = ", ".join(shown(name) for name in found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+    nbytes = sum(side.size for side in checkpoint.side_files if side.name in set(found))
+    return (f"weights in other formats are copied as they are, {nbytes:,} bytes: {listed}; --exclude leaves them out",)
+
+
+def excluding(checkpoint: Checkpoint, patterns: Sequence[str]) -> Checkpoint:
+    """`checkpoint` without the side files whose name, or path in it, one of the wildcards matches; folders stay."""
+    kept = tuple(
+        side
+        for side in checkpoint.side_files
+        if side.name in _ALWAYS
+        or not any(
+            fnmatchcase(side.name, pattern) or fnmatchcase(side.name.rpartition("/")[2], pattern)
+            for pattern in patterns
+        )
+    )
+    return replace(checkpoint, side_files=kept)
