@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?:::[A-Za-z][A-Za-z0-9+.-]*)*://")
 _LOCAL = re.compile(r"(?:file|local)://")
 
+_LONGEST = 4095  # Linux' PATH_MAX without the NUL at its end
+_LONGEST_PART = 255  # NAME_MAX; of a key in a store, what no name of a checkpoint comes near
+
 FilePath = Path | RemotePath
 
 _LOCAL_STORE = LocalStore()
@@ -43,11 +46,12 @@ def located(where: PathLike | RemotePath) -> FilePath:
     """`where` as a path: a URL of a file system other than this machine's is remote, all else is local.
 
     Raises:
-        UsageError: a URL that names no folder.
+        UsageError: a URL that names no folder, or a name that no file can have.
     """
     if isinstance(where, RemotePath):
         return where
     text = os.fspath(where)
+    _refuse_impossible(text)
     if not isinstance(where, str) or not _URL.match(text):
         return Path(where)
     if text.rstrip("/").endswith(":"):
@@ -61,6 +65,25 @@ def located(where: PathLike | RemotePath) -> FilePath:
             file=redacted(text),
         )
     return RemotePath(text.rstrip("/"))
+
+
+def _refuse_impossible(text: str) -> None:
+    """Raises UsageError for a name that no system call takes: with a NUL, not of bytes, or longer than PATH_MAX."""
+    problem = None
+    try:
+        # Bytes of a file's name that are no text are half surrogates in Python; no URL has any.
+        length = len(text.encode() if _URL.match(text) else os.fsencode(text))
+    except UnicodeEncodeError:
+        problem = "its name holds a character that is no text (half of a surrogate pair)"
+    else:
+        if "\0" in text:
+            problem = "its name holds a NUL character"
+        elif length > _LONGEST:
+            problem = f"its name has {length} bytes; a path has at most {_LONGEST}"
+        elif (longest := max(len(os.fsencode(part)) for part in text.split("/"))) > _LONGEST_PART:
+            problem = f"a part of its name has {longest} bytes; a name has at most {_LONGEST_PART}"
+    if problem is not None:
+        raise UsageError(f"{problem}; correct the name", file=redacted(text))
 
 
 def _is_local_url(text: str) -> bool:

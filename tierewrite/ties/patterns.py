@@ -285,7 +285,7 @@ def read_ties(path: Path) -> dict[str, str]:
     """The object of a ties file: alias -> canonical, names or patterns. Raises TieFileError."""
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as exc:
+    except (OSError, ValueError) as exc:  # ValueError: it is not UTF-8, or its name holds a NUL
         why = exc.strerror if isinstance(exc, OSError) and exc.strerror else exc
         raise TieFileError(f"the ties file cannot be read: {why}; {TIES_WANTED}", file=path) from exc
 
