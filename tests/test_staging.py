@@ -178,7 +178,7 @@ def test_dst_beside_in_place_is_wrong_usage(copied: Naive, tmp_path: Path) -> No
 def test_too_little_space_is_refused_before_the_first_byte(
     naive: Naive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
     with pytest.raises(tierewrite.SystemFailure, match=r"1,000 free"):
         tierewrite.rewrite(naive("dg_nvfp4"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -15,12 +15,13 @@ import json
 import logging
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tierewrite.errors import SourceError, SystemFailure, UsageError, shown, system_errors
+from tierewrite.output.target import staging_names
 from tierewrite.planning.policy import OPTIONS, Policy, of_type, type_names
 from tierewrite.rewriting.options import ITEM_TYPES
 from tierewrite.source import hub
@@ -28,7 +29,7 @@ from tierewrite.source.folder import natural_key
 from tierewrite.source.strict_json import unique_members
 from tierewrite.source.table import INDEX_NAME
 from tierewrite.stores.base import PathLike
-from tierewrite.stores.places import is_local, is_remote, located
+from tierewrite.stores.places import chain, is_local, is_remote, located
 from tierewrite.stores.remote import RemotePath, listing
 
 log = logging.getLogger(__name__)
@@ -215,7 +216,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 def _joined(folder: str, text: str, origin: str) -> str:
     if "\0" in text:
         raise UsageError(f"{origin}: '{shown(text)}' holds a NUL character")
-    return text if isinstance(located(text), RemotePath) else os.path.join(folder, text)
+    path = located(text)
+    return path.url if is_remote(path) else os.path.join(folder, path)
 
 
 def _from(folder: str, text: str, origin: str) -> str:
@@ -317,8 +319,7 @@ def _below_url(root: RemotePath, into: str | None) -> list[str]:
     output = None if into is None else located(into)
     found: set[str] = set()
     for folder in sorted(folders, key=lambda name: (name.count("/") + bool(name), name)):
-        url = f"{root.url}/{folder}" if folder else root.url
-        if is_remote(output) and folder and f"{url}/".startswith(f"{output.url}/"):
+        if is_remote(output) and folder and chain(output)[0] in chain(root / folder):
             continue
         if is_checkpoint(folders[folder]) and found.isdisjoint(_above(folder, root=True)):
             found.add(folder)
@@ -336,33 +337,46 @@ def _empty(folders: int, root: object) -> SourceError:
     )
 
 
+Chain = tuple[Hashable, ...]
+
+
 def refuse_clashes(items: Sequence[Item]) -> None:
     """No DST may be, or lie in or around, another's DST or anybody's SRC.
 
     Raises:
         UsageError: two items, or a SRC and a DST, would meet.
     """
-    sources: dict[str, Item] = {}
-    targets: dict[str, Item] = {}
+    sources: dict[Hashable, tuple[Item, Chain]] = {}
+    targets: dict[Hashable, tuple[Item, Chain]] = {}
+    staged: dict[Hashable, Item] = {}
     for item in items:
-        if (key := _key(item.src)) is not None:
-            sources.setdefault(key, item)
+        if hub.repo_id(item.src) is None:
+            at = chain(located(item.src))
+            sources.setdefault(at[0], (item, at))
         assert item.dst is not None
-        key = _key(item.dst, dst=True)
-        assert key is not None
-        if key in targets:
-            raise _clash(item, targets[key], "the same DST, '{dst}'; give one of them a `dst` of its own in a list")
-        targets[key] = item
-    for key, item in targets.items():
-        for above in _above(key):
-            if above in targets and targets[above] is not item:
-                raise _clash(item, targets[above], "DSTs that lie inside one another ('{dst}')")
+        place = located(item.dst)
+        at = chain(place)
+        if at[0] in targets:
+            other = targets[at[0]][0]
+            raise _clash(item, other, "the same DST, '{dst}'; give one of them a `dst` of its own in a list")
+        targets[at[0]] = item, at
+        if is_local(place):
+            staged.update(dict.fromkeys((chain(name)[0] for name in staging_names(place)), item))
+    for item, at in targets.values():
+        for above in at:
+            if above in targets and targets[above][0] is not item:
+                raise _clash(item, targets[above][0], "DSTs that lie inside one another ('{dst}')")
             if above in sources:
-                raise _clash(item, sources[above], "a DST ('{dst}') that is, or lies inside of, the SRC of the other")
-    for key, item in sources.items():
-        for above in _above(key):
+                other = sources[above][0]
+                raise _clash(item, other, "a DST ('{dst}') that is, or lies inside of, the SRC of the other")
+            if above in staged:
+                raise _clash(item, staged[above], "a DST ('{dst}') that lies where the other's DST is staged")
+    for item, at in sources.values():
+        for above in at:
             if above in targets:
-                raise _clash(targets[above], item, "a DST ('{dst}') that holds the SRC of the other")
+                raise _clash(targets[above][0], item, "a DST ('{dst}') that holds the SRC of the other")
+            if above in staged:
+                raise _clash(staged[above], item, "a DST ('{dst}') that is staged where the SRC of the other lies")
 
 
 def _clash(one: Item, other: Item, what: str) -> UsageError:
@@ -372,19 +386,6 @@ def _clash(one: Item, other: Item, what: str) -> UsageError:
     return UsageError(
         f"'{shown(located(one.src))}' ({one.origin}) and '{shown(located(other.src))}' ({other.origin}) have {text}"
     )
-
-
-def _key(where: str, dst: bool = False) -> str | None:
-    """What stands for a place, links resolved; None for a hub id."""
-    path = located(where)
-    if is_remote(path):
-        return path.url
-    if not dst and hub.repo_id(where) is not None:
-        return None
-    try:
-        return os.path.realpath(path)
-    except (OSError, ValueError):
-        return os.path.abspath(path)
 
 
 def _above(key: str, root: bool = False) -> Iterator[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
@@ -377,10 +376,10 @@ def explain(rule: str | None, all_rules: bool, as_json: bool) -> None:
 @json_option
 def report_command(
     target: str,
-    html: Path | None,
-    png: Path | None,
+    html: str | None,
+    png: str | None,
     consumer: str | None,
-    backbone: Path | None,
+    backbone: str | None,
     worst: int,
     as_json: bool,
 ) -> None:

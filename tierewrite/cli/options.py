@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -16,7 +15,7 @@ Decorator = Callable[[F], F]
 
 SOURCE = click.Path(readable=False)
 """Text: as a path, ./org/name would become a hub id, and a URL would lose a slash."""
-FILE = click.Path(readable=False, path_type=Path)
+FILE = click.Path(readable=False)
 """What cannot be read is for the library to say, with exit code 5."""
 
 _CONSUMER = click.Choice(tuple(FOR_CONSUMER))

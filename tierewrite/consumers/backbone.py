@@ -13,6 +13,7 @@ from typing import Any
 
 from tierewrite.errors import UsageError
 from tierewrite.stores.base import PathLike
+from tierewrite.stores.places import local_file
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class BackboneTable:
             UsageError: the file is unreadable or not of that form.
         """
         try:
-            given = json.loads(Path(file).read_text(encoding="utf-8"))
+            given = json.loads(local_file(file, "a description of a backbone").read_text(encoding="utf-8"))
             entries = tuple(map(Backbone.from_json, given.get("backbones", [given])))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise UsageError(

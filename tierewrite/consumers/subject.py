@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from tierewrite.numbers.float8 import float8_values
 from tierewrite.source.bytes import open_source, read_tensors
 from tierewrite.source.table import TensorEntry
 from tierewrite.stores.base import PathLike
+from tierewrite.stores.places import local_file
 from tierewrite.ties.on_disk import WHOLE, Part, on_disk, places
 from tierewrite.ties.tie import ModelNames
 from tierewrite.ties.tie_map import TieMap
@@ -84,7 +84,7 @@ class Subject:
                 folder.root,
                 self.config,
                 keys=self.entries,
-                ties_file=None if ties_file is None else Path(ties_file),
+                ties_file=None if ties_file is None else local_file(ties_file, "a ties file"),
                 trust_remote_code=trust_remote_code,
             )
         except TierewriteError as e:

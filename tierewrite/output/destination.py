@@ -22,8 +22,8 @@ class Destination(Protocol):
     def check_space(self, needed: int) -> None:
         """Raises SystemFailure: `needed` bytes do not fit. (A store does not say.)"""
 
-    def staging(self, resume: bool) -> Staged:
-        """Where the output grows until it is complete; `resume` keeps what a killed run finished."""
+    def staging(self, resume: bool, source: str = "") -> Staged:
+        """Where the output of `source` grows until it is complete; `resume` keeps what a killed run finished."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class FolderDestination:
         """See `Destination`."""
         check_space(self.target.path, needed)
 
-    def staging(self, resume: bool) -> Staged:
+    def staging(self, resume: bool, source: str = "") -> Staged:
         """See `Destination`."""
-        return Staging(self.target, resume)
+        return Staging(self.target, resume, source)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class StoreDestination:
     def check_space(self, needed: int) -> None:
         """A store does not say what it has left."""
 
-    def staging(self, resume: bool) -> Staged:
+    def staging(self, resume: bool, source: str = "") -> Staged:
         """See `Destination`."""
         return RemoteStaging(self.target, resume)
 

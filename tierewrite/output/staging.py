@@ -2,7 +2,8 @@
 
 Nothing exists under the target's name until everything is written and flushed to disk (files, folders, and the folder
 that holds them), so a crash at any instant leaves the target whole or absent. The staging folder is locked while a
-run lives; one that a killed run left behind is recognised by the lock being free, and cleared.
+run lives; one that a killed run left behind is recognised by its mark (`staging_mark`) and by the lock being free, and
+cleared. What does not bear the mark is not ours and is never touched.
 """
 
 from __future__ import annotations
@@ -13,16 +14,26 @@ import errno
 import fcntl
 import logging
 import os
-import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
 from tierewrite import interrupts
-from tierewrite.errors import UsageError, shown, system_errors
+from tierewrite.errors import SystemFailure, UsageError, shown, system_errors
 from tierewrite.output.files import is_finished_shard
-from tierewrite.output.target import Target, aside_of, staging_of
+from tierewrite.output.staging_mark import (
+    Mark,
+    Sizes,
+    keep_mode,
+    keep_permissions,
+    refuse_not_ours,
+    remove_tree,
+    sizes_in,
+)
+from tierewrite.output.target import Target, aside_of, beside_of, staging_of
+from tierewrite.source.table import STAGING_MARK_NAME
 from tierewrite.stores.local import sync_folder
 from tierewrite.stores.mirror import RemoteFolder
 from tierewrite.stores.places import FilePath, store_of
@@ -48,6 +59,9 @@ class Staged(Protocol):
     def put(self, name: str, data: bytes) -> None:
         """Writes a small file, or replaces it. Raises SystemFailure."""
 
+    def expect(self, files: Sizes) -> None:
+        """What must be there at the commit, besides what came through `put`: names and sizes in bytes."""
+
     def view(self) -> Path | RemoteFolder:
         """The output as a checkpoint that can be opened, though it has not appeared."""
 
@@ -55,7 +69,11 @@ class Staged(Protocol):
         """The files that are there already: with `resume`, what a killed run left."""
 
     def commit(self, done: Callable[[], None] = lambda: None) -> None:
-        """Makes it appear; `done` is called once that is not taken back. Raises SystemFailure, UsageError."""
+        """Makes it appear; `done` is called once that is not taken back.
+
+        Raises:
+            SystemFailure: it cannot, or what is expected is not there. UsageError.
+        """
 
     def __enter__(self) -> Staged: ...
 
@@ -68,21 +86,26 @@ class Staging:
     Args:
         target: what it becomes.
         resume: keep the finished shards that a killed run left, for the caller to check.
+        source: what the output is made from, for the mark.
 
     Raises on entry:
-        UsageError: another run is writing to the same target.
+        UsageError: another run is writing to the same target, or a folder that is not ours has the name.
         SystemFailure: the folder cannot be made.
     """
 
     held_back: tuple[str, ...] = ()
 
-    def __init__(self, target: Target, resume: bool = False) -> None:
+    def __init__(self, target: Target, resume: bool = False, source: str = "") -> None:
         self.target = target
+        self.mark = Mark(source)
+        self._expected: dict[str, int] | None = None
+        self._put: dict[str, int] = {}
         self.resume = resume
         self.path = staging_of(target.path)
         self._lock = -1
         self._made_parents: list[Path] = []
         self._committed = False
+        self._beside = False  # the mark is beside the folder
         self._in_doubt = False  # a swap failed and could not be taken back: then nothing is removed
 
     def __enter__(self) -> Staging:
@@ -113,9 +136,11 @@ class Staging:
                 lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             except FileNotFoundError:
                 continue  # the other run ended between the two calls
-            except OSError:
+            except OSError as error:
                 if made:
                     self.path.rmdir()
+                if error.errno in (errno.ELOOP, errno.ENOTDIR):  # a link, or no folder at all
+                    refuse_not_ours(self.target.path, self.path, aside_of(self.target.path))
                 raise
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -137,9 +162,19 @@ class Staging:
             except FileNotFoundError:
                 same = False
             if same:
+                try:
+                    mark = refuse_not_ours(self.target.path, self.path, aside_of(self.target.path))
+                    self._recover()
+                except BaseException:
+                    os.close(lock)
+                    if made:
+                        self.path.rmdir()
+                    raise
                 self._lock = lock
-                self._recover()
                 self._clear()
+                self.mark.put(self.path)
+                if mark is not None:
+                    beside_of(self.target.path).unlink(missing_ok=True)
                 return
             os.close(lock)  # the other run renamed its folder into place before we got the lock
 
@@ -153,7 +188,7 @@ class Staging:
         if not aside.exists():
             return
         if target.exists():
-            shutil.rmtree(aside)  # the swap was complete
+            remove_tree(aside)  # the swap was complete
             return
         os.rename(aside, target)
         log.warning("a run was killed while it swapped out %s; the old one is back in its place", target)
@@ -165,7 +200,7 @@ class Staging:
             )
 
     def _clear(self) -> None:
-        leftovers = list(self.path.iterdir())
+        leftovers = [entry for entry in self.path.iterdir() if entry.name != STAGING_MARK_NAME]
         if self.resume:
             leftovers = [entry for entry in leftovers if not is_finished_shard(entry)]
         elif leftovers:
@@ -174,7 +209,7 @@ class Staging:
             )
         for entry in leftovers:
             if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
+                remove_tree(entry)
             else:
                 entry.unlink()
 
@@ -187,6 +222,11 @@ class Staging:
         """See `Staged`."""
         path = self.path / name
         store_of(path).put(path, data)
+        self._put[name] = len(data)
+
+    def expect(self, files: Sizes) -> None:
+        """See `Staged`."""
+        self._expected = dict(files)
 
     def view(self) -> Path:
         """See `Staged`."""
@@ -195,7 +235,32 @@ class Staging:
     def kept(self) -> list[FilePath]:
         """See `Staged`."""
         with system_errors("listing", self.path):
-            return [*self.path.iterdir()]
+            return [entry for entry in self.path.iterdir() if entry.name != STAGING_MARK_NAME]
+
+    def _refuse_changed(self) -> None:
+        """What was written is still there, in the folder that was locked, and nothing else is.
+
+        Raises:
+            SystemFailure: somebody removed, exchanged or changed it meanwhile.
+        """
+        advice = "nothing else may write there while a run works: run again"
+        with system_errors("looking at what is staged", self.path):
+            try:
+                same = os.path.samestat(os.fstat(self._lock), os.stat(self.path, follow_symlinks=False))
+            except FileNotFoundError:
+                same = False
+            if not same:
+                self._in_doubt = True  # what has the name now is not ours to remove
+                raise SystemFailure("was removed or exchanged while the run worked", file=self.path, advice=advice)
+            there = sizes_in(self.path)
+        wanted = {**(self._expected or {}), **self._put}
+        for name, size in wanted.items():
+            if there.get(name) != size:
+                found = "is missing" if name not in there else f"has {there[name]:,} bytes"
+                what = f"{found}; {size:,} bytes were written"
+                raise SystemFailure(what, file=self.path / name, advice=advice)
+        if self._expected is not None and (more := sorted(there.keys() - wanted.keys())):
+            raise SystemFailure("was put there by somebody else", file=self.path / more[0], advice=advice)
 
     def commit(self, done: Callable[[], None] = lambda: None) -> None:
         """Flushes the folder and makes it the target, by one rename.
@@ -206,11 +271,20 @@ class Staging:
         """
         interrupts.check()
         target = self.target.path
+        self._refuse_changed()
+        old = target if target.exists() else None
+        if self.target.keep_permissions and old is not None:
+            with system_errors("keeping permissions", old):
+                keep_permissions(self.path, old)
         for folder, _, _ in os.walk(self.path, topdown=False):
             with system_errors("flushing", folder):
                 sync_folder(Path(folder))
         with interrupts.held(), system_errors("moving the new checkpoint into place", target):
             staged = self.path
+            replace(self.mark, new=sizes_in(staged), old=sizes_in(target)).put_beside(staged, target)
+            self._beside = True
+            if self.target.keep_permissions and old is not None:
+                keep_mode(staged, old)
             undo = self._move_in(target, self.target.backup)
             try:
                 for parent in (target.parent, *(made.parent for made in reversed(self._made_parents))):
@@ -276,18 +350,35 @@ class Staging:
 
         return back_again
 
-    def _end(self) -> None:
-        """Removes what must not stay, undisturbed by signals; the lock goes last."""
+    def _end(self) -> SystemFailure | None:
+        """Removes what must not stay, undisturbed by signals; the lock goes last. Returns what stays all the same."""
         if self._lock < 0:
             self._remove_parents()
-            return
+            return None
+        failed = None
         with interrupts.held():
             if not self._in_doubt and not (self._committed and self.path == self.target.backup):
-                shutil.rmtree(self.path, ignore_errors=True)
+                failed = self._remove()
+            if self._beside and failed is None and not self._in_doubt:
+                beside_of(self.target.path).unlink(missing_ok=True)
             if not self._committed:
                 self._remove_parents()
             os.close(self._lock)
             self._lock = -1
+        return failed
+
+    def _remove(self) -> SystemFailure | None:
+        """Removes the staging folder: what was staged, or after the swap what DST held before."""
+        try:
+            remove_tree(self.path)
+        except OSError as error:
+            what = "DST is complete, and what it held before" if self._committed else "what was staged"
+            return SystemFailure(
+                f"{what} could not be removed ({error.strerror or error}: '{shown(error.filename)}') and is left here",
+                file=self.path,
+                advice="remove it by hand",
+            )
+        return None
 
     def _remove_parents(self) -> None:
         for folder in reversed(self._made_parents):
@@ -300,7 +391,11 @@ class Staging:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._end()
+        left = self._end()
+        if left is not None and exc is None:
+            raise left
+        if left is not None:
+            log.warning("%s", left)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -16,7 +16,7 @@ import contextlib
 import json
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -25,7 +25,7 @@ from tierewrite.errors import Interrupted, SourceError, SystemFailure, Tierewrit
 from tierewrite.source.folder import is_half_written
 from tierewrite.source.table import INCOMPLETE_NAME, INDEX_NAME
 from tierewrite.stores.mirror import RemoteFolder
-from tierewrite.stores.places import FilePath, is_remote
+from tierewrite.stores.places import FilePath, chain, is_remote
 from tierewrite.stores.remote import RemotePath, listing, with_timeout
 
 log = logging.getLogger(__name__)
@@ -59,11 +59,10 @@ class RemoteTarget:
             SystemFailure: the store cannot be asked.
         """
         if is_remote(src):
-            (fs, one), (other_fs, other) = src.opened(), dst.opened()
-            one, other = f"{one.rstrip('/')}/", f"{other.rstrip('/')}/"
-            if fs == other_fs and one == other:
+            source, target = chain(src), chain(dst)
+            if source[0] == target[0]:
                 raise UsageError("SRC and DST are the same folder; write to another one", file=dst)
-            if fs == other_fs and (one.startswith(other) or other.startswith(one)):
+            if source[0] in target or target[0] in source:
                 raise UsageError("one of SRC and DST lies inside of the other; write somewhere else", file=dst)
         there = listing(dst)
         if not there:
@@ -94,6 +93,8 @@ class RemoteStaging:
         self.folder: RemotePath = target.path
         self.token = secrets.token_hex(8)
         self._late: dict[str, bytes] = {}
+        self._expected: dict[str, int] = {}
+        self._put: dict[str, int] = {}
         self._marked = False
         self._committed = False
 
@@ -138,6 +139,11 @@ class RemoteStaging:
             self._late[name] = data
         else:
             (self.folder / name).write_bytes(data)
+            self._put[name] = len(data)
+
+    def expect(self, files: Mapping[str, int]) -> None:
+        """See `Staged`."""
+        self._expected = dict(files)
 
     def view(self) -> RemoteFolder:
         """See `Staged`."""
@@ -155,6 +161,7 @@ class RemoteStaging:
         """
         interrupts.check()
         self.still_ours()
+        self._refuse_changed()
         for name in _LATE:
             if name in self._late:
                 (self.folder / name).write_bytes(self._late[name])
@@ -164,6 +171,18 @@ class RemoteStaging:
             self._marker.unlink(missing_ok=True)
         except (SystemFailure, Interrupted) as error:
             log.warning("the checkpoint is complete, but its %s may be left: %s", INCOMPLETE_NAME, error)
+
+    def _refuse_changed(self) -> None:
+        """Raises SystemFailure: an object that was written is not there any more, or has another size."""
+        there = listing(self.folder)
+        for name, size in {**self._expected, **self._put}.items():
+            if name not in self._late and there.get(name, {}).get("size") != size:
+                found = "is missing" if name not in there else f"has {there[name].get('size')} bytes"
+                raise SystemFailure(
+                    f"{found}; {size:,} bytes were written",
+                    file=self.folder / name,
+                    advice="nothing else may write there while a run works: run again",
+                )
 
     def _remove(self, keep: tuple[str, ...] = ()) -> None:
         there = listing(self.folder)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tierewrite.errors import SourceChanged, SourceError, SystemFailure, UsageError, shown, system_errors
 from tierewrite.planning.plan import OutShard
 from tierewrite.source.table import INDEX_NAME, Checkpoint
-from tierewrite.stores.places import FilePath, is_local
+from tierewrite.stores.places import FilePath, chain, is_local
+
+_MOST_FOLDERS = 10_000
+"""Below SRC or DST that are looked at for mounts."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,13 @@ class Target:
         path: the real path of DST (links resolved); absent or an empty folder, unless `overwrite`.
         overwrite: swap out what is there once the new one is complete.
         backup: where what was there goes when it is swapped out; None removes it.
+        keep_permissions: the new one gets the modes and owners of what was there.
     """
 
     path: Path
     overwrite: bool = False
     backup: Path | None = None
+    keep_permissions: bool = False
 
     @classmethod
     def in_place(cls, src: Path, backup: bool) -> Target:
@@ -54,7 +59,7 @@ class Target:
                     "earlier original; or, if a run was killed during its swap, the new checkpoint)",
                     file=src,
                 )
-        return cls(real, True, kept if backup else None)
+        return cls(real, True, kept if backup else None, keep_permissions=True)
 
     @classmethod
     def check(cls, src: FilePath, dst: Path, overwrite: bool) -> Target:
@@ -93,15 +98,40 @@ def aside_of(target: Path) -> Path:
     return target.with_name(f".{target.name}.tierewrite-old")
 
 
+def beside_of(target: Path) -> Path:
+    """Where the mark of a staging folder lies during the swap."""
+    return target.with_name(f".{target.name}.tierewrite-mark")
+
+
+def staging_names(target: Path) -> tuple[Path, Path, Path]:
+    """All names beside a target that a rewrite into it uses."""
+    real = Path(os.path.realpath(target))
+    return staging_of(real), aside_of(real), beside_of(real)
+
+
 def _refuse_overlap(src: Path, dst: Path, real: Path) -> None:
     """Raises UsageError if `dst`, which is the folder `real`, is `src`, or one lies in the other."""
-    real_src = src.resolve()
-    if real == real_src or (real.exists() and real_src.exists() and os.path.samefile(real, real_src)):
+    source, target = chain(src), chain(real)
+    if source[0] == target[0]:
         raise UsageError("SRC and DST are the same folder; write to another one", file=dst)
-    if real_src in real.parents:
+    if source[0] in target or _holds(src, target):
         raise UsageError(f"DST lies inside SRC '{shown(src)}'; write outside of it", file=dst)
-    if real in real_src.parents:
+    if target[0] in source or _holds(real, source):
         raise UsageError(f"SRC '{shown(src)}' lies inside DST; write somewhere else", file=dst)
+    for taken in staging_names(real):
+        if chain(taken)[0] in source:
+            what = f"SRC '{shown(src)}' lies where this DST would be staged ('{shown(taken)}'); choose another DST"
+            raise UsageError(what, file=dst)
+
+
+def _holds(outer: Path, inner: tuple[Hashable, ...]) -> bool:
+    """Whether a folder below `outer` is mounted elsewhere, where it holds the place whose `chain` is given."""
+    for number, (place, _, _) in enumerate(os.walk(outer)):
+        if number > _MOST_FOLDERS:
+            return False
+        if number and chain(Path(place))[0] in inner:
+            return True
+    return False
 
 
 def side_file_clashes(checkpoint: Checkpoint, shards: Sequence[OutShard]) -> None:

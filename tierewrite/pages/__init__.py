@@ -24,7 +24,7 @@ from tierewrite.errors import SystemFailure, UsageError
 from tierewrite.pages.facts import WORST_SHOWN, Facts, read_facts
 from tierewrite.source.regular_files import kind_of_file
 from tierewrite.stores.base import PathLike
-from tierewrite.stores.places import FilePath, is_local, located
+from tierewrite.stores.places import FilePath, chain, is_local, local_file, located
 
 __all__ = ["Facts", "Page", "report_page"]
 
@@ -74,26 +74,21 @@ class Page:
             UsageError: matplotlib is not installed, or `path` lies inside the checkpoint or is a folder.
             SystemFailure: it cannot be written.
         """
-        self._check(path)
-        _write(Path(path), self.html().encode())
+        _write(self._checked(path), self.html().encode())
 
     def write_png(self, path: PathLike) -> None:
         """Writes the picture to the file `path`; otherwise as `write_html`."""
-        self._check(path)
-        _write(Path(path), self.png())
+        _write(self._checked(path), self.png())
 
-    def _check(self, path: PathLike) -> None:
-        target = Path(path)
+    def _checked(self, path: PathLike) -> Path:
+        target = local_file(path, "a page")
         if target.is_dir():
             raise UsageError("is a folder; expected the name of a file to write", file=target)
-        resolved = Path(os.path.realpath(target))
-        if not is_local(self.source):
-            return
-        source = Path(os.path.realpath(self.source))
-        if resolved == source or (source.is_dir() and resolved.is_relative_to(source)):
+        if is_local(self.source) and chain(self.source)[0] in chain(target):
             raise UsageError(
                 f"lies inside of {self.source}, whose every file counts for verify; write it elsewhere", file=target
             )
+        return target
 
 
 def report_page(

@@ -248,4 +248,4 @@ class Route:
 
     def staging(self, resume: bool) -> Staged:
         """Where the output grows until it is complete."""
-        return self.target.staging(resume)
+        return self.target.staging(resume, name_in_messages(self.src))

@@ -138,6 +138,8 @@ def finish(
     listed = written_tensors(plan, output.made, written.values.merged, run.digests) if manifest else {}
     output.durable(progress)
     staging.put(INDEX_NAME, index)
+    sides = {side.name: side.size for side in checkpoint.side_files}
+    staging.expect({**sides, **{shard.name: shard.nbytes for shard in output.sizes()}})
     progress.start("copying other files", sum(side.size for side in checkpoint.side_files))
     copy_side_files(checkpoint.side_files, checkpoint.directories, staging, progress.advance, configs)
     if consumer is not None and run.policy.fix_ignore:

@@ -27,6 +27,7 @@ from tierewrite.source.table import (
     INCOMPLETE_NAME,
     INDEX_NAME,
     MANIFEST_NAME,
+    STAGING_MARK_NAME,
     Checkpoint,
     Header,
     Shard,
@@ -119,7 +120,8 @@ def assembled(
         _check_stray(root / name, header(name, 0)[1], tensors, weight_map is not None, warnings)
     if not tensors:
         raise SourceError("the safetensors files hold no tensors; nothing to rewrite", file=root)
-    side_files, directories = others({*names, INDEX_NAME, MANIFEST_NAME, INCOMPLETE_NAME}, warnings)
+    ours = {INDEX_NAME, MANIFEST_NAME, INCOMPLETE_NAME, STAGING_MARK_NAME}
+    side_files, directories = others({*names, *ours}, warnings)
     return Checkpoint(
         root=root,
         shards=shards,

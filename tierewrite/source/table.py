@@ -18,6 +18,8 @@ from tierewrite.stores.remote import RemotePath
 
 INDEX_NAME = "model.safetensors.index.json"
 MANIFEST_NAME = "tierewrite.json"
+STAGING_MARK_NAME = ".tierewrite-staging.json"
+"""Stands in a folder of this machine for as long as a rewrite stages its output there."""
 INCOMPLETE_NAME = "tierewrite.incomplete.json"
 """Stands in a store that cannot rename for as long as a rewrite writes there; the index comes last."""
 

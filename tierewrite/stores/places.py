@@ -1,13 +1,18 @@
-"""A place is parsed once: a path of this machine's or a URL; and each path's store."""
+"""A place is parsed once: a path of this machine's or a URL; what tells it from all others; and each path's store.
+
+Two texts may name one place: links, mounts, `S3://b/x/` and `s3://b/x`, `file:///x` and `/x`. So places are compared by
+`chain`, never as texts.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tierewrite.errors import UsageError
+from tierewrite.errors import TierewriteError, UsageError
 from tierewrite.stores.base import PathLike, Store
 from tierewrite.stores.local import LocalStore
 from tierewrite.stores.remote import RemotePath, RemoteStore, redacted
@@ -16,7 +21,10 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?:::[A-Za-z][A-Za-z0-9+.-]*)*://")
-_LOCAL = re.compile(r"(?:file|local)://")
+_LOCAL = re.compile(r"(?:file|local)://", re.IGNORECASE)
+_ESCAPE = re.compile(r"%[0-9A-Fa-f]{2}")
+_WITH_BUCKET = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "hf", "http", "https"})
+"""Kinds of URL that begin with a bucket, a container or a host."""
 
 _LONGEST = 4095  # Linux' PATH_MAX without the NUL at its end
 _LONGEST_PART = 255  # NAME_MAX; of a key in a store, what no name of a checkpoint comes near
@@ -46,7 +54,8 @@ def located(where: PathLike | RemotePath) -> FilePath:
     """`where` as a path: a URL of a file system other than this machine's is remote, all else is local.
 
     Raises:
-        UsageError: a URL that names no folder, or a name that no file can have.
+        UsageError: a URL that names no folder, or whose path could be understood in several ways; or a name that no
+            file can have.
     """
     if isinstance(where, RemotePath):
         return where
@@ -57,14 +66,93 @@ def located(where: PathLike | RemotePath) -> FilePath:
     if text.rstrip("/").endswith(":"):
         raise UsageError("this URL names no folder; write it as s3://bucket/folder", file=redacted(text))
     if _is_local_url(text):
-        return Path(os.path.abspath(text.partition("://")[2]))
+        return _local_of(text)
     if "?" in text:
         raise UsageError(
             "the URL of a folder has no query ('?...'); credentials belong into the settings of the file system: "
             "environment, configuration files, or fsspec's",
             file=redacted(text),
         )
-    return RemotePath(text.rstrip("/"))
+    return RemotePath("::".join(_normalised(part, text) for part in text.split("::")))
+
+
+def _local_of(text: str) -> Path:
+    """The path in a URL of this machine's. Raises UsageError: it holds another host, or percent signs."""
+    path = text.partition("://")[2]
+    if path.startswith("localhost/"):
+        path = path.removeprefix("localhost")
+    if not path.startswith("/"):
+        what = "the URL of a folder of this machine's has an absolute path: file:///folder"
+        raise UsageError(what, file=redacted(text))
+    if _ESCAPE.search(path):
+        # Some programs decode it, fsspec does not: either may be meant.
+        raise UsageError("holds a percent sign that may stand for a character; give the path itself", file=text)
+    return Path(path)
+
+
+def _normalised(part: str, text: str) -> str:
+    """One of the URLs that are chained by "::": its scheme in lower case, no slash at its end.
+
+    Raises:
+        UsageError: a segment of its path is empty, "." or "..": file systems disagree about what that means.
+    """
+    scheme, separator, path = part.partition("://")
+    if not separator:
+        return part
+    path = path.rstrip("/")
+    segments = path.split("/")
+    if segments[0] == "" and scheme.lower() not in _WITH_BUCKET:
+        segments = segments[1:]  # an absolute path
+    for segment in segments:
+        if segment in ("", ".", ".."):
+            what = "an empty segment ('//')" if segment == "" else f"a segment '{segment}'"
+            raise UsageError(
+                f"its path holds {what}, which stores take in different ways; write it without", file=redacted(text)
+            )
+    return f"{scheme.lower()}://{path}"
+
+
+def local_file(where: PathLike, what: str) -> Path:
+    """A file of this machine's, by its path or its URL; `what` it is, for messages.
+
+    Raises:
+        UsageError: it is of a store.
+    """
+    path = located(where)
+    if is_remote(path):
+        raise UsageError(f"{what} has to be a file of this machine's, and this is a URL; copy it first", file=path)
+    return path
+
+
+def chain(path: FilePath) -> tuple[Hashable, ...]:
+    """A place and all folders above it, each as what tells it from all others, under whatever name it is given.
+
+    On this machine that is device and inode, so that links and mounts do not matter; of what is not there, the names
+    below the last folder that is. In a store it is the file system and the path in it.
+    """
+    if is_remote(path):
+        try:
+            system, text = path.opened()
+        except TierewriteError:  # whoever opens it says what is wrong
+            system, text = path.url.partition("://")[::2]
+        parts = tuple(part for part in text.split("/") if part)
+        return tuple((system, parts[:count]) for count in range(len(parts), 0, -1))
+    try:
+        real = Path(os.path.realpath(path))
+    except (OSError, ValueError):
+        real = Path(os.path.abspath(path))
+    missing: list[str] = []
+    found: list[tuple[int, int]] = []
+    for folder in (real, *real.parents):
+        try:
+            status = os.stat(folder)
+        except (OSError, ValueError):
+            missing.append(folder.name)
+            continue
+        found.append((status.st_dev, status.st_ino))
+    names = tuple(reversed(missing))
+    absent = [(found[0] if found else None, names[:count]) for count in range(len(names), 0, -1)]
+    return (*absent, *((one, ()) for one in found))
 
 
 def _refuse_impossible(text: str) -> None:

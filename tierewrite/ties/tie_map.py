@@ -19,6 +19,7 @@ from tierewrite.errors import ConfigError, TieFileError
 from tierewrite.source.open import rename_in_errors
 from tierewrite.source.table import Checkpoint
 from tierewrite.stores.base import PathLike
+from tierewrite.stores.places import local_file
 from tierewrite.ties import meta_model, model_class, patterns
 from tierewrite.ties.config_limits import CONFIG_FIX, check_config
 from tierewrite.ties.tie import Declared, Tie, rooted
@@ -62,7 +63,7 @@ class TieMap(Declared):
                 checkpoint.root,
                 checkpoint.config,
                 keys=checkpoint.tensors,
-                ties_file=None if ties_file is None else Path(ties_file),
+                ties_file=None if ties_file is None else local_file(ties_file, "a ties file"),
                 trust_remote_code=trust_remote_code,
             )
 
