@@ -24,6 +24,7 @@ from tierewrite.source.table import STAGING_MARK_NAME
 from tierewrite.stores.local import sync_folder, write_file
 
 _SCHEMA = "tierewrite/staging/1"
+_MOVING_NAME = f"{STAGING_MARK_NAME}.part"
 _MOST_BYTES = 256 << 20
 
 Sizes = Mapping[str, int]
@@ -53,11 +54,13 @@ class Mark:
         return json.dumps(found).encode() + b"\n"
 
     def put(self, staging: Path) -> None:
-        """Marks a folder. Raises SystemFailure."""
-        path = staging / STAGING_MARK_NAME
-        with system_errors("removing an old mark", path):
-            path.unlink(missing_ok=True)
-        write_file(path, self.text())
+        """Marks a folder; an earlier mark is there until this one is. Raises SystemFailure."""
+        path = staging / _MOVING_NAME
+        with system_errors("marking the staging folder", path):
+            if os.path.lexists(path):
+                path.unlink()
+            write_file(path, self.text())
+            os.rename(path, staging / STAGING_MARK_NAME)
 
     def put_beside(self, staging: Path, target: Path) -> None:
         """Moves the mark from the folder to its place beside it; at every instant one of them is there.
@@ -65,13 +68,14 @@ class Mark:
         Raises:
             UsageError: something is in its place. SystemFailure: it cannot be written.
         """
-        inside, moving, beside = staging / STAGING_MARK_NAME, staging / "mark.part", beside_of(target)
+        moving, beside = staging / _MOVING_NAME, beside_of(target)
         if os.path.lexists(beside):
             raise UsageError(f"'{shown(beside)}' appeared while this run was working; move it away", file=target)
         write_file(moving, self.text())
         os.rename(moving, beside)
         sync_folder(beside.parent)
-        inside.unlink()
+        (staging / STAGING_MARK_NAME).unlink()
+        sync_folder(staging)
 
     def tells(self, folder: Path, *listings: Sizes) -> bool:
         """Whether a folder holds nothing but what one of the `listings` has."""
@@ -116,7 +120,7 @@ def refuse_not_ours(target: Path, staging: Path, aside: Path) -> Mark | None:
 def _is_ours(path: Path, mark: Mark | None) -> bool:
     if path.is_symlink() or not path.is_dir():
         return False
-    if set(os.listdir(path)) <= {STAGING_MARK_NAME} or read_mark(path / STAGING_MARK_NAME) is not None:
+    if set(os.listdir(path)) <= {STAGING_MARK_NAME, _MOVING_NAME} or read_mark(path / STAGING_MARK_NAME) is not None:
         return True
     return mark is not None and mark.tells(path, mark.new, mark.old)
 
