@@ -338,6 +338,7 @@ def _empty(folders: int, root: object) -> SourceError:
 
 
 Chain = tuple[Hashable, ...]
+"""Of a place; see `places.chain`."""
 
 
 def refuse_clashes(items: Sequence[Item]) -> None:

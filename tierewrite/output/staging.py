@@ -360,12 +360,21 @@ class Staging:
             if not self._in_doubt and not (self._committed and self.path == self.target.backup):
                 failed = self._remove()
             if self._beside and failed is None and not self._in_doubt:
-                beside_of(self.target.path).unlink(missing_ok=True)
+                self._remove_mark()
             if not self._committed:
                 self._remove_parents()
             os.close(self._lock)
             self._lock = -1
         return failed
+
+    def _remove_mark(self) -> None:
+        """Removes the mark beside DST; if that fails, the next run into DST does it."""
+        beside = beside_of(self.target.path)
+        try:
+            beside.unlink(missing_ok=True)
+            sync_folder(beside.parent)
+        except OSError as error:
+            log.warning("%s could not be removed: %s; remove it by hand", shown(beside), error.strerror or error)
 
     def _remove(self) -> SystemFailure | None:
         """Removes the staging folder: what was staged, or after the swap what DST held before."""
