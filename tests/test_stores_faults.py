@@ -407,7 +407,8 @@ def test_kill_at_each_write_is_recognised_and_resumed(number: int, case: Case, s
     assert INCOMPLETE_NAME in left
     if number == len(WRITES):  # complete, and only the marker was not removed
         assert {name: data for name, data in left.items() if name != INCOMPLETE_NAME} == case.expected
-        assert tierewrite.verify(case.src, store.url("out"), **case.options).ok
+        found = tierewrite.verify(case.src, store.url("out"), **case.options)
+        assert [problem.id for problem in found.problems] == ["unfinished"]
         with pytest.raises(tierewrite.UsageError, match="choose another place"):
             up(case, store, resume=True)
         return

@@ -553,6 +553,24 @@ def test_an_unreadable_dst_is_a_problem_an_unreadable_src_an_error(tmp_path: Pat
             verify(wrong, src)
 
 
+def test_the_index_is_a_file_of_dst_with_the_members_of_an_index(
+    tmp_path: Path, rewritten: Callable[..., Path]
+) -> None:
+    src = source("qwen3_tied_bf16")
+    dst = shutil.copytree(rewritten("qwen3_tied_bf16", manifest=False), tmp_path / "dst")
+    text = (dst / INDEX).read_text()
+    (dst / INDEX).write_text(json.dumps({**json.loads(text), "note": 1}))
+    assert [(p.id, p.where) for p in verify(src, dst).problems] == [("index", INDEX)]
+    (tmp_path / "elsewhere").write_text(text)
+    (dst / INDEX).unlink()
+    (dst / INDEX).symlink_to(tmp_path / "elsewhere")
+    assert [(p.id, p.where) for p in verify(src, dst).problems] == [("index", INDEX)]
+    (dst / INDEX).unlink()
+    (dst / INDEX).write_text(text)
+    (dst / "tierewrite.incomplete.json").write_text("{}")
+    assert [p.id for p in verify(src, dst).problems] == ["unfinished"]
+
+
 @pytest.mark.parametrize("what", ["fifo", "folder", "truncated", "index"])
 def test_a_dst_with_a_broken_file_is_unreadable(what: str, tmp_path: Path, rewritten: Callable[..., Path]) -> None:
     dst = shutil.copytree(rewritten("qwen3_tied_bf16"), tmp_path / "dst")

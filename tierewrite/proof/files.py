@@ -21,9 +21,11 @@ from tierewrite.planning.policy import Policy
 from tierewrite.proof import Problem
 from tierewrite.proof.reading import hash_file
 from tierewrite.source.bytes import read_side_file
-from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME, Checkpoint, SideFile
+from tierewrite.source.strict_json import strict_json
+from tierewrite.source.table import INCOMPLETE_NAME, INDEX_NAME, MANIFEST_NAME, Checkpoint, SideFile
 from tierewrite.source.threads import io_threads
 from tierewrite.stores.mirror import Place
+from tierewrite.stores.places import store_of
 from tierewrite.ties.on_disk import DiskTies
 from tierewrite.ties.tie_map import TieMap
 
@@ -63,6 +65,25 @@ def check_claims(manifest: Mapping[str, Any], policy: Policy, ties: TieMap, disk
         if group is not None and (entry["canonical"], entry["aliases"]) != (group.canonical, list(group.aliases)):
             say(f"gives the tie '{entry['id']}' another canonical name or other aliases than are declared")
     return problems
+
+
+def check_index_file(target: Checkpoint) -> list[Problem]:
+    """The index is a file of DST itself, with the members that an index has."""
+    problems: list[Problem] = []
+    if target.index_metadata is not None:
+        path = target.root / INDEX_NAME
+        if path.is_symlink():
+            problems.append(Problem("index", INDEX_NAME, "is a link; expected the file itself"))
+        for member in sorted(strict_json(path.read_text(encoding="utf-8")).keys() - {"metadata", "weight_map"}):
+            problems.append(Problem("index", INDEX_NAME, f"has the member '{member}', which no index has"))
+    return problems
+
+
+def check_finished(target: Checkpoint) -> list[Problem]:
+    """No marker of a rewrite that is still going, or was killed, lies in DST."""
+    if INCOMPLETE_NAME not in store_of(target.place).names(target.place):
+        return []
+    return [Problem("unfinished", INCOMPLETE_NAME, "a rewrite into DST is still going, or was killed: --resume it")]
 
 
 def check_layout(

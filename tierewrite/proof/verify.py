@@ -19,6 +19,7 @@ Shared with the code that rewrites, and why:
 
 Ids of problems:
     unreadable       DST, or a file of it, cannot be opened as what it should be
+    unfinished       the marker of a rewrite that did not come to its end is in DST
     refused          the bytes of SRC do not confirm a tie, so that a rewrite with these options makes nothing
     missing          a tensor of SRC has no place in DST
     undeclared-drop  the same, though its bytes are there under another name: no declared tie says they are one
@@ -51,6 +52,8 @@ from tierewrite.proof.compare import Proof, check_statements
 from tierewrite.proof.exact import check_files, exact_files
 from tierewrite.proof.files import (
     check_claims,
+    check_finished,
+    check_index_file,
     check_layout,
     check_side_files,
     check_with_safetensors,
@@ -186,6 +189,9 @@ def verify(
         exact = exact_files(Opened(source, _as_told(tie_map, manifest), disk), policy, before.digests)
     if exact is not None and manifest is not None and not problems:  # else it was said already what differs
         problems += check_files(exact, target)
+    problems += check_index_file(target)
+    if isinstance(dst, (str, os.PathLike)):  # a rewrite proves its output before it takes its marker away
+        problems += check_finished(target)
     problems += check_layout(source, target, manifest, policy)
     configs = exact.configs if exact is not None else {}
     if consumer is not None and policy.fix_ignore:
