@@ -188,7 +188,7 @@ def test_resume_takes_over_shards_with_added_and_reencoded_tensors(
     options = {**ALL, "max_shard_size": "20KB"}
     whole = tierewrite.rewrite(src, tmp_path / "whole", **options)  # type: ignore[arg-type]
     with monkeypatch.context() as patch:
-        patch.setattr(staging.Staging, "commit", lambda self: os._exit(9))
+        patch.setattr(staging.Staging, "commit", lambda *_: os._exit(9))
         if (child := os.fork()) == 0:
             try:
                 tierewrite.rewrite(src, tmp_path / "out", **options)  # type: ignore[arg-type]

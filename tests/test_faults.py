@@ -131,6 +131,8 @@ def test_failing_change_names_the_file_and_leaves_nothing(
     made = [call for call in rewrite(Fault(work, calls=(name,))).calls if call.result >= 0]
     numbers = [call.number for call in made]
     assert numbers
+    if name == "fsync":
+        numbers.pop()  # once DST is complete: a mark whose removal is not flushed is removed by the next run
     for number in sorted({*chance.sample(numbers, min(3, len(numbers))), numbers[-1]}):
         fails_well(rewrite(Fault(work, "fail", number, None, chance.choice(WRITING[name]), (name,))))
 
@@ -186,7 +188,7 @@ def test_failing_flush_after_the_swap_takes_it_back(
     calls = machine.run(
         "rewrite", source.path, tmp_path / "x" / "out", *source.options, fault=Fault(tmp_path / "x")
     ).calls
-    last = len([call for call in calls if call.name == "fsync"])
+    last = len([call for call in calls if call.name == "fsync"]) - 1  # the very last one is of the mark's removal
     fault = Fault(work, "fail", last, None, errno.EIO, ("fsync",))
     done = machine.run("rewrite", *where, *argv, *source.options, fault=fault, exchange_missing=exchange_missing)
     assert done.code == 5, done

@@ -32,7 +32,7 @@ def staging_of(dst: Path) -> Path:
 def killed_run(naive: Path, dst: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Leaves what a run leaves that is killed just before the rename; returns the staging folder."""
     with monkeypatch.context() as patch:
-        patch.setattr(staging.Staging, "commit", lambda self: os._exit(9))
+        patch.setattr(staging.Staging, "commit", lambda *_: os._exit(9))
         if (child := os.fork()) == 0:
             try:
                 tierewrite.rewrite(naive, dst, max_shard_size="20KB")

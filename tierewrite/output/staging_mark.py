@@ -71,11 +71,12 @@ class Mark:
         moving, beside = staging / _MOVING_NAME, beside_of(target)
         if os.path.lexists(beside):
             raise UsageError(f"'{shown(beside)}' appeared while this run was working; move it away", file=target)
-        write_file(moving, self.text())
-        os.rename(moving, beside)
-        sync_folder(beside.parent)
-        (staging / STAGING_MARK_NAME).unlink()
-        sync_folder(staging)
+        with system_errors("marking the swap", moving):
+            write_file(moving, self.text())
+            os.rename(moving, beside)
+            sync_folder(beside.parent)
+            (staging / STAGING_MARK_NAME).unlink()
+            sync_folder(staging)
 
     def tells(self, folder: Path, *listings: Sizes) -> bool:
         """Whether a folder holds nothing but what one of the `listings` has."""

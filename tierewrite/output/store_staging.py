@@ -164,6 +164,7 @@ class RemoteStaging:
         self._refuse_changed()
         for name in _LATE:
             if name in self._late:
+                interrupts.check()  # the last moment at which nothing is a checkpoint yet
                 (self.folder / name).write_bytes(self._late[name])
         self._committed = True
         done()
