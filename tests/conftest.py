@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +14,7 @@ import pytest
 from blake3 import blake3
 
 from tests.checkpoints import FIXTURES
+from tierewrite import interrupts
 
 if TYPE_CHECKING:
     from tests.s3_server import Store
@@ -93,3 +96,17 @@ def store(s3_servers: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]
     yield s3_servers
     s3_servers.reset()
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """The command line's handlers of signals; afterwards the test's own."""
+    before = {signum: signal.getsignal(signum) for signum in interrupts.SIGNALS}
+    hook = sys.unraisablehook
+    interrupts.install()
+    yield
+    interrupts.end()
+    sys.unraisablehook = hook
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+    interrupts.reset()

@@ -1009,20 +1009,6 @@ class Interrupting(tierewrite.Progress):
             os.kill(os.getpid(), self.signum)
 
 
-@pytest.fixture
-def handlers() -> Iterator[None]:
-    """The command line's handlers of signals."""
-    before = {signum: signal.getsignal(signum) for signum in interrupts.SIGNALS}
-    hook = sys.unraisablehook
-    interrupts.install()
-    yield
-    interrupts.end()
-    sys.unraisablehook = hook
-    for signum, handler in before.items():
-        signal.signal(signum, handler)
-    interrupts.reset()
-
-
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupt_leaves_what_is_finished_and_nothing_half_done(

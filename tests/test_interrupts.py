@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,18 +24,7 @@ MAIN = [sys.executable, "-c", "from tierewrite.cli import main; main()"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
 
 
-@pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    """Those of a command; afterwards the test's own."""
-    before = {signum: signal.getsignal(signum) for signum in interrupts.SIGNALS}
-    hook = sys.unraisablehook
-    interrupts.install()
-    yield
-    interrupts.end()
-    sys.unraisablehook = hook
-    for signum, handler in before.items():
-        signal.signal(signum, handler)
-    interrupts.reset()
+pytestmark = pytest.mark.usefixtures("handlers")
 
 
 def send(signum: int = signal.SIGTERM) -> None:

@@ -14,7 +14,6 @@ from tierewrite.proof.orphans import orphans
 from tierewrite.proof.reading import Contents
 from tierewrite.source.table import MANIFEST_NAME, Checkpoint
 from tierewrite.ties.on_disk import DiskTies
-from tierewrite.ties.tie_map import TieMap
 
 
 class Proof:
@@ -38,9 +37,8 @@ class Proof:
         self.groups: list[Group] = []
         self.expected = Expected()
 
-    def run(self, disk: DiskTies, ties: TieMap) -> None:
+    def run(self, disk: DiskTies) -> None:
         """Compares."""
-        self.ties = ties
         repack = self.policy.on_mismatch == "repack"
         judge = Judge(self.source, disk, self.before.digests)
         self.groups = judge.groups((lambda group: agree(self.source, group)) if repack else None)

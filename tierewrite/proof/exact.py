@@ -132,14 +132,16 @@ def check_files(exact: ExactFiles, target: Checkpoint) -> Iterator[Problem]:
             file.read_runs([(0, len(header))], memoryview(found))
         if found != header:
             yield Problem("layout", name, "its header has another order, other offsets or other text than expected")
-    for name, expected in ((INDEX_NAME, exact.index), (MANIFEST_NAME, exact.manifest)):
+    for kind, name, expected in (
+        ("index", INDEX_NAME, exact.index),
+        ("manifest", MANIFEST_NAME, exact.manifest),
+    ):
         try:
             data = (target.root / name).read_bytes()
         except OSError as error:
-            yield Problem("index" if name == INDEX_NAME else "manifest", name, f"cannot be read: {error.strerror}")
+            yield Problem(kind, name, f"cannot be read: {error.strerror}")
             continue
         if data != expected:
-            kind = "index" if name == INDEX_NAME else "manifest"
             yield from (Problem(kind, name, said) for said in _differences(expected, data))
 
 

@@ -179,7 +179,7 @@ def verify(
 
     disk = on_disk(tie_map, source.tensors, source.tensors)
     proof = Proof(source, target, before, after, policy)
-    proof.run(disk, tie_map)
+    proof.run(disk)
     problems += proof.problems
     if manifest is not None:
         problems += check_claims(manifest, policy, tie_map, disk)
