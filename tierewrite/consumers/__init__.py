@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from tierewrite.consumers.consumer import Consumer
+from tierewrite.consumers.dry_load import LoaderMode, LoaderOptions, dry_load
 from tierewrite.consumers.findings import SCHEMA, Finding, ReadinessReport, in_order
+from tierewrite.consumers.sparse_copy import as_local_folder
+from tierewrite.consumers.subject import Subject
 from tierewrite.consumers.transformers import TRANSFORMERS
 from tierewrite.consumers.vllm import VLLM
-from tierewrite.errors import UsageError, shown
+from tierewrite.errors import SystemFailure, UsageError, shown
 from tierewrite.source.open import name_in_messages
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.mirror import Place
@@ -37,11 +40,15 @@ def check(
     ties: PathLike | None = None,
     trust_remote_code: bool = False,
     compare_limit: int = 4 << 30,
+    loader: LoaderMode = "auto",
+    consumer_python: PathLike | None = None,
+    tensor_parallel_size: int = 1,
 ) -> ReadinessReport:
     """What `consumer` will do with the checkpoint folder `path`.
 
-    Reads headers, configs, the bytes of scales, and tensors whose names meet in one parameter of the consumer, those
-    up to `compare_limit` bytes in all; writes nothing.
+    Asks the consumer's own loader, where a Python that has it is known (in a process of its own: no weight is read, and
+    no GPU is needed); what it tells decides. Reads headers, configs, the bytes of scales, and tensors whose names meet
+    in one parameter of the consumer, those up to `compare_limit` bytes in all; writes nothing.
 
     Args:
         path: the folder, or its URL.
@@ -50,26 +57,59 @@ def check(
             before the built-in table.
         ties, trust_remote_code: as for `rewrite`.
         compare_limit: bytes of equal names to compare at most; beyond it they are reported as not compared.
+        loader: "auto": ask the consumer's own loader if a Python that has it is known, and note it if not; "require":
+            raise if it cannot be asked; "off": go by the rules alone.
+        consumer_python: the Python interpreter that has the consumer; None: what TIEREWRITE_VLLM_PYTHON (or the like)
+            names, else this one.
+        tensor_parallel_size: ranks that share the weights when it is served.
 
     Raises:
-        UsageError: an unknown consumer, or a broken backbone file.
+        UsageError: an unknown consumer, a broken backbone file, or an interpreter that is none.
         SourceError: the folder's headers, index or configs cannot be read.
-        SystemFailure: the system does not let us read it.
+        SystemFailure: the system does not let us read it, or the loader is required and could not be asked.
     """
     asked = consumer_named(consumer)
+    chosen = LoaderOptions(loader, consumer_python, tensor_parallel_size, trust_remote_code)
     subject = asked.subject(
         path, backbone, ties_file=ties, trust_remote_code=trust_remote_code, compare_limit=compare_limit
     )
-    found = in_order(asked.rules.findings(subject))
+    if asked.dry_loader is not None:
+        ask_loader(asked, subject, name_in_messages(path), chosen)
+    found = in_order(asked.findings(subject))
     return ReadinessReport(
         consumer=asked.name,
-        consumer_version=asked.version,
+        consumer_version=subject.loaded.version if subject.loaded is not None else asked.version,
         checkpoint=name_in_messages(path),
         tensors=len(subject.entries),
         bytes_read=subject.bytes_read,
         findings=found,
         notes=tuple(dict.fromkeys(subject.notes)),
     )
+
+
+def ask_loader(consumer: Consumer[Any], subject: Subject, name: str, options: LoaderOptions) -> None:
+    """Lets the consumer's own loader load the checkpoint; `subject.loaded` is what it did, where it could be asked.
+
+    Args:
+        name: what messages call the checkpoint.
+
+    Raises:
+        UsageError, SourceError and its kin: as `check`.
+        SystemFailure: it is required and could not be asked.
+    """
+    loader = consumer.dry_loader
+    assert loader is not None
+    if options.mode == "off":
+        subject.notes.append(f"{loader.title}'s own loader was not asked (--loader off); rules decided alone")
+        return
+    with as_local_folder(subject.folder) as folder:
+        done = dry_load(loader, {folder: name}, options)[0]
+    if done.ran:
+        subject.loaded = done
+        return
+    if options.mode == "require":
+        raise SystemFailure(f"{loader.title}'s own loader could not be asked: {done.reason}")
+    subject.notes.append(f"{loader.title}'s own loader was not asked, rules decided alone: {done.reason}")
 
 
 def corrected_configs(

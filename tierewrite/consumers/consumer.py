@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from tierewrite.consumers.backbone import BackboneTable
-from tierewrite.consumers.findings import ReadinessReport
+from tierewrite.consumers.dry_load import DryLoader
+from tierewrite.consumers.findings import Finding
 from tierewrite.consumers.folder import Folder
 from tierewrite.consumers.rules import RuleSet
 from tierewrite.consumers.subject import Subject
@@ -33,7 +34,8 @@ class Consumer(Generic[S]):
         subject_type: what its rules look at.
         corrected_configs: the configs of an output with what `fix_ignore` has to change for it: new contents by name,
             and one sentence for each. None where nothing has to be changed.
-        dry_load: loads a checkpoint as the consumer does, without serving it. None where there is no such loader.
+        loader_rules: what follows from what its own loader did, where that was asked.
+        dry_loader: how its own loader is asked. None where that cannot be done.
     """
 
     name: str
@@ -44,7 +46,15 @@ class Consumer(Generic[S]):
     rules: RuleSet[S]
     subject_type: type[S]
     corrected_configs: Callable[[S], tuple[dict[str, bytes], tuple[str, ...]]] | None = None
-    dry_load: Callable[[Place], ReadinessReport] | None = None
+    loader_rules: RuleSet[Subject] = field(default_factory=RuleSet)
+    dry_loader: DryLoader | None = None
+
+    def findings(self, subject: S) -> Iterator[Finding]:
+        """What is wrong with the checkpoint, by the consumer's own loader where it was asked, and by the rules."""
+        loaded = subject.loaded is not None and subject.loaded.loaded
+        yield from self.rules.findings(subject, loaded=loaded)
+        if subject.loaded is not None:
+            yield from self.loader_rules.findings(subject)
 
     def subject(self, path: Place, backbone: PathLike | None = None, **options: Any) -> S:
         """The checkpoint at `path` as this consumer reads it.

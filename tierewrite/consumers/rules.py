@@ -25,6 +25,8 @@ class Rule:
         fixed_by: the rewrite that fixes it, or None.
         when: the case that this record is for, where several records share an id because severity, consequence or
             fix depend on what was found; "" where the id has one record.
+        decided_by_loader: the consumer's own loader tells this better: where it loaded the checkpoint, this rule is not
+            asked, and `Consumer.loader_rules` decide. All records of a function agree in it.
     """
 
     id: str
@@ -35,6 +37,7 @@ class Rule:
     source: str
     fixed_by: FixingRewrite | None = None
     when: str = ""
+    decided_by_loader: bool = False
 
     def at(self, where: Iterable[str], found: str) -> Finding:
         """A finding of this rule at the tensors or config entries `where`; `found` says what is there."""
@@ -65,6 +68,7 @@ class RuleSet(Generic[S]):
     def __init__(self) -> None:
         self.records: list[Rule] = []
         self.functions: list[Callable[[S], Iterator[Finding]]] = []
+        self._left_to_loader: set[Callable[[S], Iterator[Finding]]] = set()
 
     def add(self, *records: Rule) -> Callable[[Callable[[S], Iterator[Finding]]], Callable[[S], Iterator[Finding]]]:
         """A decorator: the function finds where `records` are broken."""
@@ -72,6 +76,9 @@ class RuleSet(Generic[S]):
         def registered(function: Callable[[S], Iterator[Finding]]) -> Callable[[S], Iterator[Finding]]:
             self.records += records
             self.functions.append(function)
+            if any(rule.decided_by_loader for rule in records):
+                assert all(rule.decided_by_loader for rule in records), function
+                self._left_to_loader.add(function)
             return function
 
         return registered
@@ -83,12 +90,18 @@ class RuleSet(Generic[S]):
         for each in sets:
             found.records += each.records
             found.functions += each.functions
+            found._left_to_loader |= each._left_to_loader
         return found
 
-    def findings(self, subject: S) -> Iterator[Finding]:
-        """What every rule finds."""
+    def findings(self, subject: S, *, loaded: bool = False) -> Iterator[Finding]:
+        """What every rule finds.
+
+        Args:
+            loaded: the consumer's own loader loaded the checkpoint: rules that it decides are not asked.
+        """
         for function in self.functions:
-            yield from function(subject)
+            if not (loaded and function in self._left_to_loader):
+                yield from function(subject)
 
     def of_id(self, id: str) -> tuple[Rule, ...]:
         """The records of one id."""

@@ -17,6 +17,7 @@ import numpy as np
 from tierewrite import formats
 from tierewrite.consumers.backbone import Backbone, BackboneTable
 from tierewrite.consumers.folder import Folder
+from tierewrite.consumers.loaded import DryLoad
 from tierewrite.errors import TierewriteError
 from tierewrite.numbers.float8 import float8_values
 from tierewrite.source.bytes import open_source, read_tensors
@@ -74,6 +75,7 @@ class Subject:
         self.compare_limit = compare_limit
         self.bytes_read = 0
         self.notes: list[str] = []
+        self.loaded: DryLoad | None = None  # what the consumer's own loader did, where it was asked and ran
         named = self.config.get("architectures")
         self.architectures = [a for a in named if isinstance(a, str)] if isinstance(named, list) else []
         self.architecture = self.architectures[0] if self.architectures else ""

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from tierewrite.consumers.backbone import BackboneTable
 from tierewrite.consumers.consumer import Consumer
+from tierewrite.consumers.dry_load import DryLoader
+from tierewrite.consumers.loader_rules import loader_rules
 from tierewrite.consumers.rules import RuleSet
 from tierewrite.consumers.vllm import rules_config, rules_files, rules_ignore, rules_names, rules_scales, rules_shapes
 from tierewrite.consumers.vllm.corrected_ignore import corrected_ignore_lists
@@ -39,4 +41,6 @@ VLLM: Consumer[VllmSubject] = Consumer(
     ),
     subject_type=VllmSubject,
     corrected_configs=corrected_ignore_lists,
+    loader_rules=loader_rules("vLLM"),
+    dry_loader=DryLoader("vLLM", "vllm", Path(__file__).parent / "dry_load.py"),
 )
