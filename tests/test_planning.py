@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from tierewrite.numbers.merging import mergeable
 from tierewrite.planning.layout import split
-from tierewrite.planning.plan import RewritePlan
+from tierewrite.planning.plan import NeededNames, RewritePlan
 from tierewrite.planning.planner import plan
 from tierewrite.planning.policy import Policy
 from tierewrite.source.table import DTYPE_BITS, Checkpoint, Shard, TensorEntry
@@ -573,7 +573,87 @@ OPTIONS = [
     ),
 ]
 
-CASES = [*WEIGHTS, *SCALES_AND_BUFFERS, *REFUSED, *SMOOTHING, *OPTIONS]
+SIDE_B_NEEDED = NeededNames("a consumer", frozenset({"b.q_proj.weight_scale", "b.q_proj.input_scale"}))
+NAMES = [
+    Case(
+        "a name that a consumer needs stays, though another tensor stands for it",
+        {"t": [("embed.weight", "head.weight")]},
+        """
+        embed.weight  BF16[4,4]  keep  =  t
+        head.weight   BF16[4,4]  keep  =  t
+        """,
+        known={"needed": NeededNames("a consumer", frozenset({"head.weight"}))},
+        warning="1 tensors of tied modules stay on every side, with one value: a consumer needs their names",
+    ),
+    Case(
+        "what is equal is kept as it is, a merged scale is written on both sides, the rest goes",
+        AB,
+        """
+        a.q_proj.weight        F8_E4M3[4,8]  keep   =                t
+        a.q_proj.weight_scale  F32[]         keep   =                t
+        a.q_proj.input_scale   F32[]         merge  =                t
+        b.q_proj.weight        F8_E4M3[4,8]  drop   a.q_proj.weight  t
+        b.q_proj.weight_scale  F32[]         keep   =                t
+        b.q_proj.input_scale   F32[]         merge  =                t
+        """,
+        config=MODELOPT,
+        known={"needed": SIDE_B_NEEDED},
+        warning="2 tensors",
+        merges={"a.q_proj.input_scale": ("a.q_proj.input_scale", "b.q_proj.input_scale")},
+    ),
+    Case(
+        "of three sides only the one that is needed stays",
+        {"t": [("a.q_proj.weight", "b.q_proj.weight", "c.q_proj.weight")]},
+        """
+        a.q_proj.input_scale   F32[]      merge  =                     t
+        a.q_proj.weight        BF16[4,8]  keep   =                     t
+        b.q_proj.input_scale   F32[]      merge  =                     t
+        b.q_proj.weight        BF16[4,8]  drop   a.q_proj.weight       t
+        c.q_proj.input_scale   F32[]      drop   a.q_proj.input_scale  t
+        c.q_proj.weight        BF16[4,8]  drop   a.q_proj.weight       t
+        """,
+        known={"needed": SIDE_B_NEEDED},
+        warning="1 tensors",
+        merges={
+            "a.q_proj.input_scale": ("a.q_proj.input_scale", "b.q_proj.input_scale", "c.q_proj.input_scale")
+        },
+    ),
+    Case(
+        "a KV-cache scale too",
+        {"t": [("a.k_proj.weight", "b.k_proj.weight")]},
+        """
+        a.k_proj.k_scale  F32[]      merge  =                t
+        a.k_proj.weight   BF16[4,8]  keep   =                t
+        b.k_proj.k_scale  F32[]      merge  =                t
+        b.k_proj.weight   BF16[4,8]  drop   a.k_proj.weight  t
+        """,
+        Policy(kv_scales="merge"),
+        known={"needed": NeededNames("a consumer", frozenset({"b.k_proj.k_scale"}))},
+        warning="1 tensors",
+        merges={"a.k_proj.k_scale": ("a.k_proj.k_scale", "b.k_proj.k_scale")},
+    ),
+    Case(
+        "where the canonical side is absent its name is taken, needed or not",
+        {"t": [("embed.weight", "head.weight")]},
+        """
+        head.weight   BF16[4,4]  rename  embed.weight  t
+        """,
+        known={"needed": NeededNames("a consumer", frozenset({"head.weight"}))},
+    ),
+    Case(
+        "needed names change nothing where the headers refute the tie",
+        AB,
+        """
+        a.q_proj.weight  BF16[4,4]  keep  =  t
+        b.q_proj.weight  BF16[4,5]  keep  =  t
+        """,
+        known={"needed": NeededNames("a consumer", frozenset({"b.q_proj.weight"}))},
+        reason="is BF16 [4, 4] but",
+    ),
+]
+"""A consumer needs names that a tie would drop."""
+
+CASES = [*WEIGHTS, *SCALES_AND_BUFFERS, *REFUSED, *SMOOTHING, *OPTIONS, *NAMES]
 
 
 def read(table: str) -> tuple[list[TensorEntry], dict[str, tuple[str, str, str | None]]]:
@@ -643,7 +723,10 @@ def test_plan(case: Case) -> None:
     assert case.warning is None or any(case.warning in warning for warning in made.warnings)
     merges = {merge.target: merge.keys for group in made.groups for merge in group.merges}
     assert all(merges.get(target) == keys for target, keys in case.merges.items())
-    assert all(target in merges for target, (action, _, _) in wanted.items() if action == "merge")
+    # A name that a consumer needs is written with the merge that covers it; every other merge has its own target.
+    kept = {name for group in made.groups for name in group.kept_names}
+    covered = {*merges, *(key for keys in merges.values() for key in keys if key in kept)}
+    assert all(target in covered for target, (action, _, _) in wanted.items() if action == "merge")
 
 
 def case_of(rule: str) -> Case:

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from tierewrite import digest
+from tierewrite.consumers.needed import with_needed_names
 from tierewrite.errors import UsageError, shown
 from tierewrite.planning.plan import Action, RewritePlan, needed_for_confirmation
-from tierewrite.planning.policy import KVScales, Policy
+from tierewrite.planning.policy import KVScales, NamesFor, Policy
 from tierewrite.report import Report, build_report
 from tierewrite.rewriting.options import Device
 from tierewrite.source.table import Checkpoint, Shard, TensorEntry, Tensors, gc_paused
@@ -65,6 +66,7 @@ def dedupe_state_dict(
     *,
     on_mismatch: OnMismatchInMemory = "error",
     kv_scales: KVScales = "keep",
+    keep_names_for: NamesFor | None = None,
     device: Device = "auto",
 ) -> tuple[dict[str, torch.Tensor], Report]:
     """Every tied tensor of `state_dict` once, under its canonical name.
@@ -98,14 +100,14 @@ def dedupe_state_dict(
             raise UsageError(f"{option} is {value!r}; expected one of {', '.join(choices)}")
     if not isinstance(state_dict, Mapping):
         raise UsageError(f"the state dict is a {type(state_dict).__name__}; expected a mapping of names to tensors")
-    policy = Policy(on_mismatch=on_mismatch, kv_scales=kv_scales)
+    policy = Policy(on_mismatch=on_mismatch, kv_scales=kv_scales, keep_names_for=keep_names_for)
     config = _config_of(ties)
     checkpoint = _described(state_dict, config)
     tie_map = _ties_of(ties, config, state_dict.keys())
     with gc_paused():
         disk = on_disk(tie_map, state_dict.keys(), checkpoint.tensors)
     hasher = _Hasher(state_dict, device)
-    opened = Opened(checkpoint, tie_map, disk)
+    opened = with_needed_names(Opened(checkpoint, tie_map, disk), policy)
     evidence = Evidence()
     while isinstance(step := _attempt(opened, policy, evidence, hasher, state_dict), Evidence):
         evidence = step

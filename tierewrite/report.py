@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from tierewrite.planning.plan import GroupPlan, RewritePlan, group_json
+import numpy as np
+
+from tierewrite.planning.plan import Action, GroupPlan, RewritePlan, group_json
 from tierewrite.planning.policy import Policy
 from tierewrite.source.table import Checkpoint
 from tierewrite.ties.tie_map import TieMap
@@ -215,7 +217,7 @@ def build_report(
     by_group: dict[str, list[MergedScale]] = {}
     for group_id, scale in merged.values():
         by_group.setdefault(group_id, []).append(scale)
-    status: dict[str, Status] = {"planned": "rewritten", "unconfirmed": "kept", "canonical": "canonical"}
+    statuses = _statuses(plan)
     return Report(
         src=str(src),
         dst=str(dst),
@@ -227,7 +229,8 @@ def build_report(
         before_shards=tuple(ShardSize(shard.name, shard.size) for shard in checkpoint.shards),
         after_shards=tuple(shards),
         groups=tuple(
-            GroupReport(group, status[group.status], tuple(by_group.get(group.id, ()))) for group in plan.groups
+            GroupReport(group, status, tuple(by_group.get(group.id, ())))
+            for group, status in zip(plan.groups, statuses, strict=True)
         ),
         ties_source=ties.source,
         ties_detail=ties.detail,
@@ -238,3 +241,16 @@ def build_report(
         filled=tuple(filled),
         warnings=tuple(dict.fromkeys((*checkpoint.warnings, *ties.warnings, *plan.warnings, *warnings))),
     )
+
+
+def _statuses(plan: RewritePlan) -> Iterator[Status]:
+    """What was done with each group of an executed plan."""
+    changed = np.isin(plan.action, [action.code for action in (Action.DROP, Action.RENAME, Action.MERGE)])
+    with_changes = set(plan.group[changed].tolist())
+    for number, group in enumerate(plan.groups):
+        if group.status == "unconfirmed":
+            yield "kept"
+        elif group.kept_names and number not in with_changes:
+            yield "canonical"
+        else:
+            yield "rewritten" if group.status == "planned" else "canonical"

@@ -46,7 +46,7 @@ def _policy_option(option: Option) -> Decorator[Any]:
     if option.types == (bool,):
         return click.option(flag_of(option.name), is_flag=True, help=option.help)
     if option.choices:
-        text = f"{option.help}  [default: {option.default}]"
+        text = option.help if option.default is None else f"{option.help}  [default: {option.default}]"
         return click.option(flag_of(option.name), type=click.Choice(option.choices), help=text)
     kind = int if option.types == (int,) else str
     return click.option(

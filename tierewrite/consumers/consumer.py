@@ -13,9 +13,11 @@ from tierewrite.consumers.findings import Finding
 from tierewrite.consumers.folder import Folder
 from tierewrite.consumers.rules import RuleSet
 from tierewrite.consumers.subject import Subject
+from tierewrite.planning.plan import NeededNames
 from tierewrite.planning.policy import PolicyOptions
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.mirror import Place
+from tierewrite.values.opened import Opened
 
 S = TypeVar("S", bound=Subject)
 
@@ -34,6 +36,8 @@ class Consumer(Generic[S]):
         subject_type: what its rules look at.
         corrected_configs: the configs of an output with what `fix_ignore` has to change for it: new contents by name,
             and one sentence for each. None where nothing has to be changed.
+        needed_names: of a source, the names that its loader has to find though a tie makes another tensor stand for
+            them (`planning.plan.NeededNames`). None where one name of each tie is enough.
         loader_rules: what follows from what its own loader did, where that was asked.
         dry_loader: how its own loader is asked. None where that cannot be done.
     """
@@ -46,6 +50,7 @@ class Consumer(Generic[S]):
     rules: RuleSet[S]
     subject_type: type[S]
     corrected_configs: Callable[[S], tuple[dict[str, bytes], tuple[str, ...]]] | None = None
+    needed_names: Callable[[Opened], NeededNames] | None = None
     loader_rules: RuleSet[Subject] = field(default_factory=RuleSet)
     dry_loader: DryLoader | None = None
 

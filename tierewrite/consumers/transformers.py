@@ -21,20 +21,13 @@ from tierewrite.consumers.consumer import Consumer
 from tierewrite.consumers.findings import Finding
 from tierewrite.consumers.rules import Rule, RuleSet
 from tierewrite.consumers.subject import Subject
+from tierewrite.consumers.transformers_names import QUANT_METHODS, needed_names
 from tierewrite.planning.policy import FOR_CONSUMER
 from tierewrite.source.table import INDEX_NAME
 from tierewrite.ties.on_disk import WHOLE
 
 MODELING = "modeling_utils.py"
 WHOLE_FILE = "model.safetensors"
-# quantizers/auto.py AUTO_QUANTIZATION_CONFIG_MAPPING
-QUANT_METHODS = frozenset(
-    {
-        "awq", "bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit", "gptq", "aqlm", "quanto", "quark",
-        "fouroversix", "fp_quant", "eetq", "higgs", "hqq", "compressed-tensors", "fbgemm_fp8", "torchao", "bitnet",
-        "vptq", "spqr", "fp8", "mxfp8", "auto-round", "mxfp4", "metal", "sinq", "nvfp4", "gguf", "gemma",
-    }
-)  # fmt: skip
 RULES: RuleSet[Subject] = RuleSet()
 
 INDEX_NAMES_MISSING_FILE = Rule(
@@ -273,4 +266,5 @@ TRANSFORMERS: Consumer[Subject] = Consumer(
     backbones=BackboneTable.names_unchanged(MODELING),
     rules=RULES,
     subject_type=Subject,
+    needed_names=needed_names,
 )

@@ -55,7 +55,10 @@ class ManifestTensor(msgspec.Struct, gc=False):
 
 
 class ManifestGroup(msgspec.Struct):
-    """A tie group; `reason` says why it was kept, and is null for the others."""
+    """A tie group; `reason` says why it was kept, and is null for the others.
+
+    `kept_names` are names that stay for a consumer, though another tensor has their value; only where there are any.
+    """
 
     id: str
     canonical: str
@@ -63,6 +66,7 @@ class ManifestGroup(msgspec.Struct):
     status: Status
     reason: str | None
     tensors: dict[str, ManifestTensor]
+    kept_names: tuple[str, ...] | UnsetType = UNSET
 
 
 class ManifestTool(msgspec.Struct):
@@ -133,7 +137,10 @@ def written_tensors(
             if did is Action.KEEP and row not in others:
                 continue
         digest = made[target].digest if target in made else known[name]
-        tensor = ManifestTensor([name, *others.get(row, ())], did, target in merged, digest.hex())
+        sources = [name, *others.get(row, ())]
+        if target in merged and plan.groups[group[row]].kept_names:
+            sources = list(merged[target][1].sources)  # its value covers sides that stay, too
+        tensor = ManifestTensor(sources, did, target in merged, digest.hex())
         if target in merged:
             scale = merged[target][1]
             tensor.ratio, tensor.calibrated = scale.ratio, scale.calibrated
@@ -175,6 +182,7 @@ def build_manifest(
                 entry.status,
                 entry.group.reason,
                 written.get(entry.group.id, {}),
+                entry.group.kept_names or UNSET,
             )
             for entry in report.groups
         ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -17,12 +17,14 @@ class Fates:
     Args:
         tensors: the source.
         groups: their ids.
+        needed: keys that are not dropped, because a consumer needs their names.
 
     Attributes:
         action, stands_for, merged, group, new_names: as in `RewritePlan`.
+        kept_name: bool, whether a row stays only because its name is needed.
     """
 
-    def __init__(self, tensors: Tensors, groups: Sequence[str]) -> None:
+    def __init__(self, tensors: Tensors, groups: Sequence[str], needed: Collection[str] = ()) -> None:
         count = len(tensors)
         self._tensors = tensors
         self._ids = groups
@@ -31,6 +33,9 @@ class Fates:
         self.merged = np.zeros(count, bool)
         self.group = np.full(count, -1, np.int32)
         self.new_names: dict[int, str] = {}
+        self.kept_name = np.zeros(count, bool)
+        self._needed = np.zeros(count, bool)
+        self._needed[[tensors.row[name] for name in needed if name in tensors.row]] = True
         self._planned = np.zeros(len(groups) + 1, bool)  # the last one for -1: no group
         self._taken: set[str] = set()
 
@@ -80,8 +85,18 @@ class Fates:
         self.stands_for[made.row] = made.stands_for
         self.merged[made.row] = made.merged
         self.group[made.row] = group
+        self._keep_needed(made.row)
         rename = Action.RENAME.code
         self.new_names.update({row: name for row, name in made.new_names.items() if self.action[row] == rename})
+
+    def _keep_needed(self, rows: np.ndarray) -> None:
+        """Those of `rows` that would be dropped stay if their names are needed, with the value that drops them."""
+        stay = np.unique(rows[self._needed[rows] & (self.action[rows] == Action.DROP.code)])
+        merged = self.merged[self.stands_for[stay]]
+        self.action[stay] = np.where(merged, Action.MERGE.code, Action.KEEP.code)
+        self.merged[stay] = merged
+        self.stands_for[stay] = stay
+        self.kept_name[stay] = True
 
     def keep(self, group: int, rows: np.ndarray) -> None:
         """Enters a group that is kept whole: of its tensors those that no planned group has."""

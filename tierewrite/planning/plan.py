@@ -20,6 +20,24 @@ from tierewrite.source.table import TensorEntry, Tensors
 PLAN_SCHEMA = "tierewrite/plan/1"
 
 
+@dataclass(frozen=True)
+class NeededNames:
+    """The names that a consumer has to find, though a tie makes another tensor stand for them.
+
+    Of a confirmed tie such a name is not dropped: its tensor stays in its place, with the same value as the side that
+    stands for the others (equal bytes, or the merged scale). Names that the source does not have are not added.
+
+    Attributes:
+        consumer: who needs them, for messages; "" where nobody does.
+        names: keys of the source. Those that no tie would drop or rename may be among them, and change nothing.
+        notes: how that is known, for the report.
+    """
+
+    consumer: str = ""
+    names: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+
+
 class Action(str, enum.Enum):
     """What becomes of one tensor of the source. `code` is its number in a plan's column."""
 
@@ -74,6 +92,7 @@ class GroupPlan:
         kind: what sort of parameter it is, e.g. "experts.down_proj", for summaries.
         dropped: number of tensors that are dropped for it.
         dropped_bytes: their size.
+        kept_names: source keys that another tensor stands for, and that stay because a consumer needs their names.
     """
 
     id: str
@@ -89,6 +108,7 @@ class GroupPlan:
     kind: str
     dropped: int
     dropped_bytes: int
+    kept_names: tuple[str, ...] = ()
 
 
 class OutTensor(NamedTuple):
@@ -404,6 +424,7 @@ def group_json(group: GroupPlan) -> dict[str, Any]:
         "reason": group.reason,
         "dropped_tensors": group.dropped,
         "dropped_bytes": group.dropped_bytes,
+        "kept_names": list(group.kept_names),
     }
 
 

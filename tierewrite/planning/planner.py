@@ -23,6 +23,7 @@ from tierewrite.planning.layout import shards
 from tierewrite.planning.plan import (
     ExpertScales,
     GroupPlan,
+    NeededNames,
     RewritePlan,
     Survivors,
     kind_of,
@@ -46,6 +47,7 @@ def plan(
     separate_kv: Iterable[str] = (),
     repacked: Mapping[str, frozenset[str]] | None = None,
     unfillable: frozenset[str] = frozenset(),
+    needed: NeededNames | None = None,
 ) -> RewritePlan:
     """What will be done with `checkpoint` if every tie that the headers allow is confirmed.
 
@@ -59,6 +61,7 @@ def plan(
         separate_kv: targets of KV-scale merges that are not to be carried out (their biases differ).
         repacked: group id -> modules whose NVFP4 blobs are known to differ by scaling alone.
         unfillable: output keys of scales that are missing and stay so.
+        needed: names that a consumer has to find: none of them is dropped.
 
     Returns:
         A plan in which each tensor of the source occurs once.
@@ -66,7 +69,8 @@ def plan(
     policy = policy or Policy()
     tensors = checkpoint.tensors
     families = formats.detect(checkpoint.config, checkpoint.quant_config, tensors.leaves)
-    fates = Fates(tensors, [tie.id for tie in ties.groups])
+    needed = needed or NeededNames()
+    fates = Fates(tensors, [tie.id for tie in ties.groups], needed.names)
     outcomes = _outcomes(checkpoint, ties, families, fates, refuted or {})
     kv = KvScales(tensors, families, fates, {tie.id: n for n, tie in enumerate(ties.groups)}, frozenset(separate_kv))
     if policy.kv_scales == "merge":
@@ -95,10 +99,10 @@ def plan(
         merged=fates.merged,
         group=fates.group,
         new_names=fates.new_names,
-        groups=_counted(groups, fates),
+        groups=_counted(groups, fates, tensors),
         shards=shards(tensors, survivors.rows, survivors.names, _added(experts, tensors), limit),
         policy=policy,
-        warnings=tuple(dict.fromkeys((*warnings, *kv.warnings))),
+        warnings=tuple(dict.fromkeys((*warnings, *kv.warnings, *_said(needed, fates)))),
         ties_source=ties_source,
         ties_detail=ties_detail,
         unpaired=unpaired,
@@ -205,12 +209,24 @@ def _group(tensors: Tensors, outcome: _Outcome, repacked: frozenset[str], kv: It
     )
 
 
-def _counted(groups: Iterable[GroupPlan], fates: Fates) -> tuple[GroupPlan, ...]:
-    """The groups with what is dropped for each."""
+def _counted(groups: Iterable[GroupPlan], fates: Fates, tensors: Tensors) -> tuple[GroupPlan, ...]:
+    """The groups with what is dropped for each, and the names that stay because they are needed."""
+    kept: dict[int, list[str]] = {}
+    for row in np.flatnonzero(fates.kept_name).tolist():
+        kept.setdefault(int(fates.group[row]), []).append(tensors.names[row])
     return tuple(
-        replace(group, dropped=number, dropped_bytes=nbytes)
-        for group, number, nbytes in zip(groups, *fates.dropped(), strict=True)
+        replace(group, dropped=count, dropped_bytes=nbytes, kept_names=tuple(sorted(kept.get(number, ()))))
+        for number, (group, count, nbytes) in enumerate(zip(groups, *fates.dropped(), strict=True))
     )
+
+
+def _said(needed: NeededNames, fates: Fates) -> list[str]:
+    """What a person should know of the names that stay because they are needed."""
+    count = int(fates.kept_name.sum())
+    if not count:
+        return []
+    said = f"{count:,} tensors of tied modules stay on every side, with one value: {needed.consumer} needs their names"
+    return [said, *needed.notes]
 
 
 def _fused(survivors: Survivors) -> Iterator[str]:

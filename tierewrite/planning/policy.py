@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 OnMismatch = Literal["error", "keep", "repack"]
 KVScales = Literal["keep", "merge"]
 ConsumerName = Literal["vllm", "transformers"]
+NamesFor = Literal["transformers"]
+"""The consumers that need more names than one of each tie."""
 Size = int | str
 """A number of bytes, or a text such as "5GB" (powers of 1000)."""
 
@@ -31,6 +33,7 @@ class PolicyOptions(TypedDict, total=False):
     unify_fused_scales: bool
     fix_ignore: bool
     fill_missing_scales: bool
+    keep_names_for: NamesFor | None
     exclude: str | Sequence[str]
 
 
@@ -83,6 +86,14 @@ class Policy:
         metadata={
             "help": "Take an expert's missing or never calibrated input scale from the tied side, else from the "
             "largest of the same projection's other experts in its layer.",
+        },
+    )
+    keep_names_for: NamesFor | None = field(
+        default=None,
+        metadata={
+            "choices": get_args(NamesFor),
+            "help": "Keep every name that the loader of this consumer would miss, with the one value of its tie on all "
+            "sides: such tensors are stored more than once.",
         },
     )
     exclude: tuple[str, ...] = field(
@@ -168,7 +179,7 @@ OPTIONS: Mapping[str, Option] = {one.name: _option_of(one.name, one.default, one
 
 FOR_CONSUMER: Mapping[str, PolicyOptions] = {
     "vllm": {"kv_scales": "merge", "unify_fused_scales": True, "fix_ignore": True},
-    "transformers": {},
+    "transformers": {"keep_names_for": "transformers"},
 }
 """What a rewrite for a consumer chooses, where the caller does not. `--for` offers these names."""
 

@@ -19,6 +19,12 @@ from tierewrite.ties.on_disk import DiskTies
 class Proof:
     """One comparison under one declaration of ties.
 
+    Args:
+        source, target: SRC and DST.
+        before, after: what they hold.
+        policy: the options that the caller names.
+        needed: names that stay for a consumer though another tensor stands for them.
+
     Attributes:
         problems: what is wrong in DST.
         notes: what a reader should know; nothing that is wrong.
@@ -28,9 +34,16 @@ class Proof:
     """
 
     def __init__(
-        self, source: Checkpoint, target: Checkpoint, before: Contents, after: Contents, policy: Policy
+        self,
+        source: Checkpoint,
+        target: Checkpoint,
+        before: Contents,
+        after: Contents,
+        policy: Policy,
+        needed: Collection[str] = (),
     ) -> None:
         self.source, self.target, self.before, self.after, self.policy = source, target, before, after, policy
+        self.needed = needed
         self.problems: list[Problem] = []
         self.notes: list[str] = []
         self.counts: dict[str, int] = {}
@@ -40,7 +53,7 @@ class Proof:
     def run(self, disk: DiskTies) -> None:
         """Compares."""
         repack = self.policy.on_mismatch == "repack"
-        judge = Judge(self.source, disk, self.before.digests)
+        judge = Judge(self.source, disk, self.before.digests, self.needed)
         self.groups = judge.groups((lambda group: agree(self.source, group)) if repack else None)
         stands = self._stands()
         self.expected = expected(self.source, self.before, stands, self.policy)
@@ -49,7 +62,7 @@ class Proof:
         self._say_refused(refuted)
         left = self._left_as_they_were()
         self._compare(refuted, left)
-        for name, weight in orphans(self.source.tensors, self.target.tensors.keys(), disk.owned):
+        for name, weight in orphans(self.source.tensors, self.target.tensors.keys(), {*disk.owned, *self.needed}):
             self._say(
                 "orphan", name, f"still there, though '{weight}', which it belongs to, is gone; expected both or none"
             )
@@ -63,7 +76,8 @@ class Proof:
                 stands.update(group.stands)
         if self.policy.kv_scales == "merge":
             taken = {key for stand in stands.values() for key in stand.sources}
-            stands.update(kv_stands(self.source, self.before.digests, self.groups, taken))
+            for stand in kv_stands(self.source, self.before.digests, self.groups, taken).values():
+                stands.update((one.target, one) for one in stand.beside(self.needed))
         placed = {key for stand in stands.values() for key in stand.sources}
         for key in self.source.tensors:
             if key not in placed and key not in stands:
@@ -94,8 +108,8 @@ class Proof:
         left: set[str] = set()
         for group in self.groups:
             keys = [key for stand in group.stands.values() for key in stand.sources]
-            changes = any(stand.changes for stand in group.stands.values())
-            if group.reason is None and changes and all(map(self._same_tensor, keys)):
+            moves = any(stand.moves for stand in group.stands.values())
+            if group.reason is None and moves and all(map(self._same_tensor, keys)):
                 self._say("tie-left", group.tie.id, "its sides are one tensor in SRC, but DST still holds both")
                 left.update(keys, group.stands)
         return left
@@ -118,7 +132,7 @@ class Proof:
                 continue
             if name in self.target.tensors:
                 self._compare_one(name)
-            elif stand is None or stand.changes:
+            elif stand is None or stand.changes or stand.needed:
                 also = f" for {', '.join(stand.sources)}" if stand is not None else f": {want.because}"
                 self._say("missing", name, f"not in DST; expected{also}")
             elif stand.sources[0] in refuted:
@@ -178,7 +192,9 @@ def check_statements(proof: Proof, manifest: Mapping[str, Any]) -> list[Problem]
         say("names other source shards, or other sizes, than SRC has")
     told: dict[str, Mapping[str, Any]] = {}
     statuses: dict[str, str] = {}
+    names: dict[str, list[str]] = {}
     for group in manifest["groups"]:
+        names[group["id"]] = list(group.get("kept_names", ()))
         if group["id"] in statuses:
             say(f"lists the group '{group['id']}' twice")
         statuses[group["id"]] = group["status"]
@@ -193,7 +209,20 @@ def check_statements(proof: Proof, manifest: Mapping[str, Any]) -> list[Problem]
         if stand.changes and name not in told:
             say(f"does not list '{name}', which stands for {', '.join(stand.sources)}")
     _check_groups(proof, statuses, say)
+    for group_id, kept in _kept_names(proof).items():
+        if names.get(group_id, []) != kept:
+            say(f"says of '{group_id}' that {names.get(group_id, [])} stay for a consumer; expected {kept}")
     return problems
+
+
+def _kept_names(proof: Proof) -> dict[str, list[str]]:
+    """For each confirmed tie, the names that stay though another tensor has their value, sorted."""
+    kept: dict[str, list[str]] = {group.tie.id: [] for group in proof.groups}
+    for name in sorted(proof.expected.stands):
+        stand = proof.expected.stands[name]
+        if stand.needed and stand.group is not None:
+            kept[stand.group].append(name)
+    return kept
 
 
 def _check_groups(proof: Proof, statuses: Mapping[str, str], say: Callable[[str], None]) -> None:
@@ -220,8 +249,8 @@ def _wrong_in_entry(proof: Proof, name: str, entry: Mapping[str, Any]) -> list[s
     if stand is None or name not in proof.target.tensors:
         return ["is listed, and DST does not hold it"]
     wrong: list[str] = []
-    if entry["from"][:1] != [stand.sources[0]] or sorted(entry["from"]) != sorted(stand.sources):
-        wrong.append(f"from {', '.join(map(str, entry['from']))}; expected {', '.join(stand.sources)}")
+    if entry["from"][:1] != [stand.covered[0]] or sorted(entry["from"]) != sorted(stand.covered):
+        wrong.append(f"from {', '.join(map(str, entry['from']))}; expected {', '.join(stand.covered)}")
     if entry["blake3"] != proof.after.digests[name].hex():
         wrong.append("blake3 is not the digest of its bytes in DST")
     action = "repack" if name in proof.expected.repacked else stand.action

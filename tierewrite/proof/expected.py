@@ -85,9 +85,9 @@ def _plain_or_merged(source: Checkpoint, before: Contents, stand: Stand, found: 
         because = f"the bytes of '{first.name}'"
         found.wants[name] = Want(first, before.digests[first.name], "bytes", because)
         return
-    value = covering(stand.merge, [(source.tensors[key], before.values[key]) for key in stand.sources])
+    value = covering(stand.merge, [(source.tensors[key], before.values[key]) for key in stand.covered])
     if value is None:
-        found.refused[stand.group or name] = f"no {first.dtype} covers {', '.join(stand.sources)}"
+        found.refused[stand.group or name] = f"no {first.dtype} covers {', '.join(stand.covered)}"
         found.wants[name] = Want(first, before.digests[first.name], "merge", f"the bytes of '{first.name}'")
         return
     found.merged[name] = value

@@ -6,8 +6,8 @@ sides that are stored differently or hold other bytes, companions that no format
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from tierewrite import formats
 from tierewrite.formats import Adjacency, Companion, Role
@@ -23,6 +23,8 @@ class Stand:
     Attributes:
         merge: the companion whose rule made one value of several; None where the bytes are those of the first.
         repacked: part of an NVFP4 weight whose sides hold other bytes: one is encoded again to the scale of all.
+        values: the tensors whose values became one, its own first; () where those are `sources`.
+        needed: its name stays only because a consumer needs it.
     """
 
     target: str
@@ -30,6 +32,13 @@ class Stand:
     merge: Companion | None = None
     group: str | None = None
     repacked: bool = False
+    values: tuple[str, ...] = ()
+    needed: bool = False
+
+    @property
+    def covered(self) -> tuple[str, ...]:
+        """The tensors whose value it has, its own first: with names that are needed, more than it stands for."""
+        return self.values or self.sources
 
     @property
     def action(self) -> str:
@@ -41,7 +50,22 @@ class Stand:
     @property
     def changes(self) -> bool:
         """Whether anything is different from leaving the tensor alone."""
+        return self.moves or self.merge is not None
+
+    @property
+    def moves(self) -> bool:
+        """Whether a name is gone or new for it."""
         return self.sources != (self.target,)
+
+    def beside(self, needed: Collection[str]) -> Iterator[Stand]:
+        """This without the names in `needed`, which stay, and those with the value that this has."""
+        first, *others = self.sources
+        stay = [key for key in others if key in needed]
+        gone = tuple(key for key in others if key not in needed)
+        yield replace(self, sources=(first, *gone), values=self.sources if stay and self.merge is not None else ())
+        for key in stay:
+            values = (key, *(other for other in self.sources if other != key)) if self.merge is not None else ()
+            yield replace(self, target=key, sources=(key,), values=values, needed=True)
 
 
 @dataclass
@@ -58,6 +82,11 @@ class Group:
         """Names that must be gone from DST."""
         return {key for stand in self.stands.values() for key in stand.sources if key not in self.stands}
 
+    @property
+    def kept_names(self) -> list[str]:
+        """Names that stay though another tensor of the tie has their value."""
+        return sorted(stand.target for stand in self.stands.values() if stand.needed)
+
 
 class _NotOne(Exception):
     """Why the sides of a declared tie are not one tensor."""
@@ -67,9 +96,18 @@ _KeysBySuffix = dict[str, tuple[str, Companion]]  # suffix with the parameter's 
 
 
 class Judge:
-    """Judges every declared tie by the bytes of SRC."""
+    """Judges every declared tie by the bytes of SRC.
 
-    def __init__(self, source: Checkpoint, disk: DiskTies, digests: Mapping[str, bytes]) -> None:
+    Args:
+        source, disk: SRC, and the ties under its names.
+        digests: of all its tensors.
+        needed: names that stay though another tensor stands for them.
+    """
+
+    def __init__(
+        self, source: Checkpoint, disk: DiskTies, digests: Mapping[str, bytes], needed: Collection[str] = ()
+    ) -> None:
+        self.needed = needed
         self.repack = False
         self.entries, self.digests, self.disk = source.tensors, digests, disk
         self.families = formats.detect(source.config, source.quant_config, self.entries.keys())
@@ -102,6 +140,8 @@ class Judge:
                 again = self._attempt(tie)
                 self.repack = False
                 why = why_different(again) if again.reason is None else again.reason
+                if again.kept_names:
+                    why = "names of it stay for a consumer, and such sides are not re-encoded"
                 if why is None:
                     group = again
                 else:
@@ -218,8 +258,8 @@ class Judge:
         canonical = self.tied.get(f"{parent}.weight")
         return key if canonical is None else f"{canonical.rpartition('.')[0]}.{suffix}"
 
-    @staticmethod
     def _stand(
+        self,
         group: Group,
         canonical: str,
         part: str,
@@ -228,7 +268,8 @@ class Judge:
         repacked: bool = False,
     ) -> None:
         target = _target(canonical, part)
-        group.stands[target] = Stand(target, keys, None if keys == (target,) else merge, group.tie.id, repacked)
+        stand = Stand(target, keys, None if keys == (target,) else merge, group.tie.id, repacked)
+        group.stands.update((one.target, one) for one in stand.beside(self.needed))
 
 
 def _target(canonical: str, part: str) -> str:

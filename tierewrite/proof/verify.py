@@ -13,6 +13,7 @@ bytes are proved under its ties, and not the ties, and a note says so.
 Shared with the code that rewrites, and why:
     the header reader   it refuses more than safetensors' own, which reads DST once more at the end
     declared ties       who declares them, and how a parameter is called on disk, is what transformers says
+    names that stay     which names a consumer's loader would miss, is what its record says
     table of suffixes   formats/ is the one place that knows them; tests hold it against exporters' own output
     NVFP4 codec         tested bit by bit against ModelOpt's; what is encoded to which scale is worked out here
     plan to manifest    `exact` alone, for the files around the tensors; what a tensor holds is judged without it
@@ -45,6 +46,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from tierewrite.consumers.needed import with_needed_names
 from tierewrite.errors import SourceError, SystemFailure
 from tierewrite.planning.policy import Policy, PolicyOptions
 from tierewrite.proof import Problem
@@ -178,7 +180,8 @@ def verify(
         return Verification(False, (*problems, Problem("unreadable", str(e.file or dst_name), str(e))))
 
     disk = on_disk(tie_map, source.tensors, source.tensors)
-    proof = Proof(source, target, before, after, policy)
+    opened = with_needed_names(Opened(source, tie_map, disk), policy)
+    proof = Proof(source, target, before, after, policy, opened.needed.names)
     proof.run(disk)
     problems += proof.problems
     if manifest is not None:
@@ -186,7 +189,7 @@ def verify(
         problems += check_statements(proof, manifest)
     exact = None
     if policy.fix_ignore or (manifest is not None and not problems):
-        exact = exact_files(Opened(source, _as_told(tie_map, manifest), disk), policy, before.digests)
+        exact = exact_files(replace(opened, ties=_as_told(tie_map, manifest)), policy, before.digests)
     if exact is not None and manifest is not None and not problems:  # else it was said already what differs
         problems += check_files(exact, target)
     problems += check_index_file(target)

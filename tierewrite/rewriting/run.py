@@ -18,7 +18,7 @@ from tierewrite.planning.plan import RewritePlan
 from tierewrite.planning.policy import ConsumerName, Policy, PolicyOptions
 from tierewrite.report import Report
 from tierewrite.rewriting.options import Device, EngineName, RewriteOptions, SourceOptions
-from tierewrite.rewriting.steps import Pass, check_for, finish, prove, refuse_unconfirmed, write_shards
+from tierewrite.rewriting.steps import Pass, check_for, finish, prove, refuse_unconfirmed, with_needed, write_shards
 from tierewrite.source import read_ahead
 from tierewrite.source.open import fetched, local_only, name_in_messages
 from tierewrite.stores.base import PathLike
@@ -46,7 +46,7 @@ def plan(
     opened = Opened.open(
         src, ties=ties, trust_remote_code=trust_remote_code, ignore_unindexed=ignore_unindexed, revision=revision
     )
-    return opened.excluding(policy.exclude).plan(policy)
+    return with_needed(opened.excluding(policy.exclude), policy).plan(policy)
 
 
 def rewrite(
@@ -134,7 +134,7 @@ def rewrite(
         before = listing(route.swapped) if route.swapped is not None else {}
         opened = Opened.open(route.src, meanwhile=read_ahead.reading if engine == "local" else None, **reading)
         interrupts.check()
-        opened = opened.excluding(policy.exclude)
+        opened = with_needed(opened.excluding(policy.exclude), policy)
         planned = opened.plan(policy)
         refuse_unconfirmed(opened, planned, workers)
         side_bytes = sum(side.size for side in opened.checkpoint.side_files)

@@ -70,6 +70,15 @@ class Written:
         return (*self.values.warnings, *separate_kv_warnings(self.evidence.separate_kv))
 
 
+def with_needed(opened: Opened, policy: Policy) -> Opened:
+    """`opened`, with the names that have to stay for a consumer (`policy.keep_names_for`)."""
+    if policy.keep_names_for is None:
+        return opened
+    from tierewrite.consumers.needed import with_needed_names  # not imported by rewrites for nobody in particular
+
+    return with_needed_names(opened, policy)
+
+
 def refuse_unconfirmed(opened: Opened, plan: RewritePlan, workers: Engine) -> None:
     """Refuses before anything is written where the headers already refute a tie that must be confirmed.
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from tierewrite.errors import Refused, shown
 from tierewrite.numbers import merging
 from tierewrite.planning.checks import ScaleMerge
-from tierewrite.planning.plan import RewritePlan
+from tierewrite.planning.plan import Action, RewritePlan
 from tierewrite.source.bytes import read_tensors
 from tierewrite.source.table import Checkpoint, gc_paused
 from tierewrite.values.content import Patch
@@ -89,9 +89,10 @@ def merge_scales(
         and any(data[key] != data[row[0]] for row in merge.only_if_equal for key in row[1:])
     )
     mergeable = [
-        (group, merge)
+        (group, written)
         for group, merge in work
         if merge.companion.merge is not None and merge.target not in separate_kv
+        for written in (merge, *_on_other_sides(plan, merge))
     ]
     tensors = checkpoint.tensors
     row_of, kind = tensors.row, tensors.kind.tolist()
@@ -114,6 +115,15 @@ def merge_scales(
         merged[merge.target] = (group, scale)
         warnings.extend(_scale_warnings(merge, result))
     return MergedScales(contents, merged, separate_kv, tuple(warnings))
+
+
+def _on_other_sides(plan: RewritePlan, merge: ScaleMerge) -> Iterator[ScaleMerge]:
+    """The same merge once more for each other side whose name stays: in the dtype and place of that side."""
+    rows = plan.source.row
+    for key in merge.keys[1:]:
+        if plan.action[rows[key]] != Action.DROP.code:
+            others = (other for other in merge.keys if other != key)
+            yield merge._replace(target=key, keys=(key, *others))
 
 
 def separate_kv_warnings(targets: Iterable[str]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
-from tierewrite.planning.plan import RewritePlan
+from tierewrite.planning.plan import NeededNames, RewritePlan
 from tierewrite.planning.planner import plan as make_plan
 from tierewrite.planning.policy import Policy
 from tierewrite.source.open import open_checkpoint
@@ -19,6 +19,9 @@ from tierewrite.ties.tie_map import TieMap
 from tierewrite.values.confirm import refusal
 from tierewrite.values.decide import CannotBe
 from tierewrite.values.reencoded import reconcile
+
+NOT_REPACKED = "names of it stay on every side for a consumer, and such sides are not re-encoded"
+"""Why `--on-mismatch repack` refuses a tie whose names are needed."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,11 @@ class Evidence:
         repacked = dict(self.repacked)
         refused: dict[str, str] = {}
         for group_id, reason in found.items():
-            modules, why = reconcile(checkpoint, plan.by_id[group_id], digests)
+            group = plan.by_id[group_id]
+            if group.kept_names:
+                refused[group_id] = f"{reason}; {NOT_REPACKED}"
+                continue
+            modules, why = reconcile(checkpoint, group, digests)
             if why is None:
                 repacked[group_id] = modules
             else:
@@ -72,11 +79,17 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Opened:
-    """A source with its ties: everything that a plan is made of."""
+    """A source with its ties: everything that a plan is made of.
+
+    Attributes:
+        checkpoint, ties, disk: the headers, the declared ties, and those under the names on disk.
+        needed: names that have to stay for a consumer (`consumers.needed` finds them).
+    """
 
     checkpoint: Checkpoint
     ties: TieMap
     disk: DiskTies
+    needed: NeededNames = field(default_factory=NeededNames)
 
     @classmethod
     @gc_paused()
@@ -124,4 +137,5 @@ class Opened:
             separate_kv=evidence.separate_kv,
             repacked=evidence.repacked,
             unfillable=evidence.unfillable,
+            needed=self.needed,
         )

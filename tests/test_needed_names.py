@@ -1,0 +1,160 @@
+"""Names that stay because a consumer's loader would miss them: bytes, report, manifest, proof."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import tierewrite
+from tests.checkpoints import FIXTURES, edit_tensors, read_tensors
+from tierewrite.consumers import CONSUMERS, needed
+from tierewrite.errors import Refused, UsageError
+from tierewrite.planning.plan import NeededNames
+
+SCALES = ("weight_scale", "input_scale")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """DiffusionGemma in FP8 under a quantizer that transformers loads itself; rewritten plainly, and with the names."""
+    folder = tmp_path_factory.mktemp("names")
+    made = {name: folder / name for name in ("naive", "plain", "kept")}
+    shutil.copytree(FIXTURES / "dg_fp8" / "naive", made["naive"])
+    path = made["naive"] / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["quant_method"] = "quark"
+    path.write_text(json.dumps(config))
+    tierewrite.rewrite(made["naive"], made["plain"])
+    tierewrite.rewrite(made["naive"], made["kept"], keep_names_for="transformers", verify=True)
+    return made
+
+
+def alias_scales(folder: Path) -> list[str]:
+    return [name for name in read_tensors(folder) if ".encoder." in name and name.endswith(SCALES)]
+
+
+def canonical(name: str) -> str:
+    return name.replace(".encoder.language_model.", ".decoder.")
+
+
+def test_scales_of_an_alias_stay_with_the_one_value_of_their_tie(made: dict[str, Path]) -> None:
+    source, plain, kept = (read_tensors(made[name]) for name in ("naive", "plain", "kept"))
+    scales = alias_scales(made["naive"])
+    assert scales
+    assert not alias_scales(made["plain"])
+    assert kept.keys() - plain.keys() == set(scales), "these stay, and nothing else"
+    assert all(kept[name] == kept[canonical(name)] == plain[canonical(name)] for name in scales)
+    assert any(kept[name] != source[name] for name in scales), "the sides were calibrated differently"
+
+
+def test_the_plan_names_them_and_says_so(made: dict[str, Path]) -> None:
+    plan = tierewrite.plan(made["naive"], keep_names_for="transformers")
+    assert {name for group in plan.groups for name in group.kept_names} == set(alias_scales(made["naive"]))
+    assert any("transformers needs their names" in warning for warning in plan.warnings)
+
+
+def test_the_manifest_lists_them_and_a_rewrite_for_nobody_has_no_such_member(made: dict[str, Path]) -> None:
+    plain, kept = (json.loads((made[name] / "tierewrite.json").read_text()) for name in ("plain", "kept"))
+    assert not any("kept_names" in group for group in plain["groups"])
+    listed = {name for group in kept["groups"] for name in group.get("kept_names", ())}
+    assert listed == set(alias_scales(made["naive"]))
+    assert kept["options"]["keep_names_for"] == "transformers"
+    entries = {name: entry for group in kept["groups"] for name, entry in group["tensors"].items()}
+    name = next(name for name in entries if ".encoder." in name and name.endswith("input_scale"))
+    assert entries[name]["from"] == [name, canonical(name)]
+    assert entries[canonical(name)]["from"] == [canonical(name), name]
+
+
+@pytest.mark.parametrize("suffix", SCALES)
+def test_verify_finds_a_kept_scale_of_another_value(made: dict[str, Path], tmp_path: Path, suffix: str) -> None:
+    dst = shutil.copytree(made["kept"], tmp_path / "dst")
+    name = next(name for name in alias_scales(dst) if name.endswith(suffix))
+    dtype, shape, data = read_tensors(dst)[name]
+    edit_tensors(dst, {name: (dtype, shape, bytes([data[0] ^ 1]) + data[1:])})
+    found = tierewrite.verify(made["naive"], dst, keep_names_for="transformers")
+    assert {problem.where for problem in found.problems if problem.id in ("merge", "bytes")} == {name}
+
+
+def test_verify_finds_a_needed_name_that_is_gone_and_one_that_nobody_needs(made: dict[str, Path]) -> None:
+    scales = set(alias_scales(made["naive"]))
+    gone = tierewrite.verify(made["naive"], made["plain"], keep_names_for="transformers")
+    assert {problem.where for problem in gone.problems if problem.id == "missing"} == scales
+    extra = tierewrite.verify(made["naive"], made["kept"])
+    assert scales <= {problem.where for problem in extra.problems if problem.id in ("orphan", "tie-left")}
+
+
+def test_verify_finds_a_manifest_that_lists_other_names(made: dict[str, Path], tmp_path: Path) -> None:
+    dst = shutil.copytree(made["kept"], tmp_path / "dst")
+    path = dst / "tierewrite.json"
+    manifest = json.loads(path.read_text())
+    next(group for group in manifest["groups"] if "kept_names" in group)["kept_names"].pop()
+    path.write_text(json.dumps(manifest))
+    found = tierewrite.verify(made["naive"], dst, keep_names_for="transformers")
+    assert [problem.id for problem in found.problems] == ["manifest"]
+    assert "stay for a consumer" in found.problems[0].message
+
+
+def test_a_batch_keeps_them_too(made: dict[str, Path], tmp_path: Path) -> None:
+    item = {"src": made["naive"], "dst": tmp_path / "dst", "keep_names_for": "transformers"}
+    tierewrite.batch([item])
+    assert read_tensors(tmp_path / "dst") == read_tensors(made["kept"])
+
+
+def test_nothing_stays_for_a_quantizer_that_transformers_does_not_load(naive: Callable[[str], Path]) -> None:
+    plan = tierewrite.plan(naive("dg_fp8"), keep_names_for="transformers")
+    assert not any(group.kept_names for group in plan.groups)
+
+
+@pytest.fixture
+def head_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A consumer that needs the head of its own."""
+    record = replace(
+        CONSUMERS["transformers"],
+        needed_names=lambda opened: NeededNames("somebody", frozenset({"lm_head.weight"})),
+    )
+    monkeypatch.setattr(needed, "CONSUMERS", {"transformers": record})
+
+
+@pytest.mark.usefixtures("head_needed")
+def test_a_head_that_is_needed_stays_and_nothing_changes(naive: Callable[[str], Path], tmp_path: Path) -> None:
+    src, dst = naive("qwen3_tied_bf16"), tmp_path / "dst"
+    report = tierewrite.rewrite(src, dst, keep_names_for="transformers", verify=True)
+    assert read_tensors(dst) == read_tensors(src)
+    assert [(group.status, group.group.kept_names) for group in report.groups] == [("canonical", ("lm_head.weight",))]
+
+
+@pytest.mark.usefixtures("head_needed")
+def test_a_needed_name_whose_bytes_differ_is_a_tie_that_is_not_confirmed(
+    naive: Callable[[str], Path], tmp_path: Path
+) -> None:
+    src = naive("qwen3_tied_but_diverged_bf16")
+    with pytest.raises(Refused, match="differ"):
+        tierewrite.rewrite(src, tmp_path / "refused", keep_names_for="transformers")
+    report = tierewrite.rewrite(
+        src, tmp_path / "kept", keep_names_for="transformers", on_mismatch="keep", verify=True
+    )
+    assert [group.status for group in report.groups] == ["kept"]
+    assert report.groups[0].group.kept_names == ()
+
+
+@pytest.mark.usefixtures("head_needed")
+def test_in_memory_the_very_tensor_stays() -> None:
+    torch = pytest.importorskip("torch")
+    weight = torch.arange(8.0).reshape(2, 4)
+    state = {"embed.weight": weight, "lm_head.weight": weight.clone()}
+    ties = {"lm_head.weight": "embed.weight"}
+    result, report = tierewrite.dedupe_state_dict(state, ties, keep_names_for="transformers")
+    assert result["lm_head.weight"] is state["lm_head.weight"]
+    assert report.groups[0].group.kept_names == ("lm_head.weight",)
+    dropped, _ = tierewrite.dedupe_state_dict(state, ties)
+    assert list(dropped) == ["embed.weight"]
+
+
+def test_a_consumer_without_such_names_is_refused(naive: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="keep_names_for"):
+        tierewrite.rewrite(naive("qwen3_tied_bf16"), tmp_path / "dst", keep_names_for="vllm")  # type: ignore[arg-type]
