@@ -174,7 +174,8 @@ def test_explain_lists_every_rule_and_refuses_what_is_none(capsys: pytest.Captur
     listed = json.loads(capsys.readouterr().out)["rules"]
     assert [(row["consumer"], row["id"], row["when"]) for row in listed] == [(c, r.id, r.when) for c, r in RECORDS]
     assert cli.run(["explain", "--list"]) == 0
-    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} == {rule.id for _, rule in RECORDS}
+    lines = capsys.readouterr().out.rpartition("\n\n")[2].splitlines()
+    assert {line.split()[0] for line in lines} == {rule.id for _, rule in RECORDS}
     assert cli.run(["explain", "no-such-rule"]) == 2
     assert "explain --list" in capsys.readouterr().err
     assert cli.run(["explain"]) == 2

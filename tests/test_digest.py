@@ -18,6 +18,7 @@ from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tierewrite import digest as digest_room
 from tierewrite.digest import DeviceFailed, Digester, Span, cut, layout, select
 from tierewrite.digest import cuda as cuda_room
 from tierewrite.digest import schedule as schedule_room
@@ -448,11 +449,19 @@ def useless_cupy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         yield "there is no CUDA device"
 
 
-def test_auto_takes_the_cpu_where_no_gpu_works_and_says_why(useless_cupy: str) -> None:
+def test_auto_takes_the_cpu_where_no_gpu_works_and_says_why_where_one_is_there(
+    useless_cupy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digest_room, "_nvidia_gpu_is_here", lambda: True)
     chosen = select("auto", threads=3)
     assert chosen.device == "cpu"
     assert chosen.description.startswith("CPU, 3 threads (")
     assert useless_cupy in chosen.description
+
+
+def test_who_has_no_gpu_is_not_told_about_cupy(useless_cupy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digest_room, "_nvidia_gpu_is_here", lambda: False)
+    assert select("auto", threads=3).description == "CPU, 3 threads"
 
 
 def test_cuda_is_refused_where_no_gpu_works_with_what_cupy_said(useless_cupy: str) -> None:

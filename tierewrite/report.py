@@ -114,6 +114,8 @@ class Report:
         filled: experts' scales that were missing or never calibrated, and whose value they got.
         readiness: what the consumer will do with the output, if it was prepared for one.
         warnings: what a person should look at; none of them changes the exit code.
+        seconds: how long it took, from opening the source to the appearance of the output.
+        verified: whether the output was proved from the source before it appeared.
     """
 
     src: str
@@ -135,6 +137,12 @@ class Report:
     filled: tuple[Filled, ...] = ()
     readiness: Readiness | None = None
     warnings: tuple[str, ...] = ()
+    seconds: float = 0.0
+    verified: bool = False
+
+    def changed_anything(self) -> bool:
+        """Whether a tie was rewritten or kept as it must not be, or a scale or weight has another value."""
+        return bool(self.count("rewritten") or self.count("kept") or self.reencoded or self.filled)
 
     def count(self, status: str) -> int:
         """Number of groups with that status."""
@@ -181,6 +189,8 @@ class Report:
             "filled": [entry.to_json() for entry in self.filled],
             "readiness": None if self.readiness is None else self.readiness.to_json(),
             "warnings": list(self.warnings),
+            "seconds": round(self.seconds, 3),
+            "verified": self.verified,
         }
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from typing import Any
 
 import click
 
 import tierewrite
+from tierewrite.cli.help import CONTEXT, HelpfulGroup, option
 from tierewrite.cli.options import (
     FILE,
     ITEM_OPTION_NAMES,
+    OUTPUT,
     SOURCE,
+    WORK,
     backbone_option,
     given,
     json_option,
@@ -26,17 +28,18 @@ from tierewrite.cli.options import (
     source_options,
     ties_option,
     trust_remote_code_option,
+    verbose_option,
 )
-from tierewrite.cli.terminal import LogHandler, console, print_json, said_of
+from tierewrite.cli.terminal import console, print_json, said_of
 from tierewrite.errors import EXIT_CODES, EXIT_FINDINGS
 
 _EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:>3}  {text}" for code, text in EXIT_CODES.items())
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=_EPILOG)
+@click.group(cls=HelpfulGroup, context_settings=CONTEXT, epilog=_EPILOG)
 @click.version_option(tierewrite.__version__, "-V", "--version", prog_name="tierewrite")
-@click.option("-v", "--verbose", count=True, help="Log what is done to standard error; twice for debugging.")
-def cli(verbose: int) -> None:
+@verbose_option
+def cli() -> None:
     """Rewrite exported safetensors checkpoints so that every tied weight is stored once.
 
     Quantization exporters write every tied weight under every one of its names, each with its own activation
@@ -55,14 +58,6 @@ def cli(verbose: int) -> None:
     Completion of commands and options, for the shell's start-up file (or zsh_source, fish_source):
       eval "$(_TIEREWRITE_COMPLETE=bash_source tierewrite)"
     """
-    level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
-    handler = LogHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    # What libraries log of a failure, tracebacks and all, our error says in a line.
-    handler.addFilter(lambda record: verbose > 0 or record.name.partition(".")[0] == "tierewrite")
-    logging.basicConfig(handlers=[handler])
-    # Not the root: the libraries that talk to stores log requests with their signatures.
-    logging.getLogger("tierewrite").setLevel(level)
 
 
 @cli.command()
@@ -71,12 +66,15 @@ def cli(verbose: int) -> None:
 @policy_options
 @source_options
 @run_options
-@click.option("--in-place", is_flag=True, help="Let the result take the place of SRC, which is kept as SRC.bak.")
-@click.option("--no-backup", is_flag=True, help="With --in-place: keep no SRC.bak.")
+@option(
+    "--in-place", heading=OUTPUT, is_flag=True, help="Let the result take the place of SRC, which is kept as SRC.bak."
+)
+@option("--no-backup", heading=OUTPUT, is_flag=True, help="With --in-place: keep no SRC.bak.")
 @output_options
-@click.option("--no-manifest", is_flag=True, help="Do not write tierewrite.json.")
+@option("--no-manifest", heading=OUTPUT, is_flag=True, help="Do not write tierewrite.json.")
 @quiet_option
 @json_option
+@verbose_option
 def rewrite(
     src: str,
     dst: str | None,
@@ -113,9 +111,7 @@ def rewrite(
     from tierewrite.cli.progress_bar import Bar
 
     with Bar(console(stderr=True), shown=not (quiet or as_json)) as bar:
-        report = tierewrite.rewrite(
-            src, dst, manifest=not no_manifest, backup=not no_backup, progress=bar, **options
-        )
+        report = tierewrite.rewrite(src, dst, manifest=not no_manifest, backup=not no_backup, progress=bar, **options)
     with said_of("the rewrite in place is complete" if "in_place" in options else "DST is complete"):
         if as_json:
             print_json(report.to_json())
@@ -129,15 +125,16 @@ def rewrite(
 
 @cli.command(epilog=ITEM_OPTION_NAMES)
 @click.argument("items", type=SOURCE, nargs=-1, required=True, metavar="FILE|FOLDER...")
-@click.option("--into", type=SOURCE, metavar="OUT", help="Folder or URL below which every DST is made.")
+@option("--into", heading=OUTPUT, type=SOURCE, metavar="OUT", help="Folder or URL below which every DST is made.")
 @click.option(
     "--plan-only",
     is_flag=True,
     help="Write nothing and read headers only: show what could be saved, the largest saving first. Needs no --into.",
 )
-@click.option(
+@option(
     "-j",
     "--jobs",
+    heading=WORK,
     type=click.IntRange(1, 1024),
     default=1,
     show_default=True,
@@ -148,9 +145,12 @@ def rewrite(
 @source_options
 @run_options
 @output_options
-@click.option("--no-manifest", is_flag=True, help="Do not write tierewrite.json (a next run then skips nothing).")
+@option(
+    "--no-manifest", heading=OUTPUT, is_flag=True, help="Do not write tierewrite.json (a next run then skips nothing)."
+)
 @quiet_option
 @json_option
+@verbose_option
 def batch(
     items: tuple[str, ...],
     into: str | None,
@@ -205,9 +205,7 @@ def batch(
     stopped = None
     with Bar(console(stderr=True), shown=not (quiet or as_json)) as bar:
         try:
-            report = tierewrite.batch(
-                items, into=into, plan_only=plan_only, jobs=jobs, progress=bar, **options
-            )
+            report = tierewrite.batch(items, into=into, plan_only=plan_only, jobs=jobs, progress=bar, **options)
         except BatchInterrupted as interrupt:
             stopped, report = interrupt, interrupt.report
     with said_of("every checkpoint that was finished is complete"):
@@ -227,20 +225,27 @@ def batch(
 @click.argument("src", type=SOURCE)
 @policy_options
 @source_options
+@option("--confirm", heading=WORK, is_flag=True, help="Hash the tied tensors too: the plan is then what rewrite does.")
 @json_option
+@verbose_option
 def plan(src: str, as_json: bool, **options: Any) -> None:
     """Show what `rewrite` would do with SRC. Reads headers only and writes nothing.
 
     A plan is what happens if every tie is confirmed. Groups that the headers already refute are listed as
-    unconfirmed; the exit code is 0 all the same.
+    unconfirmed; the exit code is 0 all the same. With --confirm the bytes are asked, as rewrite asks them: exit code 3
+    where it would refuse.
 
     \b
     Examples:
       tierewrite plan exported/
+      tierewrite plan exported/ --confirm
       tierewrite plan s3://bucket/exported
       tierewrite plan exported/ --json | jq '.tensors[] | select(.action == "drop") | .name'
     """
-    result = tierewrite.plan(src, **given(options))
+    from tierewrite.cli.progress_bar import Bar
+
+    with Bar(console(stderr=True), shown=not as_json) as bar:
+        result = tierewrite.plan(src, progress=bar, **given(options))
     if as_json:
         print_json(result.to_structs())
     else:
@@ -256,6 +261,7 @@ def plan(src: str, as_json: bool, **options: Any) -> None:
 @policy_options
 @rewritten_for_option
 @json_option
+@verbose_option
 def verify(src: str, dst: str, as_json: bool, **options: Any) -> None:
     """Prove that DST is what rewriting SRC with these options makes.
 
@@ -286,6 +292,7 @@ def verify(src: str, dst: str, as_json: bool, **options: Any) -> None:
 @source_options
 @click.option("--no-ties", is_flag=True, help="Do not ask for declared ties (never imports transformers).")
 @json_option
+@verbose_option
 def inspect(src: str, as_json: bool, no_ties: bool, **options: Any) -> None:
     """Show shards, tensors, dtypes, formats and declared ties of SRC. Reads headers only.
 
@@ -311,8 +318,17 @@ def inspect(src: str, as_json: bool, no_ties: bool, **options: Any) -> None:
 @backbone_option
 @ties_option
 @trust_remote_code_option
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["text", "json", "github", "sarif", "junit"]),
+    default="text",
+    show_default=True,
+    help="For people, for programs, as annotations of a GitHub workflow, for code scanning, or as a test report.",
+)
 @json_option
-def check(checkpoint: str, consumer: str, strict: bool, as_json: bool, **options: Any) -> None:
+@verbose_option
+def check(checkpoint: str, consumer: str, strict: bool, form: str, as_json: bool, **options: Any) -> None:
     """Find what a consumer would load wrong, before it does. Reads headers, configs and scales only.
 
     vLLM loads incomplete and contradictory checkpoints without a warning. Each finding has an id, a severity, the
@@ -323,11 +339,15 @@ def check(checkpoint: str, consumer: str, strict: bool, as_json: bool, **options
     Examples:
       tierewrite check canonical/ --for vllm
       tierewrite check canonical/ --for transformers --strict --json
+      tierewrite check canonical/ --format sarif > tierewrite.sarif
       tierewrite check s3://bucket/canonical
     """
     result = tierewrite.check(checkpoint, consumer, **options)
-    if as_json:
-        print_json(result.to_json())
+    form = "json" if as_json else form
+    if form != "text":
+        from tierewrite.cli.findings_formats import FORMATS
+
+        sys.stdout.write(FORMATS[form](result))
     else:
         from tierewrite.cli.tables import show_readiness
 
@@ -338,26 +358,34 @@ def check(checkpoint: str, consumer: str, strict: bool, as_json: bool, **options
 
 
 @cli.command()
-@click.argument("rule", required=False)
-@click.option("--list", "all_rules", is_flag=True, help="Name all rules, a line each.")
+@click.argument("topic", required=False)
+@click.option("--list", "all_topics", is_flag=True, help="Name all topics and rules, a line each.")
 @json_option
-def explain(rule: str | None, all_rules: bool, as_json: bool) -> None:
-    """Say what a finding of `check` means, what the consumer does, how to fix it and where that was read.
+@verbose_option
+def explain(topic: str | None, all_topics: bool, as_json: bool) -> None:
+    """Say what a finding of `check` means, and what exit codes, JSON and formats mean.
+
+    Of a rule: what the consumer does, how to fix it and where that was read. With --json rules only.
 
     \b
     Examples:
       tierewrite explain scale-missing
+      tierewrite explain exit-codes
+      tierewrite explain formats
       tierewrite explain --list
       tierewrite explain --list --json | jq '.rules[] | select(.fixed_by)'
     """
-    if (rule is None) is not all_rules:
-        raise click.UsageError("name a rule, or give --list to see their names")
-    from tierewrite.consumers.explain import explained, listed, to_json
+    if (topic is None) is not all_topics:
+        raise click.UsageError("name a rule or a topic, or give --list to see their names")
+    from tierewrite.cli import topics
+    from tierewrite.consumers import explain as rules
 
     if as_json:
-        print_json(to_json(rule))
+        print_json(rules.to_json(topic))
+    elif topic is None:
+        click.echo(f"{topics.listed()}\n\n{rules.listed()}")
     else:
-        click.echo(listed() if rule is None else explained(rule))
+        click.echo(topics.explained(topic) or rules.explained(topic))
 
 
 @cli.command("report", short_help="Show what a rewrite did, here or on a page to pass on.")
@@ -374,6 +402,7 @@ def explain(rule: str | None, all_rules: bool, as_json: bool) -> None:
     help="How many of the scales that differ most to list.",
 )
 @json_option
+@verbose_option
 def report_command(
     target: str,
     html: str | None,

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import click
 
+from tierewrite.cli.help import option
+from tierewrite.cli.logs import say_more
 from tierewrite.planning.policy import FOR_CONSUMER, OPTIONS, Option
 from tierewrite.rewriting.options import ITEM_TYPES
 
@@ -17,6 +19,9 @@ SOURCE = click.Path(readable=False)
 """Text: as a path, ./org/name would become a hub id, and a URL would lose a slash."""
 FILE = click.Path(readable=False)
 """What cannot be read is for the library to say, with exit code 5."""
+
+CONTENT, INPUT, WORK, OUTPUT = "What the output holds", "What is read", "How the work is done", "Where the output goes"
+"""The headings of `--help`."""
 
 _CONSUMER = click.Choice(tuple(FOR_CONSUMER))
 
@@ -42,16 +47,16 @@ def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _policy_option(option: Option) -> Decorator[Any]:
-    if option.types == (bool,):
-        return click.option(flag_of(option.name), is_flag=True, help=option.help)
-    if option.choices:
-        text = option.help if option.default is None else f"{option.help}  [default: {option.default}]"
-        return click.option(flag_of(option.name), type=click.Choice(option.choices), help=text)
-    kind = int if option.types == (int,) else str
-    return click.option(
-        flag_of(option.name), type=kind, metavar=option.metavar, multiple=list in option.types, help=option.help
-    )
+def _policy_option(one: Option) -> Decorator[Any]:
+    flag = flag_of(one.name)
+    if one.types == (bool,):
+        return option(flag, heading=CONTENT, is_flag=True, help=one.help)
+    if one.choices:
+        text = one.help if one.default is None else f"{one.help}  [default: {one.default}]"
+        return option(flag, heading=CONTENT, type=click.Choice(one.choices), help=text)
+    kind = int if one.types == (int,) else str
+    several = list in one.types
+    return option(flag, heading=CONTENT, type=kind, metavar=one.metavar, multiple=several, help=one.help)
 
 
 def _presets() -> str:
@@ -70,69 +75,96 @@ ITEM_OPTION_NAMES = f"Options of one checkpoint in a FILE: {', '.join(ITEM_TYPES
 json_option: Decorator[Any] = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object (see the README)."
 )
+verbose_option: Decorator[Any] = click.option(
+    "-v",
+    "--verbose",
+    count=True,
+    expose_value=False,
+    callback=lambda ctx, parameter, times: say_more(ctx, times),
+    help="Log what is done to standard error; twice for debugging. Before the command or after it.",
+)
 quiet_option: Decorator[Any] = click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
 
 policy_options: Decorator[Any] = together(*map(_policy_option, OPTIONS.values()))
 
-ties_option: Decorator[Any] = click.option(
+ties_option: Decorator[Any] = option(
     "--ties",
+    heading=INPUT,
     type=FILE,
     metavar="FILE",
     help="JSON {alias: canonical}, names or regular expressions as transformers writes them, instead of asking the "
     "model class.",
 )
-trust_remote_code_option: Decorator[Any] = click.option(
+trust_remote_code_option: Decorator[Any] = option(
     "--trust-remote-code",
+    heading=INPUT,
     is_flag=True,
     help="Run the model code that the checkpoint brings (auto_map), to ask it for its ties.",
 )
 source_options: Decorator[Any] = together(
     ties_option,
     trust_remote_code_option,
-    click.option(
+    option(
         "--ignore-unindexed",
+        heading=INPUT,
         is_flag=True,
         help="Leave out tensors that are in a shard of SRC but not in its index, instead of refusing (exit 4).",
     ),
-    click.option("--revision", metavar="NAME", help="Branch, tag or commit, where SRC is a hub id (org/name)."),
+    option(
+        "--revision", heading=INPUT, metavar="NAME", help="Branch, tag or commit, where SRC is a hub id (org/name)."
+    ),
 )
 
 run_options: Decorator[Any] = together(
-    click.option(
+    option(
         "--device",
+        heading=WORK,
         type=click.Choice(["auto", "cpu", "cuda"]),
         default="auto",
         show_default=True,
         help="Where the hashing happens; the output is the same. auto: a GPU that works, the CPU until it is ready.",
     ),
-    click.option("--threads", type=click.IntRange(1, 256), help="Workers. Default: one a core, at most 8."),
-    click.option(
+    option("--threads", heading=WORK, type=click.IntRange(1, 256), help="Workers. Default: one a core, at most 8."),
+    option(
         "--engine",
+        heading=WORK,
         type=click.Choice(["local", "ray"]),
         default="local",
         show_default=True,
         help="Who hashes and writes: this machine, or the tasks of a Ray cluster whose nodes all see SRC and DST.",
     ),
-    click.option(
+    option(
         "--ray-address",
+        heading=WORK,
         metavar="ADDRESS",
         help="The cluster, as ray.init takes it. Default: RAY_ADDRESS, else one on this machine.",
     ),
 )
 
 output_options: Decorator[Any] = together(
-    click.option("--resume", is_flag=True, help="Go on from the shards that a killed run into DST finished."),
-    click.option("--verify", is_flag=True, help="Prove the output from SRC before it appears (reads both once more)."),
-    click.option(
+    option("--resume", heading=OUTPUT, is_flag=True, help="Go on from the shards that a killed run into DST finished."),
+    option(
+        "--verify",
+        heading=OUTPUT,
+        is_flag=True,
+        help="Prove the output from SRC before it appears (reads both once more).",
+    ),
+    option(
         "--for",
         "consumer",
+        heading=OUTPUT,
         type=_CONSUMER,
         help=f"Make the choices that this consumer needs ({_presets()}) and check the result before it appears. Exit "
         "code 6 if errors are left; DST is written all the same if they are only per-side conflicts, which no rewrite "
         "can merge.",
     ),
-    click.option("--force", is_flag=True, help="With --for: let DST appear whatever errors are left."),
-    click.option("--overwrite", is_flag=True, help="Swap out what DST holds, once the new checkpoint is complete."),
+    option("--force", heading=OUTPUT, is_flag=True, help="With --for: let DST appear whatever errors are left."),
+    option(
+        "--overwrite",
+        heading=OUTPUT,
+        is_flag=True,
+        help="Swap out what DST holds, once the new checkpoint is complete.",
+    ),
 )
 
 rewritten_for_option: Decorator[Any] = click.option(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,12 @@ from tierewrite.errors import shown
 if TYPE_CHECKING:
     from tierewrite.batches.results import BatchResult
 
+_VISIBLE_AFTER = 0.3
+"""Seconds: what is over sooner needs no display."""
+
 
 class Bar(Progress):
-    """A rich progress display on standard error; appears on a terminal once a phase has lasted for half a second."""
+    """A rich progress display on standard error; appears on a terminal once a phase has lasted for 0.3 s."""
 
     def __init__(self, console: Console, shown: bool = True) -> None:
         from rich.progress import (
@@ -48,9 +51,9 @@ class Bar(Progress):
         self._notes = shown
         self._bars = self.shown = shown and console.is_terminal
         self._task: Any = None
-        self._visible_from = 0.0
         self._started = False
         self._lock = threading.Lock()
+        self._timer: threading.Timer | None = None
 
     def __enter__(self) -> Bar:
         return self
@@ -58,7 +61,11 @@ class Bar(Progress):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._started:
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+            started, self._bars = self._started, False
+        if started:
             self._display.stop()
 
     def start(self, phase: str, total: int) -> None:
@@ -81,18 +88,23 @@ class Bar(Progress):
     def begin(self, task: Any, phase: str, total: int) -> Any:
         """A bar in the place of `task`."""
         self.end(task)
-        self._visible_from = time.monotonic() + 0.5
-        return self._display.add_task(phase, total=total)
+        if self._bars and not self._started and self._timer is None:
+            self._timer = threading.Timer(_VISIBLE_AFTER, self._appear)
+            self._timer.daemon = True
+            with contextlib.suppress(RuntimeError):  # no thread can be started: the work goes on without a display
+                self._timer.start()
+        return self._display.add_task(phase, total=total or None)
+
+    def _appear(self) -> None:
+        with self._lock:
+            if self._bars and not self._started:
+                self._started = True
+                self._display.start()
 
     def move(self, task: Any, nbytes: int) -> None:
         """The bar `task` grows."""
-        if not self._bars:
-            return
-        with self._lock:
-            if not self._started and time.monotonic() >= self._visible_from:
-                self._started = True
-                self._display.start()
-        self._display.update(task, advance=nbytes)
+        if self._bars:
+            self._display.update(task, advance=nbytes)
 
     def end(self, task: Any) -> None:
         """Removes the bar `task`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -21,21 +22,21 @@ if TYPE_CHECKING:
     from tierewrite.report import Readiness, Report
 
 _WARNINGS_SHOWN = 10
+_NOTHING = "Nothing to do: every tied tensor is stored once, under its canonical name."
 
 
 def show_plan(console: Console, plan: RewritePlan) -> None:
     """The summary of a plan."""
     tensors = plan.total_tensors
     console.print(
-        _sizes(
-            plan.source_bytes, len(plan.tensors), plan.source_shards, plan.total_bytes, tensors, len(plan.shards)
-        )
+        _sizes(plan.source_bytes, len(plan.tensors), plan.source_shards, plan.total_bytes, tensors, len(plan.shards))
     )
     _say_ties(console, plan.ties_source, plan.ties_detail, plan.unpaired)
     table = Table("tied parameters", title_justify="left", box=None, pad_edge=False, header_style="bold")
     for name in ("groups", "unconfirmed", "tensors dropped", "bytes dropped"):
         table.add_column(name, justify="right")
-    for kind, rows in _by_kind(plan.groups).items():
+    worth_a_row, folded = _folded(plan.groups)
+    for kind, rows in worth_a_row.items():
         table.add_row(
             Text(shown(kind)),
             str(len(rows)),
@@ -43,10 +44,18 @@ def show_plan(console: Console, plan: RewritePlan) -> None:
             f"{sum(g.dropped for g in rows):,}",
             size(sum(g.dropped_bytes for g in rows)),
         )
-    if plan.groups:
+    if worth_a_row:
         console.print(table)
-    _say_kept(console, plan.unconfirmed(), "not confirmed by the headers")
+    _say_folded(console, folded)
+    _say_dropped(console, plan.groups)
+    _say_kept(console, plan.unconfirmed(), "not confirmed" if plan.confirmed else "not confirmed by the headers")
     _say_warnings(console, plan.warnings)
+    if not plan.changes_anything():
+        console.print(_NOTHING, style="green")
+    elif plan.confirmed:
+        console.print("Confirmed: the tied tensors were hashed, and a rewrite will do exactly this.", style="green")
+    else:
+        console.print("From headers alone: a rewrite does this if the bytes confirm it (--confirm hashes them).")
 
 
 def show_report(console: Console, report: Report) -> None:
@@ -66,7 +75,8 @@ def show_report(console: Console, report: Report) -> None:
     for name in ("groups", "kept", "tensors dropped", "bytes dropped", "scales merged", "ratio (median, max)"):
         table.add_column(name, justify="right")
     by_id = {group.group.id: group for group in report.groups}
-    for kind, rows in _by_kind([group.group for group in report.groups]).items():
+    worth_a_row, folded = _folded([group.group for group in report.groups])
+    for kind, rows in worth_a_row.items():
         reports = [by_id[g.id] for g in rows]
         merged = [scale for r in reports for scale in r.scales]
         ratios = [scale.ratio for scale in merged if scale.ratio is not None]
@@ -79,8 +89,10 @@ def show_report(console: Console, report: Report) -> None:
             f"{len(merged):,}" if merged else "",
             f"{statistics.median(ratios):.2f}x, {max(ratios):.2f}x" if ratios else "",
         )
-    if report.groups:
+    if worth_a_row:
         console.print(table)
+    _say_folded(console, folded)
+    _say_dropped(console, [group.group for group in report.groups if group.status == "rewritten"])
     _say_kept(console, [g.group for g in report.groups if g.status == "kept"], "kept on every side")
     never = sum(not scale.calibrated for scale in report.scales)
     if never:
@@ -93,7 +105,17 @@ def show_report(console: Console, report: Report) -> None:
     _say_warnings(console, report.warnings)
     if report.readiness is not None:
         show_readiness(console, report.readiness)
-    console.print(Text(f"{shown(report.dst)} is written; hashed on {report.device}.", style="green"))
+    if not report.changed_anything():
+        console.print(_NOTHING, style="green")
+    rate = f", {size(round(report.after_bytes / report.seconds))}/s" if report.seconds else ""
+    console.print(
+        Text(
+            f"{shown(report.dst)} is written: {size(report.before_bytes)} -> {size(report.after_bytes)} in "
+            f"{_seconds(report.seconds)}{rate}; {'verified' if report.verified else 'not verified'}; hashed on "
+            f"{report.device}.",
+            style="green",
+        )
+    )
 
 
 def show_inspection(console: Console, inspection: Inspection) -> None:
@@ -141,7 +163,7 @@ def show_verification(console: Console, verification: Verification) -> None:
     if len(verification.problems) > 50:
         console.print(Text(f"... and {len(verification.problems) - 50} more (all of them with --json)", style="red"))
     if verification.ok:
-        console.print("DST is what SRC makes.", style="green")
+        console.print("OK: DST is exactly what rewriting SRC gives.", style="green")
     else:
         console.print(f"{_count(len(verification.problems), 'problem')} found.", style="red")
 
@@ -264,6 +286,32 @@ def _by_kind(groups: Sequence[GroupPlan]) -> dict[str, list[GroupPlan]]:
     for group in groups:
         kinds.setdefault(group.kind, []).append(group)
     return dict(sorted(kinds.items(), key=lambda item: -sum(g.dropped_bytes for g in item[1])))
+
+
+def _folded(groups: Sequence[GroupPlan]) -> tuple[dict[str, list[GroupPlan]], list[GroupPlan]]:
+    """The kinds of `groups` of which something is dropped or kept, for a table; and the other groups."""
+    kinds = _by_kind(groups)
+    worth = {kind: rows for kind, rows in kinds.items() if any(g.dropped or g.status == "unconfirmed" for g in rows)}
+    return worth, [group for kind, rows in kinds.items() if kind not in worth for group in rows]
+
+
+def _say_folded(console: Console, groups: Sequence[GroupPlan]) -> None:
+    """One line for the ties that are stored once already, and one for those whose name changes."""
+    for status, what in (("canonical", "stored once already"), ("planned", "stored once under an alias, now renamed")):
+        rows = [group for group in groups if group.status == status]
+        if rows:
+            kinds = [*dict.fromkeys(shown(group.kind) for group in rows)]
+            more = f" and {_count(len(kinds) - 3, 'other kind')}" if len(kinds) > 3 else ""
+            console.print(Text(f"{_count(len(rows), 'tie')} {what}: {', '.join(kinds[:3])}{more}."))
+
+
+def _say_dropped(console: Console, groups: Sequence[GroupPlan]) -> None:
+    """The parameters that are stored no more, those of all layers as one; their scales go with them."""
+    names = [alias for group in groups if group.dropped and group.status == "planned" for alias in group.aliases]
+    kinds = [*dict.fromkeys(re.sub(r"(?<=\.)[0-9]+(?=\.)", "*", shown(name)) for name in names)]
+    if kinds:
+        more = f" and {len(kinds) - 3:,} more (all of them with --json)" if len(kinds) > 3 else ""
+        console.print(Text(f"Names that go: {', '.join(kinds[:3])}{more}."))
 
 
 def _say_ties(console: Console, source: str, detail: str, unpaired: Sequence[str]) -> None:

@@ -148,7 +148,17 @@ def said_of(state: str) -> Iterator[None]:
 
 
 class LogHandler(logging.Handler):
-    """Log lines go to standard error as it is when they come."""
+    """Log lines go to standard error as it is when they come.
+
+    Attributes:
+        only_ours: leave out what libraries log.
+    """
+
+    only_ours = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addFilter(lambda record: not self.only_ours or record.name.partition(".")[0] == "tierewrite")
 
     def emit(self, record: logging.LogRecord) -> None:
         """Prints it. Never raises."""

@@ -23,7 +23,7 @@ def explained(id: str) -> str:
         "\n".join(_lines(consumer, rules)) for consumer in CONSUMERS.values() if (rules := consumer.rules.of_id(id))
     ]
     if not found:
-        raise UsageError(f"there is no rule '{shown(id)}'; `tierewrite explain --list` names them all")
+        raise UsageError(f"there is no rule or topic '{shown(id)}'; `tierewrite explain --list` names them all")
     return f"{id}\n\n" + "\n\n".join(found)
 
 

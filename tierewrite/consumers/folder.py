@@ -15,6 +15,7 @@ from tierewrite.source.folder import WANTED, natural_key, read_config, refuse_ha
 from tierewrite.source.header import read_header
 from tierewrite.source.index import read_index
 from tierewrite.source.open import RemoteCheckpoint, rename_in_errors
+from tierewrite.source.suggestion import did_you_mean
 from tierewrite.source.table import INDEX_NAME, Checkpoint, Header, Shard, TensorEntry, Tensors
 from tierewrite.stores.mirror import Place, folder_of, is_remote_folder
 from tierewrite.stores.places import FilePath
@@ -79,7 +80,7 @@ class Folder:
             root = where = place
             if not root.is_dir():
                 what = "not a folder" if os.path.lexists(root) else "does not exist"
-                raise SourceError(f"{what}; {WANTED}", file=root)
+                raise SourceError(f"{what}; {WANTED}{did_you_mean(root)}", file=root)
             top = [p.name for p in root.iterdir()]
         refuse_half_written(top, where)
         there = sorted((n for n in top if n.endswith(".safetensors")), key=natural_key)

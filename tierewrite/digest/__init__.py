@@ -18,6 +18,7 @@ says. Nothing here reads files, and importing this room imports neither CuPy nor
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -153,4 +154,9 @@ def select(device: str = "auto", *, threads: int | None = None) -> Digester:
                 f"--device cuda needs a GPU on which CuPy works: {error}. "
                 "Fix that, or take --device cpu: the output is the same"
             ) from error
-        return CpuDigester(threads, why=str(error))
+        return CpuDigester(threads, why=str(error) if _nvidia_gpu_is_here() else None)
+
+
+def _nvidia_gpu_is_here() -> bool:
+    """Whether the system shows one, by its driver's device files: who has none needs no advice about CuPy."""
+    return any(os.path.exists(path) for path in ("/dev/nvidia0", "/dev/dxg"))

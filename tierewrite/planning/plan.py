@@ -249,6 +249,7 @@ class RewritePlan:
         source_shards: number of its files.
         families: names of the quantization formats that were found.
         expert_scales: activation scales of unpacked experts, with `fill_missing_scales`.
+        confirmed: whether the bytes were asked, and confirm it: a rewrite does exactly this.
     """
 
     source: Tensors
@@ -268,6 +269,7 @@ class RewritePlan:
     source_shards: int = 0
     families: tuple[str, ...] = ()
     expert_scales: tuple[ExpertScales, ...] = ()
+    confirmed: bool = False
 
     @property
     def tensors(self) -> TensorPlans:
@@ -315,6 +317,11 @@ class RewritePlan:
         """The groups of which something is dropped, renamed or merged."""
         return [group for group in self.groups if group.status == "planned"]
 
+    def changes_anything(self) -> bool:
+        """Whether a rewrite would change a tensor, or may: what re-encoding and filling do is known from the bytes."""
+        may = self.policy.unify_fused_scales or self.policy.fill_missing_scales
+        return may or any(group.status != "canonical" for group in self.groups)
+
     def to_json(self) -> dict[str, Any]:
         """The object that `tierewrite plan --json` prints (schema tierewrite/plan/1)."""
         data = self.to_structs()
@@ -325,6 +332,7 @@ class RewritePlan:
         return {
             "schema": PLAN_SCHEMA,
             "options": self.policy.to_json(),
+            "confirmed": self.confirmed,
             "ties": {"source": self.ties_source, "detail": self.ties_detail, "unpaired": list(self.unpaired)},
             "formats": list(self.families),
             "before": {"tensors": len(self.source), "bytes": self.source_bytes},

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tierewrite import interrupts
 from tierewrite.engines import open_engine
 from tierewrite.engines.progress import Progress
-from tierewrite.errors import UsageError
+from tierewrite.errors import UsageError, shown
 from tierewrite.output.destination import Destination, destination, destination_in_place
 from tierewrite.output.staging import Staged
 from tierewrite.output.target import listing, still_as_listed
@@ -18,9 +21,19 @@ from tierewrite.planning.plan import RewritePlan
 from tierewrite.planning.policy import ConsumerName, Policy, PolicyOptions
 from tierewrite.report import Report
 from tierewrite.rewriting.options import Device, EngineName, RewriteOptions, SourceOptions
-from tierewrite.rewriting.steps import Pass, check_for, finish, prove, refuse_unconfirmed, with_needed, write_shards
+from tierewrite.rewriting.steps import (
+    Pass,
+    check_for,
+    confirmed,
+    finish,
+    prove,
+    refuse_unconfirmed,
+    with_needed,
+    write_shards,
+)
 from tierewrite.source import read_ahead
 from tierewrite.source.open import fetched, local_only, name_in_messages
+from tierewrite.source.table import Checkpoint
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.places import FilePath, is_local, located
 from tierewrite.values.opened import Opened
@@ -36,17 +49,36 @@ def plan(
     trust_remote_code: bool = False,
     ignore_unindexed: bool = False,
     revision: str | None = None,
+    confirm: bool = False,
+    device: Device = "auto",
+    threads: int | None = None,
+    progress: Progress | None = None,
     **options: Unpack[PolicyOptions],
 ) -> RewritePlan:
     """What `rewrite` would do with `src`, if the bytes confirm every tie that the headers allow. Reads headers only.
 
-    Args and Raises: as `rewrite`; never `Refused`: groups that the headers refute are listed as unconfirmed.
+    Args:
+        confirm: read and hash the tied tensors too: the plan is then what `rewrite` does, and `plan.confirmed` says so.
+        others: as for `rewrite`.
+
+    Raises:
+        As `rewrite`; `Refused` only with `confirm`: else groups that the headers refute are listed as unconfirmed.
     """
     policy = Policy.of(**options)
+    progress = progress or Progress()
     opened = Opened.open(
-        src, ties=ties, trust_remote_code=trust_remote_code, ignore_unindexed=ignore_unindexed, revision=revision
+        fetched(src, revision=revision, bars=progress.shown) if confirm else src,
+        ties=ties,
+        trust_remote_code=trust_remote_code,
+        ignore_unindexed=ignore_unindexed,
+        revision=revision,
+        meanwhile=partial(asking, progress),
     )
-    return with_needed(opened.excluding(policy.exclude), policy).plan(policy)
+    opened = with_needed(opened.excluding(policy.exclude), policy)
+    if not confirm:
+        return opened.plan(policy)
+    with interrupts.standing(), open_engine("local", device=device, threads=threads, progress=progress) as workers:
+        return confirmed(opened, policy, workers)
 
 
 def rewrite(
@@ -116,6 +148,7 @@ def rewrite(
         NotReady: with `consumer`, the output would not be served right; nothing was left behind (exit 6).
         VerificationFailed: with `verify`, the output is not what `src` makes; nothing was left behind (exit 6).
     """
+    started = time.monotonic()
     policy = Policy.of(consumer, **options)
     progress = progress or Progress()
     reading: SourceOptions = {
@@ -132,7 +165,8 @@ def rewrite(
         open_engine(engine, device=device, threads=threads, progress=progress, ray_address=ray_address) as workers,
     ):
         before = listing(route.swapped) if route.swapped is not None else {}
-        opened = Opened.open(route.src, meanwhile=read_ahead.reading if engine == "local" else None, **reading)
+        asked = partial(asking, progress, ahead=engine == "local")
+        opened = Opened.open(route.src, meanwhile=asked, **reading)
         interrupts.check()
         opened = with_needed(opened.excluding(policy.exclude), policy)
         planned = opened.plan(policy)
@@ -160,7 +194,7 @@ def rewrite(
             if route.swapped is not None:
                 still_as_listed(route.swapped, before)
             staging.commit(lambda: said.append("the rewrite is complete"))
-    return report
+    return replace(report, seconds=time.monotonic() - started, verified=verify)
 
 
 def prepare_for_vllm(src: PathLike, dst: PathLike | None = None, **options: Unpack[RewriteOptions]) -> Report:
@@ -182,6 +216,16 @@ def prepare_for_vllm(src: PathLike, dst: PathLike | None = None, **options: Unpa
     """
     options["consumer"] = "vllm"
     return rewrite(src, dst, **options)
+
+
+@contextmanager
+def asking(progress: Progress, checkpoint: Checkpoint, ahead: bool = False) -> Iterator[None]:
+    """While the model class is asked, which takes seconds: a person is told, and `ahead` the source is read."""
+    named = checkpoint.config.get("architectures")
+    who = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else "the model class"
+    progress.start(f"asking {shown(who)} for its ties", 0)
+    with read_ahead.reading(checkpoint) if ahead else nullcontext():
+        yield
 
 
 @dataclass(frozen=True)

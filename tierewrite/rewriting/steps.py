@@ -90,6 +90,30 @@ def refuse_unconfirmed(opened: Opened, plan: RewritePlan, workers: Engine) -> No
         raise refusal(plan.groups, refuted(opened.checkpoint, plan, digests))
 
 
+def confirmed(opened: Opened, policy: Policy, workers: Engine) -> RewritePlan:
+    """The plan that a rewrite carries out, found by hashing what it would compare, without writing anything.
+
+    Raises:
+        Refused: as the rewrite would.
+        SourceError, SourceChanged, SystemFailure: reading failed.
+    """
+    plan, evidence = opened.plan(policy), Evidence()
+    refuse_unconfirmed(opened, plan, workers)
+    digests: dict[str, bytes] = {}
+    while True:
+        values = decide(opened.checkpoint, plan)
+        if isinstance(values, CannotBe):
+            evidence = evidence.without(values)
+        else:
+            missing = [name for name in needed_for_confirmation(plan.groups) if name not in digests]
+            digests.update(workers.hash(opened.checkpoint, missing, "hashing"))
+            found = refuted(opened.checkpoint, plan, digests)
+            if not found:
+                return replace(plan, confirmed=True)
+            evidence = evidence.with_refuted(opened.checkpoint, plan, digests, found)
+        plan = opened.plan(policy, evidence)
+
+
 def attempt(run: Pass, plan: RewritePlan, evidence: Evidence) -> Written | Evidence:
     """Writes the shards of `plan`; or returns what its bytes say that the next plan has to know, and leaves nothing.
 

@@ -1,0 +1,270 @@
+"""The command line as people and pipelines see it: help, summaries, suggestions, topics, formats of findings."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+import tierewrite
+from tests import tables
+from tests.checkpoints import FIXTURES
+from tierewrite import cli
+from tierewrite.cli import progress_bar
+from tierewrite.cli.topics import SCHEMAS, TOPICS
+from tierewrite.errors import EXIT_CODES, Refused
+from tierewrite.formats.families import FAMILIES
+from tierewrite.planning.policy import OPTIONS
+
+Naive = Callable[[str], Path]
+Printed = pytest.CaptureFixture[str]
+
+
+def run(*arguments: object) -> int:
+    return cli.run([str(argument) for argument in arguments])
+
+
+# --- help ---------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_options_below_headings_at_the_terminals_width(
+    capsys: Printed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest = {}
+    for columns in (60, 140):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert run("rewrite", "--help") == 0
+        out = capsys.readouterr().out
+        longest[columns] = max(map(len, out.splitlines()))
+        headings = (
+            "What the output holds:",
+            "What is read:",
+            "How the work is done:",
+            "Where the output goes:",
+            "Options:",
+        )
+        assert [out.index(heading) for heading in headings] == sorted(out.index(heading) for heading in headings)
+        holds = out[out.index("What the output holds:") : out.index("What is read:")]
+        assert all(f"--{name.replace('_', '-')}" in holds for name in OPTIONS)
+        assert "\x1b" not in out
+    assert longest[60] < 100 < longest[140] <= 140
+
+
+@pytest.mark.parametrize(("no_colour", "bold"), [("", True), ("1", False)])
+def test_headings_are_bold_on_a_terminal_unless_no_color_is_set(
+    no_colour: str, bold: bool, capsys: Printed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_COLOR", no_colour)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert run("plan", "--help") == 0
+    assert ("\x1b[1mOptions:\x1b[0m" in capsys.readouterr().out) is bold
+
+
+@pytest.mark.parametrize("arguments", [("-v", "plan"), ("plan", "-v")])
+def test_verbose_counts_before_a_command_and_after_it(
+    arguments: tuple[str, ...], naive: Naive, capsys: Printed
+) -> None:
+    import logging
+
+    assert run(*arguments, naive("qwen3_tied_bf16")) == 0
+    assert logging.getLogger("tierewrite").level == logging.INFO
+    assert run(*arguments, "-v", naive("qwen3_tied_bf16")) == 0
+    assert logging.getLogger("tierewrite").level == logging.DEBUG
+    assert run("plan", naive("qwen3_tied_bf16")) == 0
+    assert logging.getLogger("tierewrite").level == logging.WARNING
+    capsys.readouterr()
+
+
+# --- summaries ----------------------------------------------------------------------------------------------
+
+
+def test_summary_names_what_goes_folds_what_stays_and_ends_with_what_it_took(
+    naive: Naive, tmp_path: Path, capsys: Printed
+) -> None:
+    assert run("rewrite", naive("qwen3_tied_bf16"), tmp_path / "out", "--verify") == 0
+    out = capsys.readouterr().out
+    assert "Names that go: lm_head.weight.\n" in out
+    last = out.splitlines()[-1]
+    assert last.startswith(f"{tmp_path / 'out'} is written: 72.44 KiB -> 54.44 KiB in ")
+    assert "/s; verified; hashed on " in last
+    assert run("rewrite", naive("dg_nvfp4"), tmp_path / "dg") == 0
+    out = capsys.readouterr().out
+    assert "\n26 ties stored once under an alias, now renamed: decoder.embed_tokens, decoder.norm, " in out
+    assert "Names that go: model.encoder.language_model.layers.*.mlp.down_proj.weight, " in out
+    assert "0 B" not in out
+    assert "; not verified; hashed on " in out
+
+
+def test_nothing_to_do_is_one_sentence(naive: Naive, tmp_path: Path, capsys: Printed) -> None:
+    tierewrite.rewrite(naive("qwen3_tied_bf16"), tmp_path / "once")
+    said = "Nothing to do: every tied tensor is stored once, under its canonical name."
+    for command in (["plan", tmp_path / "once"], ["rewrite", tmp_path / "once", tmp_path / "twice"]):
+        assert run(*command) == 0
+        assert said in capsys.readouterr().out
+    assert run("plan", naive("qwen3_tied_bf16")) == 0
+    assert said not in capsys.readouterr().out
+
+
+def test_a_plan_says_whether_it_is_a_promise(naive: Naive, capsys: Printed) -> None:
+    assert run("plan", naive("dg_nvfp4")) == 0
+    assert "--confirm" in capsys.readouterr().out
+    assert run("plan", naive("dg_nvfp4"), "--confirm") == 0
+    assert "Confirmed: " in capsys.readouterr().out
+    for options, confirmed in ((), False), (("--confirm",), True):
+        assert run("plan", naive("dg_nvfp4"), *options, "--json") == 0
+        assert json.loads(capsys.readouterr().out)["confirmed"] is confirmed
+    assert run("plan", naive("qwen3_tied_but_diverged_bf16")) == 0
+    capsys.readouterr()
+    assert run("plan", naive("qwen3_tied_but_diverged_bf16"), "--confirm") == 3
+    assert "lm_head.weight" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "case", ["dg_nvfp4", "qwen3_tied_but_diverged_bf16", "dg_nvfp4_encoder_bf16", "dg_nvfp4_kvfp8"]
+)
+@pytest.mark.parametrize("options", [{}, {"on_mismatch": "keep"}, {"on_mismatch": "keep", "kv_scales": "merge"}])
+def test_a_confirmed_plan_is_what_the_rewrite_does(case: str, options: dict[str, str], tmp_path: Path) -> None:
+    source = FIXTURES / case / "naive"
+    try:
+        report = tierewrite.rewrite(source, tmp_path / "out", **options)  # type: ignore[arg-type]
+    except Refused:
+        with pytest.raises(Refused):
+            tierewrite.plan(source, confirm=True, **options)  # type: ignore[arg-type]
+        return
+    plan = tierewrite.plan(source, confirm=True, **options)  # type: ignore[arg-type]
+    assert plan.confirmed
+    status = {"planned": "rewritten", "unconfirmed": "kept", "canonical": "canonical"}
+    assert [(g.id, status[g.status]) for g in plan.groups] == [(g.group.id, g.status) for g in report.groups]
+    assert plan.total_tensors == report.after_tensors
+
+
+def test_who_is_asked_is_shown_while_it_is_asked(naive: Naive) -> None:
+    phases: list[str] = []
+
+    class Watching(tierewrite.Progress):
+        def start(self, phase: str, total: int) -> None:
+            phases.append(phase)
+
+    tierewrite.plan(naive("dg_nvfp4"), progress=Watching())
+    assert phases == ["asking DiffusionGemmaForBlockDiffusion for its ties"]
+
+
+def test_the_display_appears_by_itself_while_nothing_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    from threading import Event
+
+    from rich.console import Console
+
+    appeared = Event()
+    monkeypatch.setattr(progress_bar, "_VISIBLE_AFTER", 0.0)
+    with progress_bar.Bar(Console(force_terminal=True, file=open("/dev/null", "w"))) as bar:
+        monkeypatch.setattr(bar._display, "start", appeared.set)
+        monkeypatch.setattr(bar._display, "stop", lambda: None)
+        bar.start("asking X for its ties", 0)
+        assert appeared.wait(30)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("dg_nvfp/naive", "dg_nvfp4/naive"), ("dg_nvfp4/naiv", "dg_nvfp4/naive"), ("dg_nvfp4/other", None)],
+)
+def test_a_mistyped_path_gets_a_suggestion(typed: str, meant: str | None, capsys: Printed) -> None:
+    for command in ("plan", "check"):
+        assert run(command, FIXTURES / typed) == 4
+        err = capsys.readouterr().err
+        assert "does not exist" in err
+        assert ("did you mean" in err) is (meant is not None)
+        assert meant is None or f"did you mean '{FIXTURES / meant}'?" in err
+
+
+# --- topics -------------------------------------------------------------------------------------------------
+
+
+def test_topics_are_made_from_the_records(capsys: Printed) -> None:
+    assert run("explain", "--list") == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.partition("\n\n")[0].splitlines()] == list(TOPICS)
+    assert run("explain", "exit-codes") == 0
+    assert capsys.readouterr().out.splitlines() == [f"{code:>3}  {text}" for code, text in EXIT_CODES.items()]
+    assert run("explain", "json") == 0
+    out = capsys.readouterr().out
+    assert all(schema.name in out for schema in SCHEMAS)
+    assert run("explain", "formats") == 0
+    assert [*FAMILIES] == [line for line in capsys.readouterr().out.splitlines()[2:] if line and line[0] != " "]
+    assert run("explain", "gptq-awq") == 0
+    assert "qzeros, scales, g_idx" in capsys.readouterr().out
+
+
+def test_every_schema_that_is_printed_is_explained() -> None:
+    import re
+
+    package = Path(tierewrite.__file__).parent
+    used = {
+        found
+        for path in package.rglob("*.py")
+        for found in re.findall(r'SCHEMA = "(tierewrite/\w+/\d+)"', path.read_text(encoding="utf-8"))
+    }
+    internal = {"tierewrite/staging/1", "tierewrite/incomplete/1"}
+    assert {schema.name for schema in SCHEMAS} >= {name for name in used if name not in internal}
+
+
+@pytest.mark.parametrize("readme", sorted({place for place, _ in tables.TABLES.values()}))
+def test_tables_of_readmes_are_those_of_the_records(readme: str) -> None:
+    text = (tables.ROOT / readme).read_text(encoding="utf-8")
+    assert text == tables.with_tables(readme, text), "python -m tests.tables"
+
+
+# --- findings for pipelines -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with one error and two warnings for vLLM."""
+    out = tmp_path_factory.mktemp("findings") / "a:b,100%"
+    tierewrite.rewrite(FIXTURES / "dg_nvfp4" / "naive", out)
+    return out
+
+
+def test_findings_as_annotations_of_github(written: Path, capsys: Printed) -> None:
+    assert run("check", written, "--format", "github") == 6
+    lines = capsys.readouterr().out.splitlines()
+    place = str(written).replace("%", "%25").replace(":", "%3A").replace(",", "%2C")
+    assert lines[0].startswith(f"::error file={place},title=vllm%3A per-side-conflict::4 names meet")
+    assert [line.split()[0] for line in lines[:3]] == ["::error", "::warning", "::warning"]
+    assert all(line.startswith("::notice ") for line in lines[3:])
+
+
+def test_findings_as_sarif(written: Path, capsys: Printed) -> None:
+    assert run("check", written, "--format", "sarif") == 6
+    log = json.loads(capsys.readouterr().out)
+    assert log["version"] == "2.1.0"
+    (found,) = log["runs"]
+    ids = {rule["id"] for rule in found["tool"]["driver"]["rules"]}
+    assert [(r["ruleId"], r["level"]) for r in found["results"]] == [
+        ("per-side-conflict", "error"),
+        ("alignment", "warning"),
+        ("generation-config", "warning"),
+    ]
+    assert {result["ruleId"] for result in found["results"]} <= ids
+    where = found["results"][0]["locations"][0]["logicalLocations"][0]["fullyQualifiedName"]
+    assert where == "model.decoder.layers.0.layer_scalar"
+
+
+def test_findings_as_a_test_report(written: Path, tmp_path: Path, capsys: Printed) -> None:
+    assert run("check", written, "--format", "junit") == 6
+    suite = ElementTree.fromstring(capsys.readouterr().out)
+    assert (suite.get("tests"), suite.get("failures")) == ("3", "1")
+    assert [case.get("name") for case in suite if case.find("failure") is not None] == ["per-side-conflict"]
+    tierewrite.rewrite(FIXTURES / "qwen3_tied_bf16" / "naive", tmp_path / "good")
+    assert run("check", tmp_path / "good", "--format", "junit", "--for", "transformers") == 0
+    suite = ElementTree.fromstring(capsys.readouterr().out)
+    assert [case.get("name") for case in suite] == ["ready"]
+
+
+def test_format_json_is_json(written: Path, capsys: Printed) -> None:
+    assert run("check", written, "--format", "json") == 6
+    one = capsys.readouterr().out
+    assert run("check", written, "--json") == 6
+    assert capsys.readouterr().out == one
