@@ -14,7 +14,7 @@ from typing import Literal
 
 LOADED_SCHEMA = "tierewrite/dry-load/1"
 Outcome = Literal["loaded", "refused", "not-run"]
-Initial = Literal["uninitialised", "default"]
+Initial = Literal["uninitialised", "default", "unused"]
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,9 @@ class Unfilled:
         shape: of the parameter on this rank.
         missing: elements that no key wrote; of `elements`.
         elements: of the parameter.
-        initial: what they hold: "uninitialised" memory, or a "default" that the class sets.
+        initial: what they hold: "uninitialised" memory; a "default" that the class sets; or "unused": nobody reads them.
         rows: where whole rows of the first dimension are missing: their numbers, the first 64 of them. Of fused experts
             these are the experts.
-        expected: names of keys that would have written them, as far as the script knows; () where it does not.
         buffer: it is a persistent buffer, not a parameter.
     """
 
@@ -52,7 +51,6 @@ class Unfilled:
     elements: int
     initial: Initial = "uninitialised"
     rows: tuple[int, ...] = ()
-    expected: tuple[str, ...] = ()
     buffer: bool = False
 
 
@@ -103,7 +101,8 @@ class Rank:
         overwritten: elements that were written twice.
         ignored: keys that wrote nothing and were not refused.
         casts: conversions of dtypes.
-        unquantized: modules that take quantization and were built without it, although the checkpoint is quantized.
+        unquantized: modules that were built without quantization, although the checkpoint is quantized and their kind of
+            layer takes it.
         unknown: parameters whose writes could not be followed; nothing is said of them.
         warnings: what the consumer logged, each text once.
     """

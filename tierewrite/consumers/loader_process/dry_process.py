@@ -35,6 +35,7 @@ OF_THE_ENVIRONMENT = (
     "on the same device", "no module named", "cannot import name", "not compiled", "compute capability",
     "could not run 'aten::", "does not recognize this architecture", "not implemented for 'meta", "out of memory",
 )  # fmt: skip
+OURS = frozenset({"dry_load.py", "dry_process.py", "dry_writes.py", "dry_coverage.py"})
 NEEDS_BYTES = ("meta tensor", "on the same device", "no data")
 
 
@@ -72,18 +73,32 @@ class Loader(Protocol):
     def described(self, prepared: Any, model: torch.nn.Module) -> dict[str, Any]:
         """`model_class`, `quantization` and `unquantized`."""
 
+    def unused(self, prepared: Any, parameter: str) -> bool:
+        """The consumer never reads the parameter, whatever it holds."""
 
-def of_the_environment(error: BaseException) -> bool:
-    """The error says something of this environment, and nothing of the checkpoint."""
-    if isinstance(error, (ImportError, NotImplementedError, MemoryError, OSError, Unavailable)):
+
+def of_the_environment(error: BaseException, folder: str) -> bool:
+    """The error says something of this environment, and nothing of the checkpoint in `folder`."""
+    if isinstance(error, (ImportError, NotImplementedError, MemoryError, Unavailable)):
         return True
-    text = f"{type(error).__name__}: {error}".lower()
-    return any(words in text for words in OF_THE_ENVIRONMENT)
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError):
+        return folder not in text
+    return _raised_here(error) or any(words in text.lower() for words in OF_THE_ENVIRONMENT)
+
+
+def _raised_here(error: BaseException) -> bool:
+    """One of our own functions raised it: it replaces what this version of the consumer does not have."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and os.path.basename(frames[-1].filename) in OURS
 
 
 def words(error: BaseException) -> str:
-    """The consumer's own words."""
-    return f"{type(error).__name__}: {error}"[:1000]
+    """The consumer's own words; where it says nothing, the function that raised."""
+    text = str(error)
+    if not text and (frames := traceback.extract_tb(error.__traceback__)):
+        text = f"in {frames[-1].name} ({os.path.basename(frames[-1].filename)}): {frames[-1].line}"
+    return f"{type(error).__name__}: {text}"[:1000]
 
 
 class _Log(logging.Handler):
@@ -108,10 +123,10 @@ def loaded(loader: Loader, folder: str, rank: int, ranks: int, meeting: str, tru
         model, unset = _built(loader, prepared)
     except Exception as error:
         traceback.print_exc()
-        return {"outcome": "not-run" if of_the_environment(error) else "refused", "reason": words(error)}
-    attempt, refused, all_found = _attempts(loader, prepared, model, unset)
-    if attempt is None:
-        return {"outcome": "not-run", "reason": words(refused[-1][1])}
+        return _no_facts(error, folder)
+    attempt, refused, all_found = _attempts(loader, prepared, model, unset, folder)
+    if isinstance(attempt, Exception):
+        return _no_facts(attempt, folder)
     about = loader.described(prepared, attempt.model)
     facts = {
         "rank": rank,
@@ -130,6 +145,10 @@ def loaded(loader: Loader, folder: str, rank: int, ranks: int, meeting: str, tru
         "peak_mib": _peak(),
         "import_mib": before,
     }
+
+
+def _no_facts(error: Exception, folder: str) -> dict[str, Any]:
+    return {"outcome": "not-run" if of_the_environment(error, folder) else "refused", "reason": words(error)}
 
 
 def _peak() -> int:
@@ -152,7 +171,7 @@ class Attempt:
     """
 
     def __init__(self, loader: Loader, prepared: Any, model: torch.nn.Module, unset: set[int], feed: Feed) -> None:
-        self.loader, self.model, self.unset, self.feed = loader, model, unset, feed
+        self.loader, self.prepared, self.model, self.unset, self.feed = loader, prepared, model, unset, feed
         self.error: Exception | None = None
         self.failed: str | None = None
         self.recorder = Recorder(feed, loader.targets(model))
@@ -163,6 +182,11 @@ class Attempt:
         except Exception as error:
             traceback.print_exc()
             self.error = error
+
+    def _initial(self, name: str, target: torch.Tensor) -> str:
+        if self.loader.unused(self.prepared, name):
+            return "unused"
+        return "uninitialised" if target.untyped_storage()._cdata in self.unset else "default"
 
     @property
     def key(self) -> str | None:
@@ -197,12 +221,11 @@ class Attempt:
             if not found.known:
                 unknown.append(name)
             if found.missing:
-                memory = target.untyped_storage()._cdata
                 unfilled.append(
                     {
                         "parameter": name, "shape": list(target.shape), "missing": found.missing,
                         "elements": target.numel(), "rows": found.rows[:64], "buffer": name in buffers,
-                        "initial": "uninitialised" if memory in self.unset else "default",
+                        "initial": self._initial(name, target),
                     }
                 )  # fmt: skip
             for (first, last), elements in found.overwritten.items():
@@ -219,13 +242,13 @@ class Attempt:
 
 
 def _attempts(
-    loader: Loader, prepared: Any, model: torch.nn.Module, unset: set[int]
-) -> tuple[Attempt | None, list[tuple[str, Exception]], bool]:
+    loader: Loader, prepared: Any, model: torch.nn.Module, unset: set[int], folder: str
+) -> tuple[Attempt | Exception, list[tuple[str, Exception]], bool]:
     """Loads until it runs through: keys that abort it are left out, keys whose bytes are asked for are read.
 
     Returns:
-        The load that ran through, or None where the environment ended it; the keys that were left out; and whether
-        these are all.
+        The load that ran through, or what ended it although no key is to blame; the keys that were left out; and
+        whether these are all.
     """
     feed = Feed()
     refused: list[tuple[str, Exception]] = []
@@ -235,25 +258,21 @@ def _attempts(
         error, key = attempt.error, attempt.key
         if error is None:
             return attempt, refused, True
-        if key is None and not feed.key and _all_read(feed) and not of_the_environment(error):
+        if of_the_environment(error, folder):
+            if key is None or key in feed.real or not any(each in str(error).lower() for each in NEEDS_BYTES):
+                return error, refused, False
+            feed.real.add(key)
+        elif key is None:
+            if not feed.seen:
+                return error, refused, False
             attempt.failed = words(error)
             return attempt, refused, True
-        if key is not None and of_the_environment(error):
-            if key in feed.real or not any(each in str(error).lower() for each in NEEDS_BYTES):
-                return None, [(key, error)], False
-            feed.real.add(key)
-        elif key is None or key in feed.dropped or len(refused) >= MOST_REFUSED or time.monotonic() > until:
-            if key is None or of_the_environment(error):
-                return None, [(key or "", error)], False
-            return attempt, refused, False
         else:
             refused.append((key, error))
+            if len(refused) >= MOST_REFUSED or time.monotonic() > until:
+                return attempt, refused, False
             feed.dropped.add(key)
         model, unset = _built(loader, prepared)
-
-
-def _all_read(feed: Feed) -> bool:
-    return feed.key is None and bool(feed.seen)
 
 
 def _child(work: Callable[[], Mapping[str, Any]], path: str) -> int:

@@ -120,6 +120,11 @@ class Vllm:
             "unquantized": [name for name, method in methods.items() if quantization and method in plain],
         }
 
+    def unused(self, prepared: Any, parameter: str) -> bool:
+        """Weight-only NVFP4 registers input scales and never reads them (quantization/modelopt.py)."""
+        weight_only = getattr(prepared.quant_config, "quant_method", None) == "W4A16_NVFP4"
+        return weight_only and parameter.endswith("input_scale")
+
 
 def _torchvision_without_operators() -> None:
     """Lets a CUDA build of torchvision be imported beside a CPU build of torch: nothing here calls its operators."""
