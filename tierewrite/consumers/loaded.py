@@ -39,7 +39,7 @@ class Unfilled:
         shape: of the parameter on this rank.
         missing: elements that no key wrote; of `elements`.
         elements: of the parameter.
-        initial: what they hold: "uninitialised" memory; a "default" that the class sets; or "unused": nobody reads them.
+        initial: what they hold: "uninitialised" memory, a "default" that the class sets, or "unused": nobody reads it.
         rows: where whole rows of the first dimension are missing: their numbers, the first 64 of them. Of fused experts
             these are the experts.
         buffer: it is a persistent buffer, not a parameter.
@@ -101,8 +101,8 @@ class Rank:
         overwritten: elements that were written twice.
         ignored: keys that wrote nothing and were not refused.
         casts: conversions of dtypes.
-        unquantized: modules that were built without quantization, although the checkpoint is quantized and their kind of
-            layer takes it.
+        unquantized: modules that were built without quantization, although the checkpoint is quantized and their kind
+            of layer takes it.
         unknown: parameters whose writes could not be followed; nothing is said of them.
         warnings: what the consumer logged, each text once.
     """
