@@ -33,6 +33,8 @@ from .report import Report as Report
 from .rewriting.run import plan as plan
 from .rewriting.run import prepare_for_vllm as prepare_for_vllm
 from .rewriting.run import rewrite as rewrite
+from .streaming.stream import Stream as Stream
+from .streaming.stream import stream as stream
 from .ties.tie_map import TieMap as TieMap
 
 __version__: str

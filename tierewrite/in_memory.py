@@ -27,6 +27,7 @@ from tierewrite.planning.plan import Action, RewritePlan, needed_for_confirmatio
 from tierewrite.planning.policy import KVScales, NamesFor, Policy
 from tierewrite.report import Report, build_report
 from tierewrite.rewriting.options import Device
+from tierewrite.source.dtypes import PAIRS, SAFETENSORS_OF_TORCH
 from tierewrite.source.table import Checkpoint, Shard, TensorEntry, Tensors, gc_paused
 from tierewrite.ties.on_disk import on_disk
 from tierewrite.ties.tie_map import TieMap
@@ -48,16 +49,6 @@ _ADVICE = (
     "The model declares these tensors to be one, but the state dict does not hold them as one. Keep both sides of "
     'these groups with on_mismatch="keep", or find out which step made them differ.'
 )
-
-# Names as safetensors writes them; the table of its torch binding (safetensors/torch.py, `_TYPES`) is private and lacks
-# the newest. A dtype that is missing here keeps torch's name: it is compared, never interpreted.
-_DTYPES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "complex64": "C64",
-    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "bool": "BOOL",
-    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8",
-    "float8_e4m3fn": "F8_E4M3", "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2": "F8_E5M2",
-    "float8_e5m2fnuz": "F8_E5M2FNUZ", "float8_e8m0fnu": "F8_E8M0", "float4_e2m1fn_x2": "F4",
-}  # fmt: skip
 
 
 def dedupe_state_dict(
@@ -246,10 +237,11 @@ def _described(state_dict: Mapping[str, Any], config: dict[str, Any]) -> Checkpo
         _check(name, tensor)
         dtype = str(tensor.dtype).removeprefix("torch.")
         shape = tuple(tensor.shape)
-        if dtype == "float4_e2m1fn_x2" and shape:
-            shape = (*shape[:-1], 2 * shape[-1])  # safetensors counts elements, torch pairs of them
+        name_in_header = SAFETENSORS_OF_TORCH.get(dtype, dtype)  # what is missing there is compared, never interpreted
+        if name_in_header == PAIRS and shape:
+            shape = (*shape[:-1], 2 * shape[-1])
         end = position + tensor.numel() * tensor.element_size()
-        entries[name] = TensorEntry(name, _DTYPES.get(dtype, dtype), shape, 0, position, end)
+        entries[name] = TensorEntry(name, name_in_header, shape, 0, position, end)
         position = end
     shard = Shard(NAME, Path(), position, 0, 0, 0, {})
     return Checkpoint(Path(), (shard,), Tensors.of(entries.values()), None, (), (), config, {}, ())

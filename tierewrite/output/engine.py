@@ -25,8 +25,8 @@ class Meter(Protocol):
 RunPass = Callable[[Work, str, "PartFiles | None"], Result]
 
 
-class Engine(Protocol):
-    """Does the work: it hashes, and writes shards."""
+class Hasher(Protocol):
+    """Hashes tensors."""
 
     def hash(self, source: Checkpoint, keys: Iterable[str], phase: str) -> dict[str, bytes]:
         """BLAKE3 of the tensors `keys` of `source`.
@@ -34,6 +34,10 @@ class Engine(Protocol):
         Raises:
             SourceChanged: it is not what it was when its headers were read. SystemFailure: reading failed.
         """
+
+
+class Engine(Hasher, Protocol):
+    """Does the work: it hashes, and writes shards."""
 
     def run_jobs(self, jobs: Sequence[Job], phase: str) -> list[Result]:
         """Carries out all of `jobs`; their results, in the same order.

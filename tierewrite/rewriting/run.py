@@ -189,7 +189,9 @@ def rewrite(
                 total = opened.checkpoint.total_bytes + written.plan.total_bytes
                 prove(route.src, staging, policy, consumer, progress, total, reading)
             if consumer is not None:
-                readiness = check_for(consumer, staging, route.dst, trust_remote_code=trust_remote_code, force=force)
+                readiness = check_for(
+                    consumer, staging.view(), route.dst, trust_remote_code=trust_remote_code, force=force
+                )
                 report = replace(report, readiness=readiness)
             if route.swapped is not None:
                 still_as_listed(route.swapped, before)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tierewrite
@@ -15,6 +16,7 @@ from tierewrite.engines import Engine
 from tierewrite.engines.progress import Progress
 from tierewrite.errors import NotReady, VerificationFailed, shown
 from tierewrite.output.configs import ignore_lists
+from tierewrite.output.engine import Hasher
 from tierewrite.output.manifest import build_manifest, written_tensors
 from tierewrite.output.safetensors import index_bytes, merged_metadata
 from tierewrite.output.shards import Output
@@ -26,6 +28,7 @@ from tierewrite.planning.policy import Policy
 from tierewrite.report import Report, build_report
 from tierewrite.rewriting.options import SourceOptions
 from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME
+from tierewrite.stores.mirror import RemoteFolder
 from tierewrite.stores.places import FilePath
 from tierewrite.values.confirm import refusal, refuted
 from tierewrite.values.decide import CannotBe, Values, decide
@@ -79,7 +82,7 @@ def with_needed(opened: Opened, policy: Policy) -> Opened:
     return with_needed_names(opened, policy)
 
 
-def refuse_unconfirmed(opened: Opened, plan: RewritePlan, workers: Engine) -> None:
+def refuse_unconfirmed(opened: Opened, plan: RewritePlan, workers: Hasher) -> None:
     """Refuses before anything is written where the headers already refute a tie that must be confirmed.
 
     Raises:
@@ -231,15 +234,17 @@ def prove(
         )
 
 
-def check_for(consumer: str, staging: Staged, dst: object, *, trust_remote_code: bool, force: bool) -> ReadinessReport:
-    """What the consumer will do with the staged output, which is to be `dst`.
+def check_for(
+    consumer: str, output: Path | RemoteFolder, dst: object, *, trust_remote_code: bool, force: bool
+) -> ReadinessReport:
+    """What the consumer will do with an output that has not appeared, and is to be `dst`.
 
     Raises:
         NotReady: errors that a rewrite could have avoided, or that make the output useless, unless `force`.
     """
     from tierewrite.consumers import check
 
-    found = check(staging.view(), consumer, trust_remote_code=trust_remote_code)
+    found = check(output, consumer, trust_remote_code=trust_remote_code)
     if found.errors and not (found.only_per_side_conflicts() or force):
         lines = "\n".join(f"  {finding}" for finding in found.errors[:12])
         raise NotReady(

@@ -7,6 +7,7 @@ import ctypes
 import errno
 import fcntl
 import functools
+import mmap
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -174,6 +175,15 @@ class LocalFile:
                 )
             into = into[done:]
             offset += done
+
+    def mapped(self) -> mmap.mmap:
+        """The whole file in memory, privately: what is written there never reaches the file. Outlives `close`.
+
+        Raises:
+            SystemFailure: the system does not map it.
+        """
+        with system_errors("mapping", self.shard.path):
+            return mmap.mmap(self.fd, self.shard.size, access=mmap.ACCESS_COPY)
 
     def close(self) -> None:
         """See `SourceFile`."""
