@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tierewrite.engines import open_engine
@@ -14,8 +15,8 @@ from tierewrite.output.unwritten import UnwrittenOutput
 from tierewrite.planning.plan import Action, RewritePlan
 from tierewrite.planning.policy import ConsumerName, Policy, PolicyOptions
 from tierewrite.rewriting.options import Device
-from tierewrite.rewriting.steps import check_for
-from tierewrite.source import read_ahead
+from tierewrite.rewriting.run import asking
+from tierewrite.rewriting.steps import check_for, with_needed
 from tierewrite.source.open import fetched, name_in_messages
 from tierewrite.source.table import Checkpoint
 from tierewrite.stores.base import PathLike
@@ -190,8 +191,9 @@ def stream(
             ties=ties,
             trust_remote_code=trust_remote_code,
             ignore_unindexed=ignore_unindexed,
-            meanwhile=read_ahead.reading,
-        ).excluding(policy.exclude)
+            meanwhile=partial(asking, progress, ahead=True),
+        )
+        opened = with_needed(opened.excluding(policy.exclude), policy)
         hasher = Digests(workers, cache_folder() if remember else None)
         found = confirmed(opened, policy, hasher)
     if missing := unknown_to_torch(opened.checkpoint.tensors.kinds):
