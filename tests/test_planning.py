@@ -46,6 +46,7 @@ class Case:
         warning: a part of a warning.
         added: keys of the output that the source does not have.
         merges: target -> the keys that become one value.
+        differing: group id -> aliases that are not one with the others.
     """
 
     rule: str
@@ -59,6 +60,7 @@ class Case:
     warning: str | None = None
     added: tuple[str, ...] = ()
     merges: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    differing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 MODELOPT = {"quantization_config": {"quant_method": "modelopt"}}
@@ -467,6 +469,151 @@ REFUSED = [
     ),
 ]
 
+THREE: Mapping[str, Slots] = {"t": [("embed.weight", "encoder.embed.weight", "lm_head.weight")]}
+KEEP = Policy(on_mismatch="keep")
+
+ONE_SIDE_DIFFERS = [
+    Case(
+        "of several aliases the one that differs keeps the group whole by default, and is named",
+        THREE,
+        """
+        embed.weight          BF16[4,4]  keep  =  t
+        encoder.embed.weight  BF16[4,4]  keep  =  t
+        lm_head.weight        BF16[8,4]  keep  =  t
+        """,
+        reason="'embed.weight' is BF16 [4, 4] but 'lm_head.weight' is BF16 [8, 4]",
+        differing={"t": ("lm_head.weight",)},
+    ),
+    Case(
+        "on_mismatch=keep: of several aliases the one that differs stays alone",
+        THREE,
+        """
+        embed.weight          BF16[4,4]  keep  =             t
+        encoder.embed.weight  BF16[4,4]  drop  embed.weight  t
+        lm_head.weight        BF16[8,4]  keep  =             t
+        """,
+        KEEP,
+        differing={"t": ("lm_head.weight",)},
+    ),
+    Case(
+        "on_mismatch=keep: the same where the bytes say which side differs",
+        THREE,
+        """
+        embed.weight          BF16[4,4]  keep  =             t
+        encoder.embed.weight  BF16[4,4]  drop  embed.weight  t
+        lm_head.weight        BF16[4,4]  keep  =             t
+        """,
+        KEEP,
+        known={"refuted": {"t": "they differ"}, "differing": {"t": {"lm_head.weight": "they differ"}}},
+        differing={"t": ("lm_head.weight",)},
+    ),
+    Case(
+        "on_mismatch=keep: a quantized head stays with all of its companions",
+        THREE,
+        """
+        embed.weight          BF16[4,4]     keep  =             t
+        encoder.embed.weight  BF16[4,4]     drop  embed.weight  t
+        lm_head.weight        F8_E4M3[4,4]  keep  =             t
+        lm_head.weight_scale  F32[]         keep  =             t
+        lm_head.input_scale   F32[]         keep  =             t
+        """,
+        KEEP,
+        differing={"t": ("lm_head.weight",)},
+    ),
+    Case(
+        "on_mismatch=keep: a side that differs in one slot stays in all of them",
+        {"t": [tuple(f"{side}.experts.{e}.up_proj.weight" for side in "abc") for e in range(2)]},
+        """
+        a.experts.0.up_proj.weight  BF16[4,4]  keep  =                           t
+        a.experts.1.up_proj.weight  BF16[4,4]  keep  =                           t
+        b.experts.0.up_proj.weight  BF16[4,4]  drop  a.experts.0.up_proj.weight  t
+        b.experts.1.up_proj.weight  BF16[4,4]  drop  a.experts.1.up_proj.weight  t
+        c.experts.0.up_proj.weight  BF16[4,4]  keep  =                           t
+        c.experts.1.up_proj.weight  BF16[4,2]  keep  =                           t
+        """,
+        KEEP,
+        differing={"t": ("c.experts.0.up_proj.weight",)},
+    ),
+    Case(
+        "on_mismatch=keep: its activation scale is no part of the merged value",
+        {"t": [("a.q_proj.weight", "b.q_proj.weight", "c.q_proj.weight")]},
+        """
+        a.q_proj.weight       F8_E4M3[4,4]  keep   =                    t
+        a.q_proj.input_scale  F32[]         merge  =                    t
+        b.q_proj.weight       F8_E4M3[4,4]  drop   a.q_proj.weight      t
+        b.q_proj.input_scale  F32[]         drop   a.q_proj.input_scale t
+        c.q_proj.weight       F8_E4M3[4,4]  keep   =                    t
+        c.q_proj.input_scale  F32[]         keep   =                    t
+        """,
+        KEEP,
+        MODELOPT,
+        {"refuted": {"t": "differ"}, "differing": {"t": {"c.q_proj.weight": "differ"}}},
+        differing={"t": ("c.q_proj.weight",)},
+        merges={"a.q_proj.input_scale": ("a.q_proj.input_scale", "b.q_proj.input_scale")},
+    ),
+    Case(
+        "on_mismatch=keep: nor are its KV-cache scales merged with the others'",
+        {"t": [("a.attn.k_proj.weight", "b.attn.k_proj.weight", "c.attn.k_proj.weight")]},
+        """
+        a.attn.k_proj.weight   F8_E4M3[4,4]  keep   =                     t
+        a.attn.k_proj.k_scale  F32[]         merge  =                     t
+        b.attn.k_proj.weight   F8_E4M3[4,4]  drop   a.attn.k_proj.weight  t
+        b.attn.k_proj.k_scale  F32[]         drop   a.attn.k_proj.k_scale t
+        c.attn.k_proj.weight   F8_E4M3[4,2]  keep   =                     t
+        c.attn.k_proj.k_scale  F32[]         keep   =                     t
+        """,
+        Policy(on_mismatch="keep", kv_scales="merge"),
+        MODELOPT,
+        differing={"t": ("c.attn.k_proj.weight",)},
+    ),
+    Case(
+        "on_mismatch=keep: all sides stay where the canonical one is not there: which of the others it is, nobody says",
+        THREE,
+        """
+        encoder.embed.weight  BF16[4,4]  keep  =  t
+        lm_head.weight        BF16[8,4]  keep  =  t
+        """,
+        KEEP,
+        reason="'encoder.embed.weight' is BF16 [4, 4] but 'lm_head.weight' is BF16 [8, 4]",
+    ),
+    Case(
+        "on_mismatch=keep: all sides stay where aliases agree with each other and not with the canonical one",
+        THREE,
+        """
+        embed.weight          BF16[8,4]  keep  =  t
+        encoder.embed.weight  BF16[4,4]  keep  =  t
+        lm_head.weight        BF16[4,4]  keep  =  t
+        """,
+        KEEP,
+        reason="'embed.weight' is BF16 [8, 4] but 'encoder.embed.weight' is BF16 [4, 4]",
+    ),
+    Case(
+        "on_mismatch=keep: an alias that is not there agrees with nobody",
+        THREE,
+        """
+        embed.weight    BF16[4,4]  keep  =  t
+        lm_head.weight  BF16[8,4]  keep  =  t
+        """,
+        KEEP,
+        reason="'embed.weight' is BF16 [4, 4] but 'lm_head.weight' is BF16 [8, 4]",
+    ),
+    Case(
+        "on_mismatch=keep: an alias that another tie has claimed stays with that tie",
+        {
+            "u": [("other.weight", "lm_head.weight")],
+            "t": [("embed.weight", "encoder.embed.weight", "lm_head.weight")],
+        },
+        """
+        other.weight          BF16[4,4]  keep  =             u
+        embed.weight          BF16[4,4]  keep  =             t
+        encoder.embed.weight  BF16[4,4]  drop  embed.weight  t
+        lm_head.weight        BF16[4,4]  drop  other.weight  u
+        """,
+        KEEP,
+        differing={"t": ("lm_head.weight",)},
+    ),
+]
+
 SMOOTHING = [
     Case(
         "in a smoothed checkpoint the sides' norms hold a part of the weight: they must be equal, and both stay",
@@ -653,7 +800,7 @@ NAMES = [
 ]
 """A consumer needs names that a tie would drop."""
 
-CASES = [*WEIGHTS, *SCALES_AND_BUFFERS, *REFUSED, *SMOOTHING, *OPTIONS, *NAMES]
+CASES = [*WEIGHTS, *SCALES_AND_BUFFERS, *REFUSED, *ONE_SIDE_DIFFERS, *SMOOTHING, *OPTIONS, *NAMES]
 
 
 def read(table: str) -> tuple[list[TensorEntry], dict[str, tuple[str, str, str | None]]]:
@@ -686,7 +833,7 @@ def checkpoint_of(entries: Sequence[TensorEntry], config: Mapping[str, Any] | No
 
 def ties_of(groups: Mapping[str, Slots], owned: frozenset[str] = frozenset()) -> DiskTies:
     made = [
-        TieGroup(name, name, tuple(f"alias of {name}" for _ in slots[0][1:]), ("test",) * (len(slots[0]) - 1), slots)
+        TieGroup(name, name, slots[0][1:], ("test",) * (len(slots[0]) - 1), slots)
         for name, slots in ((name, tuple(slots)) for name, slots in groups.items())
     ]
     return DiskTies(tuple(made), owned, ())
@@ -721,6 +868,8 @@ def test_plan(case: Case) -> None:
     assert case.reason is None or any(case.reason in reason for reason in reasons if reason is not None)
     assert (case.warning is None) == (not made.warnings)
     assert case.warning is None or any(case.warning in warning for warning in made.warnings)
+    differing = {group.id: tuple(group.differing_aliases) for group in made.groups if group.differing_aliases}
+    assert differing == case.differing
     merges = {merge.target: merge.keys for group in made.groups for merge in group.merges}
     assert all(merges.get(target) == keys for target, keys in case.merges.items())
     # A name that a consumer needs is written with the merge that covers it; every other merge has its own target.

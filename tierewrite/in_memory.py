@@ -45,10 +45,7 @@ OnMismatchInMemory = Literal["error", "keep"]
 NAME = "state dict"
 """What report and errors call source and result."""
 
-_ADVICE = (
-    "The model declares these tensors to be one, but the state dict does not hold them as one. Keep both sides of "
-    'these groups with on_mismatch="keep", or find out which step made them differ.'
-)
+_ADVICE = 'Keep both in the state dict with on_mismatch="keep", or find out which step made them differ.'
 
 
 def dedupe_state_dict(
@@ -128,11 +125,12 @@ def _attempt(
         Refused: a tie is not confirmed, and `on_mismatch` is "error".
     """
     plan = opened.plan(policy, evidence)
-    found = refuted(opened.checkpoint, plan, hasher.digests(needed_for_confirmation(plan.groups)))
+    digests = hasher.digests(needed_for_confirmation(plan.groups))
+    found = refuted(opened.checkpoint, plan, digests)
     if policy.on_mismatch == "error" and (found or plan.unconfirmed()):
-        raise refusal(plan.groups, found, _ADVICE)
+        raise refusal(opened.checkpoint, plan, found, digests, _ADVICE)
     if found:
-        return replace(evidence, reasons={**evidence.reasons, **found})
+        return evidence.with_refuted(opened.checkpoint, plan, digests, found)
     values = merge_scales(opened.checkpoint, plan, lambda _, keys: _read(state_dict, keys))
     if values.separate_kv:
         return replace(evidence, separate_kv=evidence.separate_kv | values.separate_kv)
@@ -374,8 +372,11 @@ class _Hasher:
         for names in same.values():
             tensor = self._tensors[names[0]]
             on_gpu = tensor.device.type == "cuda" and self._gpu is not None
-            if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg() and (
-                on_gpu or tensor.device.type == "cpu"
+            if (
+                tensor.is_contiguous()
+                and not tensor.is_conj()
+                and not tensor.is_neg()
+                and (on_gpu or tensor.device.type == "cpu")
             ):
                 in_place[on_gpu].append((names, _bytes_view(names[0], tensor)))
                 continue

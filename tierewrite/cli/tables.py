@@ -49,6 +49,7 @@ def show_plan(console: Console, plan: RewritePlan) -> None:
     _say_folded(console, folded)
     _say_dropped(console, plan.groups)
     _say_kept(console, plan.unconfirmed(), "not confirmed" if plan.confirmed else "not confirmed by the headers")
+    _say_differing(console, plan.planned())
     _say_warnings(console, plan.warnings)
     if not plan.changes_anything():
         console.print(_NOTHING, style="green")
@@ -94,6 +95,7 @@ def show_report(console: Console, report: Report) -> None:
     _say_folded(console, folded)
     _say_dropped(console, [group.group for group in report.groups if group.status == "rewritten"])
     _say_kept(console, [g.group for g in report.groups if g.status == "kept"], "kept on every side")
+    _say_differing(console, [g.group for g in report.groups if g.status == "rewritten"])
     never = sum(not scale.calibrated for scale in report.scales)
     if never:
         console.print(f"{never} scale{'s were' if never > 1 else ' was'} never calibrated on any side.", style="yellow")
@@ -334,6 +336,12 @@ def _say_kept(console: Console, groups: Sequence[GroupPlan], what: str) -> None:
         console.print(Text(f"  {shown(group.canonical)}: {group.reason}", style="yellow"))
     if len(groups) > _WARNINGS_SHOWN:
         console.print(Text(f"  ... and {len(groups) - _WARNINGS_SHOWN} more (all of them with --json)", style="yellow"))
+
+
+def _say_differing(console: Console, groups: Sequence[GroupPlan]) -> None:
+    """The sides of rewritten groups that are kept since they differ."""
+    for alias, reason in [entry for group in groups for entry in group.differing_aliases.items()][:_WARNINGS_SHOWN]:
+        console.print(Text(f"kept beside the others: {shown(alias)}: {reason}", style="yellow"))
 
 
 def _say_warnings(console: Console, warnings: Sequence[str]) -> None:

@@ -55,9 +55,13 @@ class ManifestTensor(msgspec.Struct, gc=False):
 
 
 class ManifestGroup(msgspec.Struct):
-    """A tie group; `reason` says why it was kept, and is null for the others.
+    """A tie group.
 
-    `kept_names` are names that stay for a consumer, though another tensor has their value; only where there are any.
+    Attributes:
+        reason: why it was kept; null for the others.
+        kept_names: names that stay for a consumer, though another tensor has their value; only where there are any.
+        differing_aliases: alias -> why its side was kept, of a group whose other sides are one; only where there are
+            any.
     """
 
     id: str
@@ -67,6 +71,7 @@ class ManifestGroup(msgspec.Struct):
     reason: str | None
     tensors: dict[str, ManifestTensor]
     kept_names: tuple[str, ...] | UnsetType = UNSET
+    differing_aliases: dict[str, str] | UnsetType = UNSET
 
 
 class ManifestTool(msgspec.Struct):
@@ -183,6 +188,7 @@ def build_manifest(
                 entry.group.reason,
                 written.get(entry.group.id, {}),
                 entry.group.kept_names or UNSET,
+                dict(entry.group.differing_aliases) or UNSET,
             )
             for entry in report.groups
         ],
@@ -232,6 +238,8 @@ def form_problem(manifest: Any) -> str | None:
     for group in found.groups:
         if (group.reason is not None) != (group.status == "kept"):
             return f"'{shown(group.id)}' is {group.status}, with the reason {shown(group.reason)}"
+        if group.differing_aliases is not UNSET and not group.differing_aliases.keys() < set(group.aliases):
+            return f"'{shown(group.id)}' has differing aliases that it does not have, or all of them"
         for name, tensor in group.tensors.items():
             if not _can_be(tensor):
                 return f"the tensor '{shown(name)}' is not described as it should be"

@@ -176,7 +176,7 @@ class GroupRow:
 
 @dataclass(frozen=True, slots=True)
 class KeptGroup:
-    """A declared tie that was left as it is, and why."""
+    """A declared tie, or aliases of one, that was left as it is, and why."""
 
     canonical: str
     aliases: tuple[str, ...]
@@ -379,6 +379,11 @@ def read_facts(
         KeptGroup(group["canonical"], tuple(group["aliases"]), group["reason"] or "")
         for group in manifest["groups"]
         if group["status"] == "kept"
+    ]
+    kept += [
+        KeptGroup(group["canonical"], (alias,), reason)
+        for group in manifest["groups"]
+        for alias, reason in group.get("differing_aliases", {}).items()
     ]
     if is_local(where):
         where = Path(os.path.realpath(where if folder is not None else where.absolute().parent))

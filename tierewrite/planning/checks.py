@@ -34,11 +34,13 @@ class Checks(Sequence[tuple[str, ...]]):
 
     Attributes:
         rows: int64 [tuples, sides], rows of the source; -1 where a tuple has fewer sides.
+        sides: int64 [tuples, sides], which side of the tie each row belongs to, 0 for the canonical one; -1 as above.
     """
 
-    def __init__(self, source: Tensors, rows: np.ndarray) -> None:
+    def __init__(self, source: Tensors, rows: np.ndarray, sides: np.ndarray) -> None:
         self._names = source.names
         self.rows = rows
+        self.sides = sides
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -67,7 +69,7 @@ class Checks(Sequence[tuple[str, ...]]):
     def where(self, chosen: slice | np.ndarray) -> Checks:
         """Those of a slice, a mask or an array of positions."""
         part = Checks.__new__(Checks)
-        part._names, part.rows = self._names, self.rows[chosen]
+        part._names, part.rows, part.sides = self._names, self.rows[chosen], self.sides[chosen]
         return part
 
     def __repr__(self) -> str:

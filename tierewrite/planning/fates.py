@@ -36,13 +36,13 @@ class Fates:
         self.kept_name = np.zeros(count, bool)
         self._needed = np.zeros(count, bool)
         self._needed[[tensors.row[name] for name in needed if name in tensors.row]] = True
-        self._planned = np.zeros(len(groups) + 1, bool)  # the last one for -1: no group
+        self._claimed = np.zeros(count, bool)
         self._taken: set[str] = set()
 
     def claimed(self, rows: np.ndarray) -> np.ndarray:
-        """bool, whether each row belongs to a planned group; one that is kept whole claims nothing."""
-        planned: np.ndarray = self._planned[self.group[rows]]
-        return planned
+        """bool, whether something is planned for each row by a group; a side that is kept whole claims nothing."""
+        claimed: np.ndarray = self._claimed[rows]
+        return claimed
 
     def claim(self, group: int, made: Decisions) -> None:
         """Enters what is planned for a group.
@@ -50,12 +50,11 @@ class Fates:
         Raises:
             Unconfirmed: a tensor belongs to another group, or a new name to another tensor. Nothing is entered then.
         """
-        self._check(made)
-        self._planned[group] = True
+        self.check(made)
         self._taken.update(made.new_names.values())
         self.enter(group, made)
 
-    def _check(self, made: Decisions) -> None:
+    def check(self, made: Decisions) -> None:
         """Raises Unconfirmed, with the first tensor that cannot be had, or cannot be renamed."""
         names = self._tensors.names
         claimed = self.claimed(made.row)
@@ -86,6 +85,7 @@ class Fates:
         self.merged[made.row] = made.merged
         self.group[made.row] = group
         self._keep_needed(made.row)
+        self._claimed[made.row] = True
         rename = Action.RENAME.code
         self.new_names.update({row: name for row, name in made.new_names.items() if self.action[row] == rename})
 
@@ -99,7 +99,7 @@ class Fates:
         self.kept_name[stay] = True
 
     def keep(self, group: int, rows: np.ndarray) -> None:
-        """Enters a group that is kept whole: of its tensors those that no planned group has."""
+        """Enters what a group keeps as it is: of these tensors those that no group has claimed."""
         self.group[rows[~self.claimed(rows)]] = group
 
     def repack(self, rows: Sequence[int] | np.ndarray) -> None:

@@ -103,16 +103,19 @@ class _Together:
 
     Attributes:
         slots: int64 [slots], their positions in the tie, ascending.
+        present: the sides that are there; the first one's tensors survive.
         lines: one a part: first those that must be equal, then the activation scales.
         exact: how many of `lines` must be equal.
-        neighbours: of a smoothed checkpoint: position in `slots`, and the two rows that must be equal too.
+        neighbours: of a smoothed checkpoint: position in `slots`, the two rows that must be equal too, and the sides
+            that they belong to.
         touched: whether there is anything to do.
     """
 
     slots: np.ndarray
+    present: list[int]
     lines: list[_Line]
     exact: int
-    neighbours: list[tuple[int, int, int]]
+    neighbours: list[tuple[int, int, int, int, int]]
     touched: bool
 
 
@@ -159,7 +162,7 @@ class GroupPlanner:
             raise refused
         return Draft(
             _decisions(tie, done),
-            Checks(self._tensors, _checks(done, composition.shape[1])),
+            Checks(self._tensors, *_checks(done, composition.shape[1])),
             self._merges(tie, done, composition.shape[1]),
             np.sort(np.concatenate([_empty(), *(together.slots for together in done)])),
             any(together.touched for together in done),
@@ -199,7 +202,7 @@ class GroupPlanner:
             at, _, reason = min(refusals)
             raise Unconfirmed(reason, int(slots[at]))
         touched = present[0] != 0 or len(present) > 1
-        return _Together(slots, [*exact, *ranges], len(exact), neighbours, touched)
+        return _Together(slots, present, [*exact, *ranges], len(exact), neighbours, touched)
 
     def _line(
         self,
@@ -292,40 +295,40 @@ class GroupPlanner:
 
     def _neighbours(
         self, tie: TieGroup, slots: np.ndarray, present: list[int]
-    ) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, str]]]:
+    ) -> tuple[list[tuple[int, int, int, int, int]], list[tuple[int, int, str]]]:
         """In a smoothed checkpoint, what a side's scale was folded into must be one as well.
 
         Returns:
-            Position of the slot and the two rows that must be equal; and the first slot of which the headers of two
-            differ: its position, 1 and the reason.
+            `_Together.neighbours`; and the first slot of which the headers of two differ: its position, 1 and the
+            reason.
         """
-        pairs: list[tuple[int, int, int]] = []
+        pairs: list[tuple[int, int, int, int, int]] = []
         if not self._adjacency.smoothed or len(present) < 2:
             return pairs, []
         kind = self._tensors.kind
         for at, slot in enumerate(slots.tolist()):
             names = [tie.slots[slot][side] for side in present]
-            for twin, row in self._twins(names):
+            for twin, row, other in self._twins(names):
                 if kind[twin] != kind[row]:
                     reason = (
                         f"{self._described(twin)} but {self._described(row)}, and both were smoothed together with "
                         f"'{names[0]}'"
                     )
                     return pairs, [(at, 1, reason)]
-                pairs.append((at, twin, row))
+                pairs.append((at, twin, row, present[0], present[other]))
         return pairs, []
 
-    def _twins(self, names: Sequence[str]) -> Iterator[tuple[int, int]]:
-        """The rows of the tied neighbours of a slot's sides, the first side's and another's."""
+    def _twins(self, names: Sequence[str]) -> Iterator[tuple[int, int, int]]:
+        """The rows of the tied neighbours of a slot's sides, the first side's and another's, and which other."""
         row = self._tensors.row
         first, *others = (
             {self._canonical_name(key): key for key in self._adjacency.of(name.rpartition(".")[0])} for name in names
         )
-        for other in others:
+        for number, other in enumerate(others, 1):
             for canonical, key in other.items():
                 twin = first.get(canonical, key)
                 if twin != key:
-                    yield row[twin], row[key]
+                    yield row[twin], row[key], number
 
     def _canonical_name(self, key: str) -> str:
         """The canonical name of a tied parameter or of its companion; any other key as it is."""
@@ -417,20 +420,23 @@ def _decisions(tie: TieGroup, done: Sequence[_Together]) -> Decisions:
     )
 
 
-def _checks(done: Sequence[_Together], sides: int) -> np.ndarray:
-    """int64 [checks, sides]: the rows that must be equal, slot by slot."""
-    slot, rows = [_empty()], [_empty(sides)]
+def _checks(done: Sequence[_Together], sides: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two int64 [checks, sides]: the rows that must be equal, slot by slot, and the side that each belongs to."""
+    slot, rows, owner = [_empty()], [_empty(sides)], [_empty(sides)]
     for together in done:
         exact = [line.rows for line in together.lines[: together.exact]]
         if exact[0].shape[1] < 2:
             continue
         slot.append(np.repeat(together.slots, len(exact)))
         rows.append(_padded(np.stack(exact, axis=1).reshape(-1, exact[0].shape[1]), sides))
+        owner.append(np.broadcast_to(_padded(np.array([together.present], np.int64), sides), rows[-1].shape))
         if together.neighbours:
             found = np.array(together.neighbours, np.int64)
             slot.append(together.slots[found[:, 0]])
-            rows.append(_padded(found[:, 1:], sides))
-    return np.concatenate(rows)[np.argsort(np.concatenate(slot), kind="stable")]
+            rows.append(_padded(found[:, 1:3], sides))
+            owner.append(_padded(found[:, 3:], sides))
+    order = np.argsort(np.concatenate(slot), kind="stable")
+    return np.concatenate(rows)[order], np.concatenate(owner)[order]
 
 
 def _padded(rows: np.ndarray, sides: int) -> np.ndarray:

@@ -85,6 +85,9 @@ class GroupPlan:
         origins: who declared each, one per alias.
         status: "planned" (will be rewritten if the bytes confirm it), "canonical" (nothing to do) or "unconfirmed".
         reason: why it is unconfirmed, else None.
+        differing_aliases: alias -> why its side is not one with the canonical one, where others are. A planned group
+            keeps these sides whole; an unconfirmed one keeps all.
+        absent: aliases of which nothing is on disk.
         checks: keys that must be equal byte for byte, canonical (or surviving) side first.
         merges: scales that become one.
         repacked: modules of NVFP4 blobs whose sides differ by scaling alone: one is written, re-encoded.
@@ -101,6 +104,8 @@ class GroupPlan:
     origins: tuple[str, ...]
     status: str
     reason: str | None
+    differing_aliases: Mapping[str, str]
+    absent: tuple[str, ...]
     checks: Checks
     merges: ScaleMerges
     repacked: frozenset[str]
@@ -109,6 +114,11 @@ class GroupPlan:
     dropped: int
     dropped_bytes: int
     kept_names: tuple[str, ...] = ()
+
+    @property
+    def side_names(self) -> tuple[str, ...]:
+        """The parameters of the sides that are planned, canonical first: `checks.sides` counts them."""
+        return (self.canonical, *(alias for alias in self.aliases if alias not in self.differing_aliases))
 
 
 class OutTensor(NamedTuple):
@@ -433,6 +443,7 @@ def group_json(group: GroupPlan) -> dict[str, Any]:
         "dropped_tensors": group.dropped,
         "dropped_bytes": group.dropped_bytes,
         "kept_names": list(group.kept_names),
+        **({"differing_aliases": dict(group.differing_aliases)} if group.differing_aliases else {}),
     }
 
 

@@ -8,7 +8,7 @@ tensors kept. The result is data: printed by `tierewrite plan`, executed as it s
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,9 +17,9 @@ from tierewrite.formats.nvfp4_blobs import fused_sets
 from tierewrite.planning.checks import Checks, ScaleMerge, ScaleMerges
 from tierewrite.planning.experts import expert_scales
 from tierewrite.planning.fates import Fates
-from tierewrite.planning.groups import Draft, GroupPlanner, Unconfirmed
 from tierewrite.planning.kv_scales import Attentions, KvScales
 from tierewrite.planning.layout import shards
+from tierewrite.planning.outcomes import Differing, Outcome, outcomes
 from tierewrite.planning.plan import (
     ExpertScales,
     GroupPlan,
@@ -29,9 +29,8 @@ from tierewrite.planning.plan import (
     kind_of,
 )
 from tierewrite.planning.policy import Policy
-from tierewrite.planning.sides import Sides
 from tierewrite.source.table import Checkpoint, Tensors
-from tierewrite.ties.on_disk import DiskTies, TieGroup
+from tierewrite.ties.on_disk import DiskTies
 
 
 def plan(
@@ -44,6 +43,7 @@ def plan(
     unpaired: tuple[str, ...] = (),
     warnings: Iterable[str] = (),
     refuted: Mapping[str, str] | None = None,
+    differing: Differing | None = None,
     separate_kv: Iterable[str] = (),
     repacked: Mapping[str, frozenset[str]] | None = None,
     unfillable: frozenset[str] = frozenset(),
@@ -58,6 +58,7 @@ def plan(
         ties_source, ties_detail, unpaired: who declared the ties, for the record.
         warnings: what reading the checkpoint and asking for its ties had to say.
         refuted: group id -> reason, for groups that their bytes have already refuted: they are kept whole.
+        differing: which sides of them do, where the others agree: with `on_mismatch="keep"` only these are kept.
         separate_kv: targets of KV-scale merges that are not to be carried out (their biases differ).
         repacked: group id -> modules whose NVFP4 blobs are known to differ by scaling alone.
         unfillable: output keys of scales that are missing and stay so.
@@ -71,13 +72,15 @@ def plan(
     families = formats.detect(checkpoint.config, checkpoint.quant_config, tensors.leaves)
     needed = needed or NeededNames()
     fates = Fates(tensors, [tie.id for tie in ties.groups], needed.names)
-    outcomes = _outcomes(checkpoint, ties, families, fates, refuted or {})
+    made = outcomes(
+        checkpoint, ties, families, fates, refuted or {}, differing or {}, split=policy.on_mismatch == "keep"
+    )
     kv = KvScales(tensors, families, fates, {tie.id: n for n, tie in enumerate(ties.groups)}, frozenset(separate_kv))
     if policy.kv_scales == "merge":
-        kv.plan(_attentions(outcomes).paired())
+        kv.plan(_attentions(made).paired())
     groups = [
         _group(tensors, outcome, (repacked or {}).get(outcome.tie.id, frozenset()), kv.merges.get(outcome.tie.id, ()))
-        for outcome in outcomes
+        for outcome in made
     ]
     for group in groups:
         fates.repack(group.differing.rows[:, 0])
@@ -113,68 +116,18 @@ def plan(
     )
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    """A tie, and what is planned for it or why it stays whole."""
-
-    tie: TieGroup
-    draft: Draft | None = None
-    reason: str | None = None
-
-
-def _outcomes(
-    checkpoint: Checkpoint,
-    ties: DiskTies,
-    families: tuple[str, ...],
-    fates: Fates,
-    refuted: Mapping[str, str],
-) -> list[_Outcome]:
-    """Plans one tie after the other; what is decided is entered into `fates`."""
-    tensors = checkpoint.tensors
-    names = [name for tie in ties.groups for slot in tie.slots for name in slot]
-    sides = Sides(tensors, families, names, ties.owned)
-    adjacency = _adjacency(checkpoint)
-    canonical_of = {name: slot[0] for tie in ties.groups for slot in tie.slots for name in slot if adjacency.smoothed}
-    planner = GroupPlanner(tensors, sides, adjacency, canonical_of)
-    outcomes: list[_Outcome] = []
-    at = 0
-    for number, tie in enumerate(ties.groups):
-        shape = (len(tie.slots), len(tie.slots[0]))
-        here = slice(at, at := at + shape[0] * shape[1])
-        first, composition = sides.first[here].reshape(shape), sides.composition[here].reshape(shape)
-        reason = refuted.get(tie.id) or tie.problem
-        draft = None
-        if reason is None:
-            try:
-                draft = planner.planned(tie, first, composition)
-                fates.claim(number, draft.decisions)
-            except Unconfirmed as error:
-                reason, draft = error.reason, None
-        if draft is None:
-            fates.keep(number, sides.rows_of(first.ravel(), composition.ravel()))
-        outcomes.append(_Outcome(tie, draft, reason))
-    return outcomes
-
-
-def _attentions(outcomes: Iterable[_Outcome]) -> Attentions:
+def _attentions(outcomes: Iterable[Outcome]) -> Attentions:
     """The attention modules around the projections of all groups."""
     attentions = Attentions()
     for outcome in outcomes:
         if outcome.draft is None:
             attentions.block(outcome.tie)
         else:
-            attentions.add(outcome.tie, outcome.draft.slots.tolist())
+            attentions.add(outcome.planned, outcome.draft.slots.tolist())
     return attentions
 
 
-def _adjacency(checkpoint: Checkpoint) -> formats.Adjacency:
-    """In a smoothed checkpoint, which it is by its configs or by the last words of its keys, what was smoothed."""
-    configs = checkpoint.config, checkpoint.quant_config
-    shown = formats.Adjacency(checkpoint.tensors.leaves, *configs)
-    return formats.Adjacency(checkpoint.tensors.keys(), *configs) if shown.smoothed else shown
-
-
-def _group(tensors: Tensors, outcome: _Outcome, repacked: frozenset[str], kv: Iterable[ScaleMerge]) -> GroupPlan:
+def _group(tensors: Tensors, outcome: Outcome, repacked: frozenset[str], kv: Iterable[ScaleMerge]) -> GroupPlan:
     """The plan of a group, without what is dropped for it.
 
     Args:
@@ -183,7 +136,7 @@ def _group(tensors: Tensors, outcome: _Outcome, repacked: frozenset[str], kv: It
     """
     tie, draft = outcome.tie, outcome.draft
     nothing = np.empty((0, len(tie.slots[0])), np.int64)
-    checks = Checks(tensors, nothing) if draft is None else draft.checks
+    checks = Checks(tensors, nothing, nothing) if draft is None else draft.checks
     merges = ScaleMerges(tensors, nothing, nothing[:, 0], (), {}) if draft is None else draft.merges
     merges = ScaleMerges(tensors, merges.rows, merges.companion, merges.companions, merges.targets, tuple(kv))
     if draft is None:
@@ -199,6 +152,8 @@ def _group(tensors: Tensors, outcome: _Outcome, repacked: frozenset[str], kv: It
         tie.origins,
         status="unconfirmed" if draft is None else "planned" if planned else "canonical",
         reason=outcome.reason,
+        differing_aliases=outcome.differing_aliases,
+        absent=outcome.absent,
         checks=checks.where(~differs),
         merges=merges,
         repacked=repacked,

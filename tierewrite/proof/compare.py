@@ -53,12 +53,13 @@ class Proof:
     def run(self, disk: DiskTies) -> None:
         """Compares."""
         repack = self.policy.on_mismatch == "repack"
-        judge = Judge(self.source, disk, self.before.digests, self.needed)
+        keep = self.policy.on_mismatch == "keep"
+        judge = Judge(self.source, disk, self.before.digests, self.needed, split=keep)
         self.groups = judge.groups((lambda group: agree(self.source, group)) if repack else None)
         stands = self._stands()
         self.expected = expected(self.source, self.before, stands, self.policy)
         self.notes += self.expected.notes
-        refuted = {key: group for group in self.groups if group.reason is not None for key in group.members}
+        refuted = {key: group for group in self.groups for key in group.refuted_keys}
         self._say_refused(refuted)
         left = self._left_as_they_were()
         self._compare(refuted, left)
@@ -141,7 +142,7 @@ class Proof:
                 self._say("undeclared-drop", name, "gone; equal bytes are there, but no declared tie makes them one")
             else:
                 self._say("missing", name, "not in DST; expected")
-        reasons = {group.tie.id: group.reason for group in refuted.values()}
+        reasons = {group.tie.id: group.reason or "; ".join(group.kept.values()) for group in refuted.values()}
         for group, keys in lost.items():
             listed = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
             self._say(
@@ -193,8 +194,11 @@ def check_statements(proof: Proof, manifest: Mapping[str, Any]) -> list[Problem]
     told: dict[str, Mapping[str, Any]] = {}
     statuses: dict[str, str] = {}
     names: dict[str, list[str]] = {}
+    differing = {group.tie.id: group.kept.keys() for group in proof.groups}
     for group in manifest["groups"]:
         names[group["id"]] = list(group.get("kept_names", ()))
+        if group.get("differing_aliases", {}).keys() != differing.get(group["id"], {}.keys()):
+            say(f"says of '{group['id']}' that other aliases were kept than those that differ in SRC")
         if group["id"] in statuses:
             say(f"lists the group '{group['id']}' twice")
         statuses[group["id"]] = group["status"]

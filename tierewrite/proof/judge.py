@@ -6,7 +6,7 @@ sides that are stored differently or hold other bytes, companions that no format
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tierewrite import formats
@@ -70,12 +70,28 @@ class Stand:
 
 @dataclass
 class Group:
-    """A declared tie, judged by the bytes of SRC."""
+    """A declared tie, judged by the bytes of SRC.
+
+    Attributes:
+        tie: the sides that are judged together: all, or without those that are `kept`.
+        stands: by name in DST, what stands for which of its tensors.
+        members: the keys of its tensors.
+        reason: why it is not confirmed; None if it is.
+        kept: alias -> why its side is not one with the others, which are confirmed.
+        kept_keys: the keys of those sides.
+    """
 
     tie: TieGroup
     stands: dict[str, Stand] = field(default_factory=dict)
     members: list[str] = field(default_factory=list)
-    reason: str | None = None  # why it is not confirmed
+    reason: str | None = None
+    kept: dict[str, str] = field(default_factory=dict)
+    kept_keys: list[str] = field(default_factory=list)
+
+    @property
+    def refuted_keys(self) -> list[str]:
+        """The keys of all that SRC does not confirm to be one."""
+        return self.members if self.reason is not None else self.kept_keys
 
     @property
     def dropped(self) -> set[str]:
@@ -102,13 +118,21 @@ class Judge:
         source, disk: SRC, and the ties under its names.
         digests: of all its tensors.
         needed: names that stay though another tensor stands for them.
+        split: with `--on-mismatch keep`: of a tie with several aliases, those that differ are kept by themselves.
     """
 
     def __init__(
-        self, source: Checkpoint, disk: DiskTies, digests: Mapping[str, bytes], needed: Collection[str] = ()
+        self,
+        source: Checkpoint,
+        disk: DiskTies,
+        digests: Mapping[str, bytes],
+        needed: Collection[str] = (),
+        *,
+        split: bool = False,
     ) -> None:
         self.needed = needed
         self.repack = False
+        self.split = split
         self.entries, self.digests, self.disk = source.tensors, digests, disk
         self.families = formats.detect(source.config, source.quant_config, self.entries.keys())
         self.adjacency = Adjacency(self.entries.keys(), source.config, source.quant_config)
@@ -135,6 +159,8 @@ class Judge:
         found = []
         for tie in self.disk.groups:
             group = self._attempt(tie)
+            if group.reason is not None and self.split:
+                group = self._without_those_that_differ(tie) or group
             if group.reason is not None and why_different is not None:
                 self.repack = True
                 again = self._attempt(tie)
@@ -160,6 +186,40 @@ class Judge:
             group = Group(tie, reason=str(e))
             group.members = [key for slot in tie.slots for name in slot for key in self._keys(name)]
         return group
+
+    def _without_those_that_differ(self, tie: TieGroup) -> Group | None:
+        """The aliases that are one with the canonical side, if there are any beside others that are not.
+
+        Each alias is judged alone with the canonical side, which has to be there wherever any side is.
+        """
+        if tie.problem is not None or not all(
+            self._has_weight(s[0]) for s in tie.slots if any(map(self._has_weight, s))
+        ):
+            return None
+        alone = {alias: self._attempt(_sides(tie, [at])) for at, alias in enumerate(tie.aliases, 1)}
+        kept = {alias: group.reason for alias, group in alone.items() if group.reason is not None}
+        agreeing = [at for at, alias in enumerate(tie.aliases, 1) if alias not in kept]
+        if not any(self._has_weight(slot[at]) for slot in tie.slots for at in agreeing):
+            return None
+        group = self._attempt(_sides(tie, agreeing))
+        if group.reason is not None:
+            return None
+        group.kept = kept
+        group.kept_keys = [
+            key
+            for slot in tie.slots
+            for name, alias in zip(slot[1:], tie.aliases, strict=True)
+            if alias in kept
+            for key in self._keys(name)
+        ]
+        return group
+
+    def _has_weight(self, name: str) -> bool:
+        """Whether any tensor of the weight of the parameter `name` is there."""
+        try:
+            return any(companion.role is not Role.ACTIVATION for _, companion in self._parts(name).values())
+        except _NotOne:
+            return bool(self._keys(name))
 
     def _keys(self, name: str) -> list[str]:
         """Keys that the tied parameter `name` may have become."""
@@ -270,6 +330,16 @@ class Judge:
         target = _target(canonical, part)
         stand = Stand(target, keys, None if keys == (target,) else merge, group.tie.id, repacked)
         group.stands.update((one.target, one) for one in stand.beside(self.needed))
+
+
+def _sides(tie: TieGroup, aliases: Sequence[int]) -> TieGroup:
+    """`tie` with the canonical side and those of these numbers alone, 1 for the first alias."""
+    return replace(
+        tie,
+        aliases=tuple(tie.aliases[at - 1] for at in aliases),
+        origins=tuple(tie.origins[at - 1] for at in aliases),
+        slots=tuple((slot[0], *(slot[at] for at in aliases)) for slot in tie.slots),
+    )
 
 
 def _target(canonical: str, part: str) -> str:

@@ -54,7 +54,7 @@ def _owner(rest: str, owners: Sequence[str]) -> str:
 
 def _paired(groups: Iterable[Group]) -> dict[str, tuple[tuple[str, ...], list[str]]]:
     """Canonical attention module -> the modules of all sides, and the ties that pair them."""
-    pairs: dict[str, tuple[tuple[str, ...], list[str]]] = {}
+    pairs: dict[str, list[tuple[tuple[str, ...], str]]] = {}
     blocked: set[str] = set()
     for group in groups:
         for slot in group.tie.slots:
@@ -62,8 +62,17 @@ def _paired(groups: Iterable[Group]) -> dict[str, tuple[tuple[str, ...], list[st
             if group.reason is not None:
                 blocked.add(sides[0])
             elif len(sides) > 1 and all(sides):
-                pairs.setdefault(sides[0], (sides, []))[1].append(group.tie.id)
-    return {canonical: pair for canonical, pair in pairs.items() if canonical not in blocked}
+                pairs.setdefault(sides[0], []).append((sides, group.tie.id))
+    return {
+        canonical: (_in_all([sides for sides, _ in found]), [owner for _, owner in found])
+        for canonical, found in pairs.items()
+        if canonical not in blocked
+    }
+
+
+def _in_all(found: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """The modules that every tie of an attention pairs, each once."""
+    return tuple(dict.fromkeys(side for side in found[0] if all(side in other for other in found)))
 
 
 def _agree(parts: Sequence[_KeysBySuffix], digests: Mapping[str, bytes]) -> bool:

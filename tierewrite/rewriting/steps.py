@@ -90,7 +90,7 @@ def refuse_unconfirmed(opened: Opened, plan: RewritePlan, workers: Hasher) -> No
     """
     if plan.policy.on_mismatch != "keep" and plan.unconfirmed():
         digests = workers.hash(opened.checkpoint, needed_for_confirmation(plan.groups), "hashing")
-        raise refusal(plan.groups, refuted(opened.checkpoint, plan, digests))
+        raise refusal(opened.checkpoint, plan, refuted(opened.checkpoint, plan, digests), digests)
 
 
 def confirmed(opened: Opened, policy: Policy, workers: Engine) -> RewritePlan:

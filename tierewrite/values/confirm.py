@@ -6,10 +6,13 @@ never by addresses.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from tierewrite.errors import Refused, shown
+from tierewrite.formats.ignore_lists import sorted_modules
 from tierewrite.planning.plan import GroupPlan, RewritePlan
 from tierewrite.source.table import Checkpoint
 
@@ -24,48 +27,108 @@ def refuted(checkpoint: Checkpoint, plan: RewritePlan, digests: Mapping[str, byt
     """
     result: dict[str, str] = {}
     for group in plan.planned():
-        differing = [
-            (row[0], key) for row in group.checks for key in row[1:] if digests[key] != digests[row[0]]
-        ]
-        if differing:
-            first, other = differing[0]
-            entry = checkpoint.tensors[first]
-            more = f" (and {len(differing) - 1} more of {sum(len(r) - 1 for r in group.checks)} pairs)"
-            result[group.id] = (
-                f"'{shown(first)}' and '{shown(other)}' ({entry.dtype} {list(entry.shape)}) differ: "
-                f"BLAKE3 {digests[first].hex()[:12]} and {digests[other].hex()[:12]}{more if differing[1:] else ''}"
-            )
+        pairs = [(row[0], key) for row in group.checks for key in row[1:]]
+        reason = _why_different(checkpoint, pairs, digests)
+        if reason is not None:
+            result[group.id] = reason
     return result
 
 
-ADVICE = (
-    "The model declares these tensors to be one, but the files do not hold them as one. Keep both sides of these "
-    "groups with --on-mismatch keep, or export the checkpoint again."
-)
+def differing_sides(checkpoint: Checkpoint, group: GroupPlan, digests: Mapping[str, bytes]) -> dict[str, str]:
+    """Which sides of a refuted group differ from the canonical one: alias -> reason.
+
+    Args:
+        digests: as for `refuted`.
+    """
+    names = group.side_names
+    pairs: dict[str, list[tuple[str, str]]] = {}
+    for keys, sides in zip(group.checks, group.checks.sides.tolist(), strict=True):
+        for key, side in zip(keys[1:], sides[1:], strict=False):
+            pairs.setdefault(names[side], []).append((keys[0], key))
+    reasons = {alias: _why_different(checkpoint, of_side, digests) for alias, of_side in pairs.items()}
+    return {alias: reason for alias, reason in reasons.items() if reason is not None}
 
 
-def refusal(groups: Sequence[GroupPlan], reasons: Mapping[str, str], advice: str = ADVICE) -> Refused:
-    """The error that lists every unconfirmed group; `advice` says what it means and what to do."""
+def _why_different(
+    checkpoint: Checkpoint, pairs: Sequence[tuple[str, str]], digests: Mapping[str, bytes]
+) -> str | None:
+    """The first of `pairs` of keys whose bytes differ, and how many do; None if none does."""
+    differing = [(first, other) for first, other in pairs if digests[other] != digests[first]]
+    if not differing:
+        return None
+    first, other = differing[0]
+    entry = checkpoint.tensors[first]
+    more = f" (and {len(differing) - 1} more of {len(pairs)} pairs)" if differing[1:] else ""
+    return (
+        f"'{shown(first)}' and '{shown(other)}' ({entry.dtype} {list(entry.shape)}) differ: "
+        f"BLAKE3 {digests[first].hex()[:12]} and {digests[other].hex()[:12]}{more}"
+    )
+
+
+TWO_TENSORS = "The model declares these tensors to be one, but the files do not hold them as one."
+KEEP = "Keep both with --on-mismatch keep; with --fix-config as well, tie_word_embeddings says what is stored."
+ONE_QUANTIZED = "'{}' is quantized and '{}' is not, so that they are two tensors now."
+
+
+def refusal(
+    checkpoint: Checkpoint,
+    plan: RewritePlan,
+    reasons: Mapping[str, str],
+    digests: Mapping[str, bytes],
+    advice: str = KEEP,
+) -> Refused:
+    """The error that lists every group that is not confirmed.
+
+    Args:
+        reasons: group id -> why its bytes refute it.
+        digests: as for `refuted`.
+        advice: what to do.
+    """
+    refused = [group for group in plan.groups if group.id in reasons or group.reason is not None]
     listed: list[dict[str, Any]] = []
-    for group in groups:
-        reason = reasons.get(group.id) or group.reason
-        if reason is not None:
-            listed.append(
-                {
-                    "id": group.id,
-                    "canonical": group.canonical,
-                    "aliases": list(group.aliases),
-                    "reason": reason,
-                }
-            )
-    lines = [
-        f"  {shown(', '.join(entry['aliases']))} -> {shown(entry['canonical'])}: {entry['reason']}"
-        for entry in listed[:_LISTED]
-    ]
+    for group in refused:
+        differing = differing_sides(checkpoint, group, digests) if group.id in reasons else group.differing_aliases
+        listed.append(
+            {
+                "id": group.id,
+                "canonical": group.canonical,
+                "aliases": list(group.aliases),
+                "reason": reasons.get(group.id) or group.reason,
+                "differing_aliases": dict(differing),
+            }
+        )
+    lines = [_line(entry) for entry in listed[:_LISTED]]
     if len(listed) > _LISTED:
         lines.append(f"  ... and {len(listed) - _LISTED} more (all of them with --json)")
     count = f"{len(listed)} declared tie{'s' if len(listed) > 1 else ''}"
+    said = " ".join((_what_it_means(checkpoint, plan, refused), *_forced(checkpoint, plan), advice))
     return Refused(
-        f"{count} not confirmed, nothing was written:\n" + "\n".join(lines) + f"\n{advice}",
+        f"{count} not confirmed, nothing was written:\n" + "\n".join(lines) + f"\n{said}",
         details={"groups": listed},
     )
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    """One refused group, as a line for people: of several aliases those that differ are named."""
+    differing, aliases = entry["differing_aliases"], entry["aliases"]
+    agreeing = [alias for alias in aliases if alias not in differing] if differing else []
+    said = f"  {shown(', '.join(differing if agreeing else aliases))} -> {shown(entry['canonical'])}: {entry['reason']}"
+    return f"{said}; {shown(', '.join(agreeing))} agree{'' if agreeing[1:] else 's'}" if agreeing else said
+
+
+def _what_it_means(checkpoint: Checkpoint, plan: RewritePlan, refused: Sequence[GroupPlan]) -> str:
+    """Why the sides may differ: one of them is quantized by itself, or nothing that is plain to see."""
+    numbers = [number for number, group in enumerate(plan.groups) if group in refused]
+    for number in numbers:
+        rows = np.flatnonzero(plan.group == number).tolist()
+        shapes = [checkpoint.tensors.kinds[checkpoint.tensors.kind[row]][1] for row in rows]
+        quantized, plain = sorted_modules(zip([plan.source.names[row] for row in rows], shapes, strict=True))
+        if quantized and plain:
+            return ONE_QUANTIZED.format(shown(min(quantized)), shown(min(plain)))
+    return TWO_TENSORS
+
+
+def _forced(checkpoint: Checkpoint, plan: RewritePlan) -> Iterator[str]:
+    """A sentence where config.json unties what the class ties all the same."""
+    if plan.ties_source == "class" and checkpoint.config.get("tie_word_embeddings") is False:
+        yield f"config.json says that tie_word_embeddings is false; {shown(plan.ties_detail)} ties them all the same."

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
+from tierewrite.planning.outcomes import Differing
 from tierewrite.planning.plan import NeededNames, RewritePlan
 from tierewrite.planning.planner import plan as make_plan
 from tierewrite.planning.policy import Policy
@@ -16,7 +17,7 @@ from tierewrite.stores.base import PathLike
 from tierewrite.stores.mirror import Place
 from tierewrite.ties.on_disk import DiskTies, on_disk
 from tierewrite.ties.tie_map import TieMap
-from tierewrite.values.confirm import refusal
+from tierewrite.values.confirm import differing_sides, refusal
 from tierewrite.values.decide import CannotBe
 from tierewrite.values.reencoded import reconcile
 
@@ -30,12 +31,14 @@ class Evidence:
 
     Attributes:
         reasons: group id -> why its bytes refute it.
+        differing: group id -> alias -> why its side differs, for refuted groups with several aliases.
         separate_kv: targets of KV-scale merges that must not be carried out.
         repacked: group id -> modules whose NVFP4 blobs differ by scaling alone.
         unfillable: output keys of missing scales that nothing can be chosen for.
     """
 
     reasons: Mapping[str, str] = field(default_factory=dict)
+    differing: Differing = field(default_factory=dict)
     separate_kv: frozenset[str] = frozenset()
     repacked: Mapping[str, frozenset[str]] = field(default_factory=dict)
     unfillable: frozenset[str] = frozenset()
@@ -57,9 +60,16 @@ class Evidence:
             Refused: the policy is "error", or "repack" and a group differs by more than scaling.
         """
         if plan.policy.on_mismatch == "keep":
-            return replace(self, reasons={**self.reasons, **found})
+            differing = {
+                group_id: {
+                    **self.differing.get(group_id, {}),
+                    **differing_sides(checkpoint, plan.by_id[group_id], digests),
+                }
+                for group_id in found
+            }
+            return replace(self, reasons={**self.reasons, **found}, differing={**self.differing, **differing})
         if plan.policy.on_mismatch == "error":
-            raise refusal(plan.groups, found)
+            raise refusal(checkpoint, plan, found, digests)
         repacked = dict(self.repacked)
         refused: dict[str, str] = {}
         for group_id, reason in found.items():
@@ -73,7 +83,7 @@ class Evidence:
             else:
                 refused[group_id] = f"{reason}; {why}"
         if refused:
-            raise refusal(plan.groups, refused)
+            raise refusal(checkpoint, plan, refused, digests)
         return replace(self, repacked=repacked)
 
 
@@ -134,6 +144,7 @@ class Opened:
             unpaired=self.ties.unpaired,
             warnings=(*self.checkpoint.warnings, *other_weights(self.checkpoint), *self.ties.warnings),
             refuted=evidence.reasons,
+            differing=evidence.differing,
             separate_kv=evidence.separate_kv,
             repacked=evidence.repacked,
             unfillable=evidence.unfillable,
