@@ -28,6 +28,7 @@ from tierewrite.planning.policy import Policy
 from tierewrite.report import Report, build_report
 from tierewrite.rewriting.options import SourceOptions
 from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME
+from tierewrite.stores.base import PathLike
 from tierewrite.stores.mirror import RemoteFolder
 from tierewrite.stores.places import FilePath
 from tierewrite.values.confirm import refusal, refuted
@@ -37,6 +38,7 @@ from tierewrite.values.opened import Evidence, Opened
 
 if TYPE_CHECKING:
     from tierewrite.consumers import ReadinessReport
+    from tierewrite.consumers.dry_load import LoaderMode
 
 
 @dataclass(frozen=True)
@@ -235,16 +237,28 @@ def prove(
 
 
 def check_for(
-    consumer: str, output: Path | RemoteFolder, dst: object, *, trust_remote_code: bool, force: bool
+    consumer: str,
+    output: Path | RemoteFolder,
+    dst: object,
+    *,
+    trust_remote_code: bool,
+    force: bool,
+    loader: LoaderMode = "auto",
+    consumer_python: PathLike | None = None,
 ) -> ReadinessReport:
     """What the consumer will do with an output that has not appeared, and is to be `dst`.
+
+    Args:
+        loader, consumer_python: as for `check`.
 
     Raises:
         NotReady: errors that a rewrite could have avoided, or that make the output useless, unless `force`.
     """
     from tierewrite.consumers import check
 
-    found = check(output, consumer, trust_remote_code=trust_remote_code)
+    found = check(
+        output, consumer, trust_remote_code=trust_remote_code, loader=loader, consumer_python=consumer_python
+    )
     if found.errors and not (found.only_per_side_conflicts() or force):
         lines = "\n".join(f"  {finding}" for finding in found.errors[:12])
         raise NotReady(

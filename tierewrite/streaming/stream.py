@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from tierewrite.consumers import ReadinessReport
+    from tierewrite.consumers.dry_load import LoaderMode
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,8 @@ def stream(
     revision: str | None = None,
     consumer: ConsumerName | None = None,
     force: bool = False,
+    loader: LoaderMode = "auto",
+    consumer_python: PathLike | None = None,
     device: Device = "auto",
     threads: int | None = None,
     remember: bool = False,
@@ -168,6 +171,7 @@ def stream(
         ties, trust_remote_code, ignore_unindexed, revision: as for `rewrite`.
         consumer: make the choices that it needs, where `options` does not, and refuse what `rewrite --for` refuses.
         force: with `consumer`, give the tensors all the same.
+        loader, consumer_python: as for `check`: whether the consumer's own loader is asked, and the Python that has it.
         device, threads: as for `rewrite`: where and by how many workers tied tensors are hashed.
         remember: keep the digests below the cache folder (TIEREWRITE_CACHE, else XDG_CACHE_HOME/tierewrite; empty:
             off), under the identity of every file of `src`. Of several processes of a host that ask at once, one
@@ -201,9 +205,19 @@ def stream(
     configs, config_warnings = ignore_lists(opened.checkpoint, found.plan, opened.disk)
     readiness = None
     if consumer is not None:
-        configs, sentences, readiness = _judged(
-            opened.checkpoint, found, configs, consumer, name_in_messages(src), trust_remote_code, force
+        from tierewrite.consumers import corrected_configs  # a tenth of a second
+
+        correct = partial(corrected_configs, consumer, trust_remote_code=trust_remote_code)
+        judge = partial(
+            check_for,
+            consumer,
+            dst=name_in_messages(src),
+            trust_remote_code=trust_remote_code,
+            force=force,
+            loader=loader,
+            consumer_python=consumer_python,
         )
+        configs, sentences, readiness = _judged(opened.checkpoint, found, configs, correct, judge)
         config_warnings = (*config_warnings, *sentences)
     warnings = tuple(dict.fromkeys((*opened.ties.warnings, *found.warnings, *config_warnings)))
     return Stream(found.plan, configs, readiness, warnings, hasher.nbytes, opened.checkpoint, found.values.contents)
@@ -213,27 +227,24 @@ def _judged(
     checkpoint: Checkpoint,
     found: Confirmed,
     configs: Mapping[str, bytes],
-    consumer: ConsumerName,
-    name: str,
-    trust_remote_code: bool,
-    force: bool,
+    correct: Callable[[RemoteFolder], tuple[dict[str, bytes], tuple[str, ...]]],
+    judge: Callable[[RemoteFolder], ReadinessReport],
 ) -> tuple[Mapping[str, bytes], tuple[str, ...], ReadinessReport]:
     """What a consumer makes of the output: configs corrected for it, sentences about them, and its verdict.
+
+    Args:
+        correct: `corrected_configs` for the consumer, of an output.
+        judge: `check_for` the consumer, of an output.
 
     Raises:
         NotReady: errors that a rewrite could have avoided, or that make the output useless, unless `force`.
     """
-    from tierewrite.consumers import corrected_configs  # a tenth of a second, and fsspec
-    from tierewrite.stores.in_process import served
+    from tierewrite.stores.in_process import served  # imports fsspec
 
     sentences: tuple[str, ...] = ()
     with UnwrittenOutput(checkpoint, found.plan, found.values.contents) as output, served(output.files()) as base:
         if found.plan.policy.fix_ignore:
-            corrected, sentences = corrected_configs(
-                consumer, RemoteFolder(base, configs), trust_remote_code=trust_remote_code
-            )
+            corrected, sentences = correct(RemoteFolder(base, configs))
             configs = {**configs, **corrected}
-        readiness = check_for(
-            consumer, RemoteFolder(base, configs), name, trust_remote_code=trust_remote_code, force=force
-        )
+        readiness = judge(RemoteFolder(base, configs))
     return configs, sentences, readiness
