@@ -1155,7 +1155,7 @@ def test_bars_of_several_at_a_time_on_a_terminal(tmp_path: Path) -> None:
         parts = [bar.part(name, number, 2) for number, name in enumerate(("[b]a", "b"), 1)]
         for part in parts:
             part.start("rewriting", 1000)
-        bar._visible_from = 0.0
+        bar._appear()
         for part in parts:
             part.advance(500)
         bar._display.refresh()

@@ -268,3 +268,41 @@ def test_format_json_is_json(written: Path, capsys: Printed) -> None:
     one = capsys.readouterr().out
     assert run("check", written, "--json") == 6
     assert capsys.readouterr().out == one
+
+
+# --- results in an interpreter --------------------------------------------------------------------------------
+
+
+def test_a_result_is_one_line_in_an_interpreter_and_the_commands_table_when_printed(
+    tmp_path: Path, capsys: Printed
+) -> None:
+    source = FIXTURES / "dg_nvfp4" / "naive"
+    plan, report = tierewrite.plan(source), tierewrite.rewrite(source, tmp_path / "out")
+    inspection = tierewrite.inspect(source)
+    assert inspection.ties is not None
+    results = [
+        (plan, ["plan", source]),
+        (inspection, ["inspect", source]),
+        (tierewrite.verify(source, tmp_path / "out"), ["verify", source, tmp_path / "out"]),
+        (tierewrite.check(tmp_path / "out", "vllm"), ["check", tmp_path / "out"]),
+        (report, None),
+        (tierewrite.batch([source], plan_only=True), None),
+        (inspection.ties, None),
+        (plan.groups[0], None),
+        (report.groups[0], None),
+    ]
+    for result, command in results:
+        assert "\n" not in repr(result)
+        assert repr(result).startswith(f"<{type(result).__name__}: ")
+        assert len(repr(result)) < 200
+        html = result._repr_html_()
+        assert html.startswith("<pre>")
+        assert str(result).splitlines()[0].split()[0] in html
+        if command is not None:
+            run(*command)
+            lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+            assert str(result).splitlines() == lines
+    assert repr(plan) == "<RewritePlan: 346 -> 198 tensors, 245.54 KiB -> 186.75 KiB (-23.9%), 43 ties>"
+    page = tierewrite.report_page(tmp_path / "out")
+    assert repr(page) == f"<Page: {tmp_path / 'out'}>"
+    assert page._repr_html_().startswith('<iframe srcdoc="&lt;!doctype html')

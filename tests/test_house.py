@@ -16,6 +16,7 @@ ROOMS = (
     "interrupts",
     "units",
     "json_text",
+    "tables",
     "bounded_regex",
     "stores",
     "source",

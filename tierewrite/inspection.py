@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tierewrite import formats
+from tierewrite.errors import shown
 from tierewrite.source.open import open_checkpoint
 from tierewrite.source.table import Checkpoint, gc_paused
 from tierewrite.stores.base import PathLike
+from tierewrite.tables import Summary, table, text, ties_lines, warning_lines
 from tierewrite.ties.on_disk import DiskTies, on_disk
 from tierewrite.ties.tie_map import TieMap
+from tierewrite.units import size
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 INSPECTION_SCHEMA = "tierewrite/inspection/1"
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Summary):
     """What is on disk and what the model declares.
 
     Attributes:
@@ -34,19 +41,45 @@ class Inspection:
     ties: TieMap | None
     disk: DiskTies | None
 
+    def one_line(self) -> str:
+        """See `Summary`."""
+        there = f"{len(self.checkpoint.tensors):,} tensors, {size(self.checkpoint.total_bytes)}"
+        return f"{shown(self.checkpoint.place)}: {there}, formats: {', '.join(self.families)}"
+
+    def lines(self) -> Iterator[RenderableType]:
+        """See `Summary`."""
+        yield text(self.one_line())
+        shards = table("shard", "tensors", "file size")
+        for shard, number in zip(self.checkpoint.shards, self.shard_counts, strict=True):
+            shards.add_row(text(shown(shard.name)), f"{number:,}", size(shard.size))
+        yield shards
+        dtypes = table("dtype", "tensors", "bytes")
+        for dtype, (number, nbytes) in self.dtypes.items():
+            dtypes.add_row(text(shown(dtype)), f"{number:,}", size(nbytes))
+        yield dtypes
+        if self.ties is not None and self.disk is not None:
+            yield from ties_lines(self.ties.source, self.ties.detail, self.ties.unpaired)
+            ties = table("alias", "canonical", "declared by", left=3)
+            for group in self.disk.groups:
+                for alias, origin in zip(group.aliases, group.origins, strict=True):
+                    ties.add_row(text(shown(alias)), text(shown(group.canonical)), text(shown(origin)))
+            if self.disk.groups:
+                yield ties
+        yield from warning_lines((*self.checkpoint.warnings, *(self.ties.warnings if self.ties is not None else ())))
+
     @property
     def dtypes(self) -> dict[str, tuple[int, int]]:
         """dtype -> (number of tensors, bytes), the most bytes first."""
         tensors = self.checkpoint.tensors
         count: Counter[str] = Counter()
-        size: Counter[str] = Counter()
+        nbytes: Counter[str] = Counter()
         sizes = np.zeros(len(tensors.kinds), np.int64)
         np.add.at(sizes, tensors.kind, tensors.nbytes)
         numbers = np.bincount(tensors.kind, minlength=len(tensors.kinds))
-        for (dtype, _), number, nbytes in zip(tensors.kinds, numbers.tolist(), sizes.tolist(), strict=True):
+        for (dtype, _), number, total in zip(tensors.kinds, numbers.tolist(), sizes.tolist(), strict=True):
             count[dtype] += number
-            size[dtype] += nbytes
-        return {dtype: (count[dtype], size[dtype]) for dtype in sorted(count, key=lambda d: (-size[d], d))}
+            nbytes[dtype] += total
+        return {dtype: (count[dtype], nbytes[dtype]) for dtype in sorted(count, key=lambda d: (-nbytes[d], d))}
 
     @property
     def shard_counts(self) -> list[int]:
@@ -65,7 +98,7 @@ class Inspection:
                 {"name": shard.name, "bytes": shard.size, "tensors": count, "metadata": dict(shard.metadata)}
                 for shard, count in zip(shards, self.shard_counts, strict=True)
             ],
-            "dtypes": {d: {"tensors": n, "bytes": size} for d, (n, size) in self.dtypes.items()},
+            "dtypes": {d: {"tensors": n, "bytes": total} for d, (n, total) in self.dtypes.items()},
             "formats": list(self.families),
             "side_files": [{"name": side.name, "bytes": side.size} for side in self.checkpoint.side_files],
             "ties": None if self.ties is None or self.disk is None else _ties_json(self.ties, self.disk),

@@ -5,17 +5,35 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from tierewrite.errors import shown
 from tierewrite.planning.plan import Action, GroupPlan, RewritePlan, group_json
 from tierewrite.planning.policy import Policy
+from tierewrite.planning.summary import NOTHING_TO_DO, changed_kinds, differing_lines, dropped_lines, unchanged_lines
 from tierewrite.source.table import Checkpoint
+from tierewrite.tables import (
+    Summary,
+    change,
+    count,
+    kept_lines,
+    seconds,
+    sizes,
+    table,
+    text,
+    ties_lines,
+    warning_lines,
+)
 from tierewrite.ties.tie_map import TieMap
+from tierewrite.units import size
 from tierewrite.values.filled import Filled
 from tierewrite.values.merged import MergedScale
 from tierewrite.values.reencoded import Reencoding
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 REPORT_SCHEMA = "tierewrite/report/1"
 Status = Literal["rewritten", "canonical", "kept"]
@@ -58,10 +76,11 @@ class Readiness(Protocol):
     @property
     def notes(self) -> Sequence[str]: ...
     def to_json(self) -> dict[str, Any]: ...
+    def lines(self) -> Iterator[RenderableType]: ...
 
 
-@dataclass(frozen=True, slots=True)
-class GroupReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class GroupReport(Summary):
     """One tie group and what was done with it.
 
     Attributes:
@@ -78,6 +97,18 @@ class GroupReport:
     def ratio(self) -> float | None:
         """The largest ratio between the sides of any of the group's scales."""
         return max((s.ratio for s in self.scales if s.ratio is not None), default=None)
+
+    def one_line(self) -> str:
+        """See `Summary`."""
+        return (
+            f"{shown(self.group.canonical)}, {self.status}, {self.group.dropped:,} dropped, {len(self.scales):,} merged"
+        )
+
+    def lines(self) -> Iterator[RenderableType]:
+        """See `Summary`."""
+        yield from self.group.lines()
+        for scale in self.scales:
+            yield text(f"  {shown(scale.target)}: merged" + (f", {scale.ratio:.2f}x" if scale.ratio else ""))
 
     def to_json(self) -> dict[str, Any]:
         """One entry of `groups` of the report's JSON."""
@@ -97,8 +128,8 @@ class ShardSize:
     nbytes: int
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Summary):
     """The outcome of a rewrite.
 
     Attributes:
@@ -139,6 +170,62 @@ class Report:
     warnings: tuple[str, ...] = ()
     seconds: float = 0.0
     verified: bool = False
+
+    def one_line(self) -> str:
+        """See `Summary`."""
+        tensors = f"{self.before_tensors:,} -> {self.after_tensors:,} tensors"
+        return f"{tensors}, {change(self.before_bytes, self.after_bytes)}, {count(len(self.groups), 'tie')}, {self.dst}"
+
+    def lines(self) -> Iterator[RenderableType]:
+        """See `Summary`."""
+        before = (self.before_bytes, self.before_tensors, len(self.before_shards))
+        yield sizes(before, (self.after_bytes, self.after_tensors, len(self.after_shards)))
+        yield from ties_lines(self.ties_source, self.ties_detail, self.unpaired)
+        yield from self._group_lines()
+        never = sum(not scale.calibrated for scale in self.scales)
+        if never:
+            yield text(f"Never calibrated on any side: {count(never, 'scale')}.", "yellow")
+        if self.filled:
+            yield text(f"Filled in from their layer's others: {count(len(self.filled), 'expert scale')}.", "yellow")
+        if self.reencoded:
+            largest = max(job.largest or 0.0 for job in self.reencoded)
+            weights = count(len(self.reencoded), "NVFP4 weight")
+            yield text(f"Re-encoded: {weights}; an element moved by {largest:.3g} at most.")
+        yield from warning_lines(self.warnings)
+        if self.readiness is not None:
+            yield from self.readiness.lines()
+        if not self.changed_anything():
+            yield text(NOTHING_TO_DO, "green")
+        rate = f", {size(round(self.after_bytes / self.seconds))}/s" if self.seconds else ""
+        took = f"{size(self.before_bytes)} -> {size(self.after_bytes)} in {seconds(self.seconds)}{rate}"
+        proved = "verified" if self.verified else "not verified"
+        yield text(f"{shown(self.dst)} is written: {took}; {proved}; hashed on {self.device}.", "green")
+
+    def _group_lines(self) -> Iterator[RenderableType]:
+        """What was done with which kind of parameter, and which names went or stayed."""
+        by_id = {report.group.id: report for report in self.groups}
+        changed, others = changed_kinds([report.group for report in self.groups])
+        made = table("tied parameters", "groups", "kept", "tensors dropped", "bytes dropped", "scales merged", "ratio")
+        for kind, rows in changed.items():
+            reports = [by_id[group.id] for group in rows]
+            merged = [scale for report in reports for scale in report.scales]
+            ratios = [scale.ratio for scale in merged if scale.ratio is not None]
+            made.add_row(
+                text(shown(kind)),
+                str(len(rows)),
+                str(sum(report.status == "kept" for report in reports)),
+                f"{sum(group.dropped for group in rows):,}",
+                size(sum(group.dropped_bytes for group in rows)),
+                f"{len(merged):,}" if merged else "",
+                f"{statistics.median(ratios):.2f}x, at most {max(ratios):.2f}x" if ratios else "",
+            )
+        if changed:
+            yield made
+        yield from unchanged_lines(others)
+        yield from dropped_lines([report.group for report in self.groups if report.status == "rewritten"])
+        kept = [(report.group.canonical, report.group.reason) for report in self.groups if report.status == "kept"]
+        yield from kept_lines(kept, "kept on every side")
+        yield from differing_lines([report.group for report in self.groups if report.status == "rewritten"])
 
     def changed_anything(self) -> bool:
         """Whether a tie was rewritten or kept as it must not be, or a scale or weight has another value."""

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tierewrite.errors import EXIT_FINDINGS, EXIT_OK, Interrupted
+from tierewrite.errors import EXIT_FINDINGS, EXIT_OK, Interrupted, shown
 from tierewrite.planning.plan import RewritePlan
 from tierewrite.report import Report
+from tierewrite.tables import Summary, change, count, seconds, text
+from tierewrite.units import size
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 BATCH_SCHEMA = "tierewrite/batch/1"
 
 STATUSES = ("rewritten", "planned", "canonical", "already-done", "refused", "failed", "stopped", "not-started")
 
 
-@dataclass(frozen=True, slots=True)
-class BatchResult:
+@dataclass(frozen=True, slots=True, repr=False)
+class BatchResult(Summary):
     """One checkpoint of a batch, in numbers.
 
     Attributes:
@@ -59,6 +64,34 @@ class BatchResult:
     consumer_errors: int | None = None
     warnings: tuple[str, ...] = ()
 
+    def one_line(self) -> str:
+        """How it ended."""
+        if self.error is not None:
+            return f"{self.status}: {self.reason}"
+        assert self.before_bytes is not None
+        assert self.after_bytes is not None
+        line = f"{self.status}, {change(self.before_bytes, self.after_bytes)}"
+        return f"{line}; {self.left_errors}" if self.consumer_errors else line
+
+    def lines(self) -> Iterator[RenderableType]:
+        """See `Summary`."""
+        yield text(f"{shown(self.src)}: {self.one_line()}")
+
+    @property
+    def reason(self) -> str:
+        """Why it failed, on one line; "" if it did not."""
+        if self.error is None:
+            return ""
+        first, *rest = str(self.error["message"]).split("\n")
+        # A line that ends with a colon says nothing without the first of what follows.
+        return shown(f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first)
+
+    @property
+    def left_errors(self) -> str:
+        """What is left for the consumer that it was prepared for."""
+        left = count(self.consumer_errors or 0, "error")
+        return f"written, with {left} left for its consumer (tierewrite check lists them)"
+
     @property
     def ok(self) -> bool:
         """Whether it ended well: exit code 0."""
@@ -91,8 +124,8 @@ class BatchResult:
         }
 
 
-@dataclass(frozen=True)
-class BatchReport:
+@dataclass(frozen=True, repr=False)
+class BatchReport(Summary):
     """The outcome of a batch.
 
     Attributes:
@@ -106,6 +139,18 @@ class BatchReport:
     plan_only: bool
     seconds: float
     stopped: int | None = None
+
+    def one_line(self) -> str:
+        """See `Summary`."""
+        counts = ", ".join(f"{number} {status}" for status, number in self.counts().items() if number)
+        saved = f"{size(self.before_bytes - self.after_bytes)} {'could be ' if self.plan_only else ''}saved"
+        return f"{counts}; {size(self.before_bytes)} -> {size(self.after_bytes)}, {saved}; {seconds(self.seconds)}"
+
+    def lines(self) -> Iterator[RenderableType]:
+        """See `Summary`."""
+        from tierewrite.batches.summary import batch_lines
+
+        return batch_lines(self)
 
     @property
     def failed(self) -> tuple[BatchResult, ...]:

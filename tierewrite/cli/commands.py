@@ -116,9 +116,7 @@ def rewrite(
         if as_json:
             print_json(report.to_json())
         elif not quiet:
-            from tierewrite.cli.tables import show_report
-
-            show_report(console(), report)
+            console().print(report)
     if report.readiness is not None and report.readiness.errors:
         raise click.exceptions.Exit(EXIT_FINDINGS)
 
@@ -212,9 +210,7 @@ def batch(
         if as_json:
             print_json(report.to_json())
         elif not quiet:
-            from tierewrite.cli.tables import show_batch
-
-            show_batch(console(), report)
+            console().print(report)
     if stopped is not None:
         print(f"tierewrite: {stopped}", file=sys.stderr)
     if report.exit_code:
@@ -249,9 +245,7 @@ def plan(src: str, as_json: bool, **options: Any) -> None:
     if as_json:
         print_json(result.to_structs())
     else:
-        from tierewrite.cli.tables import show_plan
-
-        show_plan(console(), result)
+        console().print(result)
 
 
 @cli.command()
@@ -280,9 +274,7 @@ def verify(src: str, dst: str, as_json: bool, **options: Any) -> None:
     if as_json:
         print_json(result.to_json())
     else:
-        from tierewrite.cli.tables import show_verification
-
-        show_verification(console(), result)
+        console().print(result)
     if not result.ok:
         raise click.exceptions.Exit(EXIT_FINDINGS)
 
@@ -306,9 +298,7 @@ def inspect(src: str, as_json: bool, no_ties: bool, **options: Any) -> None:
     if as_json:
         print_json(result.to_json())
     else:
-        from tierewrite.cli.tables import show_inspection
-
-        show_inspection(console(), result)
+        console().print(result)
 
 
 @cli.command()
@@ -349,9 +339,7 @@ def check(checkpoint: str, consumer: str, strict: bool, form: str, as_json: bool
 
         sys.stdout.write(FORMATS[form](result))
     else:
-        from tierewrite.cli.tables import show_readiness
-
-        show_readiness(console(), result)
+        console().print(result)
     code = result.exit_code(strict=strict)
     if code:
         raise click.exceptions.Exit(code)

@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from tierewrite.cli.tables import outcome
 from tierewrite.engines.progress import Progress
 from tierewrite.errors import shown
 
@@ -138,4 +137,4 @@ class _CheckpointBar(Progress):
     def finish(self, result: BatchResult | None) -> None:
         self._bar.end(self._task)
         if result is not None:
-            self._bar.over(f"{self._name}: {outcome(result)}", result.ok)
+            self._bar.over(f"{self._name}: {result.one_line()}", result.ok)

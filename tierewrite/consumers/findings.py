@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tierewrite.errors import EXIT_FINDINGS, EXIT_OK, shown
+from tierewrite.tables import Summary, count, some, text
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 SCHEMA = "tierewrite/readiness/1"
 Severity = Literal["error", "warning"]
@@ -53,8 +57,8 @@ class Finding:
         return f"{self.severity}: {self.id}: {self.found} [{listed}{more}]; {self.consequence}"
 
 
-@dataclass(frozen=True, slots=True)
-class ReadinessReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class ReadinessReport(Summary):
     """What `check` found in one checkpoint for one consumer.
 
     Attributes:
@@ -73,6 +77,24 @@ class ReadinessReport:
     bytes_read: int
     findings: tuple[Finding, ...]
     notes: tuple[str, ...] = ()
+
+    def one_line(self) -> str:
+        """See `Summary`."""
+        counts = f"{count(len(self.errors), 'error')}, {count(len(self.warnings), 'warning')}"
+        return f"{self.consumer} {self.consumer_version}: {counts} in {self.tensors:,} tensors"
+
+    def lines(self) -> Iterator[RenderableType]:
+        """See `Summary`."""
+        for finding in self.findings:
+            style = "red" if finding.severity == "error" else "yellow"
+            yield text(f"{finding.severity}: {finding.id}: {finding.found}", style)
+            yield text(f"    where: {some(finding.where)}")
+            yield text(f"    {self.consumer}: {finding.consequence}")
+            if finding.mend:
+                yield text(f"    fix: {finding.mend}")
+        for note in self.notes:
+            yield text(f"note: {note}")
+        yield text(self.one_line(), "red" if self.errors else "green")
 
     @property
     def errors(self) -> tuple[Finding, ...]:

@@ -17,6 +17,7 @@ import os
 import stat
 import tempfile
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from tierewrite.stores.places import FilePath, chain, is_local, local_file, loca
 __all__ = ["Facts", "Page", "report_page"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Page:
     """A page about one rewrite.
 
@@ -42,6 +43,13 @@ class Page:
     source: FilePath
     facts: Facts
     worst: int = WORST_SHOWN
+
+    def __repr__(self) -> str:
+        return f"<Page: {self.source}>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the page in a frame of its own, whose styles stay in it."""
+        return f'<iframe srcdoc="{escape(self.html())}" style="width: 100%; height: 90vh; border: 0"></iframe>'
 
     def html(self) -> str:
         """The page as one self-contained HTML document; the same facts make the same text.

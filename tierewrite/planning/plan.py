@@ -6,16 +6,21 @@ import enum
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import msgspec
 import numpy as np
 
+from tierewrite.errors import shown
 from tierewrite.formats import Companion
 from tierewrite.json_text import Compact
 from tierewrite.planning.checks import Checks, ScaleMerges
 from tierewrite.planning.policy import Policy
 from tierewrite.source.table import TensorEntry, Tensors
+from tierewrite.tables import Summary, change, count, text
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 PLAN_SCHEMA = "tierewrite/plan/1"
 
@@ -74,8 +79,8 @@ class TensorPlan(NamedTuple):
     group: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class GroupPlan:
+@dataclass(frozen=True, slots=True, repr=False)
+class GroupPlan(Summary):
     """One tie with everything that its parameter became on disk: dropped whole or kept whole.
 
     Attributes:
@@ -119,6 +124,19 @@ class GroupPlan:
     def side_names(self) -> tuple[str, ...]:
         """The parameters of the sides that are planned, canonical first: `checks.sides` counts them."""
         return (self.canonical, *(alias for alias in self.aliases if alias not in self.differing_aliases))
+
+    def one_line(self) -> str:
+        """See `Summary`."""
+        aliases = count(len(self.aliases), "alias", "aliases")
+        return f"{shown(self.canonical)}, {self.status}, {aliases}, {self.dropped:,} dropped"
+
+    def lines(self) -> Iterator[RenderableType]:
+        """See `Summary`."""
+        yield text(self.one_line())
+        for alias, origin in zip(self.aliases, self.origins, strict=True):
+            yield text(f"  {shown(alias)} (declared by {shown(origin)})")
+        if self.reason is not None:
+            yield text(f"  {self.reason}", "yellow")
 
 
 class OutTensor(NamedTuple):
@@ -238,8 +256,8 @@ class TensorJson(msgspec.Struct, gc=False):
     group: str | None
 
 
-@dataclass(frozen=True, eq=False)
-class RewritePlan:
+@dataclass(frozen=True, eq=False, repr=False)
+class RewritePlan(Summary):
     """Everything that will be done, before a byte moves: columns over the rows of the source.
 
     Attributes:
@@ -326,6 +344,17 @@ class RewritePlan:
     def planned(self) -> list[GroupPlan]:
         """The groups of which something is dropped, renamed or merged."""
         return [group for group in self.groups if group.status == "planned"]
+
+    def one_line(self) -> str:
+        """See `Summary`."""
+        tensors = f"{len(self.source):,} -> {self.total_tensors:,} tensors"
+        return f"{tensors}, {change(self.source_bytes, self.total_bytes)}, {count(len(self.groups), 'tie')}"
+
+    def lines(self) -> Iterator[RenderableType]:
+        """See `Summary`."""
+        from tierewrite.planning.summary import plan_lines
+
+        return plan_lines(self)
 
     def changes_anything(self) -> bool:
         """Whether a rewrite would change a tensor, or may: what re-encoding and filling do is known from the bytes."""

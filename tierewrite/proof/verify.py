@@ -42,12 +42,12 @@ Ids of problems:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tierewrite.consumers.needed import with_needed_names
-from tierewrite.errors import SourceError, SystemFailure
+from tierewrite.errors import SourceError, SystemFailure, shown
 from tierewrite.planning.policy import Policy, PolicyOptions
 from tierewrite.proof import Problem
 from tierewrite.proof.compare import Proof, check_statements
@@ -68,21 +68,24 @@ from tierewrite.source.side_files import excluding
 from tierewrite.source.table import MANIFEST_NAME, Checkpoint
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.mirror import Place
+from tierewrite.tables import Summary, count, text
 from tierewrite.ties.on_disk import on_disk
 from tierewrite.ties.tie import Tie
 from tierewrite.ties.tie_map import TieMap
 from tierewrite.values.opened import Opened
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from typing_extensions import Unpack
 
 __all__ = ["VERIFICATION_SCHEMA", "Problem", "Verification", "verify"]
 
 VERIFICATION_SCHEMA = "tierewrite/verification/1"
+_SHOWN = 50
 
 
-@dataclass(frozen=True)
-class Verification:
+@dataclass(frozen=True, repr=False)
+class Verification(Summary):
     """The outcome of comparing DST with SRC.
 
     Attributes:
@@ -106,19 +109,39 @@ class Verification:
     ties_detail: str = ""
     notes: tuple[str, ...] = ()
 
+    def one_line(self) -> str:
+        """See `Summary`."""
+        found = "OK" if self.ok else f"{count(len(self.problems), 'problem')}, the first: {self.problems[0].id}"
+        return f"{found}; {', '.join(f'{number:,} {fate}' for fate, number in self.counts().items())}"
+
+    def lines(self) -> Iterator[RenderableType]:
+        """See `Summary`."""
+        yield text(", ".join(f"{number:,} {fate}" for fate, number in self.counts().items()))
+        for problem in self.problems[:_SHOWN]:
+            where = shown(problem.where)
+            message = problem.message.removeprefix(f"{where}: ")  # an error's own text begins with its file
+            yield text(f"{problem.id}: {where}: {message}", "red")
+        if len(self.problems) > _SHOWN:
+            yield text(f"... and {len(self.problems) - _SHOWN} more (all of them with --json)", "red")
+        for note in self.notes:
+            yield text(f"note: {note}")
+        if self.ok:
+            yield text("OK: DST is exactly what rewriting SRC gives.", "green")
+        else:
+            yield text(f"{count(len(self.problems), 'problem')} found.", "red")
+
+    def counts(self) -> dict[str, int]:
+        """Fate -> how many tensors of SRC met it."""
+        fates = ("kept", "renamed", "dropped", "merged", "repacked")
+        return {fate: getattr(self, fate) for fate in fates}
+
     def to_json(self) -> dict[str, Any]:
         """The object that `tierewrite verify --json` prints (schema tierewrite/verification/1)."""
         return {
             "schema": VERIFICATION_SCHEMA,
             "ok": self.ok,
             "ties": {"source": self.ties_source, "detail": self.ties_detail},
-            "counts": {
-                "kept": self.kept,
-                "renamed": self.renamed,
-                "dropped": self.dropped,
-                "merged": self.merged,
-                "repacked": self.repacked,
-            },
+            "counts": self.counts(),
             "problems": [problem.to_json() for problem in self.problems],
             "notes": list(self.notes),
         }

@@ -11,22 +11,40 @@ A tie is `alias -> canonical`, both names of parameters in memory. The first sou
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tierewrite.errors import ConfigError, TieFileError
+from tierewrite.errors import ConfigError, TieFileError, shown
 from tierewrite.source.open import rename_in_errors
 from tierewrite.source.table import Checkpoint
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.places import local_file
+from tierewrite.tables import Summary, count, table, text, ties_lines, warning_lines
 from tierewrite.ties import meta_model, model_class, patterns
 from tierewrite.ties.config_limits import CONFIG_FIX, check_config
 from tierewrite.ties.tie import Declared, Tie, rooted
 
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
-class TieMap(Declared):
+
+class TieMap(Summary, Declared):
     """All active ties of one model, whoever declared them. Attributes as of `Declared`."""
+
+    def one_line(self) -> str:
+        """See `Summary`."""
+        who = f"{self.source} {shown(self.detail)}".strip()
+        return f"{count(len(self.ties), 'tie')}, declared by {who}"
+
+    def lines(self) -> Iterator[RenderableType]:
+        """See `Summary`."""
+        yield from ties_lines(self.source, self.detail, self.unpaired)
+        ties = table("alias", "canonical", "declared by", left=3)
+        for tie in self.ties:
+            ties.add_row(text(shown(tie.alias)), text(shown(tie.canonical)), text(shown(tie.origin)))
+        yield ties
+        yield from warning_lines(self.warnings)
 
     @classmethod
     def resolve(
