@@ -25,7 +25,7 @@ from typing import Any
 HERE = Path(__file__).parent.parent
 MANIFEST = "tierewrite.json"
 
-SINCE_ADDED = ("exclude",)
+SINCE_ADDED = ("exclude", "keep_names_for", "fix_config")
 """Options that an older version's manifest lacks; none of the sets below gives them."""
 
 OPTIONS: dict[str, list[str]] = {

@@ -93,7 +93,7 @@ def made(
     changed = _newer(source, target)
     if changed is not None:
         return changed
-    skipped = _CONFIGS if policy.fix_ignore else ()
+    skipped = _CONFIGS if policy.fix_ignore or policy.fix_config else ()
     if _sides(source, skipped) != _sides(target, skipped):
         return "its side files (configurations, tokenizer) are not those of SRC"
     if not _sample_agrees(source, target, manifest):

@@ -1,28 +1,51 @@
-"""The configs of the output: entries of ignore lists that disagree with what is on disk, reported or corrected."""
+"""The configs of the output: ignore lists that disagree with what is on disk, and `tie_word_embeddings`."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 from tierewrite.formats import ignore_lists as entries
+from tierewrite.json_text import in_style_of
+from tierewrite.output.tie_flags import fixed_flags, with_flags
 from tierewrite.planning.plan import RewritePlan
 from tierewrite.source.bytes import read_side_file
 from tierewrite.source.table import Checkpoint
 from tierewrite.ties.on_disk import DiskTies
+from tierewrite.ties.tie_map import TieMap
 
 
-def ignore_lists(
+def configs_of(
+    checkpoint: Checkpoint, plan: RewritePlan, disk: DiskTies, ties: TieMap
+) -> tuple[Mapping[str, bytes], tuple[str, ...]]:
+    """The configs that the options let change.
+
+    Returns:
+        New contents of config.json and hf_quant_config.json, by name, only where something changes; and warnings.
+
+    Raises:
+        SourceChanged: a config is not what was read when the source was opened.
+        SystemFailure: reading failed.
+    """
+    contents, warnings = _ignore_lists(checkpoint, plan, disk)
+    if not plan.policy.fix_config:
+        return contents, warnings
+    changes, said = fixed_flags(checkpoint.config, plan, ties)
+    for side in checkpoint.side_files:
+        if changes and side.name == entries.CONFIG:
+            text = (contents.get(side.name) or read_side_file(side)).decode()
+            made = in_style_of(text, with_flags(json.loads(text), changes))
+            contents = {**contents, side.name: made.encode()}
+    return contents, (*warnings, *said)
+
+
+def _ignore_lists(
     checkpoint: Checkpoint, plan: RewritePlan, ties: DiskTies
 ) -> tuple[Mapping[str, bytes], tuple[str, ...]]:
     """Holds the ignore lists against what will be on disk.
 
     Returns:
-        New contents of config.json and hf_quant_config.json, by name (only with `fix_ignore`, and only where something
-        changes), and warnings: one an entry.
-
-    Raises:
-        SourceChanged: a config is not what was read when the source was opened.
-        SystemFailure: reading failed.
+        New contents, only with `fix_ignore`, and warnings: one an entry.
     """
     shapes = [shape for _, shape in plan.source.kinds]
     quantized, plain = entries.sorted_modules(

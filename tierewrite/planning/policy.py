@@ -32,6 +32,7 @@ class PolicyOptions(TypedDict, total=False):
     max_shard_size: Size | None
     unify_fused_scales: bool
     fix_ignore: bool
+    fix_config: bool
     fill_missing_scales: bool
     keep_names_for: NamesFor | None
     exclude: str | Sequence[str]
@@ -80,6 +81,13 @@ class Policy:
     fix_ignore: bool = field(
         default=False,
         metadata={"help": "Rewrite entries of ignore lists in the configs that disagree with what is on disk."},
+    )
+    fix_config: bool = field(
+        default=False,
+        metadata={
+            "help": "Set tie_word_embeddings in config.json to what is stored: true where a tied tensor was dropped, "
+            "false where a differing or quantized head was kept."
+        },
     )
     fill_missing_scales: bool = field(
         default=False,

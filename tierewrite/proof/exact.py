@@ -14,7 +14,7 @@ from typing import Any
 
 import tierewrite
 from tierewrite.errors import Refused, shown
-from tierewrite.output.configs import ignore_lists
+from tierewrite.output.configs import configs_of
 from tierewrite.output.manifest import build_manifest, written_tensors
 from tierewrite.output.safetensors import index_bytes, merged_metadata, shard_header
 from tierewrite.planning.plan import RewritePlan
@@ -85,7 +85,7 @@ def exact_files(opened: Opened, policy: Policy, digests: Mapping[str, bytes]) ->
         reencoded=[reencoding.done(made) for reencoding in values.reencoded],
         filled=values.filled,
     )
-    configs, _ = ignore_lists(checkpoint, plan, opened.disk)
+    configs, _ = configs_of(checkpoint, plan, opened.disk, opened.ties)
     listed = written_tensors(plan, made, values.merged, digests)
     return ExactFiles(
         headers,

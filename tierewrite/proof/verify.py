@@ -62,6 +62,7 @@ from tierewrite.proof.files import (
     corrected_for,
     manifest_or_problem,
 )
+from tierewrite.proof.flags import check_flags
 from tierewrite.proof.reading import hash_tensors, is_scale
 from tierewrite.source.open import fetched, name_in_messages, open_checkpoint
 from tierewrite.source.side_files import excluding
@@ -210,8 +211,10 @@ def verify(
     if manifest is not None:
         problems += check_claims(manifest, policy, tie_map, disk)
         problems += check_statements(proof, manifest)
+    if policy.fix_config:
+        problems += check_flags(source, target, proof.groups, tie_map)
     exact = None
-    if policy.fix_ignore or (manifest is not None and not problems):
+    if policy.fix_ignore or policy.fix_config or (manifest is not None and not problems):
         exact = exact_files(replace(opened, ties=_as_told(tie_map, manifest)), policy, before.digests)
     if exact is not None and manifest is not None and not problems:  # else it was said already what differs
         problems += check_files(exact, target)

@@ -15,7 +15,7 @@ import tierewrite
 from tierewrite.engines import Engine
 from tierewrite.engines.progress import Progress
 from tierewrite.errors import NotReady, VerificationFailed, shown
-from tierewrite.output.configs import ignore_lists
+from tierewrite.output.configs import configs_of
 from tierewrite.output.engine import Hasher
 from tierewrite.output.manifest import build_manifest, written_tensors
 from tierewrite.output.safetensors import index_bytes, merged_metadata
@@ -172,7 +172,7 @@ def finish(
     checkpoint, plan, output = opened.checkpoint, written.plan, written.output
     # All that takes long to work out comes first: the disk is still at work.
     index = index_bytes(plan.shards, checkpoint.index_metadata)
-    configs, config_warnings = ignore_lists(checkpoint, plan, opened.disk)
+    configs, config_warnings = configs_of(checkpoint, plan, opened.disk, opened.ties)
     listed = written_tensors(plan, output.made, written.values.merged, run.digests) if manifest else {}
     output.durable(progress)
     staging.put(INDEX_NAME, index)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tierewrite.engines import open_engine
 from tierewrite.engines.progress import Progress
 from tierewrite.errors import UsageError
-from tierewrite.output.configs import ignore_lists
+from tierewrite.output.configs import configs_of
 from tierewrite.output.unwritten import UnwrittenOutput
 from tierewrite.planning.plan import Action, RewritePlan
 from tierewrite.planning.policy import ConsumerName, Policy, PolicyOptions
@@ -202,7 +202,7 @@ def stream(
         found = confirmed(opened, policy, hasher)
     if missing := unknown_to_torch(opened.checkpoint.tensors.kinds):
         raise UsageError(f"the installed torch has no dtype for {', '.join(missing)}; update torch", file=src)
-    configs, config_warnings = ignore_lists(opened.checkpoint, found.plan, opened.disk)
+    configs, config_warnings = configs_of(opened.checkpoint, found.plan, opened.disk, opened.ties)
     readiness = None
     if consumer is not None:
         from tierewrite.consumers import corrected_configs  # a tenth of a second

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tierewrite.errors import Interrupted, shown
+from tierewrite.ties.flags import flag_places
 from tierewrite.ties.patterns import safe_pattern
 from tierewrite.ties.tie import ModelNames
 
@@ -250,4 +251,5 @@ def names_of(model: Any) -> ModelNames:
     hub = tuple(get_model_conversion_mapping(model, add_legacy=False))
     # What get_model_conversion_mapping appends by default.
     every = (*hub, *(get_checkpoint_conversion_mapping("legacy") or ()))
-    return ModelNames(type(model).__name__, str(model.base_model_prefix or ""), _existing(model), every, hub)
+    prefix = str(model.base_model_prefix or "")
+    return ModelNames(type(model).__name__, prefix, _existing(model), every, hub, flag_places(model))

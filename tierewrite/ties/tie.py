@@ -9,6 +9,12 @@ from typing import Any
 
 from tierewrite.errors import ConfigError, TieFileError, shown
 
+ConfigPath = tuple[str, ...]
+"""Where a (sub)config is in config.json: the keys that lead to it, () for config.json itself."""
+
+FLAG = "tie_word_embeddings"
+"""The member of a (sub)config that switches the ties of the (sub)model that it describes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tie:
@@ -37,6 +43,7 @@ class ModelNames:
         transforms: transformers' conversion mapping for the class (`WeightRenaming`, `WeightConverter`, ...), in the
             order of loading, legacy names included.
         hub_transforms: the same without the legacy names, which nothing writes any more.
+        flags: alias -> places of the (sub)configs whose `tie_word_embeddings` switches its tie.
     """
 
     class_name: str
@@ -44,6 +51,7 @@ class ModelNames:
     shapes: Mapping[str, tuple[int, ...]]
     transforms: tuple[Any, ...]
     hub_transforms: tuple[Any, ...]
+    flags: Mapping[str, tuple[ConfigPath, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
