@@ -349,7 +349,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     formats = root / "tierewrite" / "formats"
     (formats / "throwaway.py").write_text(RECIPE)
     families = formats / "families.py"
-    families.write_text(families.read_text().replace('    "quark",\n', '    "quark",\n    "throwaway",\n'))
+    families.write_text(families.read_text().replace("MODULES = (\n", 'MODULES = (\n    "throwaway",\n'))
     return root
 
 

@@ -14,6 +14,7 @@ from tierewrite.formats.families import FAMILIES
 from tierewrite.formats.family import Companion, Family, Role, Signs
 from tierewrite.formats.smoothing import Adjacency
 from tierewrite.formats.suffixes import (
+    beginnings,
     classify,
     concerns,
     ends_longer_suffix,
@@ -36,6 +37,7 @@ __all__ = [
     "Family",
     "Role",
     "Signs",
+    "beginnings",
     "classify",
     "concerns",
     "detect",

@@ -2,14 +2,53 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from tierewrite.formats.families import FAMILIES
+from tierewrite.formats.family import Family
 
 
-def _lower(values: Iterable[object]) -> set[str]:
-    return {value.lower() for value in values if isinstance(value, str)}
+@dataclass(frozen=True, slots=True)
+class Recognised:
+    """A family, and what shows it.
+
+    Attributes:
+        family: its name; what a config calls it, where no family has that name.
+        keys: last words of tensors' names that show it, the most frequent first; `*` stands for a parameter's own name.
+            Empty: only a config speaks of it, so that no tensor is taken for one of it.
+        configs: what configs say, one short text each: "quant_method torchao".
+    """
+
+    family: str
+    keys: tuple[str, ...]
+    configs: tuple[str, ...]
+
+    @property
+    def by(self) -> str:
+        """What it was recognised by, for people."""
+        tensors = [f"tensors {', '.join(self.keys[:4])}{', ...' if len(self.keys) > 4 else ''}"] if self.keys else []
+        return "; ".join((*tensors, *self.configs))
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What the configs say of formats: value in lower case -> the text that says where."""
+
+    methods: Mapping[str, str]
+    formats: Mapping[str, str]
+    producers: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Words:
+    """The last words of the names that a family gives tensors."""
+
+    whole: frozenset[str]
+    tails: tuple[str, ...]
 
 
 def _mapping(value: object) -> Mapping[str, Any]:
@@ -22,33 +61,86 @@ def _configs(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [_mapping(c.get(name)) for c in nested for name in ("quantization_config", "compression_config")]
 
 
-def detect(config: Mapping[str, Any], quant_config: Mapping[str, Any], keys: Collection[str]) -> tuple[str, ...]:
-    """The families present in a checkpoint, by its configs and by its keys; a mixture is normal.
+def _texts(what: str, values: Iterable[object]) -> dict[str, str]:
+    return {value.lower(): f"{what} {value}" for value in values if isinstance(value, str)}
+
+
+def _said(config: Mapping[str, Any], quant_config: Mapping[str, Any]) -> _Said:
+    configs = _configs(config)
+    groups = [_mapping(g) for c in configs for g in _mapping(c.get("config_groups")).values()]
+    return _Said(
+        _texts("quant_method", (c.get("quant_method") for c in configs)),
+        _texts("format", (c.get("format") for c in (*configs, *groups))),
+        _texts("producer", (_mapping(c.get("producer")).get("name") for c in (*configs, quant_config))),
+    )
+
+
+@lru_cache(maxsize=64)
+def _words(name: str) -> _Words:
+    """What tensors of the family may be called, beyond what unquantized ones are."""
+    family, plain = FAMILIES[name], FAMILIES["plain"]
+    usual = {row.suffix for row in (*plain.companions, *plain.fused)}
+    rows = [row.suffix for row in (*family.companions, *family.kv) if row.suffix not in usual]
+    fused = [row.suffix.rpartition("{leaf}")[2] for row in family.fused if row.suffix not in usual]
+    whole = frozenset(suffix.rpartition(".")[2] for suffix in rows)
+    return _Words(
+        whole | {rest.rpartition(".")[2] for rest in fused if rest.startswith(".")},
+        tuple({rest for rest in fused if rest.startswith("_")}),
+    )
+
+
+def _shown(words: Counter[str], whole: Collection[str], tails: tuple[str, ...]) -> tuple[str, ...]:
+    """Which of `words` show a family, the most frequent first; those with its tails as a pattern."""
+    found: Counter[str] = Counter()
+    for word, count in words.items():
+        if word in whole:
+            found[word] += count
+        elif tails and word.endswith(tails):
+            found["*" + next(tail for tail in tails if word.endswith(tail))] += count
+    return tuple(sorted(found, key=lambda word: (-found[word], word)))
+
+
+def _recognised(family: Family, said: _Said, words: Counter[str]) -> Recognised | None:
+    signs = family.signs
+    configs = tuple(
+        places[value.lower()]
+        for places, values in (
+            (said.methods, signs.methods),
+            (said.formats, signs.formats),
+            (said.producers, signs.producers),
+        )
+        for value in values
+        if value.lower() in places
+    )
+    keys = _shown(words, signs.endings, signs.tails)
+    if not keys and configs:
+        known = _words(family.name)
+        keys = _shown(words, known.whole, known.tails)
+    return Recognised(family.name, keys, configs) if keys or configs else None
+
+
+def recognise(
+    config: Mapping[str, Any], quant_config: Mapping[str, Any], keys: Collection[str]
+) -> tuple[Recognised, ...]:
+    """What shows which families, in the order of `FAMILIES`; at the end what configs speak of and no family is.
 
     Args:
         config: config.json, or {}.
         quant_config: hf_quant_config.json, or {}.
-        keys: the names of all tensors.
+        keys: the names of all tensors, or their last words.
+    """
+    said = _said(config, quant_config)
+    words = Counter(key.rpartition(".")[2] for key in keys)
+    known = [found for f in FAMILIES.values() if (found := _recognised(f, said, words)) is not None]
+    methods = {method.lower() for f in FAMILIES.values() for method in f.signs.methods}
+    strange = [Recognised(value, (), (text,)) for value, text in said.methods.items() if value not in methods]
+    return (*known, *strange)
+
+
+def detect(config: Mapping[str, Any], quant_config: Mapping[str, Any], keys: Collection[str]) -> tuple[str, ...]:
+    """The families that tensors are written in; a mixture is normal. Arguments as of `recognise`.
 
     Returns:
         Names of families in the order of `FAMILIES`; ("plain",) when none shows.
     """
-    configs = _configs(config)
-    methods = _lower(c.get("quant_method") for c in configs)
-    groups = [_mapping(g) for c in configs for g in _mapping(c.get("config_groups")).values()]
-    formats = _lower(c.get("format") for c in (*configs, *groups))
-    producers = _lower(_mapping(c.get("producer")).get("name") for c in (*configs, quant_config))
-    last = {key.rpartition(".")[2] for key in keys}
-    found = []
-    for family in FAMILIES.values():
-        signs = family.signs
-        tails = tuple(e for e in signs.endings if e.startswith("_"))
-        if (
-            methods & _lower(signs.methods)
-            or formats & _lower(signs.formats)
-            or producers & _lower(signs.producers)
-            or last & set(signs.endings)
-            or (tails and any(name.endswith(tails) for name in last))
-        ):
-            found.append(family.name)
-    return tuple(found) or ("plain",)
+    return tuple(found.family for found in recognise(config, quant_config, keys) if found.keys) or ("plain",)

@@ -18,6 +18,8 @@ MODULES = (
     "gptq_awq",
     "bitsandbytes",
     "quark",
+    "torchao",
+    "quanto",
 )
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(

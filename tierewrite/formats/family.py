@@ -45,12 +45,15 @@ class Companion:
 
     Attributes:
         suffix: what follows the module's name and a dot. In a family's `fused` table it is a pattern in which
-            `{leaf}` stands for the name of the fused parameter (`gate_up_proj`); `classify` fills it in.
+            `{leaf}` stands for the name of the fused parameter (`gate_up_proj`); `classify` fills it in. At most an
+            underscore stands before it (`_{leaf}_qdata`).
         role: see `Role`.
         merge: for ACTIVATION and KV, which of the sides' values covers all of them: "max" of scales, "min"
             where the reciprocal is stored; None where values cannot be merged and must be equal.
         family: the name of the family whose table lists it (the first one, where several agree).
         uncalibrated: values that mean "calibration never reached this", beyond the general ones of `scales`.
+        optional: the exporter also writes it where activations are not quantized, with an `uncalibrated` value: that
+            calibration reached no side is then usual, and no reason for a warning.
         main: it is the weight itself in this family's form (`weight`, `weight_packed`, `qweight`).
     """
 
@@ -60,29 +63,33 @@ class Companion:
     family: str = ""
     uncalibrated: tuple[float, ...] = ()
     main: bool = False
+    optional: bool = False
 
     @property
-    def meaning(self) -> tuple[Role, Merge | None, tuple[float, ...], bool]:
+    def meaning(self) -> tuple[Role, Merge | None, tuple[float, ...], bool, bool]:
         """All that decides what happens to the tensor; families agree on a suffix when these are equal."""
-        return (self.role, self.merge, self.uncalibrated, self.main)
+        return (self.role, self.merge, self.uncalibrated, self.main, self.optional)
 
 
 @dataclass(frozen=True, slots=True)
 class Signs:
-    """How a family shows in a checkpoint. Any one sign is enough; all comparisons ignore case.
+    """How a family shows in a checkpoint. What configs say is compared without regard to case.
+
+    A key that only this family writes is enough. What a config says is not: a tensor of the family has to be there too.
 
     Attributes:
         methods: values of `quantization_config.quant_method` in config.json.
         formats: values of `quantization_config.format`, or of a config group's `format`.
         producers: values of `producer.name` in hf_quant_config.json or in `quantization_config`.
-        endings: endings of keys that only this family writes, as whole last components (`weight_packed`), or,
-            starting with an underscore, as the end of one (`_blocks`).
+        endings: last words of keys that only this family writes (`weight_packed`).
+        tails: ends of such last words (`_blocks`).
     """
 
     methods: tuple[str, ...] = ()
     formats: tuple[str, ...] = ()
     producers: tuple[str, ...] = ()
     endings: tuple[str, ...] = ()
+    tails: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +125,13 @@ def main(*suffixes: str) -> tuple[Companion, ...]:
     return tuple(Companion(suffix, Role.WEIGHT, main=True) for suffix in suffixes)
 
 
-def activation(merge: Merge, *suffixes: str, uncalibrated: tuple[float, ...] = ()) -> tuple[Companion, ...]:
+def activation(
+    merge: Merge, *suffixes: str, uncalibrated: tuple[float, ...] = (), optional: bool = False
+) -> tuple[Companion, ...]:
     """Ranges calibrated from inputs or outputs (ACTIVATION), covered by the `merge` of all sides."""
-    return tuple(Companion(suffix, Role.ACTIVATION, merge, uncalibrated=uncalibrated) for suffix in suffixes)
+    return tuple(
+        Companion(suffix, Role.ACTIVATION, merge, uncalibrated=uncalibrated, optional=optional) for suffix in suffixes
+    )
 
 
 def kv_cache(merge: Merge | None, *suffixes: str) -> tuple[Companion, ...]:

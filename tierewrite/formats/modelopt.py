@@ -30,13 +30,8 @@ FAMILY = Family(
     signs=Signs(
         methods=("modelopt", "modelopt_fp4"),
         producers=("modelopt",),
-        endings=(
-            "weight_scale_2",
-            "pre_quant_scale",
-            "_weight_scale_2",
-            "_svdquant_lora_a",
-            "svdquant_lora_a",
-        ),
+        endings=("weight_scale_2", "pre_quant_scale", "svdquant_lora_a"),
+        tails=("_weight_scale_2", "_svdquant_lora_a"),
     ),
     companions=(
         *main("weight"),

@@ -11,6 +11,6 @@ from tierewrite.formats.family import Family, Signs, main, weight
 
 FAMILY = Family(
     name="mxfp4",
-    signs=Signs(methods=("mxfp4",), endings=("_blocks",)),
+    signs=Signs(methods=("mxfp4",), tails=("_blocks",)),
     fused=(*main("{leaf}_blocks"), *weight("{leaf}_scales")),
 )

@@ -20,6 +20,7 @@ def _named(companion: Companion, family: Family, suffix: str | None = None) -> C
         family.name,
         companion.uncalibrated,
         companion.main,
+        companion.optional,
     )
 
 
@@ -49,9 +50,14 @@ def concerns(leaf: str, suffix: str) -> bool:
     """Whether a tensor `parent.suffix` can be part of the parameter `parent.leaf` at all.
 
     `weight` speaks for its module. A parameter of any other name (`bias`, `gate_up_proj`) speaks for itself
-    and for what its name begins: `gate_up_proj_scale`, `gate_up_proj.absmax`.
+    and for what its name begins: `gate_up_proj_scale`, `gate_up_proj.absmax`, `_gate_up_proj_qdata`.
     """
-    return leaf == "weight" or suffix == leaf or suffix.startswith((f"{leaf}_", f"{leaf}."))
+    return leaf == "weight" or suffix == leaf or suffix.startswith(beginnings(leaf))
+
+
+def beginnings(leaf: str) -> tuple[str, ...]:
+    """What the suffixes of all tensors begin with that can belong to a parameter called `leaf`, other than `weight`."""
+    return f"{leaf}_", f"{leaf}.", f"_{leaf}_"
 
 
 @lru_cache(maxsize=65536)
@@ -73,7 +79,7 @@ def classify(leaf: str, suffix: str, families: tuple[str, ...] | None = None) ->
         return companions.get(suffix)
     if not concerns(leaf, suffix):
         return None
-    found = fused.get("{leaf}" + suffix[len(leaf) :])
+    found = fused.get(suffix.replace(leaf, "{leaf}", 1))
     return None if found is None else _named(found, FAMILIES[found.family], suffix)
 
 
@@ -109,8 +115,9 @@ class _Forms(NamedTuple):
         parts: suffix below a module -> what it is to the module's weight.
         depth: the most components that a suffix has.
         ends: last components of the suffixes that have several.
-        mains: what follows a fused parameter's own name where the tensor is the parameter itself (`_blocks`).
-        companions: what follows it where the tensor only belongs to it (`_scales`, `.absmax`).
+        mains: what stands before and after a fused parameter's own name where the tensor is the parameter itself
+            (`_blocks`; `_` and `_qdata`).
+        companions: the same where the tensor only belongs to it (`_scales`, `.absmax`).
         alone: suffixes beside a weight that are parameters of their own (`bias`).
         alone_ends: the same, as endings of fused names (`_bias`).
     """
@@ -118,8 +125,8 @@ class _Forms(NamedTuple):
     parts: dict[str, Companion]
     depth: int
     ends: frozenset[str]
-    mains: tuple[str, ...]
-    companions: tuple[str, ...]
+    mains: tuple[tuple[str, str], ...]
+    companions: tuple[tuple[str, str], ...]
     alone: frozenset[str]
     alone_ends: tuple[str, ...]
 
@@ -127,12 +134,13 @@ class _Forms(NamedTuple):
 @lru_cache(maxsize=1)
 def _forms() -> _Forms:
     parts = dict(_tables(None)[0])
-    fused: dict[str, Companion] = {}
+    fused: dict[tuple[str, str], Companion] = {}
     for family in FAMILIES.values():  # a suffix that means something in one family only is a companion all the same
         for row in family.companions:
             parts.setdefault(row.suffix, _named(row, family))
         for row in family.fused:
-            fused.setdefault(row.suffix.removeprefix("{leaf}"), _named(row, family))
+            before, _, after = row.suffix.partition("{leaf}")
+            fused.setdefault((before, after), _named(row, family))
     plain = FAMILIES["plain"]
     alone = frozenset(row.suffix for row in plain.companions if row.role is Role.PER_SIDE)
     alone_ends = tuple(row.suffix.removeprefix("{leaf}") for row in plain.fused if row.role is Role.PER_SIDE)
@@ -142,8 +150,8 @@ def _forms() -> _Forms:
         parts,
         max(suffix.count(".") for suffix in parts) + 1,
         frozenset(suffix.rpartition(".")[2] for suffix in parts if "." in suffix),
-        tuple(rest for rest, row in fused.items() if row.main and rest),
-        tuple(rest for rest, row in fused.items() if not row.main and rest not in alone_ends),
+        tuple(around for around, row in fused.items() if row.main and any(around)),
+        tuple(around for around, row in fused.items() if not row.main and around[1] not in alone_ends),
         alone,
         alone_ends,
     )
@@ -191,11 +199,25 @@ def part_of_weight(key: str) -> tuple[str, Companion] | None:
 
 def fused_parameters(key: str) -> tuple[str, ...]:
     """The parameters of other names than `weight` that `key` may belong to: `x_scales` to `x`. None need be there."""
-    rests = _forms().companions
-    if not key.endswith(rests):
+    if not key.endswith(_companion_ends()):
         return ()
-    owners = (key.removesuffix(rest) for rest in rests if key.endswith(rest))
-    return tuple(owner for owner in owners if owner.rpartition(".")[2] not in ("", "weight"))
+    owners = (_owner(key, before, after) for before, after in _forms().companions)
+    return tuple(owner for owner in owners if owner is not None and owner.rpartition(".")[2] != "weight")
+
+
+@lru_cache(maxsize=1)
+def _companion_ends() -> tuple[str, ...]:
+    return tuple({after for _, after in _forms().companions})
+
+
+def _owner(key: str, before: str, after: str) -> str | None:
+    """The fused parameter of which `key` is the tensor called by its name with `before` and `after` around it."""
+    if not key.endswith(after):
+        return None
+    parent, dot, word = key[: len(key) - len(after)].rpartition(".")
+    if not word.startswith(before) or word == before:
+        return None
+    return f"{parent}{dot}{word[len(before) :]}"
 
 
 def main_parameter(key: str) -> str | None:
@@ -206,23 +228,21 @@ def main_parameter(key: str) -> str | None:
     part = part_of_weight(key)
     if part is not None:
         return part[0] if part[1].main and part[0] != key else None
-    for rest in _forms().mains:
-        owner = key.removesuffix(rest)
-        if owner != key and owner.rpartition(".")[2]:
-            return owner
-    return None
+    owners = (_owner(key, before, after) for before, after in _forms().mains)
+    return next((owner for owner in owners if owner is not None), None)
 
 
 def main_names(parameter: str) -> tuple[str, ...]:
     """The names of the tensor that `parameter` itself may be on disk, its own name first."""
     forms = _forms()
     module, _, leaf = parameter.rpartition(".")
-    if leaf != "weight":
-        return (parameter, *(parameter + rest for rest in forms.mains))
     stem = f"{module}." if module else ""
+    if leaf != "weight":
+        return (parameter, *(f"{stem}{before}{leaf}{after}" for before, after in forms.mains))
     return tuple(stem + suffix for suffix, part in forms.parts.items() if part.main)
 
 
 def fused_companions(parameter: str) -> tuple[str, ...]:
     """The names that companions of `parameter` may have, a parameter of another name than `weight`."""
-    return tuple(parameter + rest for rest in _forms().companions)
+    module, dot, leaf = parameter.rpartition(".")
+    return tuple(f"{module}{dot}{before}{leaf}{after}" for before, after in _forms().companions)

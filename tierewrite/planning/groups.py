@@ -368,7 +368,7 @@ class GroupPlanner:
 def canonical_key(name: str, part: str) -> str:
     """The key of `part` of the parameter `name`: see `Composition`."""
     parent, _, leaf = name.rpartition(".")
-    suffix = leaf + part[1:] if part.startswith("*") else part
+    suffix = part.replace("*", leaf, 1)
     return f"{parent}.{suffix}" if parent else suffix
 
 

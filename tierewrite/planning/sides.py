@@ -152,7 +152,8 @@ class Sides:
         if leaf == "weight":
             rows = self._starting_with(f"{parent}." if parent else leaf)
         else:
-            rows = [*self._starting_with(f"{name}_"), *self._starting_with(f"{name}.")]
+            stem = f"{parent}." if parent else ""
+            rows = [row for start in formats.beginnings(leaf) for row in self._starting_with(stem + start)]
             if name in self._tensors:
                 rows.insert(0, self._tensors.row[name])
         return [row for row in rows if names[row] not in reserved or names[row] == name]
@@ -212,7 +213,7 @@ def _classified(leaf: str, suffixes: tuple[str, ...], families: tuple[str, ...])
         companion = formats.classify(leaf, suffix, families) or formats.classify(leaf, suffix)
         if companion is None:
             return Composition(suffixes, exact, ranges, unknown=index)
-        part = "*" + suffix[len(leaf) :] if suffix.startswith(leaf) else suffix
+        part = suffix.replace(leaf, "*", 1) if suffix.startswith((leaf, f"_{leaf}_")) else suffix
         if companion.role.identical:
             exact[part] = index
         elif companion.role is Role.ACTIVATION:

@@ -242,7 +242,8 @@ class Judge:
             if companion is None:
                 raise _NotOne(f"no known format has '{key}' beside the tied '{name}'")
             if companion.role not in (Role.PER_SIDE, Role.KV):
-                parts["*" + suffix[len(leaf) :] if suffix.startswith(leaf) else suffix] = key, companion
+                named = suffix.startswith((leaf, f"_{leaf}_"))
+                parts[suffix.replace(leaf, "*", 1) if named else suffix] = key, companion
         return parts
 
     def _judge(self, group: Group) -> None:
@@ -345,7 +346,7 @@ def _sides(tie: TieGroup, aliases: Sequence[int]) -> TieGroup:
 def _target(canonical: str, part: str) -> str:
     """The canonical key of a part."""
     parent, _, leaf = canonical.rpartition(".")
-    suffix = leaf + part[1:] if part.startswith("*") else part
+    suffix = part.replace("*", leaf, 1)
     return f"{parent}.{suffix}" if parent else suffix
 
 

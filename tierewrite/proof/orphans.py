@@ -17,8 +17,9 @@ from collections.abc import Collection, Iterator, Mapping
 from tierewrite.source.table import TensorEntry
 
 # What a module's weight is called, packed or not, by the exporters that call it something else than it is in memory.
-_WEIGHTS = ("weight", "weight_packed", "qweight")
-_BLOCKS = "_blocks"  # a fused parameter's codes in gpt-oss' MXFP4
+_WEIGHTS = ("weight", "weight_packed", "qweight", "weight._data", "weight._data._data", "_weight_qdata")
+# A parameter's codes: gpt-oss' MXFP4, torchao.
+_BLOCKS = ("_blocks", "_qdata", "_packed_weights", "_packed_weight", "_qdata_and_metadata")
 # Tensors beside a weight that do not belong to it: biases with all of theirs, and ranges of the KV cache.
 _NOT_OF_WEIGHT = re.compile(r"(.+_)?bias(_scale|_zero_point)?(_2)?|[kvq]_(scale|bias|zero_point|global_scale)|kv_scale")
 _KV_OUTPUT = re.compile(r"(.+\.)?[kv]_proj\.output_(scale|zero_point|global_scale)")
@@ -42,7 +43,7 @@ def orphans(
             gone_below.setdefault(key.rpartition(".")[0], []).append(key)
     if not gone_below:
         return
-    modules = set(gone_below)
+    modules = {*gone_below, *(parent.removesuffix("._data").removesuffix(".weight") for parent in gone_below)}
     for key in source:
         parent, _, leaf = key.rpartition(".")
         above = parent.rpartition(".")[0]
@@ -57,7 +58,7 @@ def orphans(
 def _main_of(key: str, source: Mapping[str, TensorEntry], gone_below: Mapping[str, list[str]]) -> str | None:
     """The packed tensor of SRC that `key` belongs to; None where it belongs to none, or is one itself."""
     parent, _, leaf = key.rpartition(".")
-    if leaf in _WEIGHTS or leaf.endswith(_BLOCKS):
+    if leaf in _WEIGHTS or leaf.endswith(_BLOCKS) or key.endswith((".weight._data", ".weight._data._data")):
         return None
     # x.weight.absmax, x.weight.quant_state.nf4: below the very name of a tensor.
     above = parent
@@ -69,10 +70,10 @@ def _main_of(key: str, source: Mapping[str, TensorEntry], gone_below: Mapping[st
     words = leaf.split("_")
     for count in range(1, len(words)):
         stem = key.removesuffix("_" + "_".join(words[count:]))
-        for name in (stem, stem + _BLOCKS):
+        for name in (stem, *(stem + end for end in _BLOCKS)):
             if name != key and name in source and source[name].dtype not in _PLAIN:
                 return name
-    # q_proj.input_scale, q_proj.weight_quantizer.lora_a: beside a weight.
+    # q_proj.input_scale, q_proj.weight_quantizer.lora_a, q_proj.weight._scale: beside a weight.
     for module in (parent, parent.rpartition(".")[0]):
         for weight in _WEIGHTS:
             name = f"{module}.{weight}" if module else weight

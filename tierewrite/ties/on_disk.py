@@ -155,6 +155,8 @@ def _unquantized(key: str) -> Iterator[str]:
         leaf = leaf.rpartition("_")[0]
         if leaf:
             yield f"{parent}.{leaf}"
+        if leaf.startswith("_"):  # experts._gate_up_proj_qdata
+            yield f"{parent}.{leaf[1:]}"
     yield parent  # q_proj.weight.absmax
     above = parent.rpartition(".")[0]
     if above:

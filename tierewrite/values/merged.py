@@ -135,6 +135,8 @@ def separate_kv_warnings(targets: Iterable[str]) -> list[str]:
 
 
 def _scale_warnings(merge: ScaleMerge, result: merging.MergeResult) -> list[str]:
+    if not result.calibrated and merge.companion.optional and result.equal:
+        return []
     if not result.calibrated:
         return [f"'{shown(merge.target)}' was never calibrated on any side; its bytes are kept as they are"]
     if merge.kv and not result.equal:
