@@ -23,7 +23,7 @@ from tests.checkpoints import FIXTURES, digests, read_header, right_answer, writ
 from tests.conftest import snapshot
 from tests.hub_server import Hub, Repo
 from tierewrite import cli, digest, interrupts
-from tierewrite.batches import collection, done_before
+from tierewrite.batches import collection, done_before, folders
 from tierewrite.batches.results import BATCH_SCHEMA, BatchInterrupted, BatchReport, BatchResult
 from tierewrite.errors import Interrupted, SourceError, UsageError
 from tierewrite.rewriting import run as rewriting
@@ -137,6 +137,7 @@ def test_json_has_each_checkpoints_numbers_and_the_totals(
         "planned": 0,
         "canonical": 1,
         "already-done": 0,
+        "skipped": 0,
         "refused": 1,
         "failed": 1,
         "stopped": 0,
@@ -385,7 +386,7 @@ def test_plan_only_of_known_ties_imports_no_torch(tmp_path: Path, ties_file: Pat
 
 def found_in(folder: Path, into: Path | None = None) -> list[str]:
     items = collection.Gatherer(None if into is None else str(into), {}, into is None).gather([folder])
-    return [os.path.relpath(item.src, folder) for item in items]
+    return [os.path.relpath(item.src, folder) for item in items if item.skipped is None]
 
 
 def test_a_checkpoint_is_a_folder_with_an_index_or_a_safetensors_file(tmp_path: Path) -> None:
@@ -446,7 +447,7 @@ def test_a_folder_three_hundred_deep_is_walked(tmp_path: Path) -> None:
 
 
 def test_more_folders_than_anybody_has_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collection, "MAX_FOLDERS", 3)
+    monkeypatch.setattr(folders, "MAX_FOLDERS", 3)
     for number in range(4):
         tiny(tmp_path / str(number))
     with pytest.raises(SourceError, match="more than 3 folders"):
@@ -466,7 +467,8 @@ def test_a_hub_cache_is_a_collection(tmp_path: Path, capsys: pytest.CaptureFixtu
     (repo / "snapshots" / "without" / "config.json").symlink_to("../../blobs/b0")
     (tmp_path / "hub" / ".locks").mkdir()
     assert run(tmp_path / "hub", "--into", tmp_path / "out", "--json") == 0
-    (one,) = results(capsys)["results"]
+    one, other = results(capsys)["results"]
+    assert other["status"] == "skipped"
     assert one["dst"] == str(tmp_path / "out" / "models--org--name" / "snapshots" / "0123abcd")
     assert digests(Path(one["dst"])) == right_answer("qwen3_tied_bf16")
 
@@ -509,7 +511,7 @@ def test_a_folder_that_the_system_cannot_list_is_an_item_that_fails(
 
         return call
 
-    monkeypatch.setattr(collection.os, "scandir", failing(os.scandir))
+    monkeypatch.setattr(folders.os, "scandir", failing(os.scandir))
     monkeypatch.setattr(folder.os, "listdir", failing(os.listdir))
     report = tierewrite.batch(tmp_path / "models", into=tmp_path / "out", ties=ties_file)
     assert [(one.status, one.exit_code) for one in report.results] == [("rewritten", 0), ("failed", 5)]
@@ -589,15 +591,15 @@ def test_a_path_that_does_not_exist_does_not_become_a_hub_id_by_its_lists_folder
         ('{"src": "a", "in_place": true}', "no option 'in_place'"),
         ('{"src": "a", "engine": "ray"}', "no option 'engine'"),
         ('{"src": "a", "\\u001b[31m": 1}', r"no option '\x1b[31m'"),
-        ('{"src": "a", "verify": "yes"}', "`verify` is \"yes\"; expected true or false"),
+        ('{"src": "a", "verify": "yes"}', '`verify` is "yes"; expected true or false'),
         ('{"src": "a", "max_shard_size": true}', "expected a number or a text"),
         ('{"src": "a", "max_shard_size": "5XB"}', "5XB"),
         ('{"src": "a", "on_mismatch": "perhaps"}', "on_mismatch is 'perhaps'"),
         ('{"src": "a", "consumer": "nobody"}', "consumer is 'nobody'"),
         ('{"src": "a", "ties": null}', "`ties` is null; expected a text"),
         ('{"dst": "a"}', "`src` is null"),
-        ('{"src": ""}', "`src` is \"\""),
-        ('{"src": "a", "dst": ["b"]}', "`dst` is [\"b\"]"),
+        ('{"src": ""}', '`src` is ""'),
+        ('{"src": "a", "dst": ["b"]}', '`dst` is ["b"]'),
         ('{"src": "a", "src": "b"}', "comes twice"),
         ('{"src": "a"', "JSON"),
         ('{"src": "a"} trailing', "JSON"),
@@ -946,7 +948,7 @@ def test_a_collection_in_a_store(
 def test_an_object_whose_name_leads_out_of_the_collection_is_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(collection, "listing", lambda folder: {name: {}})
+    monkeypatch.setattr(folders, "listing", lambda folder: {name: {}})
     with pytest.raises(SourceError, match="no name that a file could have"):
         tierewrite.batch("memory://m", into=tmp_path / "out")
 
@@ -1177,3 +1179,75 @@ def test_a_device_that_is_not_there_ends_the_batch_before_anything_starts(tmp_pa
     with pytest.raises(UsageError, match="cuda"):
         tierewrite.batch([FIXTURES / "qwen3_tied_bf16"], into=tmp_path / "out", device="cuda")
     assert not (tmp_path / "out").exists()
+
+
+# --- what people keep beside checkpoints -------------------------------------------------------------------
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 1234\n"
+BESIDE: dict[str, tuple[dict[str, str], str]] = {
+    "adapter": ({"adapter_model.safetensors": "x", "adapter_config.json": "{}"}, "a PEFT adapter"),
+    "pipeline": (
+        {"model_index.json": "{}", "unet/diffusion_pytorch_model.safetensors": "x"},
+        "a pipeline of diffusers",
+    ),
+    "gguf": ({"model-q4.gguf": "x", "config.json": "{}"}, "holds GGUF weights ('model-q4.gguf')"),
+    "old": ({"pytorch_model.bin": "x", "config.json": "{}"}, "weights in another format than safetensors"),
+    "pointer": ({"model.safetensors": POINTER, "config.json": "{}"}, "Git LFS pointers ('model.safetensors')"),
+    "words": ({"tokenizer.json": "{}", "tokenizer_config.json": "{}"}, "a tokenizer or a config, and no weights"),
+}
+
+
+def lay(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize("plan_only", [False, True])
+def test_what_lies_beside_checkpoints_is_skipped_with_its_reason(plan_only: bool, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    shutil.copytree(FIXTURES / "qwen3_tied_bf16" / "naive", models / "zoo" / "model")
+    lay(models / "zoo", {"tokenizer.json": "{}"})  # it holds a checkpoint: not worth a word
+    for name, (files, _) in BESIDE.items():
+        lay(models / name, files)
+    report = tierewrite.batch([models], into=tmp_path / "out", plan_only=plan_only)
+    by_name = {Path(result.src).name: result for result in report.results}
+    assert by_name.keys() == {"model", *BESIDE}
+    for name, (_, why) in BESIDE.items():
+        assert (by_name[name].status, by_name[name].exit_code) == ("skipped", 0)
+        assert why in str(by_name[name].skipped)
+    assert report.exit_code == 0
+    assert report.counts()["skipped"] == len(BESIDE)
+    made = [] if plan_only else ["zoo/model"]
+    assert [str(path.parent.relative_to(tmp_path / "out")) for path in tmp_path.glob("out/**/config.json")] == made
+    if not plan_only:
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {"zoo"}
+
+
+def test_a_list_and_a_store_skip_them_too(tmp_path: Path) -> None:
+    import fsspec
+
+    lay(tmp_path / "adapter", BESIDE["adapter"][0])
+    (tmp_path / "list.txt").write_text("adapter\n")
+    report = tierewrite.batch([tmp_path / "list.txt"], into=tmp_path / "out")
+    assert [(result.status, result.exit_code) for result in report.results] == [("skipped", 0)]
+    assert not (tmp_path / "out").exists()
+    store = fsspec.filesystem("memory")
+    store.pipe("/skips/adapter/adapter_model.safetensors", b"x")
+    try:
+        report = tierewrite.batch(["memory://skips"], plan_only=True)
+        assert [result.status for result in report.results] == ["skipped"]
+        assert report.exit_code == 0
+    finally:
+        store.rm("/skips", recursive=True)
+
+
+def test_where_everything_is_skipped_the_command_says_why_and_ends_well(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lay(tmp_path / "models", BESIDE["gguf"][0])
+    assert cli.run(["batch", str(tmp_path / "models"), "--plan-only"]) == 0
+    out = capsys.readouterr().out
+    assert "models: skipped: holds GGUF weights ('model-q4.gguf')" in out
+    assert "1 skipped" in out

@@ -19,7 +19,17 @@ if TYPE_CHECKING:
 
 BATCH_SCHEMA = "tierewrite/batch/1"
 
-STATUSES = ("rewritten", "planned", "canonical", "already-done", "refused", "failed", "stopped", "not-started")
+STATUSES = (
+    "rewritten",
+    "planned",
+    "canonical",
+    "already-done",
+    "skipped",
+    "refused",
+    "failed",
+    "stopped",
+    "not-started",
+)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -29,8 +39,9 @@ class BatchResult(Summary):
     Attributes:
         src, dst: as they were given or found, without credentials; `dst` is None where nothing is written.
         status: "rewritten"; "canonical" (there was nothing to rewrite; DST is a copy); "already-done" (by an earlier
-            run); "refused" (a tie is not confirmed); "failed"; "stopped" by an interrupt, which leaves DST whole or
-            absent; "not-started" before one; with `plan_only` "planned" or "canonical".
+            run); "skipped" (nothing that a rewrite is for); "refused" (a tie is not confirmed); "failed"; "stopped" by
+            an interrupt, which leaves DST whole or absent; "not-started" before one; with `plan_only` "planned" or
+            "canonical".
         exit_code: what `rewrite` would have ended with; of "stopped" and "not-started", the interrupt's.
         error: the error as JSON; None without one.
         seconds: how long it took.
@@ -44,6 +55,7 @@ class BatchResult(Summary):
         median_ratio, max_ratio: the ratio between these sides.
         consumer_errors: what the consumer that DST was prepared for would still stumble over.
         warnings: as in the report or plan.
+        skipped: why it was skipped; None otherwise.
     """
 
     src: str
@@ -63,9 +75,12 @@ class BatchResult(Summary):
     max_ratio: float | None = None
     consumer_errors: int | None = None
     warnings: tuple[str, ...] = ()
+    skipped: str | None = None
 
     def one_line(self) -> str:
         """How it ended."""
+        if self.skipped is not None:
+            return f"skipped: {self.skipped}"
         if self.error is not None:
             return f"{self.status}: {self.reason}"
         assert self.before_bytes is not None
@@ -121,6 +136,7 @@ class BatchResult(Summary):
             "ratios": {"median": self.median_ratio, "max": self.max_ratio},
             "consumer_errors": self.consumer_errors,
             "warnings": list(self.warnings),
+            "skipped": self.skipped,
         }
 
 

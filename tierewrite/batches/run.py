@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from tierewrite import interrupts
 from tierewrite.batches import done_before
-from tierewrite.batches.collection import Gatherer, Item
+from tierewrite.batches.collection import Gatherer
+from tierewrite.batches.item import Item
 from tierewrite.batches.results import BatchInterrupted, BatchReport, BatchResult, planned, rewritten
 from tierewrite.engines import open_engine
 from tierewrite.engines.progress import Progress
@@ -122,6 +123,8 @@ def _parents_of(items: Sequence[Item]) -> Iterator[None]:
     made: list[Path] = []
     try:
         for item in items:
+            if item.skipped is not None:
+                continue
             target = located(item.dst or "")
             if is_local(target):
                 with contextlib.suppress(OSError, RuntimeError):  # its rewrite meets that again, and says what is wrong
@@ -249,6 +252,8 @@ class _Batch:
 
     def _outcome(self, item: Item, progress: Progress) -> BatchResult:
         src, dst = _places(item)
+        if item.skipped is not None:
+            return BatchResult(src, None, "skipped", EXIT_OK, skipped=item.skipped)
         try:
             if self.plan_only:
                 return planned(src, self._plan(item))

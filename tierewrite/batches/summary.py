@@ -29,7 +29,9 @@ def batch_lines(report: BatchReport) -> Iterator[RenderableType]:
         yield text(f"In {shown(folder)}:")
     yield made
     for result in report.results:
-        if result.error is not None:
+        if result.skipped is not None:
+            yield text(f"{shown(result.src)}: {result.one_line()}")
+        elif result.error is not None:
             yield text(f"{shown(result.src)}: {result.reason}", "red")
         elif result.consumer_errors:
             yield text(f"{shown(result.src)}: {result.left_errors}", "red")
@@ -38,7 +40,7 @@ def batch_lines(report: BatchReport) -> Iterator[RenderableType]:
 
 def _cells(result: BatchResult, folder: str, plan_only: bool) -> list[Text]:
     """A checkpoint's row."""
-    style = ("yellow" if result.kept else "green") if result.ok else "red"
+    style = "" if result.skipped else ("yellow" if result.kept else "green") if result.ok else "red"
     cells = [text(shown(result.src[len(folder) :])), text(result.status, style)]
     if result.before_bytes is not None and result.after_bytes is not None:
         change = percent(result.before_bytes, result.after_bytes)

@@ -62,9 +62,9 @@ SCHEMAS = (
         "`batch --json`",
         "`plan_only`, `exit_code`, `seconds`, `counts` (a status: how many), `before`, `after`, `saved_bytes`, and "
         "`results`: each checkpoint with `src`, `dst`, `status` (`rewritten`, `planned`, `canonical`, `already-"
-        "done`, `refused`, `failed`, `stopped`, `not-started`), `exit_code`, `error` (as below), `seconds`, "
+        "done`, `skipped`, `refused`, `failed`, `stopped`, `not-started`), `exit_code`, `error` (as below), `seconds`, "
         "`before`, `after`, `saved_bytes`, `groups`, `kept` (with `--plan-only`: unconfirmed), `merged_scales`, "
-        "`ratios`, `consumer_errors`, `warnings`",
+        "`ratios`, `consumer_errors`, `warnings`, `skipped` (why)",
     ),
     Schema(
         "tierewrite/page/1",
