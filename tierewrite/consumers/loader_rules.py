@@ -1,14 +1,309 @@
 """What follows from what a consumer's own loader did: the rules for every consumer whose loader is asked.
 
-Each consumer has records of its own, made by `loader_rules`; the functions stand here once. They see `Subject.loaded`.
+Each consumer has records of its own, made here with its name; they see `Subject.loaded`.
 """
 
 from __future__ import annotations
 
-from tierewrite.consumers.rules import RuleSet
-from tierewrite.consumers.subject import Subject
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+from tierewrite import formats
+from tierewrite.consumers.expected_keys import ExpectedKeys, is_weight
+from tierewrite.consumers.findings import Finding
+from tierewrite.consumers.loaded import Cast, Rank, RefusedKey, Unfilled
+from tierewrite.consumers.rules import Rule, RuleSet
+from tierewrite.consumers.subject import FLOATS, Subject, numbers, rounded_to_e4m3
+from tierewrite.formats.experts import split_expert
+
+KV_LEAVES = frozenset(f"{of}_{what}" for of in ("q", "k", "v", "prob") for what in ("scale", "zero_point"))
+"""Scales of the KV cache: loaders have a default for them, and rules of their own speak of those that are missing."""
+_NO_PARAMETER = (
+    "no module or parameter named", "has no parameter", "has no attribute", "keyerror", "unexpected key", "not found",
+)  # fmt: skip
+_SHAPES = ("assertionerror", "size", "shape", "dimension", "length", "indexerror", "tensor_model_parallel")
+_NOT_INITIALISED = "not initialized"
+
+
+class _Rules:
+    """The records for one consumer, and the functions that look for them.
+
+    Args:
+        title: the consumer's name as its makers write it.
+    """
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        asked = f"{title}'s own loader says so"
+        source = "consumers/loader_process/dry_process.py loaded (the consumer's own loader)"
+        error = Rule("", "", "error", "", "", source, when=asked)
+        silent = f"{title} does not notice: uninitialised memory is used"
+        again = "export again, or copy them from a complete checkpoint"
+        self.refused = replace(
+            error, id="loader-refuses", title="the checkpoint is refused before a tensor is read",
+            consequence=f"{title} does not load it", fix="correct the config that its words name, or export again",
+        )  # fmt: skip
+        self.failed = replace(
+            error, id="load-aborts", title="the load is aborted", consequence=f"{title} does not load it",
+            fix="export again; if a config is to blame, another finding names the entry",
+        )  # fmt: skip
+        self.unexpected = replace(
+            self.failed, id="unexpected-tensor", title="tensors belong to no parameter",
+            consequence="the load aborts at the first of them", fix="export again, or remove them from the files",
+            when=f"plain tensors; {asked}",
+        )  # fmt: skip
+        self.unexpected_scales = replace(
+            self.unexpected, when=f"tensors of quantized modules; {asked}",
+            fix="export again, or correct the quantization config: it has to say which modules are quantized, and how",
+        )  # fmt: skip
+        self.shape = replace(
+            self.failed, id="wrong-shape", title="tensors have other shapes than their parameters",
+            consequence="the load aborts at the first of them",
+            fix="export again, or correct the config that says how large or how quantized the modules are",
+            when=f"the load aborts; {asked}",
+        )  # fmt: skip
+        self.short = replace(
+            self.shape, when=f"for an expert; {asked}", fix="export again",
+            consequence=f"{title} copies what there is and does not notice: the rest stays uninitialised",
+        )  # fmt: skip
+        self.missing = replace(
+            error, id="parameter-missing", title="parameters are filled by no key", consequence=silent, fix=again
+        )
+        self.shards = replace(
+            self.missing, id="fused-shard-missing",
+            title="shards of fused projections are missing while others are there",
+        )  # fmt: skip
+        self.experts = replace(self.missing, id="expert-missing", title="experts have no weight at all")
+        self.scales = replace(
+            self.missing, id="scale-missing", title="scales are missing", fix="calibrate and export again",
+            when=f"any other scale; {asked}",
+        )  # fmt: skip
+        self.expert_scales = replace(
+            self.scales, when=f"input scales of experts; {asked}", fixed_by="rewrite --fill-missing-scales",
+            fix="rewrite --fill-missing-scales takes it from the tied side, else from the layer's other experts",
+        )  # fmt: skip
+        self.ignored = replace(
+            error, id="ignored-tensor", severity="warning",
+            title=f"tensors that {title} has no use for (biases, experts beyond the config's number)",
+            consequence=f"{title} passes over them without a warning", fix="if they matter, the config is wrong",
+        )  # fmt: skip
+        self.lossy = replace(
+            error, id="wrong-dtype", title="tensors have other dtypes than their parameters",
+            when=f"values are lost; {asked}", fix="export again",
+            consequence=f"{title} converts them by value: other numbers come out",
+        )  # fmt: skip
+        self.lossless = replace(
+            self.lossy, when=f"every value survives; {asked}", severity="warning",
+            consequence=f"{title} converts them by value; other consumers may not",
+        )  # fmt: skip
+
+    def set(self) -> RuleSet[Subject]:
+        """The rules, to be put into the consumer's record."""
+        rules: RuleSet[Subject] = RuleSet()
+        rules.add(self.refused)(self.refusal)
+        rules.add(self.failed, self.unexpected, self.unexpected_scales, self.shape)(self.refused_keys)
+        rules.add(self.missing, self.shards, self.experts, self.scales, self.expert_scales, self.short)(self.unfilled)
+        rules.add(self.ignored)(self.ignored_keys)
+        rules.add(self.lossy, self.lossless)(self.casts)
+        return rules
+
+    def refusal(self, s: Subject) -> Iterator[Finding]:
+        """The consumer refused the folder."""
+        if s.loaded is not None and s.loaded.outcome == "refused":
+            yield self.refused.at(("config.json",), f"{self.title} says: {_brief(s.loaded.reason)}")
+
+    def refused_keys(self, s: Subject) -> Iterator[Finding]:
+        """Keys at which the load is aborted, and what the consumer says after the last."""
+        by_rule: dict[Rule, dict[str, RefusedKey]] = {}
+        for rank in _ranks(s):
+            for one in rank.refused:
+                by_rule.setdefault(self._of_words(s, one), {}).setdefault(one.key, one)
+        more = "" if all(rank.refused_all for rank in _ranks(s)) else " or more"
+        for rule, keys in by_rule.items():
+            said = next(iter(keys.values())).error
+            yield rule.at(keys, f"{len(keys)}{more} {rule.title}; {self.title} says: {_brief(said)}")
+        failed = dict.fromkeys(rank.failed for rank in _ranks(s) if rank.failed)
+        for said in failed:
+            if _NOT_INITIALISED not in said:
+                yield self.failed.at(("*.safetensors",), f"after the last tensor {self.title} says: {_brief(said)}")
+
+    def _of_words(self, s: Subject, one: RefusedKey) -> Rule:
+        said = one.error.lower()
+        if any(words in said for words in _NO_PARAMETER):
+            return self.unexpected_scales if _of_quantized(s, one.key) else self.unexpected
+        return self.shape if any(words in said for words in _SHAPES) else self.failed
+
+    def unfilled(self, s: Subject) -> Iterator[Finding]:
+        """Parameters with elements that no key wrote."""
+        found: dict[Rule, dict[str, Unfilled]] = {}
+        refuses = any(rank.failed and _NOT_INITIALISED in rank.failed for rank in _ranks(s))
+        for rank in _ranks(s):
+            if not s.folder.absent and rank.refused_all:
+                for rule, key, one in self._of_rank(s, rank):
+                    found.setdefault(rule, {}).setdefault(key, one)
+        for rule, keys in found.items():
+            defaults = sum(one.initial == "default" for one in keys.values())
+            finding = rule.at(keys, f"{len(keys)} {rule.title}")
+            if refuses:
+                finding = replace(finding, consequence=f"{self.title} refuses to load")
+            elif defaults == len(keys):
+                finding = replace(finding, consequence=f"{self.title} does not notice: initial values stay")
+            yield finding
+
+    def _of_rank(self, s: Subject, rank: Rank) -> Iterator[tuple[Rule, str, Unfilled]]:
+        """What is missing on one rank, by the key that would have filled it, or the parameter where none is known."""
+        expected = ExpectedKeys(rank)
+        lacking = [one for one in rank.unfilled if _matters(expected, one)]
+        gone = _whole_experts(lacking, expected)
+        shapes = _common_shapes(s) if lacking else {}
+        for one in lacking:
+            keys = expected.of(one)
+            rule = self._of_unfilled(expected, one)
+            if rank.refused:  # the others are missing because the load had to go without those
+                keys = tuple(key for key in keys if key not in s.entries)
+            elif not keys:
+                keys = tuple(k for k in rank.written.get(one.parameter, ()) if _shape_of(s, k) != shapes.get(_like(k)))
+                rule = self.short if keys else rule
+                keys = keys or (one.parameter,)
+            for key in keys:
+                expert = _expert_of(key)
+                if rule in (self.missing, self.shards) and expert in gone:
+                    yield self.experts, expert, one
+                else:
+                    yield rule, key, one
+
+    def _of_unfilled(self, expected: ExpectedKeys, one: Unfilled) -> Rule:
+        if expected.is_scale(one.parameter):
+            leaf = one.parameter.rpartition(".")[2]
+            of_expert = "experts" in one.parameter and leaf.endswith(("input_scale", "input_global_scale"))
+            return self.expert_scales if of_expert else self.scales
+        fused = one.parameter in expected.rank.written and one.missing < one.elements
+        by_row = "experts" in one.parameter and len(one.rows) > 0 and one.missing % len(one.rows) == 0
+        whole_rows = by_row and one.missing == len(one.rows) * (one.elements // max(one.shape[0], 1))
+        return self.shards if fused and not whole_rows else self.missing
+
+    def ignored_keys(self, s: Subject) -> Iterator[Finding]:
+        """Keys that wrote nothing: no rank has a use for them."""
+        ranks = _ranks(s)
+        if not ranks:
+            return
+        ignored = set(ranks[0].ignored).intersection(*(rank.ignored for rank in ranks[1:]))
+        used = {container for rank in ranks for key in rank.parameters_of if (container := _container(key))}
+        odd = [key for key in s.entries if key in ignored and (key.endswith(".bias") or _container(key) in used)]
+        if odd:
+            yield self.ignored.at(odd, f"{len(odd)} {self.ignored.title}")
+        others = len(ignored) - len(odd)
+        if others:
+            example = next(key for key in ranks[0].ignored if key in ignored and key not in set(odd))
+            s.notes.append(
+                f"{self.title} reads {others} tensors and uses none of them, such as '{example}'; other consumers may"
+            )
+        unknown = sorted({name for rank in ranks for name in rank.unknown})
+        if unknown:
+            s.notes.append(
+                f"what fills {len(unknown)} of {self.title}'s parameters could not be followed, such as '{unknown[0]}'"
+            )
+
+    def casts(self, s: Subject) -> Iterator[Finding]:
+        """Keys whose values were converted to another dtype."""
+        lossy: dict[str, None] = {}
+        lossless: dict[str, None] = {}
+        read: dict[str, None] = {}
+        for one in {(c.key, c.found, c.wanted): c for rank in _ranks(s) for c in rank.casts}.values():
+            if one.key not in s.entries:
+                continue
+            kind = _kind_of_cast(s, one)
+            if kind == "read":
+                read[one.key] = None
+            elif kind is not None:
+                (lossy if kind == "lossy" else lossless)[one.key] = None
+        for key, data in s.read(read):
+            exact = bool(rounded_to_e4m3(numbers(s.entries[key].dtype, data)).all())
+            (lossless if exact else lossy)[key] = None
+        if lossy:
+            yield self.lossy.at(lossy, f"{len(lossy)} tensors have dtypes that their parameters do not")
+        if lossless:
+            found = f"{len(lossless)} {self.lossless.title}; the values survive the conversion"
+            yield self.lossless.at(lossless, found)
 
 
 def loader_rules(title: str) -> RuleSet[Subject]:
     """The rules for the consumer that its makers call `title`."""
-    return RuleSet()
+    return _Rules(title).set()
+
+
+def _ranks(s: Subject) -> tuple[Rank, ...]:
+    return s.loaded.ranks if s.loaded is not None else ()
+
+
+def _matters(expected: ExpectedKeys, one: Unfilled) -> bool:
+    """Somebody reads the parameter, and a checkpoint is to fill it.
+
+    A buffer with a value of its own is a table that the class computes, unless keys fill its like in other layers.
+    """
+    if one.initial == "unused" or (one.initial == "default" and one.parameter.rpartition(".")[2] in KV_LEAVES):
+        return False
+    return not (one.buffer and one.initial == "default" and not expected.has_like(one))
+
+
+def _expert_of(key: str) -> str:
+    """The expert that a key is a part of: `...experts.3`; "" where it is none's."""
+    container, number, _ = split_expert(key.rpartition(".")[0])
+    return "" if number is None else f"{container}.{number}"
+
+
+def _container(key: str) -> str:
+    return split_expert(key.rpartition(".")[0])[0] if _expert_of(key) else ""
+
+
+def _whole_experts(lacking: list[Unfilled], expected: ExpectedKeys) -> set[str]:
+    """Experts of which no weight is there."""
+    weights = [key for one in lacking if is_weight(one.parameter.rpartition(".")[2]) for key in expected.of(one)]
+    candidates = {expert for key in weights if (expert := _expert_of(key))}
+    there = {_expert_of(key) for keys in expected.rank.written.values() for key in keys}
+    return candidates - there
+
+
+def _brief(said: str) -> str:
+    """The beginning of a consumer's words, in one line."""
+    text = " ".join(said.split(". The available")[0].split())
+    return text if len(text) <= 240 else f"{text[:240]}..."
+
+
+def _like(key: str) -> str:
+    return ".".join("*" if part.isdecimal() else part for part in key.split("."))
+
+
+def _shape_of(s: Subject, key: str) -> tuple[int, ...] | None:
+    entry = s.entries.get(key)
+    return None if entry is None else entry.shape
+
+
+def _common_shapes(s: Subject) -> dict[str, tuple[int, ...]]:
+    """The shape that most tensors of a name have, whatever its numbers."""
+    found: dict[str, Counter[tuple[int, ...]]] = {}
+    for key, entry in s.entries.items():
+        found.setdefault(_like(key), Counter())[entry.shape] += 1
+    return {like: shapes.most_common(1)[0][0] for like, shapes in found.items()}
+
+
+def _of_quantized(s: Subject, key: str) -> bool:
+    """The key is a part of a module that is quantized on disk."""
+    module, _, leaf = key.rpartition(".")
+    part = formats.classify("weight", leaf)
+    return (part is not None and part.role.quantizes) or s.backbone.map(module) in s.quantized
+
+
+def _kind_of_cast(s: Subject, one: Cast) -> str | None:
+    """What becomes of the values: "lossy", "lossless", "read" if the bytes have to tell; None where nobody minds."""
+    both = {one.found, one.wanted}
+    if both <= FLOATS:
+        # Scales are stored as F32; that a consumer holds them, or plain weights, in another float is its own choice.
+        scale = formats.classify("weight", one.key.rpartition(".")[2]) is not None
+        return "lossless" if scale and one.found != "F32" else None
+    if both == {"I8", "U8"}:
+        return "lossless"
+    if one.found in FLOATS and one.wanted == "F8_E4M3":
+        return "read"
+    return "lossy"

@@ -19,6 +19,7 @@ from tierewrite.consumers.backbone import Backbone, BackboneTable
 from tierewrite.consumers.folder import Folder
 from tierewrite.consumers.loaded import DryLoad
 from tierewrite.errors import TierewriteError
+from tierewrite.formats.experts import split_expert
 from tierewrite.numbers.float8 import float8_values
 from tierewrite.source.bytes import open_source, read_tensors
 from tierewrite.source.table import TensorEntry
@@ -136,6 +137,32 @@ class Subject:
                     else:
                         moved[alias] = canonical
         return moved
+
+    def meeting(self) -> list[list[str]]:
+        """Names that become one parameter, of which the last that is read stays: as the consumer's own loader found it,
+        where it was asked.
+        """
+        if self.loaded is None or not self.loaded.loaded:
+            groups = (keys for keys in self.targets.values() if len(keys) > 1)
+            return [keys for keys in groups if not self.backbone.passes_over(self.backbone.map(keys[0]))]
+        pairs = {(one.first, one.last) for rank in self.loaded.ranks for one in rank.overwritten}
+        return [list(pair) for pair in sorted(pairs) if self.entries.keys() >= set(pair) and not _siblings(*pair)]
+
+    def sharing(self, leaf: str) -> Iterator[list[str]]:
+        """Keys of companions `leaf` that went into one parameter, as the consumer's own loader found it; an expert's
+        alone. Of names that meet, the one that is read last.
+        """
+        if self.loaded is None:
+            return
+        lost = {keys[0] for keys in self.meeting()}
+        for _, keys in self.loaded.keys_together():
+            sets: dict[str | None, list[str]] = {}
+            for key in keys:
+                module, _, found = key.rpartition(".")
+                if found == leaf and key in self.entries and key not in lost:
+                    container, number, _ = split_expert(module)
+                    sets.setdefault(None if number is None else f"{container}.{number}", []).append(key)
+            yield from (each for each in sets.values() if len(each) > 1)
 
     @cached_property
     def modules(self) -> dict[str, Module]:
@@ -334,6 +361,12 @@ class Subject:
         self.bytes_read += sum(map(len, data.values()))
         for i, group in enumerate(groups):
             yield all(data[f"{i}.{j}"] == data[f"{i}.0"] for j in range(1, len(group)))
+
+
+def _siblings(first: str, second: str) -> bool:
+    """Companions of two projections, such as gate and up, of which the consumer keeps one value for both."""
+    (one, leaf), (other, _) = (f".{key}".rsplit(".", 2)[-2:] for key in (first, second))
+    return one != other and formats.classify("weight", leaf) is not None
 
 
 def _shows_quantization(leaf: str) -> bool:

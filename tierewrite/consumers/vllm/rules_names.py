@@ -69,7 +69,7 @@ def names_that_meet(s: VllmSubject) -> Iterator[Finding]:
     """models/utils.py `WeightsMapper`, `AutoWeightsLoader.load_weights`: names that are mapped to one parameter are
     loaded one after the other, in the order of files and of names; the last one stays.
     """
-    meeting = [keys for keys in s.targets.values() if len(keys) > 1 and not _dropped(s, keys)]
+    meeting = s.meeting()
     # Scales first: where they differ, the weights need not be read.
     meeting.sort(key=lambda keys: max(s.entries[k].nbytes for k in keys))
     verdicts = s.equal(tuple(s.entries[k] for k in keys) for keys in meeting)
@@ -95,10 +95,6 @@ def _of_names(s: VllmSubject, keys: list[str], equal: bool | None) -> Rule | Non
     if not tied:
         return SIDES
     return NAME_CONFLICT if _role(s, keys[0]) is Role.ACTIVATION else NAME_CONFLICT_WEIGHTS
-
-
-def _dropped(s: VllmSubject, keys: list[str]) -> bool:
-    return s.backbone.passes_over(s.backbone.map(keys[0]))
 
 
 def _is_kv(s: VllmSubject, key: str) -> bool:
@@ -135,6 +131,7 @@ EXPERT_MISSING = Rule(
     consequence=UNNOTICED,
     fix="export again, or copy them from a complete checkpoint",
     source=f"{DEFAULT_LOADER} DefaultModelLoader.load_weights",
+    decided_by_loader=True,
 )
 INCOMPLETE = (
     EXPERT_MISSING,
@@ -170,6 +167,7 @@ UNEXPECTED_TENSOR = Rule(
     consequence="the load aborts at the first of them",
     fix="export again, or remove them from the files",
     source=f"{MODEL_UTILS} AutoWeightsLoader._load_module",
+    decided_by_loader=True,
 )
 IGNORED_TENSOR = Rule(
     id="ignored-tensor",
@@ -178,6 +176,7 @@ IGNORED_TENSOR = Rule(
     consequence="vLLM passes over them without a warning",
     fix="if they matter, the config is wrong",
     source=f"{MODEL_UTILS} AutoWeightsLoader.load_weights",
+    decided_by_loader=True,
 )
 
 

@@ -28,10 +28,12 @@ SCALE_MISSING = Rule(
     consequence="uninitialised memory is used",
     fix="calibrate and export again",
     source=f"{MODELOPT} process_weights_after_loading",
+    decided_by_loader=True,
 )
 INVALID = {
     which: replace(
-        SCALE_MISSING, id=which, title=title, consequence="vLLM computes with it; infinities and NaN follow"
+        SCALE_MISSING, id=which, title=title, consequence="vLLM computes with it; infinities and NaN follow",
+        decided_by_loader=False,
     )
     for which, title in (
         ("scale-not-finite", "scales are infinite or NaN"),
@@ -162,11 +164,11 @@ def fused_scales(s: VllmSubject) -> Iterator[Finding]:
     weights: list[str] = []
     inputs: list[str] = []
     moving = next((x for x in scheme.scalars if x.startswith("input")), None)
-    for fused, shards in _fused(s):
-        for leaf, found in ((scheme.shared, weights), (moving, inputs)):
-            if leaf is None or (leaf == moving and split_expert(f"{fused}.x")[1] is not None):
+    for leaf, found in ((scheme.shared, weights), (moving, inputs)):
+        for shards in _sharing(s, leaf) if leaf is not None else ():
+            keys = [k for k in shards if k in s.scalars]
+            if leaf == moving and any(split_expert(k.rpartition(".")[0])[1] is not None for k in keys):
                 continue
-            keys = [k for m in shards if (k := m.key(leaf)) is not None and k in s.scalars]
             values = {s.scalars[k].tobytes() for k in keys}
             if len(values) > 1 and all(np.isfinite(s.scalars[k]).all() and (s.scalars[k] > 0).all() for k in keys):
                 found.extend(keys)
@@ -180,17 +182,20 @@ def fused_scales(s: VllmSubject) -> Iterator[Finding]:
         )
 
 
-def _fused(s: VllmSubject) -> Iterator[tuple[str, list[Module]]]:
-    """Groups of quantized modules that share one parameter of vLLM's: q/k/v, gate/up, and each expert's gate/up."""
+def _sharing(s: VllmSubject, leaf: str) -> Iterator[list[str]]:
+    """Keys of companions `leaf` that share one parameter of vLLM's: of q/k/v, gate/up, and each expert's gate/up."""
+    if s.loaded is not None and s.loaded.loaded:
+        yield from s.sharing(leaf)
+        return
     groups: dict[str, list[Module]] = {}
     for name, module in s.sound.items():
         parent, _, leaf = name.rpartition(".")
         for fused, shards in s.backbone.fused.items():
             if leaf in shards:
                 groups.setdefault(f"{parent}.{fused}", []).append(module)
-    for fused, modules in groups.items():
+    for modules in groups.values():
         if len(modules) > 1:
-            yield fused.rpartition(".")[0], modules
+            yield [key for module in modules if (key := module.key(leaf)) is not None]
 
 
 KV_SCALES_UNUSED = Rule(

@@ -90,6 +90,7 @@ WRONG_SHAPE = Rule(
     consequence="the load aborts; for an expert, what is missing stays uninitialised",
     fix="export again",
     source=f"{WEIGHT_UTILS} default_weight_loader",
+    decided_by_loader=True,
 )
 
 
@@ -144,6 +145,7 @@ WRONG_DTYPE = Rule(
     consequence="vLLM converts them by value: other numbers come out",
     fix="export again",
     source=f"{WEIGHT_UTILS} default_weight_loader",
+    decided_by_loader=True,
 )
 OTHER_DTYPE = replace(
     WRONG_DTYPE,
