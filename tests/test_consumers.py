@@ -123,7 +123,7 @@ def test_alignment_is_a_warning_only_where_the_hidden_size_is_no_multiple_of_128
 
 # --- the records -------------------------------------------------------------------------------------------
 
-RECORDS = [(consumer.name, rule) for consumer in CONSUMERS.values() for rule in consumer.rules.records]
+RECORDS = [(consumer.name, rule) for consumer in CONSUMERS.values() for rule in consumer.records]
 
 
 def made_by(finding: Finding, consumer: str) -> list[Rule]:

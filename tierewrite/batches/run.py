@@ -297,8 +297,8 @@ class _Batch:
         if consumer is not None:
             from tierewrite.consumers import check
 
-            trusted = bool(options.get("trust_remote_code"))
-            errors = len(check(item.dst, consumer, trust_remote_code=trusted).errors)
+            chosen = _chosen(item, ("trust_remote_code", "loader", "consumer_python"))
+            errors = len(check(item.dst, consumer, **chosen).errors)
         code = EXIT_FINDINGS if errors else EXIT_OK
         return BatchResult(src, dst, "already-done", code, consumer_errors=errors, **asdict(made))
 

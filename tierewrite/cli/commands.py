@@ -16,6 +16,7 @@ from tierewrite.cli.options import (
     SOURCE,
     WORK,
     backbone_option,
+    check_loader_options,
     given,
     json_option,
     loader_option,
@@ -304,6 +305,7 @@ def inspect(src: str, as_json: bool, no_ties: bool, **options: Any) -> None:
 @cli.command()
 @click.argument("checkpoint", type=SOURCE)
 @loader_option
+@check_loader_options
 @click.option("--strict", is_flag=True, help="Warnings count as errors.")
 @backbone_option
 @ties_option

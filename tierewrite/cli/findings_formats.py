@@ -39,7 +39,7 @@ def as_sarif(report: ReadinessReport) -> str:
     """One run of SARIF 2.1.0 (OASIS), as GitHub's code scanning takes it: the rules, and a result a finding."""
     from tierewrite.consumers import consumer_named
 
-    records = consumer_named(report.consumer).rules.records
+    records = consumer_named(report.consumer).records
     titles = {finding.id: finding.id for finding in report.findings} | {rule.id: rule.title for rule in records}
     rules = [{"id": id, "shortDescription": {"text": title}} for id, title in titles.items()]
     results = [

@@ -21,6 +21,7 @@ FILE = click.Path(readable=False)
 """What cannot be read is for the library to say, with exit code 5."""
 
 CONTENT, INPUT, WORK, OUTPUT = "What the output holds", "What is read", "How the work is done", "Where the output goes"
+CONSUMER = "How the consumer is asked"
 """The headings of `--help`."""
 
 _CONSUMER = click.Choice(tuple(FOR_CONSUMER))
@@ -141,6 +142,36 @@ run_options: Decorator[Any] = together(
     ),
 )
 
+asked_loader_options: tuple[Decorator[Any], ...] = (
+    option(
+        "--loader",
+        heading=CONSUMER,
+        type=click.Choice(["auto", "require", "off"]),
+        default="auto",
+        show_default=True,
+        help="Whether the consumer's own loader is asked, without reading a weight and without a GPU. auto: where a "
+        "Python that has the consumer is known; require: exit 5 if it cannot be asked; off: rules alone decide.",
+    ),
+    option(
+        "--consumer-python",
+        heading=CONSUMER,
+        type=FILE,
+        metavar="PATH",
+        help="The Python interpreter that has the consumer. Default: what TIEREWRITE_VLLM_PYTHON (or the like) names, "
+        "else the one that runs tierewrite.",
+    ),
+)
+check_loader_options: Decorator[Any] = together(
+    *asked_loader_options,
+    option(
+        "--tensor-parallel-size",
+        heading=CONSUMER,
+        type=click.IntRange(1, 64),
+        default=1,
+        show_default=True,
+        help="Ask the loader for every rank of this many, as the checkpoint will be served.",
+    ),
+)
 output_options: Decorator[Any] = together(
     option("--resume", heading=OUTPUT, is_flag=True, help="Go on from the shards that a killed run into DST finished."),
     option(
@@ -158,6 +189,7 @@ output_options: Decorator[Any] = together(
         "code 6 if errors are left; DST is written all the same if they are only per-side conflicts, which no rewrite "
         "can merge.",
     ),
+    *asked_loader_options,
     option("--force", heading=OUTPUT, is_flag=True, help="With --for: let DST appear whatever errors are left."),
     option(
         "--overwrite",

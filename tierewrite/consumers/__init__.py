@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tierewrite.consumers.consumer import Consumer
-from tierewrite.consumers.dry_load import LoaderMode, LoaderOptions, dry_load
+from tierewrite.consumers.dry_load import LoaderMode, LoaderOptions, dry_load, interpreter
 from tierewrite.consumers.findings import SCHEMA, Finding, ReadinessReport, in_order
 from tierewrite.consumers.sparse_copy import as_local_folder
 from tierewrite.consumers.subject import Subject
@@ -27,7 +27,10 @@ from tierewrite.source.open import name_in_messages
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.mirror import Place
 
-__all__ = ["CONSUMERS", "SCHEMA", "Finding", "ReadinessReport", "check", "consumer_named", "corrected_configs"]
+__all__ = [
+    "CONSUMERS", "SCHEMA", "Finding", "LoaderMode", "LoaderOptions", "ReadinessReport", "check", "consumer_named",
+    "corrected_configs", "refuse_no_interpreter",
+]  # fmt: skip
 
 CONSUMERS: Mapping[str, Consumer[Any]] = {consumer.name: consumer for consumer in (VLLM, TRANSFORMERS)}
 
@@ -43,6 +46,7 @@ def check(
     loader: LoaderMode = "auto",
     consumer_python: PathLike | None = None,
     tensor_parallel_size: int = 1,
+    name: object = None,
 ) -> ReadinessReport:
     """What `consumer` will do with the checkpoint folder `path`.
 
@@ -62,6 +66,7 @@ def check(
         consumer_python: the Python interpreter that has the consumer; None: what TIEREWRITE_VLLM_PYTHON (or the like)
             names, else this one.
         tensor_parallel_size: ranks that share the weights when it is served.
+        name: what messages call the checkpoint, where that is not `path`.
 
     Raises:
         UsageError: an unknown consumer, a broken backbone file, or an interpreter that is none.
@@ -69,22 +74,31 @@ def check(
         SystemFailure: the system does not let us read it, or the loader is required and could not be asked.
     """
     asked = consumer_named(consumer)
+    called = name_in_messages(path) if name is None else str(name)
     chosen = LoaderOptions(loader, consumer_python, tensor_parallel_size, trust_remote_code)
+    refuse_no_interpreter(consumer, chosen)
     subject = asked.subject(
         path, backbone, ties_file=ties, trust_remote_code=trust_remote_code, compare_limit=compare_limit
     )
     if asked.dry_loader is not None:
-        ask_loader(asked, subject, name_in_messages(path), chosen)
+        ask_loader(asked, subject, called, chosen)
     found = in_order(asked.findings(subject))
     return ReadinessReport(
         consumer=asked.name,
         consumer_version=subject.loaded.version if subject.loaded is not None else asked.version,
-        checkpoint=name_in_messages(path),
+        checkpoint=called,
         tensors=len(subject.entries),
         bytes_read=subject.bytes_read,
         findings=found,
         notes=tuple(dict.fromkeys(subject.notes)),
     )
+
+
+def refuse_no_interpreter(consumer: str, options: LoaderOptions) -> None:
+    """Raises UsageError where a Python was named that cannot be run: before any work is done."""
+    loader = consumer_named(consumer).dry_loader
+    if loader is not None and options.mode != "off":
+        interpreter(loader, options.python)
 
 
 def ask_loader(consumer: Consumer[Any], subject: Subject, name: str, options: LoaderOptions) -> None:

@@ -11,7 +11,7 @@ from tierewrite.consumers.backbone import BackboneTable
 from tierewrite.consumers.dry_load import DryLoader
 from tierewrite.consumers.findings import Finding
 from tierewrite.consumers.folder import Folder
-from tierewrite.consumers.rules import RuleSet
+from tierewrite.consumers.rules import Rule, RuleSet
 from tierewrite.consumers.subject import Subject
 from tierewrite.planning.plan import NeededNames
 from tierewrite.planning.policy import PolicyOptions
@@ -53,6 +53,11 @@ class Consumer(Generic[S]):
     needed_names: Callable[[Opened], NeededNames] | None = None
     loader_rules: RuleSet[Subject] = field(default_factory=RuleSet)
     dry_loader: DryLoader | None = None
+
+    @property
+    def records(self) -> tuple[Rule, ...]:
+        """All its rules: those that it is read by, and those that follow from what its own loader did."""
+        return (*self.rules.records, *self.loader_rules.records)
 
     def findings(self, subject: S) -> Iterator[Finding]:
         """What is wrong with the checkpoint, by the consumer's own loader where it was asked, and by the rules."""

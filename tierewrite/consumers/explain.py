@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tierewrite.consumers import CONSUMERS
@@ -20,14 +20,16 @@ def explained(id: str) -> str:
         UsageError: no consumer has a rule of that id.
     """
     found = [
-        "\n".join(_lines(consumer, rules)) for consumer in CONSUMERS.values() if (rules := consumer.rules.of_id(id))
+        "\n".join(_lines(consumer, rules))
+        for consumer in CONSUMERS.values()
+        if (rules := [rule for rule in consumer.records if rule.id == id])
     ]
     if not found:
         raise UsageError(f"there is no rule or topic '{shown(id)}'; `tierewrite explain --list` names them all")
     return f"{id}\n\n" + "\n\n".join(found)
 
 
-def _lines(consumer: Consumer[Any], rules: tuple[Rule, ...]) -> Iterator[str]:
+def _lines(consumer: Consumer[Any], rules: Sequence[Rule]) -> Iterator[str]:
     yield f"{consumer.name} {consumer.version}: {rules[0].title}"
     for rule in rules:
         yield f"  {rule.severity}" + (f", {rule.when}:" if rule.when else ":")
@@ -43,7 +45,7 @@ def listed() -> str:
     """A line for each rule: id, who has it, what it means."""
     rows: dict[str, tuple[str, list[str]]] = {}
     for consumer in CONSUMERS.values():
-        for rule in consumer.rules.records:
+        for rule in consumer.records:
             rows.setdefault(rule.id, (rule.title, []))[1].append(consumer.name)
     lines = [(id, ", ".join(dict.fromkeys(names)), title) for id, (title, names) in sorted(rows.items())]
     widths = [max(len(line[column]) for line in lines) for column in (0, 1)]
@@ -74,7 +76,7 @@ def to_json(id: str | None = None) -> dict[str, Any]:
                 "source": rule.source,
             }
             for consumer in CONSUMERS.values()
-            for rule in consumer.rules.records
+            for rule in consumer.records
             if id in (None, rule.id)
         ],
     }
@@ -83,7 +85,7 @@ def to_json(id: str | None = None) -> dict[str, Any]:
 def table(consumer: Consumer[Any]) -> list[str]:
     """The rules of a consumer as a table in Markdown, one line a record."""
     lines = ["| rule | what is wrong | severity | what happens | fix |", "|---|---|---|---|---|"]
-    for rule in consumer.rules.records:
+    for rule in consumer.records:
         what = f"{rule.title}; {rule.when}" if rule.when else rule.title
         fix = f"{rule.fix} (`{rule.fixed_by}`)" if rule.fixed_by else rule.fix
         lines.append(f"| `{rule.id}` | {what} | {rule.severity} | {rule.consequence} | {fix} |")

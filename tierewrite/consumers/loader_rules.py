@@ -26,8 +26,100 @@ _SHAPES = ("assertionerror", "size", "shape", "dimension", "length", "indexerror
 _NOT_INITIALISED = "not initialized"
 
 
+_SAYS = "its own loader says so"
+_SOURCE = "consumers/loader_process/dry_process.py loaded (the consumer's own loader)"
+# "{0}" is the consumer's name.
+REFUSED = Rule(
+    id="loader-refuses",
+    title="the checkpoint is refused before a tensor is read",
+    when=_SAYS,
+    severity="error",
+    consequence="{0} does not load it",
+    fix="correct the config that its words name, or export again",
+    source=_SOURCE,
+)
+ABORTS = replace(
+    REFUSED,
+    id="load-aborts",
+    title="the load is aborted",
+    fix="export again; if a config is to blame, another finding names the entry",
+)
+UNEXPECTED = replace(
+    ABORTS,
+    id="unexpected-tensor",
+    title="tensors belong to no parameter",
+    when=f"plain tensors; {_SAYS}",
+    consequence="the load aborts at the first of them",
+    fix="export again, or remove them from the files",
+)
+UNEXPECTED_QUANTIZED = replace(
+    UNEXPECTED,
+    when=f"tensors of quantized modules; {_SAYS}",
+    fix="export again, or correct the quantization config: it has to say which modules are quantized, and how",
+)
+WRONG_SHAPE = replace(
+    UNEXPECTED,
+    id="wrong-shape",
+    title="tensors have other shapes than their parameters",
+    when=f"the load aborts; {_SAYS}",
+    fix="export again, or correct the config that says how large or how quantized the modules are",
+)
+SHORT = replace(
+    WRONG_SHAPE,
+    when=f"a part of the parameter is filled; {_SAYS}",
+    consequence="{0} copies what there is and does not notice: the rest stays uninitialised",
+    fix="export again",
+)
+MISSING = replace(
+    REFUSED,
+    id="parameter-missing",
+    title="parameters are filled by no key",
+    consequence="{0} does not notice: uninitialised memory is used",
+    fix="export again, or copy them from a complete checkpoint",
+)
+SHARDS_MISSING = replace(
+    MISSING, id="fused-shard-missing", title="shards of fused projections are missing while others are there"
+)
+EXPERTS_MISSING = replace(MISSING, id="expert-missing", title="experts have no weight at all")
+SCALES_MISSING = replace(
+    MISSING,
+    id="scale-missing",
+    title="scales are missing",
+    when=f"any other scale; {_SAYS}",
+    fix="calibrate and export again",
+)
+EXPERT_SCALES_MISSING = replace(
+    SCALES_MISSING,
+    when=f"input scales of experts; {_SAYS}",
+    fix="rewrite --fill-missing-scales takes it from the tied side, else from the layer's other experts",
+    fixed_by="rewrite --fill-missing-scales",
+)
+IGNORED = replace(
+    REFUSED,
+    id="ignored-tensor",
+    title="tensors that {0} has no use for (biases, experts beyond the config's number)",
+    severity="warning",
+    consequence="{0} passes over them without a warning",
+    fix="if they matter, the config is wrong",
+)
+LOSSY = replace(
+    REFUSED,
+    id="wrong-dtype",
+    title="tensors have other dtypes than their parameters",
+    when=f"values are lost; {_SAYS}",
+    consequence="{0} converts them by value: other numbers come out",
+    fix="export again",
+)
+LOSSLESS = replace(
+    LOSSY,
+    when=f"every value survives; {_SAYS}",
+    severity="warning",
+    consequence="{0} converts them by value; other consumers may not",
+)
+
+
 class _Rules:
-    """The records for one consumer, and the functions that look for them.
+    """The rules for one consumer.
 
     Args:
         title: the consumer's name as its makers write it.
@@ -35,74 +127,23 @@ class _Rules:
 
     def __init__(self, title: str) -> None:
         self.title = title
-        asked = f"{title}'s own loader says so"
-        source = "consumers/loader_process/dry_process.py loaded (the consumer's own loader)"
-        error = Rule("", "", "error", "", "", source, when=asked)
-        silent = f"{title} does not notice: uninitialised memory is used"
-        again = "export again, or copy them from a complete checkpoint"
-        self.refused = replace(
-            error, id="loader-refuses", title="the checkpoint is refused before a tensor is read",
-            consequence=f"{title} does not load it", fix="correct the config that its words name, or export again",
-        )  # fmt: skip
-        self.failed = replace(
-            error, id="load-aborts", title="the load is aborted", consequence=f"{title} does not load it",
-            fix="export again; if a config is to blame, another finding names the entry",
-        )  # fmt: skip
-        self.unexpected = replace(
-            self.failed, id="unexpected-tensor", title="tensors belong to no parameter",
-            consequence="the load aborts at the first of them", fix="export again, or remove them from the files",
-            when=f"plain tensors; {asked}",
-        )  # fmt: skip
-        self.unexpected_scales = replace(
-            self.unexpected, when=f"tensors of quantized modules; {asked}",
-            fix="export again, or correct the quantization config: it has to say which modules are quantized, and how",
-        )  # fmt: skip
-        self.shape = replace(
-            self.failed, id="wrong-shape", title="tensors have other shapes than their parameters",
-            consequence="the load aborts at the first of them",
-            fix="export again, or correct the config that says how large or how quantized the modules are",
-            when=f"the load aborts; {asked}",
-        )  # fmt: skip
-        self.short = replace(
-            self.shape, when=f"for an expert; {asked}", fix="export again",
-            consequence=f"{title} copies what there is and does not notice: the rest stays uninitialised",
-        )  # fmt: skip
-        self.missing = replace(
-            error, id="parameter-missing", title="parameters are filled by no key", consequence=silent, fix=again
+        self.refused, self.failed, self.unexpected, self.unexpected_quantized, self.shape, self.short = map(
+            self._named, (REFUSED, ABORTS, UNEXPECTED, UNEXPECTED_QUANTIZED, WRONG_SHAPE, SHORT)
         )
-        self.shards = replace(
-            self.missing, id="fused-shard-missing",
-            title="shards of fused projections are missing while others are there",
-        )  # fmt: skip
-        self.experts = replace(self.missing, id="expert-missing", title="experts have no weight at all")
-        self.scales = replace(
-            self.missing, id="scale-missing", title="scales are missing", fix="calibrate and export again",
-            when=f"any other scale; {asked}",
-        )  # fmt: skip
-        self.expert_scales = replace(
-            self.scales, when=f"input scales of experts; {asked}", fixed_by="rewrite --fill-missing-scales",
-            fix="rewrite --fill-missing-scales takes it from the tied side, else from the layer's other experts",
-        )  # fmt: skip
-        self.ignored = replace(
-            error, id="ignored-tensor", severity="warning",
-            title=f"tensors that {title} has no use for (biases, experts beyond the config's number)",
-            consequence=f"{title} passes over them without a warning", fix="if they matter, the config is wrong",
-        )  # fmt: skip
-        self.lossy = replace(
-            error, id="wrong-dtype", title="tensors have other dtypes than their parameters",
-            when=f"values are lost; {asked}", fix="export again",
-            consequence=f"{title} converts them by value: other numbers come out",
-        )  # fmt: skip
-        self.lossless = replace(
-            self.lossy, when=f"every value survives; {asked}", severity="warning",
-            consequence=f"{title} converts them by value; other consumers may not",
-        )  # fmt: skip
+        self.missing, self.shards, self.experts, self.scales, self.expert_scales = map(
+            self._named, (MISSING, SHARDS_MISSING, EXPERTS_MISSING, SCALES_MISSING, EXPERT_SCALES_MISSING)
+        )
+        self.ignored, self.lossy, self.lossless = map(self._named, (IGNORED, LOSSY, LOSSLESS))
+
+    def _named(self, rule: Rule) -> Rule:
+        title, consequence = (text.format(self.title) for text in (rule.title, rule.consequence))
+        return replace(rule, title=title, consequence=consequence)
 
     def set(self) -> RuleSet[Subject]:
         """The rules, to be put into the consumer's record."""
         rules: RuleSet[Subject] = RuleSet()
         rules.add(self.refused)(self.refusal)
-        rules.add(self.failed, self.unexpected, self.unexpected_scales, self.shape)(self.refused_keys)
+        rules.add(self.failed, self.unexpected, self.unexpected_quantized, self.shape)(self.refused_keys)
         rules.add(self.missing, self.shards, self.experts, self.scales, self.expert_scales, self.short)(self.unfilled)
         rules.add(self.ignored)(self.ignored_keys)
         rules.add(self.lossy, self.lossless)(self.casts)
@@ -131,7 +172,7 @@ class _Rules:
     def _of_words(self, s: Subject, one: RefusedKey) -> Rule:
         said = one.error.lower()
         if any(words in said for words in _NO_PARAMETER):
-            return self.unexpected_scales if _of_quantized(s, one.key) else self.unexpected
+            return self.unexpected_quantized if _of_quantized(s, one.key) else self.unexpected
         return self.shape if any(words in said for words in _SHAPES) else self.failed
 
     def unfilled(self, s: Subject) -> Iterator[Finding]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 from tierewrite.planning.policy import OPTIONS, ConsumerName, PolicyOptions
 
 if TYPE_CHECKING:
+    from tierewrite.consumers.dry_load import LoaderMode
     from tierewrite.engines.progress import Progress
     from tierewrite.stores.base import PathLike
 
@@ -37,6 +38,8 @@ class ItemOptions(PlanOptions, total=False):
     verify: bool
     consumer: ConsumerName | None
     force: bool
+    loader: LoaderMode
+    consumer_python: PathLike | None
     manifest: bool
 
 
@@ -63,7 +66,7 @@ class RewriteOptions(BatchOptions, total=False):
 
 ITEM_TYPES: Mapping[str, tuple[type, ...]] = {
     **{name: option.types for name, option in OPTIONS.items()},
-    **dict.fromkeys(("ties", "revision", "consumer"), (str,)),
+    **dict.fromkeys(("ties", "revision", "consumer", "loader", "consumer_python"), (str,)),
     **dict.fromkeys(("trust_remote_code", "ignore_unindexed"), (bool,)),
     **dict.fromkeys(("overwrite", "resume", "verify", "force", "manifest"), (bool,)),
 }

@@ -28,6 +28,7 @@ from tierewrite.rewriting.steps import (
     finish,
     prove,
     refuse_unconfirmed,
+    refuse_unusable_loader,
     with_needed,
     write_shards,
 )
@@ -40,6 +41,8 @@ from tierewrite.values.opened import Opened
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from tierewrite.consumers.dry_load import LoaderMode
 
 
 def plan(
@@ -100,6 +103,8 @@ def rewrite(
     ray_address: str | None = None,
     consumer: ConsumerName | None = None,
     force: bool = False,
+    loader: LoaderMode = "auto",
+    consumer_python: PathLike | None = None,
     manifest: bool = True,
     progress: Progress | None = None,
     **options: Unpack[PolicyOptions],
@@ -130,6 +135,7 @@ def rewrite(
             check the output before it appears; errors other than per-side conflicts, which no rewrite can merge, leave
             no `dst`.
         force: with `consumer`, let the output appear all the same.
+        loader, consumer_python: with `consumer`, whether its own loader is asked, and by which Python; as for `check`.
         manifest: write `tierewrite.json` with what was done and the digests.
         progress: called with how many bytes have moved. What its `start` or `advance` raises stops the rewrite, which
             then leaves nothing behind.
@@ -150,6 +156,8 @@ def rewrite(
     """
     started = time.monotonic()
     policy = Policy.of(consumer, **options)
+    if consumer is not None:
+        refuse_unusable_loader(consumer, loader, consumer_python)
     progress = progress or Progress()
     reading: SourceOptions = {
         "ties": ties,
@@ -190,7 +198,13 @@ def rewrite(
                 prove(route.src, staging, policy, consumer, progress, total, reading)
             if consumer is not None:
                 readiness = check_for(
-                    consumer, staging.view(), route.dst, trust_remote_code=trust_remote_code, force=force
+                    consumer,
+                    staging.view(),
+                    route.dst,
+                    trust_remote_code=trust_remote_code,
+                    force=force,
+                    loader=loader,
+                    consumer_python=consumer_python,
                 )
                 report = replace(report, readiness=readiness)
             if route.swapped is not None:

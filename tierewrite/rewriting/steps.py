@@ -236,6 +236,13 @@ def prove(
         )
 
 
+def refuse_unusable_loader(consumer: str, loader: LoaderMode, consumer_python: PathLike | None) -> None:
+    """Before any work is done: raises UsageError where `check_for` could not ask the consumer's own loader this way."""
+    from tierewrite.consumers import LoaderOptions, refuse_no_interpreter
+
+    refuse_no_interpreter(consumer, LoaderOptions(loader, consumer_python))
+
+
 def check_for(
     consumer: str,
     output: Path | RemoteFolder,
@@ -257,7 +264,7 @@ def check_for(
     from tierewrite.consumers import check
 
     found = check(
-        output, consumer, trust_remote_code=trust_remote_code, loader=loader, consumer_python=consumer_python
+        output, consumer, trust_remote_code=trust_remote_code, loader=loader, consumer_python=consumer_python, name=dst
     )
     if found.errors and not (found.only_per_side_conflicts() or force):
         lines = "\n".join(f"  {finding}" for finding in found.errors[:12])
@@ -266,4 +273,4 @@ def check_for(
             "Fix the export, or write it all the same with --force.",
             details={"readiness": found.to_json()},
         )
-    return replace(found, checkpoint=str(dst))
+    return found

@@ -189,9 +189,9 @@ def _sharing(s: VllmSubject, leaf: str) -> Iterator[list[str]]:
         return
     groups: dict[str, list[Module]] = {}
     for name, module in s.sound.items():
-        parent, _, leaf = name.rpartition(".")
+        parent, _, projection = name.rpartition(".")
         for fused, shards in s.backbone.fused.items():
-            if leaf in shards:
+            if projection in shards:
                 groups.setdefault(f"{parent}.{fused}", []).append(module)
     for modules in groups.values():
         if len(modules) > 1:
