@@ -454,6 +454,7 @@ TRANSFORMERS: list[tuple[str, str, str, Callable[[Draft], None]]] = [
     ("duplicate-names", "warning", "dg_bf16", copy(f"{ENCODER}norm.weight", NORM)),
     ("quant-method-unknown", "error", "dg_nvfp4", lambda d: None),
     ("experts-unpacked", "error", "dg_nvfp4", lambda d: None),
+    ("scale-missing", "error", "llmc_fp8_static", lambda d: None),
     ("index-missing", "error", "dg_nvfp4_sharded", lambda d: setattr(d, "index", None)),
     ("architectures", "error", "dg_bf16", lambda d: d.config.__setitem__("architectures", ["NoSuchModel"])),
 ]

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ import pytest
 import tierewrite
 from tests.checkpoints import FIXTURES, edit_tensors, read_tensors
 from tierewrite.consumers import CONSUMERS, needed
+from tierewrite.consumers.dry_load import LoaderOptions, dry_load
+from tierewrite.consumers.loaded import DryLoad, Rank, Unfilled
+from tierewrite.consumers.transformers import names
 from tierewrite.errors import Refused, UsageError
 from tierewrite.planning.plan import NeededNames
 
@@ -153,6 +157,75 @@ def test_in_memory_the_very_tensor_stays() -> None:
     assert report.groups[0].group.kept_names == ("lm_head.weight",)
     dropped, _ = tierewrite.dedupe_state_dict(state, ties)
     assert list(dropped) == ["embed.weight"]
+
+
+@pytest.mark.parametrize(
+    ("method", "needed"),
+    [
+        ("quark", ["b.weight_scale"]),
+        ("compressed-tensors", ["b.weight_scale"]),
+        ("fp8", ["b.weight", "b.weight_scale"]),  # on a GPU its scales are missed, elsewhere its weight with them
+        ("bitsandbytes", []),  # what it stores becomes one tied parameter
+        ("torchao", []),
+    ],
+)
+def test_the_rule_goes_by_how_a_quantizer_stores_a_weight(method: str, needed: list[str]) -> None:
+    sides = {"b.weight": ["b.weight", "b.weight_scale"], "b.norm.weight": ["b.norm.weight"]}
+    assert sorted(names.needed_by_rule(method, sides)) == needed
+
+
+def test_a_side_that_no_name_is_missing_of_is_dropped(made: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What transformers' loader answers decides; here it is asked for the canonical form and for the source."""
+    asked: list[dict[str, object]] = []
+
+    def answer(loader: object, folders: dict[Path, str], options: object) -> list[DryLoad]:
+        headers = [json.loads((folder / "model.safetensors").read_bytes()[8:]) for folder in folders]
+        asked.extend(headers)
+        q_proj = Unfilled("model.encoder.language_model.layers.0.self_attn.q_proj.input_quantizer.scale", (), 1, 1)
+        other = Unfilled("model.encoder.language_model.layers.1.self_attn.q_proj.input_quantizer.scale", (), 1, 1)
+        ranks = [Rank(unfilled=(q_proj, other)), Rank(unfilled=(other,))]
+        return [DryLoad("", "transformers", "5", "loaded", ranks=(rank,)) for rank in ranks]
+
+    monkeypatch.setattr(names, "dry_load", answer)
+    monkeypatch.setenv(names.LOADER.variable, "a Python that has Quark")
+    names._missed.cache_clear()
+    plan = tierewrite.plan(made["naive"], keep_names_for="transformers")
+    names._missed.cache_clear()
+    stem = "model.encoder.language_model.layers.0.self_attn.q_proj"
+    assert [name for group in plan.groups for name in group.kept_names] == [
+        f"{stem}.input_scale", f"{stem}.weight_scale"
+    ]  # fmt: skip
+    canonical_form, source = asked
+    assert f"{stem}.weight" in source.keys() - canonical_form.keys()
+
+
+@pytest.mark.skipif(find_spec("accelerate") is None, reason="from_pretrained on the meta device wants accelerate")
+def test_transformers_itself_says_what_it_misses(naive: Callable[[str], Path], tmp_path: Path) -> None:
+    lacking = copy_without(naive("qwen3_tied_bf16"), tmp_path / "lacking", "model.norm.weight")
+    folders = {naive("qwen3_tied_bf16"): "whole", lacking: "lacking"}
+    whole, other = dry_load(names.LOADER, folders, LoaderOptions())
+    assert (whole.outcome, whole.reason, whole.ranks[0].unfilled) == ("loaded", "", ())
+    assert [one.parameter for one in other.ranks[0].unfilled] == ["model.norm.weight"]
+
+
+def copy_without(src: Path, dst: Path, name: str) -> Path:
+    shutil.copytree(src, dst)
+    edit_tensors(dst, {name: None})
+    return dst
+
+
+def test_a_plain_rewrite_warns_where_transformers_has_the_quantizer(made: dict[str, Path]) -> None:
+    warned = [warning for warning in tierewrite.plan(made["naive"]).warnings if "--for transformers" in warning]
+    assert len(warned) == 1
+    assert "'quark'" in warned[0]
+    assert tierewrite.check(made["plain"], "transformers").ids() >= {"scale-missing"}
+    assert "scale-missing" not in tierewrite.check(made["kept"], "transformers").ids()
+    assert "scale-missing" not in tierewrite.check(made["naive"], "transformers").ids()
+
+
+def test_no_warning_where_nothing_is_missed(naive: Callable[[str], Path]) -> None:
+    for case in ("dg_fp8", "dg_bf16", "dg_bnb_int8"):
+        assert not any("--for transformers" in warning for warning in tierewrite.plan(naive(case)).warnings)
 
 
 def test_a_consumer_without_such_names_is_refused(naive: Callable[[str], Path], tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def _said(needed: NeededNames, fates: Fates) -> list[str]:
     """What a person should know of the names that stay because they are needed."""
     count = int(fates.kept_name.sum())
     if not count:
-        return []
+        return list(needed.notes)
     said = f"{count:,} tensors of tied modules stay on every side, with one value: {needed.consumer} needs their names"
     return [said, *needed.notes]
 

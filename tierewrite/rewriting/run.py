@@ -176,7 +176,7 @@ def rewrite(
         asked = partial(asking, progress, ahead=engine == "local")
         opened = Opened.open(route.src, meanwhile=asked, **reading)
         interrupts.check()
-        opened = with_needed(opened.excluding(policy.exclude), policy)
+        opened = with_needed(opened.excluding(policy.exclude), policy, consumer)
         planned = opened.plan(policy)
         refuse_unconfirmed(opened, planned, workers)
         side_bytes = sum(side.size for side in opened.checkpoint.side_files)

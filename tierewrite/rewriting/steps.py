@@ -75,13 +75,17 @@ class Written:
         return (*self.values.warnings, *separate_kv_warnings(self.evidence.separate_kv))
 
 
-def with_needed(opened: Opened, policy: Policy) -> Opened:
-    """`opened`, with the names that have to stay for a consumer (`policy.keep_names_for`)."""
-    if policy.keep_names_for is None:
-        return opened
-    from tierewrite.consumers.needed import with_needed_names  # not imported by rewrites for nobody in particular
+def with_needed(opened: Opened, policy: Policy, consumer: str | None = None) -> Opened:
+    """`opened`, with the names that have to stay for a consumer (`policy.keep_names_for`).
 
-    return with_needed_names(opened, policy)
+    Args:
+        consumer: for whom the output is.
+    """
+    if policy.keep_names_for is None and "quantization_config" not in opened.checkpoint.config:
+        return opened  # the consumers, which take time to import, have nothing to say
+    from tierewrite.consumers.needed import with_needed_names
+
+    return with_needed_names(opened, policy, consumer)
 
 
 def refuse_unconfirmed(opened: Opened, plan: RewritePlan, workers: Hasher) -> None:

@@ -16,15 +16,12 @@ from typing import Any
 
 from tierewrite import formats
 from tierewrite.consumers import common_rules
-from tierewrite.consumers.backbone import BackboneTable
-from tierewrite.consumers.consumer import Consumer
 from tierewrite.consumers.findings import Finding
 from tierewrite.consumers.rules import Rule, RuleSet
 from tierewrite.consumers.subject import Subject
-from tierewrite.consumers.transformers_names import QUANT_METHODS, needed_names
-from tierewrite.planning.policy import FOR_CONSUMER
+from tierewrite.consumers.transformers.names import QUANT_METHODS, missed_names
 from tierewrite.source.table import INDEX_NAME
-from tierewrite.ties.on_disk import WHOLE
+from tierewrite.ties.on_disk import WHOLE, on_disk
 
 MODELING = "modeling_utils.py"
 WHOLE_FILE = "model.safetensors"
@@ -173,6 +170,27 @@ def missing_parameters(s: Subject) -> Iterator[Finding]:
         yield PARAMETER_MISSING.at(names, f"{len(names)} {PARAMETER_MISSING.title}")
 
 
+SCALE_MISSING = Rule(
+    id="scale-missing",
+    title="tensors that a quantizer adds to a tied module are there on one side only",
+    severity="error",
+    consequence="transformers ties parameters by name, and these by none: they stay uninitialised, with a table on the "
+    "log",
+    fix="rewrite with --for transformers, from a source that has both sides",
+    source=f"{MODELING} PreTrainedModel.tie_weights",
+)
+
+
+@RULES.add(SCALE_MISSING)
+def scales_of_one_side(s: Subject) -> Iterator[Finding]:
+    """modeling_utils.py `PreTrainedModel.tie_weights`: only the names in `_tied_weights_keys` are tied."""
+    if s.ties is None or s.folder.absent:
+        return
+    keys = missed_names(s.config, on_disk(s.ties, s.entries), s.entries)
+    if keys:
+        yield SCALE_MISSING.at(keys, f"{len(keys)} {SCALE_MISSING.title}")
+
+
 UNEXPECTED_TENSOR = Rule(
     id="unexpected-tensor",
     title="tensors belong to no parameter",
@@ -256,15 +274,3 @@ def ties(s: Subject) -> Iterator[Finding]:
     if same:
         yield DUPLICATE_NAMES.at(same, f"{len(same)} names of declared ties, stored more than once")
 
-
-TRANSFORMERS: Consumer[Subject] = Consumer(
-    name="transformers",
-    version="5.23.0",
-    reads_alone=WHOLE_FILE,  # `_get_resolved_checkpoint_files`
-    presets=FOR_CONSUMER["transformers"],
-    # ties.on_disk has applied transformers' own renamings already.
-    backbones=BackboneTable.names_unchanged(MODELING),
-    rules=RULES,
-    subject_type=Subject,
-    needed_names=needed_names,
-)
