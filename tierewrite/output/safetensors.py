@@ -9,10 +9,9 @@ from typing import Any
 
 import msgspec
 
-from tierewrite.errors import UsageError, shown
+from tierewrite.errors import UsageError
 from tierewrite.planning.plan import OutShard
 from tierewrite.source.header import MAX_HEADER_BYTES
-from tierewrite.source.table import Checkpoint
 
 
 class HeaderEntry(msgspec.Struct, gc=False):
@@ -44,24 +43,9 @@ def shard_header(shard: OutShard, metadata: Mapping[str, str]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def merged_metadata(checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
-    """The union of the shards' `__metadata__`; where two disagree the first shard wins. Returns it with warnings."""
-    union: dict[str, str] = {}
-    warnings = []
-    for shard in checkpoint.shards:
-        for key, value in shard.metadata.items():
-            if union.setdefault(key, value) != value:
-                warnings.append(
-                    f"metadata '{shown(key)}' is {shown(union[key])!r} in an earlier shard and {shown(value)!r} in "
-                    f"'{shown(shard.name)}'; the first is kept"
-                )
-    return union, warnings
-
-
-def index_bytes(shards: Sequence[OutShard], metadata: Mapping[str, Any] | None) -> bytes:
-    """`model.safetensors.index.json`: canonical names, `total_size` in bytes of tensor data, other metadata kept."""
-    about = {**(metadata or {}), "total_size": sum(shard.nbytes for shard in shards)}
+def index_bytes(shards: Sequence[OutShard], metadata: Mapping[str, Any]) -> bytes:
+    """`model.safetensors.index.json`: which shard holds which name, and its `metadata`."""
     files = {name: shard.name for shard in shards for name in shard.names}
-    text = json.dumps({"metadata": about, "weight_map": files}, sort_keys=True, ensure_ascii=False)
+    text = json.dumps({"metadata": dict(metadata), "weight_map": files}, sort_keys=True, ensure_ascii=False)
     # What json.dumps(indent=2) prints, ten times as fast: the C encoder does not indent.
     return msgspec.json.format(text, indent=2).encode() + b"\n"

@@ -14,7 +14,8 @@ from types import TracebackType
 
 import numpy as np
 
-from tierewrite.output.safetensors import index_bytes, merged_metadata, shard_header
+from tierewrite.output.metadata import header_metadata, index_metadata
+from tierewrite.output.safetensors import index_bytes, shard_header
 from tierewrite.planning.plan import OutShard, OutTensor, RewritePlan
 from tierewrite.source.bytes import open_source, runs_of
 from tierewrite.source.table import INDEX_NAME, Checkpoint, SideFile
@@ -104,14 +105,14 @@ class UnwrittenOutput:
             UsageError: a header would be longer than the format allows.
         """
         checkpoint = self.checkpoint
-        metadata, _ = merged_metadata(checkpoint)
+        metadata, _ = header_metadata(checkpoint, self.plan)
         found: dict[str, ReadableFile] = {}
         for side in checkpoint.side_files:
             found[side.name] = ReadableFile(side.size, _reader(side))
         for shard in self.plan.shards:
             header = shard_header(shard, metadata)
             found[shard.name] = ReadableFile(len(header) + shard.nbytes, self._shard_reader(shard, header))
-        index = index_bytes(self.plan.shards, checkpoint.index_metadata)
+        index = index_bytes(self.plan.shards, index_metadata(checkpoint, self.plan))
         found[INDEX_NAME] = ReadableFile(len(index), lambda start, end: index[start:end])
         return found
 

@@ -16,7 +16,8 @@ import tierewrite
 from tierewrite.errors import Refused, shown
 from tierewrite.output.configs import configs_of
 from tierewrite.output.manifest import build_manifest, written_tensors
-from tierewrite.output.safetensors import index_bytes, merged_metadata, shard_header
+from tierewrite.output.metadata import header_metadata, index_metadata
+from tierewrite.output.safetensors import index_bytes, shard_header
 from tierewrite.planning.plan import RewritePlan
 from tierewrite.planning.policy import Policy
 from tierewrite.proof import Problem
@@ -63,7 +64,7 @@ def exact_files(opened: Opened, policy: Policy, digests: Mapping[str, bytes]) ->
     except Refused:
         return None
     checkpoint = opened.checkpoint
-    metadata, _ = merged_metadata(checkpoint)
+    metadata, _ = header_metadata(checkpoint, plan)
     headers = {
         shard.name: (shard_header(shard, metadata), shard.nbytes) for shard in plan.shards
     }
@@ -89,7 +90,7 @@ def exact_files(opened: Opened, policy: Policy, digests: Mapping[str, bytes]) ->
     listed = written_tensors(plan, made, values.merged, digests)
     return ExactFiles(
         headers,
-        index_bytes(plan.shards, checkpoint.index_metadata),
+        index_bytes(plan.shards, index_metadata(checkpoint, plan)),
         configs,
         build_manifest(report, opened.disk, listed, tierewrite.__version__),
     )

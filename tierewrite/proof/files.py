@@ -19,6 +19,8 @@ from tierewrite.output import manifest as manifests
 from tierewrite.output.manifest import ties_on_disk
 from tierewrite.planning.policy import Policy
 from tierewrite.proof import Problem
+from tierewrite.proof.expected import Expected
+from tierewrite.proof.metadata import expected_header_metadata, expected_index_metadata
 from tierewrite.proof.reading import hash_file
 from tierewrite.source.bytes import read_side_file
 from tierewrite.source.strict_json import strict_json
@@ -87,9 +89,17 @@ def check_finished(target: Checkpoint) -> list[Problem]:
 
 
 def check_layout(
-    source: Checkpoint, target: Checkpoint, manifest: Mapping[str, Any] | None, policy: Policy
+    source: Checkpoint,
+    target: Checkpoint,
+    expected: Expected,
+    manifest: Mapping[str, Any] | None,
+    policy: Policy,
 ) -> list[Problem]:
-    """Index, metadata, names and sizes of DST's shards. (To open it, index and shards had to agree.)"""
+    """Index, metadata, names and sizes of DST's shards. (To open it, index and shards had to agree.)
+
+    Args:
+        expected: what DST has to hold.
+    """
     problems: list[Problem] = []
     metadata = target.index_metadata
     if metadata is None:
@@ -101,13 +111,10 @@ def check_layout(
         if type(metadata.get("total_size")) is not int or metadata["total_size"] != total:
             said = shown(metadata.get("total_size"))
             problems.append(Problem("total-size", INDEX_NAME, f"says {said}; the tensors have {total} bytes"))
-        carried = {key: value for key, value in (source.index_metadata or {}).items() if key != "total_size"}
+        carried = expected_index_metadata(source, expected)
         if _frozen({key: value for key, value in metadata.items() if key != "total_size"}) != _frozen(carried):
-            problems.append(Problem("metadata", INDEX_NAME, "metadata is not that of SRC's index"))
-    union: dict[str, str] = {}
-    for shard in source.shards:
-        for key, value in shard.metadata.items():
-            union.setdefault(key, value)
+            problems.append(Problem("metadata", INDEX_NAME, "metadata is not what follows from that of SRC's index"))
+    about = expected_header_metadata(source, expected.stands)
     fullest = [0] * len(source.shards)
     for entry in source.tensors.values():
         fullest[entry.shard] += entry.nbytes
@@ -118,7 +125,7 @@ def check_layout(
         counts[entry.shard] += 1
     limit = policy.max_shard_size or (None if manifest is None else max(fullest))
     for number, shard in enumerate(target.shards, 1):
-        if dict(shard.metadata) != union:
+        if dict(shard.metadata) != about:
             problems.append(Problem("metadata", shard.name, f"__metadata__ is {shown(dict(shard.metadata))}"))
         match = _SHARD_NAME.match(shard.name)
         if len(target.shards) == 1:

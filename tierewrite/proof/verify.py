@@ -221,7 +221,7 @@ def verify(
     problems += check_index_file(target)
     if isinstance(dst, (str, os.PathLike)):  # a rewrite proves its output before it takes its marker away
         problems += check_finished(target)
-    problems += check_layout(source, target, manifest, policy)
+    problems += check_layout(source, target, proof.expected, manifest, policy)
     configs = exact.configs if exact is not None else {}
     if consumer is not None and policy.fix_ignore:
         configs = corrected_for(consumer, source, dst, configs, trust_remote_code)

@@ -18,7 +18,8 @@ from tierewrite.errors import NotReady, VerificationFailed, shown
 from tierewrite.output.configs import configs_of
 from tierewrite.output.engine import Hasher
 from tierewrite.output.manifest import build_manifest, written_tensors
-from tierewrite.output.safetensors import index_bytes, merged_metadata
+from tierewrite.output.metadata import header_metadata, index_metadata
+from tierewrite.output.safetensors import index_bytes
 from tierewrite.output.shards import Output
 from tierewrite.output.side_files import copy_side_files
 from tierewrite.output.staging import Staged
@@ -135,7 +136,7 @@ def attempt(run: Pass, plan: RewritePlan, evidence: Evidence) -> Written | Evide
     values = decide(checkpoint, plan)
     if isinstance(values, CannotBe):
         return evidence.without(values)
-    metadata, _ = merged_metadata(checkpoint)
+    metadata, _ = header_metadata(checkpoint, plan)
     output = run.outputs.enter_context(Output(checkpoint, plan, values.contents, run.staging, metadata))
     if run.resume:
         output.keep_finished(run.workers, run.digests)
@@ -175,7 +176,7 @@ def finish(
     opened, staging, progress = run.opened, run.staging, run.workers.progress
     checkpoint, plan, output = opened.checkpoint, written.plan, written.output
     # All that takes long to work out comes first: the disk is still at work.
-    index = index_bytes(plan.shards, checkpoint.index_metadata)
+    index = index_bytes(plan.shards, index_metadata(checkpoint, plan))
     configs, config_warnings = configs_of(checkpoint, plan, opened.disk, opened.ties)
     listed = written_tensors(plan, output.made, written.values.merged, run.digests) if manifest else {}
     output.durable(progress)
@@ -191,7 +192,7 @@ def finish(
         for name, data in corrected.items():
             staging.put(name, data)
         config_warnings = (*config_warnings, *sentences)
-    _, metadata_warnings = merged_metadata(checkpoint)
+    _, metadata_warnings = header_metadata(checkpoint, plan)
     report = build_report(
         checkpoint,
         opened.ties,

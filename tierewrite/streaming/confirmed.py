@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tierewrite.output.engine import Hasher
-from tierewrite.output.safetensors import merged_metadata, shard_header
+from tierewrite.output.metadata import header_metadata
+from tierewrite.output.safetensors import shard_header
 from tierewrite.output.target import side_file_clashes
 from tierewrite.planning.plan import RewritePlan, needed_for_confirmation
 from tierewrite.planning.policy import Policy
@@ -51,7 +52,7 @@ def confirmed(opened: Opened, policy: Policy, hasher: Hasher) -> Confirmed:
         if isinstance(values, CannotBe):
             evidence = evidence.without(values)
             continue
-        metadata, metadata_warnings = merged_metadata(checkpoint)
+        metadata, metadata_warnings = header_metadata(checkpoint, plan)
         for shard in plan.shards:
             shard_header(shard, metadata)
         digests.update(hasher.hash(checkpoint, needed_for_confirmation(plan.groups) - digests.keys(), "hashing"))

@@ -1,0 +1,136 @@
+"""The metadata of index and headers: what depends on what is stored says what the output stores.
+
+- `total_size` of the index is the bytes of the tensors, `total_parameters` the number of the model's parameters.
+- safetensors' `save_model` notes under the name of a tensor that it left out which stored tensor it is.
+- torchao describes every parameter under its name, and lists them in `tensor_names`.
+
+Everything else is carried over as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tierewrite import formats
+from tierewrite.errors import shown
+from tierewrite.planning.plan import Action, RewritePlan
+from tierewrite.source.table import Checkpoint
+
+_LISTED = "tensor_names"
+_ONE_EACH = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I8", "F4"})
+"""Dtypes whose elements are one parameter each; in others several may be packed, of two bits at least."""
+
+
+def header_metadata(checkpoint: Checkpoint, plan: RewritePlan) -> tuple[dict[str, str], list[str]]:
+    """The `__metadata__` of every shard of the output: the union of the source's, and warnings.
+
+    Where two shards of the source disagree the first one wins.
+    """
+    union: dict[str, str] = {}
+    warnings = []
+    for shard in checkpoint.shards:
+        for key, value in shard.metadata.items():
+            if union.setdefault(key, value) != value:
+                warnings.append(
+                    f"metadata '{shown(key)}' is {shown(union[key])!r} in an earlier shard and {shown(value)!r} in "
+                    f"'{shown(shard.name)}'; the first is kept"
+                )
+    return (_of_the_output(union, plan) if len(union) > 1 else union), warnings
+
+
+def _of_the_output(metadata: Mapping[str, str], plan: RewritePlan) -> dict[str, str]:
+    """`metadata` with its statements about tensors as they are true of the output."""
+    moved = _Moved(plan)
+    made: dict[str, str] = {}
+    for key, value in metadata.items():
+        stored = moved.target(value)
+        if stored is not None:  # a note of save_model
+            made[value if stored == key else key] = stored
+        elif key == _LISTED:
+            made[key] = _listed(value, moved)
+        else:
+            name = moved.parameter(key)
+            if name == key or name not in metadata:
+                made[name] = value
+    return made
+
+
+class _Moved:
+    """Under which names the output has what the source has under another."""
+
+    def __init__(self, plan: RewritePlan) -> None:
+        self._plan = plan
+        self._targets = plan.targets()
+        left = np.flatnonzero(plan.action == Action.DROP.code).tolist()
+        names, row = plan.source.names, plan.source.row
+        gone = [*left, *plan.new_names]
+        stay = {target.rpartition(".")[0] for target in plan.survivors()}
+        self._modules = {
+            module: self._targets[at].rpartition(".")[0]
+            for at in gone
+            if (module := names[at].rpartition(".")[0]) not in stay
+        }
+        self._row = row
+
+    def target(self, name: str) -> str | None:
+        """The key in the output of the tensor `name` of the source; None if it has none."""
+        return self._targets[self._row[name]] if name in self._row else None
+
+    def parameter(self, name: str) -> str:
+        """What the parameter `name` is called: another name where nothing of its module is left."""
+        stored = self.target(name)
+        if stored is not None:
+            return stored
+        module, _, leaf = name.rpartition(".")
+        return f"{self._modules[module]}.{leaf}" if module in self._modules else name
+
+
+def _listed(text: str, moved: _Moved) -> str:
+    """A JSON list of parameters with the names of the output, each once."""
+    try:
+        names = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return text
+    made = list(dict.fromkeys(map(moved.parameter, names)))
+    return text if made == names else json.dumps(made)
+
+
+def index_metadata(checkpoint: Checkpoint, plan: RewritePlan) -> dict[str, Any]:
+    """The `metadata` of the output's index."""
+    about = {**(checkpoint.index_metadata or {}), "total_size": plan.total_bytes}
+    said = about.get("total_parameters")
+    gone = _dropped_weights(plan)
+    if type(said) is int and said > _most_parameters(plan) and not _packed(plan)[gone].any():
+        about["total_parameters"] = said - int(_parameters(plan)[gone].sum())
+    return about
+
+
+def _most_parameters(plan: RewritePlan) -> int:
+    """As many parameters as the output may hold: a higher number counts tied ones under each of their names."""
+    rows = np.concatenate([shard.rows for shard in plan.shards])
+    return int(np.where(_packed(plan), plan.source.nbytes * 4, _parameters(plan))[rows].sum())
+
+
+def _dropped_weights(plan: RewritePlan) -> np.ndarray:
+    """int64, rows of the parameters that are dropped; companions of weights are none."""
+    weight = np.array([not formats.is_companion(leaf) for leaf in plan.source.leaves], bool)
+    return np.flatnonzero((plan.action == Action.DROP.code) & weight[plan.source.leaf])
+
+
+def _packed(plan: RewritePlan) -> np.ndarray:
+    """bool [rows], whether an element may hold several parameters."""
+    packed: np.ndarray = np.array([dtype not in _ONE_EACH for dtype, _ in plan.source.kinds], bool)[plan.source.kind]
+    return packed
+
+
+def _parameters(plan: RewritePlan) -> np.ndarray:
+    """int64 [rows], the elements of each tensor."""
+    counts: np.ndarray = np.array([math.prod(shape) for _, shape in plan.source.kinds], np.int64)[plan.source.kind]
+    return counts
