@@ -110,8 +110,9 @@ def body_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     ("library", "rooms"),
     [
         ("transformers", {"ties"}),
-        ("torch", {"ties", "digest", "streaming", "in_memory"}),
+        ("torch", {"ties", "digest", "streaming", "in_memory", "consumers/vllm/model_loader.py"}),
         ("cupy", {"digest/cuda.py", "numbers/arithmetic.py"}),
+        ("vllm", {"consumers/vllm/plugin.py", "consumers/vllm/model_loader.py"}),
         ("fsspec", {"stores"}),
         ("regex", {"bounded_regex"}),
         ("ray", {"engines"}),

@@ -65,14 +65,21 @@ def import_vllm() -> None:
     registry._run_in_subprocess = lambda fn: fn()  # keeps the shim in effect
 
 
-def prepare(ckpt: str) -> Any:
-    """The VllmConfig that `vllm serve` would make of the folder, with kernels that a CPU can have."""
+def prepare(ckpt: str, rank: int = 0, ranks: int = 1, rendezvous: str = "", **options: Any) -> Any:
+    """The VllmConfig that `vllm serve` would make of the folder, with kernels that a CPU can have.
+
+    Args:
+        rank, ranks: of the tensor-parallel group.
+        rendezvous: a file that the ranks share; "": one of its own.
+        options: further arguments of EngineArgs.
+    """
     from vllm.config import set_current_vllm_config
     from vllm.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms.interface import PlatformEnum
 
-    args = EngineArgs(model=ckpt, skip_tokenizer_init=True, enforce_eager=True, max_model_len=256)
+    options = {"max_model_len": 256, **options}
+    args = EngineArgs(model=ckpt, skip_tokenizer_init=True, enforce_eager=True, **options)
     config = args.create_engine_config()
 
     # Kernel choice: nothing in vLLM serves NVFP4 on a CPU, so hand out emulation.
@@ -95,9 +102,9 @@ def prepare(ckpt: str) -> Any:
     CPUAttentionBackend.supports_kv_cache_dtype = classmethod(lambda *_: True)
 
     with set_current_vllm_config(config):
-        rendezvous = "file://" + tempfile.mktemp(prefix="vllm_rdzv")
-        init_distributed_environment(1, 0, rendezvous, 0, "gloo")
-        initialize_model_parallel(1)
+        meeting = "file://" + (rendezvous or tempfile.mktemp(prefix="vllm_rdzv"))
+        init_distributed_environment(ranks, rank, meeting, rank, "gloo")
+        initialize_model_parallel(ranks)
     return config
 
 
