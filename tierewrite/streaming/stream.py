@@ -16,7 +16,7 @@ from tierewrite.planning.plan import Action, RewritePlan
 from tierewrite.planning.policy import ConsumerName, Policy, PolicyOptions
 from tierewrite.rewriting.options import Device
 from tierewrite.rewriting.run import asking
-from tierewrite.rewriting.steps import check_for, with_needed
+from tierewrite.rewriting.steps import check_for, refuse_unusable_loader, with_needed
 from tierewrite.source.open import fetched, name_in_messages
 from tierewrite.source.table import Checkpoint
 from tierewrite.stores.base import PathLike
@@ -188,6 +188,8 @@ def stream(
     """
     policy = Policy.of(consumer, **options)
     progress = progress or Progress()
+    if consumer is not None:
+        refuse_unusable_loader(consumer, loader, consumer_python)
     place = fetched(src, revision=revision, bars=progress.shown)
     with open_engine("local", device=device, threads=threads, progress=progress) as workers:
         opened = Opened.open(
