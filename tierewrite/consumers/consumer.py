@@ -38,6 +38,8 @@ class Consumer(Generic[S]):
             and one sentence for each. None where nothing has to be changed.
         needed_names: of a source, the names that its loader has to find though a tie makes another tensor stand for
             them (`planning.plan.NeededNames`). None where one name of each tie is enough.
+        seen_by_loader: ids of rules that name the cause of a load that fails or leaves something out: where the
+            consumer's own loader ran and has nothing to complain of, they are mistaken.
         loader_rules: what follows from what its own loader did, where that was asked.
         dry_loader: how its own loader is asked. None where that cannot be done.
     """
@@ -51,6 +53,7 @@ class Consumer(Generic[S]):
     subject_type: type[S]
     corrected_configs: Callable[[S], tuple[dict[str, bytes], tuple[str, ...]]] | None = None
     needed_names: Callable[[Opened], NeededNames] | None = None
+    seen_by_loader: frozenset[str] = frozenset()
     loader_rules: RuleSet[Subject] = field(default_factory=RuleSet)
     dry_loader: DryLoader | None = None
 
@@ -62,9 +65,12 @@ class Consumer(Generic[S]):
     def findings(self, subject: S) -> Iterator[Finding]:
         """What is wrong with the checkpoint, by the consumer's own loader where it was asked, and by the rules."""
         loaded = subject.loaded is not None and subject.loaded.loaded
-        yield from self.rules.findings(subject, loaded=loaded)
-        if subject.loaded is not None:
-            yield from self.loader_rules.findings(subject)
+        by_loader = [] if subject.loaded is None else list(self.loader_rules.findings(subject))
+        yield from by_loader
+        clean = loaded and not any(finding.severity == "error" for finding in by_loader)
+        for finding in self.rules.findings(subject, loaded=loaded):
+            if not (clean and finding.id in self.seen_by_loader):
+                yield finding
 
     def subject(self, path: Place, backbone: PathLike | None = None, **options: Any) -> S:
         """The checkpoint at `path` as this consumer reads it.

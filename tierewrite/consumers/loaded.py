@@ -176,6 +176,20 @@ class DryLoad:
         """Nothing is known, because of `reason`."""
         return cls(LOADED_SCHEMA, consumer, "", "not-run", reason)
 
+    def kv_scales(self) -> tuple[list[str], list[str]]:
+        """Parameters k_scale and v_scale that nothing fills, where the other is filled; and modules that have neither."""
+        lacking = {one.parameter for rank in self.ranks for one in rank.unfilled}
+        half: dict[str, None] = {}
+        none: dict[str, None] = {}
+        for name in sorted(lacking):
+            module, _, leaf = name.rpartition(".")
+            other = {"k_scale": "v_scale", "v_scale": "k_scale"}.get(leaf)
+            if other is not None and f"{module}.{other}" in lacking:
+                none[module] = None
+            elif other is not None:
+                half[name] = None
+        return list(half), list(none)
+
     def keys_together(self, ending: str = "") -> Iterator[tuple[str, tuple[str, ...]]]:
         """Parameters that several keys wrote into, on any rank, with those keys.
 

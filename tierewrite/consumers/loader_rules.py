@@ -231,7 +231,13 @@ class _Rules:
             return
         ignored = set(ranks[0].ignored).intersection(*(rank.ignored for rank in ranks[1:]))
         used = {container for rank in ranks for key in rank.parameters_of if (container := _container(key))}
-        odd = [key for key in s.entries if key in ignored and (key.endswith(".bias") or _container(key) in used)]
+        modules = {key.rpartition(".")[0] for rank in ranks for key in rank.parameters_of}
+        odd = [
+            key
+            for key in s.entries
+            if key in ignored
+            and (_container(key) in used or (key.endswith(".bias") and key.removesuffix(".bias") in modules))
+        ]
         if odd:
             yield self.ignored.at(odd, f"{len(odd)} {self.ignored.title}")
         others = len(ignored) - len(odd)
@@ -336,13 +342,23 @@ def _of_quantized(s: Subject, key: str) -> bool:
     return (part is not None and part.role.quantizes) or s.backbone.map(module) in s.quantized
 
 
+def _odd_scale(s: Subject, one: Cast) -> bool:
+    """A scale in another float than the others of its name. What an exporter writes throughout, it means."""
+    leaf = one.key.rpartition(".")[2]
+    part = formats.classify("weight", leaf)
+    if part is None or formats.is_main(leaf) or not part.role.quantizes or leaf in KV_LEAVES:
+        return False
+    if s.folder.quant_config and s.entries[one.key].shape in ((), (1,)):
+        return one.found != "F32"  # ModelOpt writes scales of whole tensors so
+    usual = Counter(entry.dtype for key, entry in s.entries.items() if key.endswith(f".{leaf}")).most_common(1)
+    return one.found != usual[0][0]
+
+
 def _kind_of_cast(s: Subject, one: Cast) -> str | None:
     """What becomes of the values: "lossy", "lossless", "read" if the bytes have to tell; None where nobody minds."""
     both = {one.found, one.wanted}
     if both <= FLOATS:
-        # Scales are stored as F32; that a consumer holds them, or plain weights, in another float is its own choice.
-        scale = formats.classify("weight", one.key.rpartition(".")[2]) is not None
-        return "lossless" if scale and one.found != "F32" else None
+        return "lossless" if _odd_scale(s, one) else None
     if both == {"I8", "U8"}:
         return "lossless"
     if one.found in FLOATS and one.wanted == "F8_E4M3":

@@ -28,12 +28,14 @@ from dry_writes import Building, Feed, Recorder
 
 SCHEMA = "tierewrite/dry-load/1"
 MOST_REFUSED = 48  # keys that are left out before the script gives up
-SECONDS_FOR_REFUSED = 120.0
-# Words of PyTorch and of missing libraries: they say something of this environment, not of the checkpoint.
+SECONDS_FOR_REFUSED = 60.0
+# Words of PyTorch, of missing libraries, and of what is chosen when a model is served: they say something of this
+# environment, not of the checkpoint.
 OF_THE_ENVIRONMENT = (
     "meta tensor", "_opnamespace", "cuda", "triton", "flashinfer", "no kernel", "failed to find a kernel",
     "on the same device", "no module named", "cannot import name", "not compiled", "compute capability",
     "could not run 'aten::", "does not recognize this architecture", "not implemented for 'meta", "out of memory",
+    "trust_remote_code", "speculative_config",
 )  # fmt: skip
 OURS = frozenset({"dry_load.py", "dry_process.py", "dry_writes.py", "dry_coverage.py"})
 NEEDS_BYTES = ("meta tensor", "on the same device", "no data")
@@ -81,7 +83,7 @@ def of_the_environment(error: BaseException, folder: str) -> bool:
     """The error says something of this environment, and nothing of the checkpoint in `folder`."""
     if isinstance(error, (ImportError, NotImplementedError, MemoryError, Unavailable)):
         return True
-    text = f"{type(error).__name__}: {error}"
+    text = words(error)
     if isinstance(error, OSError):
         return folder not in text
     return _raised_here(error) or any(words in text.lower() for words in OF_THE_ENVIRONMENT)
@@ -95,7 +97,8 @@ def _raised_here(error: BaseException) -> bool:
 
 def words(error: BaseException) -> str:
     """The consumer's own words; where it says nothing, the function that raised."""
-    text = str(error)
+    # Of pydantic's account the sentence that the consumer wrote.
+    text = str(error).partition("Value error, ")[2].partition(" [type=")[0] or str(error)
     if not text and (frames := traceback.extract_tb(error.__traceback__)):
         text = f"in {frames[-1].name} ({os.path.basename(frames[-1].filename)}): {frames[-1].line}"
     return f"{type(error).__name__}: {text}"[:1000]
@@ -263,7 +266,7 @@ def _attempts(
                 return error, refused, False
             feed.real.add(key)
         elif key is None:
-            if not feed.seen:
+            if not feed.seen and not refused:
                 return error, refused, False
             attempt.failed = words(error)
             return attempt, refused, True

@@ -24,6 +24,15 @@ from tierewrite.consumers.vllm.corrected_ignore import corrected_ignore_lists
 from tierewrite.consumers.vllm.subject import VllmSubject
 from tierewrite.planning.policy import FOR_CONSUMER
 
+SEEN_BY_LOADER = frozenset(
+    {
+        "architectures", "cannot-be-quantized", "group-size-mismatch", "ignore-everything", "ignore-one-expert",
+        "ignore-partly-fused", "ignore-side-conflict", "ignore-substring", "ignored-but-quantized", "not-divisible",
+        "quant-algo-mismatch", "quant-config-invalid", "quant-config-missing", "unlisted-lm-head",
+        "unlisted-unquantized",
+    }
+)  # fmt: skip
+
 VLLM: Consumer[VllmSubject] = Consumer(
     name="vllm",
     version="0.33.0",
@@ -41,6 +50,7 @@ VLLM: Consumer[VllmSubject] = Consumer(
     ),
     subject_type=VllmSubject,
     corrected_configs=corrected_ignore_lists,
+    seen_by_loader=SEEN_BY_LOADER,
     loader_rules=loader_rules("vLLM"),
     dry_loader=DryLoader("vLLM", "vllm", Path(__file__).parent / "dry_load.py"),
 )

@@ -10,6 +10,7 @@ tensors without bytes. `process_weights_after_loading` is not run. Read in vLLM 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import sys
 import tempfile
@@ -178,34 +179,38 @@ def _allow(kernel: Any) -> None:
 
 
 def _any_moe_kernel() -> None:
-    """The emulation for NVFP4, Triton's for FP8: what they need decides no parameter."""
-    import importlib
+    """Kernels of experts: the emulation where there is one, else Triton's; what a kernel needs decides no parameter.
 
-    layers = "vllm.model_executor.layers"
-    packed = f"{layers}.quantization.compressed_tensors.compressed_tensors_moe"
-    rows = (
-        ("nvfp4", "NvFp4MoeBackend", "EMULATION", "select_nvfp4_moe_backend",
-         (f"{layers}.quantization.modelopt", f"{packed}.compressed_tensors_moe_w4a4_nvfp4")),
-        ("fp8", "Fp8MoeBackend", "TRITON", "select_fp8_moe_backend",
-         (f"{layers}.quantization.modelopt", f"{layers}.quantization.fp8",
-          f"{packed}.compressed_tensors_moe_w8a8_fp8")),
-    )  # fmt: skip
-    for oracle, backends, backend, function, users in rows:
-        with contextlib.suppress(ImportError, AttributeError):
-            module = importlib.import_module(f"{layers}.fused_moe.oracle.{oracle}")
-            chosen = getattr(getattr(module, backends), backend)
+    Those that pad the experts are avoided: what is padding is filled by no key.
+    """
+    folder = "vllm.model_executor.layers.fused_moe.oracle"
+    for name in ("nvfp4", "fp8", "mxfp4", "mxfp8", "int8", "int_wna16", "w4a8"):
+        with contextlib.suppress(ImportError):
+            module = importlib.import_module(f"{folder}.{name}")
+            for function in [each for each in dir(module) if each.startswith("select_") and each.endswith("_backend")]:
+                chosen = _moe_backend(module)
+                if chosen is not None:
+                    _put_everywhere(function, lambda *args, chosen=chosen, **named: chosen)
 
-            def select(*args: Any, module: Any = module, chosen: Any = chosen, **named: Any) -> Any:
-                try:
-                    return chosen, module.backend_to_kernel_cls(chosen)[0]
-                except Exception:
-                    return chosen, None
 
-            for user in users:
-                with contextlib.suppress(ImportError):
-                    found = importlib.import_module(user)
-                    if hasattr(found, function):
-                        setattr(found, function, select)
+def _moe_backend(module: Any) -> tuple[Any, Any] | None:
+    """A backend of the oracle `module`, and its class of experts, None where that cannot be imported here."""
+    kinds = [getattr(module, name) for name in dir(module) if name.endswith(("MoeBackend", "MoEBackend"))]
+    for backend in ("EMULATION", "TRITON", "CUTLASS"):
+        for kind in kinds:
+            if hasattr(kind, backend):
+                experts = None
+                with contextlib.suppress(Exception):
+                    experts = module.backend_to_kernel_cls(getattr(kind, backend))[0]
+                return getattr(kind, backend), experts
+    return None
+
+
+def _put_everywhere(name: str, function: Any) -> None:
+    """Replaces vLLM's function `name` in every module that has it already; those to come take it from there."""
+    for module in [module for key, module in sys.modules.items() if key.startswith("vllm.model_executor.layers")]:
+        if name in vars(module):
+            setattr(module, name, function)
 
 
 def _any_capability() -> None:

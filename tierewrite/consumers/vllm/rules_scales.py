@@ -232,6 +232,18 @@ def kv_scales(s: VllmSubject) -> Iterator[Finding]:
         if keys:
             yield KV_SCALES_UNUSED.at(keys, f"{len(keys)} {KV_SCALES_UNUSED.title}")
         return
+    if s.loaded is not None and s.loaded.loaded:
+        half, none = s.loaded.kv_scales()
+    else:
+        half, none = _kv_missing(s, stored)
+    if half:
+        yield ONE_KV_SCALE.at(half, f"{len(half)} layers have only one of k_scale and v_scale")
+    if none:
+        yield NO_KV_SCALE.at(none, f"{len(none)} layers have no KV scale, and the config declares an FP8 cache")
+
+
+def _kv_missing(s: VllmSubject, stored: dict[str, dict[str, list[str]]]) -> tuple[list[str], list[str]]:
+    """KV scales whose other half is there, and attention modules without any, by the names of q, k and v."""
     half, none = [], []
     attention = {f"{n.rpartition('.')[0]}." for n in s.modules if n.endswith(".self_attn.q_proj")}
     for module in sorted(attention):
@@ -240,10 +252,7 @@ def kv_scales(s: VllmSubject) -> Iterator[Finding]:
             half.append(f"{module}{'v_proj.v_scale' if 'k' in kinds else 'k_proj.k_scale'}")
         elif not kinds:
             none.append(module.rstrip("."))
-    if half:
-        yield ONE_KV_SCALE.at(half, f"{len(half)} layers have only one of k_scale and v_scale")
-    if none:
-        yield NO_KV_SCALE.at(none, f"{len(none)} layers have no KV scale, and the config declares an FP8 cache")
+    return half, none
 
 
 def _kv_stored(s: VllmSubject) -> dict[str, dict[str, list[str]]]:
