@@ -177,7 +177,7 @@ class DryLoad:
         return cls(LOADED_SCHEMA, consumer, "", "not-run", reason)
 
     def kv_scales(self) -> tuple[list[str], list[str]]:
-        """Parameters k_scale and v_scale that nothing fills, where the other is filled; and modules that have neither."""
+        """Parameters k_scale and v_scale that nothing fills while the other is filled; and modules with neither."""
         lacking = {one.parameter for rank in self.ranks for one in rank.unfilled}
         half: dict[str, None] = {}
         none: dict[str, None] = {}

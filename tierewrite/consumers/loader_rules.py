@@ -342,14 +342,20 @@ def _of_quantized(s: Subject, key: str) -> bool:
     return (part is not None and part.role.quantizes) or s.backbone.map(module) in s.quantized
 
 
+def _by_modelopt(s: Subject) -> bool:
+    config = s.config.get("quantization_config")
+    method = config.get("quant_method") if isinstance(config, dict) else None
+    return bool(s.folder.quant_config) or str(method).startswith("modelopt")
+
+
 def _odd_scale(s: Subject, one: Cast) -> bool:
     """A scale in another float than the others of its name. What an exporter writes throughout, it means."""
     leaf = one.key.rpartition(".")[2]
     part = formats.classify("weight", leaf)
-    if part is None or formats.is_main(leaf) or not part.role.quantizes or leaf in KV_LEAVES:
+    if part is None or formats.is_main(leaf) or leaf in KV_LEAVES:
         return False
-    if s.folder.quant_config and s.entries[one.key].shape in ((), (1,)):
-        return one.found != "F32"  # ModelOpt writes scales of whole tensors so
+    if _by_modelopt(s) and s.entries[one.key].shape in ((), (1,)):
+        return one.found != "F32"  # so it writes scales of whole tensors
     usual = Counter(entry.dtype for key, entry in s.entries.items() if key.endswith(f".{leaf}")).most_common(1)
     return one.found != usual[0][0]
 
