@@ -132,10 +132,20 @@ def test_with_a_ties_file_neither_torch_nor_transformers_is_imported(tmp_path: P
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+class Counting(tierewrite.Progress):
+    """Calls a function with each number of bytes."""
+
+    def __init__(self, called: Callable[[int], None]) -> None:
+        self.called = called
+
+    def advance(self, nbytes: int) -> None:
+        self.called(nbytes)
+
+
 def test_each_byte_is_read_once(rewritten: Callable[..., Path]) -> None:
     src, dst = source("dg_nvfp4_sharded"), rewritten("dg_nvfp4_sharded")
     read: list[int] = []
-    assert verify(src, dst, advance=read.append).ok
+    assert verify(src, dst, progress=Counting(read.append)).ok
     tensors = sum(len(data) for folder in (src, dst) for _, _, data in read_tensors(folder).values())
     other = sum(p.stat().st_size for p in src.iterdir() if p.suffix == ".json" and p.name != INDEX)
     assert sum(read) == tensors + 2 * other
@@ -595,7 +605,7 @@ def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path: Path, copie
         os.utime(shard, ns=(1, 1))
 
     with pytest.raises(SourceChanged):
-        verify(src, dst, advance=touch)
+        verify(src, dst, progress=Counting(touch))
 
 
 def test_short_reads_are_continued_and_io_errors_of_src_and_dst_differ(

@@ -27,7 +27,7 @@ from tierewrite.batches.collection import Gatherer
 from tierewrite.batches.item import Item
 from tierewrite.batches.results import BatchInterrupted, BatchReport, BatchResult, planned, rewritten
 from tierewrite.engines import open_engine
-from tierewrite.engines.progress import Progress
+from tierewrite.engines.progress import Progress, ProgressLike, progress_of
 from tierewrite.errors import EXIT_FINDINGS, EXIT_OK, Interrupted, Refused, UsageError, shown, to_tierewrite_error
 from tierewrite.planning.plan import RewritePlan
 from tierewrite.report import Report
@@ -51,7 +51,7 @@ def batch(
     into: PathLike | None = None,
     plan_only: bool = False,
     jobs: int = 1,
-    progress: Progress | None = None,
+    progress: ProgressLike = None,
     **options: Unpack[BatchOptions],
 ) -> BatchReport:
     """Rewrites many checkpoints; one that fails does not stop the others.
@@ -100,7 +100,7 @@ def batch(
             engine = kept.enter_context(open_engine(**engine_options))
             log.info("hashing begins on %s", engine.device)
             kept.enter_context(_parents_of(found))
-        return _Batch(found, plan_only, jobs, engine_options, progress or Progress()).run()
+        return _Batch(found, plan_only, jobs, engine_options, progress_of(progress)).run()
 
 
 def _split(options: Mapping[str, Any]) -> tuple[EngineOptions, dict[str, Any]]:

@@ -33,6 +33,7 @@ from tierewrite.cli.options import (
 )
 from tierewrite.cli.terminal import console, print_json, said_of
 from tierewrite.errors import EXIT_CODES, EXIT_FINDINGS
+from tierewrite.planning.policy import ConsumerName
 
 _EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:>3}  {text}" for code, text in EXIT_CODES.items())
 
@@ -83,7 +84,7 @@ def rewrite(
     quiet: bool,
     no_manifest: bool,
     no_backup: bool,
-    consumer: str | None,
+    consumer: ConsumerName | None,
     **options: Any,
 ) -> None:
     """Write the canonical form of the checkpoint in SRC to DST.
@@ -320,7 +321,7 @@ def inspect(src: str, as_json: bool, no_ties: bool, **options: Any) -> None:
 )
 @json_option
 @verbose_option
-def check(checkpoint: str, consumer: str, strict: bool, form: str, as_json: bool, **options: Any) -> None:
+def check(checkpoint: str, consumer: ConsumerName, strict: bool, form: str, as_json: bool, **options: Any) -> None:
     """Find what a consumer would load wrong, before it does. Reads headers, configs and scales only.
 
     vLLM loads incomplete and contradictory checkpoints without a warning. Each finding has an id, a severity, the
@@ -397,7 +398,7 @@ def report_command(
     target: str,
     html: str | None,
     png: str | None,
-    consumer: str | None,
+    consumer: ConsumerName | None,
     backbone: str | None,
     worst: int,
     as_json: bool,

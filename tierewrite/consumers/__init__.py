@@ -23,6 +23,7 @@ from tierewrite.consumers.subject import Subject
 from tierewrite.consumers.transformers import TRANSFORMERS
 from tierewrite.consumers.vllm import VLLM
 from tierewrite.errors import SystemFailure, UsageError, shown
+from tierewrite.planning.policy import ConsumerName
 from tierewrite.source.open import name_in_messages
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.mirror import Place
@@ -37,7 +38,7 @@ CONSUMERS: Mapping[str, Consumer[Any]] = {consumer.name: consumer for consumer i
 
 def check(
     path: Place,
-    consumer: str = "vllm",
+    consumer: ConsumerName = "vllm",
     *,
     backbone: PathLike | None = None,
     ties: PathLike | None = None,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, TypeAlias
+
+from tierewrite.errors import UsageError
 
 
 class Progress:
@@ -29,3 +31,49 @@ class Progress:
 
     def finish(self, result: Any) -> None:
         """What `part` began is over: its `BatchResult`, or None if the batch was interrupted."""
+
+
+class TqdmLike(Protocol):
+    """A bar such as tqdm's; of its other methods `reset` and `set_description` are called where it has them."""
+
+    def update(self, n: float = 1) -> Any:
+        """`n` more bytes have moved."""
+
+
+ProgressLike: TypeAlias = Progress | TqdmLike | None
+"""What functions take as `progress`."""
+
+
+class _OnTqdm(Progress):
+    """Shows on a bar such as tqdm's. It is begun again for each phase, with the phase's number of bytes."""
+
+    shown = True
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+
+    def start(self, phase: str, total: int) -> None:
+        """See `Progress`."""
+        if hasattr(self._bar, "set_description"):
+            self._bar.set_description(phase)
+        if hasattr(self._bar, "reset"):
+            self._bar.reset(total=total)
+
+    def advance(self, nbytes: int) -> None:
+        """See `Progress`."""
+        self._bar.update(nbytes)
+
+
+def progress_of(given: ProgressLike) -> Progress:
+    """What is told of a run's progress: `given` itself, a bar such as tqdm's, or nobody.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if given is None or isinstance(given, Progress):
+        return given or Progress()
+    if not callable(getattr(given, "update", None)):
+        raise UsageError(
+            f"progress is a {type(given).__name__}; expected a tierewrite.Progress, or a bar such as tqdm's"
+        )
+    return _OnTqdm(given)

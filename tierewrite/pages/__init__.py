@@ -23,6 +23,7 @@ from typing import Any
 
 from tierewrite.errors import SystemFailure, UsageError
 from tierewrite.pages.facts import WORST_SHOWN, Facts, read_facts
+from tierewrite.planning.policy import ConsumerName
 from tierewrite.source.regular_files import kind_of_file
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.places import FilePath, chain, is_local, local_file, located
@@ -101,7 +102,7 @@ class Page:
 
 def report_page(
     path: PathLike,
-    consumer: str | None = None,
+    consumer: ConsumerName | None = None,
     *,
     backbone: PathLike | None = None,
     worst: int = WORST_SHOWN,

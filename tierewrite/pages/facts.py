@@ -26,6 +26,7 @@ from tierewrite.consumers.findings import ReadinessReport
 from tierewrite.errors import SourceError, UsageError, system_errors
 from tierewrite.output.manifest import read_manifest
 from tierewrite.planning.plan import kind_of
+from tierewrite.planning.policy import ConsumerName
 from tierewrite.source.folder import natural_key, open_folder, refuse_half_written
 from tierewrite.source.open import open_checkpoint, rename_in_errors
 from tierewrite.source.table import MANIFEST_NAME, Checkpoint, gc_paused
@@ -345,7 +346,7 @@ def _scale(name: str, tensor: Mapping[str, Any]) -> Scale:
 @gc_paused()
 def read_facts(
     path: PathLike,
-    consumer: str | None = None,
+    consumer: ConsumerName | None = None,
     *,
     backbone: PathLike | None = None,
 ) -> Facts:

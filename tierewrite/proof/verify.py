@@ -42,13 +42,14 @@ Ids of problems:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tierewrite.consumers.needed import with_needed_names
+from tierewrite.engines.progress import ProgressLike, progress_of
 from tierewrite.errors import SourceError, SystemFailure, shown
-from tierewrite.planning.policy import Policy, PolicyOptions
+from tierewrite.planning.policy import ConsumerName, Policy, PolicyOptions
 from tierewrite.proof import Problem
 from tierewrite.proof.compare import Proof, check_statements
 from tierewrite.proof.exact import check_files, exact_files
@@ -156,8 +157,8 @@ def verify(
     trust_remote_code: bool = False,
     ignore_unindexed: bool = False,
     revision: str | None = None,
-    advance: Callable[[int], None] | None = None,
-    consumer: str | None = None,
+    progress: ProgressLike = None,
+    consumer: ConsumerName | None = None,
     **options: Unpack[PolicyOptions],
 ) -> Verification:
     """Proves that the checkpoint in `dst` is what rewriting the one in `src` with these options makes.
@@ -171,7 +172,7 @@ def verify(
         trust_remote_code: run the model code that `src` brings, if its class has to be asked.
         ignore_unindexed: leave out tensors that the index of `src` lacks, as the rewrite was told to.
         revision: branch, tag or commit of a hub id; None: its main branch.
-        advance: called with numbers of bytes as they are read, from any thread.
+        progress: a `Progress`, or a bar such as tqdm's: told of bytes as they are read, from any thread.
         consumer: as the rewrite was given it; it makes the choices that `options` does not.
         options: those of the rewrite that decide content, as `rewrite` takes them. A manifest that states others is
             a problem: what it says of itself proves nothing.
@@ -196,6 +197,10 @@ def verify(
     problems: list[Problem] = []
     manifest = manifest_or_problem(target.root / MANIFEST_NAME, problems)
 
+    watched = progress_of(progress)
+    others = sum(side.size for side in (*source.side_files, *target.side_files))
+    watched.start("proving", source.total_bytes + target.total_bytes + others)
+    advance = watched.advance
     tie_map, note = _declared(source, manifest, ties, trust_remote_code)
     before = hash_tensors(source, set(filter(is_scale, source.tensors)), advance)
     try:

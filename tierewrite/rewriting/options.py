@@ -9,7 +9,7 @@ from tierewrite.planning.policy import OPTIONS, ConsumerName, PolicyOptions
 
 if TYPE_CHECKING:
     from tierewrite.consumers.dry_load import LoaderMode
-    from tierewrite.engines.progress import Progress
+    from tierewrite.engines.progress import ProgressLike
     from tierewrite.stores.base import PathLike
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -61,7 +61,7 @@ class RewriteOptions(BatchOptions, total=False):
 
     in_place: bool
     backup: bool
-    progress: Progress | None
+    progress: ProgressLike
 
 
 ITEM_TYPES: Mapping[str, tuple[type, ...]] = {

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from tierewrite import interrupts
 from tierewrite.engines import open_engine
-from tierewrite.engines.progress import Progress
+from tierewrite.engines.progress import Progress, ProgressLike, progress_of
 from tierewrite.errors import UsageError, shown
 from tierewrite.output.destination import Destination, destination, destination_in_place
 from tierewrite.output.staging import Staged
@@ -55,7 +55,7 @@ def plan(
     confirm: bool = False,
     device: Device = "auto",
     threads: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressLike = None,
     **options: Unpack[PolicyOptions],
 ) -> RewritePlan:
     """What `rewrite` would do with `src`, if the bytes confirm every tie that the headers allow. Reads headers only.
@@ -68,19 +68,19 @@ def plan(
         As `rewrite`; `Refused` only with `confirm`: else groups that the headers refute are listed as unconfirmed.
     """
     policy = Policy.of(**options)
-    progress = progress or Progress()
+    watched = progress_of(progress)
     opened = Opened.open(
-        fetched(src, revision=revision, bars=progress.shown) if confirm else src,
+        fetched(src, revision=revision, bars=watched.shown) if confirm else src,
         ties=ties,
         trust_remote_code=trust_remote_code,
         ignore_unindexed=ignore_unindexed,
         revision=revision,
-        meanwhile=partial(asking, progress),
+        meanwhile=partial(asking, watched),
     )
     opened = with_needed(opened.excluding(policy.exclude), policy)
     if not confirm:
         return opened.plan(policy)
-    with interrupts.standing(), open_engine("local", device=device, threads=threads, progress=progress) as workers:
+    with interrupts.standing(), open_engine("local", device=device, threads=threads, progress=watched) as workers:
         return confirmed(opened, policy, workers)
 
 
@@ -106,7 +106,7 @@ def rewrite(
     loader: LoaderMode = "auto",
     consumer_python: PathLike | None = None,
     manifest: bool = True,
-    progress: Progress | None = None,
+    progress: ProgressLike = None,
     **options: Unpack[PolicyOptions],
 ) -> Report:
     """Rewrites the checkpoint in `src` to `dst`: every tied tensor once, under its canonical name.
@@ -137,8 +137,8 @@ def rewrite(
         force: with `consumer`, let the output appear all the same.
         loader, consumer_python: with `consumer`, whether its own loader is asked, and by which Python; as for `check`.
         manifest: write `tierewrite.json` with what was done and the digests.
-        progress: called with how many bytes have moved. What its `start` or `advance` raises stops the rewrite, which
-            then leaves nothing behind.
+        progress: a `Progress`, or a bar such as tqdm's: called with how many bytes have moved. What its `start` or
+            `advance` raises stops the rewrite, which then leaves nothing behind.
         options: what decides content, the fields of `planning.policy.Policy`: on_mismatch, kv_scales, max_shard_size
             (bytes, or a text such as "5GB"), ...; `planning.policy.OPTIONS` and `tierewrite rewrite --help` say what
             each of them does.
@@ -158,7 +158,7 @@ def rewrite(
     policy = Policy.of(consumer, **options)
     if consumer is not None:
         refuse_unusable_loader(consumer, loader, consumer_python)
-    progress = progress or Progress()
+    watched = progress_of(progress)
     reading: SourceOptions = {
         "ties": ties,
         "trust_remote_code": trust_remote_code,
@@ -167,20 +167,20 @@ def rewrite(
     if in_place:
         route = Route.in_place(src, dst, backup)
     else:
-        route = Route.between(src, dst, overwrite, resume, revision, progress)
+        route = Route.between(src, dst, overwrite, resume, revision, watched)
     with (
         interrupts.standing() as said,
-        open_engine(engine, device=device, threads=threads, progress=progress, ray_address=ray_address) as workers,
+        open_engine(engine, device=device, threads=threads, progress=watched, ray_address=ray_address) as workers,
     ):
         before = listing(route.swapped) if route.swapped is not None else {}
-        asked = partial(asking, progress, ahead=engine == "local")
+        asked = partial(asking, watched, ahead=engine == "local")
         opened = Opened.open(route.src, meanwhile=asked, **reading)
         interrupts.check()
         opened = with_needed(opened.excluding(policy.exclude), policy, consumer)
         planned = opened.plan(policy)
         refuse_unconfirmed(opened, planned, workers)
         side_bytes = sum(side.size for side in opened.checkpoint.side_files)
-        route.check_space(planned.total_bytes + side_bytes, progress)
+        route.check_space(planned.total_bytes + side_bytes, watched)
         with route.staging(resume) as staging, ExitStack() as outputs:
             run = Pass(opened, policy, workers, staging, outputs, resume)
             written = write_shards(run, planned)
@@ -194,8 +194,7 @@ def rewrite(
                 manifest=manifest,
             )
             if verify:
-                total = opened.checkpoint.total_bytes + written.plan.total_bytes
-                prove(route.src, staging, policy, consumer, progress, total, reading)
+                prove(route.src, staging, policy, consumer, watched, reading)
             if consumer is not None:
                 readiness = check_for(
                     consumer,

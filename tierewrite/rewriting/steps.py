@@ -25,7 +25,7 @@ from tierewrite.output.side_files import copy_side_files
 from tierewrite.output.staging import Staged
 from tierewrite.output.target import side_file_clashes
 from tierewrite.planning.plan import RewritePlan, needed_for_confirmation
-from tierewrite.planning.policy import Policy
+from tierewrite.planning.policy import ConsumerName, Policy
 from tierewrite.report import Report, build_report
 from tierewrite.rewriting.options import SourceOptions
 from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME
@@ -162,7 +162,14 @@ def write_shards(run: Pass, plan: RewritePlan) -> Written:
 
 
 def finish(
-    run: Pass, written: Written, src: str, dst: object, *, consumer: str | None, trust_remote_code: bool, manifest: bool
+    run: Pass,
+    written: Written,
+    src: str,
+    dst: object,
+    *,
+    consumer: ConsumerName | None,
+    trust_remote_code: bool,
+    manifest: bool,
 ) -> Report:
     """Writes all that is not a shard: index, other files, configurations and manifest.
 
@@ -215,23 +222,18 @@ def prove(
     src: FilePath,
     staging: Staged,
     policy: Policy,
-    consumer: str | None,
+    consumer: ConsumerName | None,
     progress: Progress,
-    total: int,
     reading: SourceOptions,
 ) -> None:
     """Proves the staged output from the source.
 
-    Args:
-        total: bytes that will be read.
-
     Raises:
         VerificationFailed: it is not what the source makes.
     """
-    progress.start("proving", total)
     from tierewrite.proof.verify import verify  # not imported by rewrites that prove nothing: a tenth of a second
 
-    result = verify(src, staging.view(), advance=progress.advance, consumer=consumer, **reading, **policy.to_json())
+    result = verify(src, staging.view(), progress=progress, consumer=consumer, **reading, **policy.to_json())
     if not result.ok:
         first = result.problems[0]
         raise VerificationFailed(
@@ -249,7 +251,7 @@ def refuse_unusable_loader(consumer: str, loader: LoaderMode, consumer_python: P
 
 
 def check_for(
-    consumer: str,
+    consumer: ConsumerName,
     output: Path | RemoteFolder,
     dst: object,
     *,

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from tierewrite.engines import open_engine
-from tierewrite.engines.progress import Progress
+from tierewrite.engines.progress import ProgressLike, progress_of
 from tierewrite.errors import UsageError
 from tierewrite.output.configs import configs_of
 from tierewrite.output.unwritten import UnwrittenOutput
@@ -154,7 +154,7 @@ def stream(
     device: Device = "auto",
     threads: int | None = None,
     remember: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressLike = None,
     **options: Unpack[PolicyOptions],
 ) -> Stream:
     """The checkpoint in `src` as `rewrite` would write it: its tensors under canonical names, and nothing is written.
@@ -187,17 +187,17 @@ def stream(
         NotReady: as `rewrite`. While iterating: SourceChanged, SystemFailure.
     """
     policy = Policy.of(consumer, **options)
-    progress = progress or Progress()
+    watched = progress_of(progress)
     if consumer is not None:
         refuse_unusable_loader(consumer, loader, consumer_python)
-    place = fetched(src, revision=revision, bars=progress.shown)
-    with open_engine("local", device=device, threads=threads, progress=progress) as workers:
+    place = fetched(src, revision=revision, bars=watched.shown)
+    with open_engine("local", device=device, threads=threads, progress=watched) as workers:
         opened = Opened.open(
             place,
             ties=ties,
             trust_remote_code=trust_remote_code,
             ignore_unindexed=ignore_unindexed,
-            meanwhile=partial(asking, progress, ahead=True),
+            meanwhile=partial(asking, watched, ahead=True),
         )
         opened = with_needed(opened.excluding(policy.exclude), policy)
         hasher = Digests(workers, cache_folder() if remember else None)
