@@ -184,7 +184,7 @@ def verify(
         SourceError: something is wrong in `src`, or its class cannot be asked. UsageError: the ties file is broken.
         SystemFailure: `src` cannot be read. SourceChanged: it changed meanwhile.
     """
-    policy = Policy.of(consumer, **options)
+    policy, watched = Policy.of(consumer, **options), progress_of(progress)
     if isinstance(src, (str, os.PathLike)):
         src = fetched(src, revision=revision)
     dst_name = name_in_messages(dst)
@@ -197,7 +197,6 @@ def verify(
     problems: list[Problem] = []
     manifest = manifest_or_problem(target.root / MANIFEST_NAME, problems)
 
-    watched = progress_of(progress)
     others = sum(side.size for side in (*source.side_files, *target.side_files))
     watched.start("proving", source.total_bytes + target.total_bytes + others)
     advance = watched.advance
