@@ -25,7 +25,7 @@ DECODER = "model.decoder."
 ENCODER = "model.encoder.language_model."
 INDEX = "model.safetensors.index.json"
 # Bits an element; only the dtypes that the fixtures and the defects use.
-BITS = {"F64": 64, "F32": 32, "BF16": 16, "F16": 16, "F8_E4M3": 8, "U8": 8, "I8": 8, "I64": 64}
+BITS = {"F64": 64, "F32": 32, "BF16": 16, "F16": 16, "F8_E4M3": 8, "U8": 8, "I8": 8, "I32": 32, "I64": 64}
 # What vLLM's sampler for DiffusionGemma asks of generation_config.json; the values are the model's own.
 GENERATION = {
     "max_denoising_steps": 48,

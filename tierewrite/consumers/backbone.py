@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import translate
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from tierewrite.consumers.class_facts import ClassFacts, ClassTable
 from tierewrite.errors import UsageError
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.places import local_file
@@ -20,7 +21,8 @@ from tierewrite.stores.places import local_file
 class Backbone:
     """How a consumer maps checkpoint names to its parameters; from its backbones.json or a file of the user's.
 
-    Attributes: as that file explains them. `architectures` is empty for the entry that serves all others.
+    Attributes: as that file explains them. `architectures` is empty for the entry that serves all others. `facts` is
+        what the consumer's own class does with names, where a table made by running it says so.
     """
 
     architectures: tuple[str, ...]
@@ -32,6 +34,7 @@ class Backbone:
     plain: tuple[str, ...]
     not_read: tuple[str, ...]
     generation: Mapping[str, Any] | None
+    facts: ClassFacts | None = None
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Backbone:
@@ -54,6 +57,10 @@ class Backbone:
             if name.startswith(old):
                 name = new + name[len(old) :]
         return name
+
+    def listed(self, entry: str) -> str:
+        """An entry of an ignore list under the consumer's names."""
+        return self.map(entry) if self.facts is None else self.facts.map(entry)
 
     def passes_over(self, mapped: str) -> bool:
         """Whether the consumer drops or ignores the name without a warning."""
@@ -81,10 +88,12 @@ class BackboneTable:
     Attributes:
         known: those of certain architectures; the first that fits counts.
         others: the one for all other architectures.
+        classes: what is known of those by running the consumer's classes, or None.
     """
 
     known: tuple[Backbone, ...]
     others: Backbone
+    classes: ClassTable | None = None
 
     @classmethod
     def names_unchanged(cls, source: str) -> BackboneTable:
@@ -92,10 +101,11 @@ class BackboneTable:
         return cls((), Backbone((), source, (), (), {}, (), (), (), None))
 
     @classmethod
-    def read(cls, path: Path) -> BackboneTable:
-        """A table of our own: {"backbones": [...], "others": {...}}."""
+    def read(cls, path: Path, classes: Path | None = None) -> BackboneTable:
+        """A table of our own: {"backbones": [...], "others": {...}}, and one of `ClassTable` beside it."""
         data = json.loads(path.read_text(encoding="utf-8"))
-        return cls(tuple(map(Backbone.from_json, data["backbones"])), Backbone.from_json(data["others"]))
+        table = None if classes is None else ClassTable(classes)
+        return cls(tuple(map(Backbone.from_json, data["backbones"])), Backbone.from_json(data["others"]), table)
 
     def with_file(self, file: PathLike) -> BackboneTable:
         """This table, with a file of the user's asked first.
@@ -111,9 +121,15 @@ class BackboneTable:
                 f"is no description of a backbone: {e!r}; expected the form of consumers/vllm/backbones.json",
                 file=file,
             ) from None
-        return BackboneTable((*entries, *self.known), self.others)
+        return replace(self, known=(*entries, *self.known))
 
     def of(self, architecture: str) -> Backbone:
         """The entry for `architecture`. An entry of the user's that names none fits every one."""
         fits = (b for b in self.known if not b.architectures or architecture in b.architectures)
-        return next(fits, self.others)
+        found = next(fits, None)
+        if found is not None:
+            return found
+        facts = None if self.classes is None else self.classes.of(architecture)
+        if facts is None:
+            return self.others
+        return replace(self.others, fused=facts.packed or self.others.fused, facts=facts)

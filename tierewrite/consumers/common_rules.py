@@ -60,6 +60,6 @@ def of_other_shape(s: Subject, *, experts: bool) -> list[str]:
     wrong: list[str] = []
     for key, (_, part) in s.places.items():
         size = s.size(key) if part == WHOLE or (experts and part[0] == "expert") else None
-        if size is not None and key not in packed and s.entries[key].shape != size:
+        if size is not None and key not in packed and not formats.main_parameter(key) and s.entries[key].shape != size:
             wrong.append(key)
     return wrong

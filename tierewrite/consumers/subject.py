@@ -7,7 +7,7 @@ several files hold, become facts for the rules. Malformed headers and configs th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from tierewrite import formats
 from tierewrite.consumers.backbone import Backbone, BackboneTable
 from tierewrite.consumers.folder import Folder
 from tierewrite.consumers.loaded import DryLoad
+from tierewrite.consumers.parts import parts_missing, projections
 from tierewrite.errors import TierewriteError
 from tierewrite.formats.experts import split_expert
 from tierewrite.numbers.float8 import float8_values
@@ -49,7 +50,7 @@ class Module:
     @property
     def weight(self) -> str | None:
         """The key of its weight, plain or packed."""
-        return self.key("weight") or self.key("weight_packed")
+        return self.key("weight") or next((self.key(leaf) for leaf in self.leaves if formats.is_main(leaf)), None)
 
     @property
     def stem(self) -> str:
@@ -138,12 +139,17 @@ class Subject:
                         moved[alias] = canonical
         return moved
 
+    @property
+    def destinations(self) -> Mapping[str, list[str]]:
+        """Name of the consumer's -> the keys that become it."""
+        return self.targets
+
     def meeting(self) -> list[list[str]]:
         """Names that become one parameter, of which the last that is read stays: as the consumer's own loader found it,
         where it was asked.
         """
         if self.loaded is None or not self.loaded.loaded:
-            groups = (keys for keys in self.targets.values() if len(keys) > 1)
+            groups = (keys for keys in self.destinations.values() if len(keys) > 1)
             return [keys for keys in groups if not self.backbone.passes_over(self.backbone.map(keys[0]))]
         pairs = {(one.first, one.last) for rank in self.loaded.ranks for one in rank.overwritten}
         return [list(pair) for pair in sorted(pairs) if self.entries.keys() >= set(pair) and not _siblings(*pair)]
@@ -218,55 +224,35 @@ class Subject:
             return shape
         if part[0] == "expert" and len(shape) == 3:
             stem = parameter.rpartition(".")[2]
-            count = len(self.projections(stem)) if part[1] != stem else 1
+            count = len(projections(stem)) if part[1] != stem else 1
             return shape[1] // count, shape[2]
         return None
-
-    @staticmethod
-    def projections(fused: str) -> tuple[str, ...]:
-        """The modules that exporters unpack a fused parameter into: gate_up_proj -> gate_proj, up_proj."""
-        words = fused.split("_")
-        return tuple(f"{word}_{words[-1]}" for word in words[:-1]) if len(words) > 2 else (fused,)
 
     def missing(self) -> tuple[list[str], list[str], list[str]]:
         """What the model class has and no key fills: (parameters, shards of fused projections of which others are
         there, experts without any weight). Parameters that are one to the consumer are filled together.
         """
         assert self.model is not None
-        shapes = self.model.shapes
         filled: dict[str, dict[Part, str]] = {}
         for key, (parameter, part) in self.places.items():
             filled.setdefault(self._group(parameter), {})[part] = key
         wanted: dict[str, str] = {}
-        for parameter in shapes:
+        for parameter in self.model.shapes:
             wanted.setdefault(self._group(parameter), self.canonical.get(parameter, parameter))
         plain: list[str] = []
-        lacking: dict[str, dict[int, list[str]]] = {}  # container -> expert -> missing weights
-        present: dict[str, set[int]] = {}  # container -> experts that have some weight
+        bare: dict[str, None] = {}  # experts that a parameter has nothing of
         for group, parameter in wanted.items():
             parts = filled.get(group, {})
-            if not parts and not self.backbone.passes_over(self.backbone.map(parameter)):
+            if parts and WHOLE not in parts:
+                names, experts = parts_missing(parts, self.model, parameter)
+                plain += names
+                bare.update(dict.fromkeys(experts))
+            elif not parts and self.needs(parameter):
                 plain.append(parameter)
-            unpacked = {p for p in parts if p and p[0] == "expert"}
-            if WHOLE in parts or not unpacked:
-                continue
-            container, _, stem = parameter.rpartition(".")
-            _, projection, leaf, _ = next(iter(unpacked))
-            for number in range(shapes[parameter][0]):
-                for name in (stem,) if projection == stem else self.projections(stem):
-                    if ("expert", name, leaf, number) in unpacked:
-                        present.setdefault(container, set()).add(number)
-                    else:
-                        full = f"{container}.{number}.{name}.{leaf}"
-                        lacking.setdefault(container, {}).setdefault(number, []).append(full)
-        gone: list[str] = []
-        for container, experts in lacking.items():
-            for number, names in experts.items():
-                if number in present.get(container, ()):
-                    plain.extend(names)
-                else:
-                    gone.append(f"{container}.{number}")
-        shards = [name for name in plain if name.endswith(".weight") and self._partner_there(name)]
+        gone = [expert for expert in bare if expert not in self._experts_there]
+        lost = set(gone)
+        plain = [name for name in plain if _expert_of(name) not in lost]
+        shards = [name for name in plain if name.endswith(".weight") and self.partner_there(name)]
         of_fused = set(shards)
         return [name for name in plain if name not in of_fused], shards, gone
 
@@ -274,7 +260,15 @@ class Subject:
         """What the consumer has one parameter for."""
         return self.backbone.map(self.canonical.get(parameter, parameter))
 
-    def _partner_there(self, name: str) -> bool:
+    @cached_property
+    def _experts_there(self) -> set[str]:
+        return {expert for key in self.places if (expert := _expert_of(key)) is not None}
+
+    def needs(self, parameter: str) -> bool:
+        """Whether the consumer reads this parameter of the model class."""
+        return not self.backbone.passes_over(self.backbone.map(parameter))
+
+    def partner_there(self, name: str) -> bool:
         """Another shard of the fused parameter that `name` is a part of is on disk."""
         parent, _, projection = self.backbone.map(name.rpartition(".")[0]).rpartition(".")
         for shards in self.backbone.fused.values():
@@ -367,6 +361,12 @@ def _siblings(first: str, second: str) -> bool:
     """Companions of two projections, such as gate and up, of which the consumer keeps one value for both."""
     (one, leaf), (other, _) = (f".{key}".rsplit(".", 2)[-2:] for key in (first, second))
     return one != other and formats.classify("weight", leaf) is not None
+
+
+def _expert_of(key: str) -> str | None:
+    """The expert that a tensor belongs to: `...experts.3`; None where it is no expert's."""
+    container, number, _ = split_expert(key.rpartition(".")[0])
+    return None if number is None else f"{container}.{number}"
 
 
 def _shows_quantization(leaf: str) -> bool:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
+from tierewrite.formats.fused import FusedSets
 from tierewrite.source.table import TensorEntry
-
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
-"""Projections that consumers fuse into one (vLLM: QKVParallelLinear, MergedColumnParallelLinear, FusedMoE)."""
-
 
 _BLOBS = (
     ("weight", "weight_scale", "weight_scale_2"),  # ModelOpt: nvidia-modelopt, export/quant_utils.py
@@ -38,18 +35,19 @@ def blob_of(key: str, entries: Mapping[str, TensorEntry]) -> tuple[str, tuple[st
     return module, None
 
 
-def fused_sets(tensors: Mapping[str, TensorEntry]) -> Iterator[dict[str, tuple[str, str, str]]]:
+def fused_sets(tensors: Mapping[str, TensorEntry], sets: FusedSets) -> Iterator[dict[str, tuple[str, str, str]]]:
     """NVFP4 projections that a consumer loads into one parameter: module -> names of its three tensors, per set.
 
     Args:
         tensors: key -> header, of one side or of the output.
+        sets: those of the model class.
     """
     for key in sorted(tensors):
         module, _, part = key.rpartition(".")
         parent, _, word = module.rpartition(".")
         if part != "weight_scale":
             continue
-        for words in FUSED:
+        for words in sets.below(parent):
             if word not in words or any(
                 f"{parent}.{earlier}.weight_scale" in tensors for earlier in words[: words.index(word)]
             ):

@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from tierewrite import formats
+from tierewrite.formats.fused import FusedSets
 from tierewrite.formats.nvfp4_blobs import fused_sets
 from tierewrite.planning.checks import Checks, ScaleMerge, ScaleMerges
 from tierewrite.planning.experts import expert_scales
@@ -87,7 +88,7 @@ def plan(
     survivors = Survivors(tensors, fates.action, fates.new_names)
     if policy.unify_fused_scales:
         # Headers do not tell whether the fused scales differ already: these may be re-encoded.
-        fates.repack([survivors.row[key] for key in _fused(survivors)])
+        fates.repack([survivors.row[key] for key in _fused(survivors, FusedSets.of(checkpoint.config))])
     experts: tuple[ExpertScales, ...] = ()
     if policy.fill_missing_scales:
         pairs = zip(survivors.names, map(tensors.names.__getitem__, survivors.rows.tolist()), strict=True)
@@ -184,9 +185,9 @@ def _said(needed: NeededNames, fates: Fates) -> list[str]:
     return [said, *needed.notes]
 
 
-def _fused(survivors: Survivors) -> Iterator[str]:
+def _fused(survivors: Survivors, sets: FusedSets) -> Iterator[str]:
     """Keys of the output's NVFP4 weights that a consumer fuses with others."""
-    for modules in fused_sets(survivors):
+    for modules in fused_sets(survivors, sets):
         for module, parts in modules.items():
             yield from (f"{module}.{part}" for part in parts)
 

@@ -11,11 +11,12 @@ from blake3 import blake3
 
 from tierewrite import formats
 from tierewrite.formats import Companion, Role
+from tierewrite.formats.fused import FusedSets
 from tierewrite.numbers import nvfp4
 from tierewrite.planning.policy import Policy
 from tierewrite.proof.judge import Group, Stand
 from tierewrite.proof.reading import Contents, read_array
-from tierewrite.proof.values import BLOBS, FUSED, Value, covering, is_blob, why_no_value
+from tierewrite.proof.values import BLOBS, Value, covering, is_blob, why_no_value
 from tierewrite.source.table import Checkpoint, TensorEntry
 
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.([^.]+)\.([^.]+)")
@@ -152,7 +153,7 @@ def _encoded(source: Checkpoint, before: Contents, found: Expected, policy: Poli
                 scales[module] = nvfp4.widest(sides, reciprocal=blob.reciprocal).reshape(scales[module].shape)
                 again.add(module)
     if policy.unify_fused_scales:
-        for fused in _fused(blobs):
+        for fused in _fused(blobs, FusedSets.of(source.config)):
             values = [scales[module] for module in fused]
             if len({value.tobytes() for value in values}) == 1:
                 continue
@@ -201,17 +202,17 @@ def _blobs(source: Checkpoint, stands: Mapping[str, Stand]) -> Iterator[_Blob]:
                 yield _Blob(names, tuple(zip(codes, scales, scale, strict=False)), parts[0] != "weight")
 
 
-def _fused(blobs: Mapping[str, _Blob]) -> Iterable[Sequence[str]]:
+def _fused(blobs: Mapping[str, _Blob], fused: FusedSets) -> Iterable[Sequence[str]]:
     """Modules that consumers load into one parameter, encoded alike."""
-    for words in FUSED:
-        sets: dict[str, list[str]] = {}
-        for module in blobs:
-            parent, dot, word = module.rpartition(".")
+    sets: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for module in blobs:
+        parent, _, word = module.rpartition(".")
+        for words in fused.below(parent):
             if word in words:
-                sets.setdefault(parent + dot, []).append(module)
-        for modules in sets.values():
-            if len(modules) > 1 and len({blobs[module].reciprocal for module in modules}) == 1:
-                yield modules
+                sets.setdefault((parent, words), []).append(module)
+    for modules in sets.values():
+        if len(modules) > 1 and len({blobs[module].reciprocal for module in modules}) == 1:
+            yield modules
 
 
 def agree(source: Checkpoint, group: Group) -> str | None:

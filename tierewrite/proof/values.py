@@ -153,7 +153,6 @@ def _nearest(dtype: str, wanted: _F64, up: bool) -> npt.NDArray[Any]:
 
 
 # The three tensors of an encoded weight: ModelOpt's, and compressed-tensors', whose last one is the reciprocal.
-FUSED = (("gate_proj", "up_proj"), ("w1", "w3"), ("q_proj", "k_proj", "v_proj"))
 BLOBS = (("weight", "weight_scale", "weight_scale_2"), ("weight_packed", "weight_scale", "weight_global_scale"))
 
 

@@ -14,6 +14,7 @@ Shared with the code that rewrites, and why:
     the header reader   it refuses more than safetensors' own, which reads DST once more at the end
     declared ties       who declares them, and how a parameter is called on disk, is what transformers says
     names that stay     which names a consumer's loader would miss, is what its record says
+    fused linears       which linears a class loads into one parameter is what consumers' loaders do
     table of suffixes   formats/ is the one place that knows them; tests hold it against exporters' own output
     NVFP4 codec         tested bit by bit against ModelOpt's; what is encoded to which scale is worked out here
     plan to manifest    `exact` alone, for the files around the tensors; what a tensor holds is judged without it

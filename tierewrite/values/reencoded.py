@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tierewrite.errors import shown
+from tierewrite.formats.fused import FusedSets
 from tierewrite.formats.nvfp4_blobs import blob_of, fused_sets
 from tierewrite.numbers import nvfp4
 from tierewrite.planning.plan import GroupPlan, RewritePlan
@@ -53,9 +54,7 @@ class BlobKeys:
 
     def located(self, checkpoint: Checkpoint, scale: bytes) -> Blob:
         """The weight in its files; `scale` are the bytes of its third tensor."""
-        return Blob(
-            range_of(checkpoint, self.weight), range_of(checkpoint, self.weight_scale), scale, self.reciprocal
-        )
+        return Blob(range_of(checkpoint, self.weight), range_of(checkpoint, self.weight_scale), scale, self.reciprocal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +192,7 @@ def reencodings(checkpoint: Checkpoint, plan: RewritePlan) -> Reencodings:
             )
     if plan.policy.unify_fused_scales:
         survivors = plan.survivors()
-        for modules in fused_sets(survivors):
+        for modules in fused_sets(survivors, FusedSets.of(checkpoint.config)):
             warnings.extend(_unify(checkpoint, modules, survivors, by_module))
     work = tuple(by_module[module] for module in sorted(by_module))
     return Reencodings(work, _contents(checkpoint, plan, work), tuple(warnings))
@@ -204,9 +203,7 @@ def _contents(checkpoint: Checkpoint, plan: RewritePlan, work: tuple[Reencoding,
     scales = read_tensors(checkpoint, keys)
     contents: dict[str, Content] = {}
     for reencoding in work:
-        blob, *others = (
-            keys.located(checkpoint, scales[keys.scale]) for keys in (reencoding.blob, *reencoding.others)
-        )
+        blob, *others = (keys.located(checkpoint, scales[keys.scale]) for keys in (reencoding.blob, *reencoding.others))
         targets = [
             plan.tensors[key].target
             for key in (reencoding.blob.weight, reencoding.blob.weight_scale, reencoding.blob.scale)
@@ -235,8 +232,7 @@ def _unify(
     }
     read = read_tensors(checkpoint, [blob.scale for blob in blobs.values()])
     scales = {
-        module: by_module[module].scale if module in by_module else read[blob.scale]
-        for module, blob in blobs.items()
+        module: by_module[module].scale if module in by_module else read[blob.scale] for module, blob in blobs.items()
     }
     if len(set(scales.values())) == 1:
         return []

@@ -6,8 +6,12 @@ that goes wrong.
 The functions' docstrings name where in vLLM 0.33 the behaviour was read (below vllm/ of the package), and
 tests/vllm_behaviour.json records what the real loader does with a checkpoint that has the defect.
 
-Not checked: what the weights' values mean; tensor-parallel layouts; algorithms other than NVFP4, W4A16_NVFP4,
-FP8 and compressed-tensors' nvfp4-pack-quantized beyond names and completeness (a note says so).
+classes.json is what vLLM's own classes do with names, recorded by tests/vllm_loader/classes.py: which they know, read,
+pass over and refuse, and which modules take a quantization. Where it lacks a class, a note says so, and no finding is
+made of what only the class decides.
+
+Not checked: what the weights' values mean; tensor-parallel layouts; algorithms that schemes.py does not know, beyond
+names and completeness (a note says so).
 """
 
 from __future__ import annotations
@@ -19,7 +23,15 @@ from tierewrite.consumers.consumer import Consumer
 from tierewrite.consumers.dry_load import DryLoader
 from tierewrite.consumers.loader_rules import loader_rules
 from tierewrite.consumers.rules import RuleSet
-from tierewrite.consumers.vllm import rules_config, rules_files, rules_ignore, rules_names, rules_scales, rules_shapes
+from tierewrite.consumers.vllm import (
+    rules_config,
+    rules_files,
+    rules_ignore,
+    rules_names,
+    rules_scales,
+    rules_shapes,
+    rules_unread,
+)
 from tierewrite.consumers.vllm.corrected_ignore import corrected_ignore_lists
 from tierewrite.consumers.vllm.subject import VllmSubject
 from tierewrite.planning.policy import FOR_CONSUMER
@@ -39,12 +51,13 @@ VLLM: Consumer[VllmSubject] = Consumer(
     # Mistral's own format: default_loader.py `_prepare_weights`. Else the files that the index names, or all.
     reads_alone="consolidated*.safetensors",
     presets=FOR_CONSUMER["vllm"],
-    backbones=BackboneTable.read(Path(__file__).parent / "backbones.json"),
+    backbones=BackboneTable.read(Path(__file__).parent / "backbones.json", Path(__file__).parent / "classes.json"),
     rules=RuleSet.joined(
         rules_files.RULES,
         rules_config.RULES,
         rules_ignore.RULES,
         rules_names.RULES,
+        rules_unread.RULES,
         rules_shapes.RULES,
         rules_scales.RULES,
     ),

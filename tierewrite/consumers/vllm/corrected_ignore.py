@@ -8,10 +8,10 @@ shards of one parameter, of which only some are quantized) is left to the findin
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tierewrite.consumers.vllm.ignore import Ignore
+from tierewrite.consumers.subject import Module
 from tierewrite.consumers.vllm.subject import VllmSubject
 from tierewrite.json_text import in_style_of
 
@@ -24,37 +24,27 @@ def consistent_ignore(s: VllmSubject) -> list[str] | None:
     fused parameter. All other entries stay as they are.
     """
     q = s.quantization
-    if q is None or not q.modelopt or q.problem is not None or s.declared_otherwise or not s.quantized:
+    if q is None or not q.lists_known or q.problem is not None or s.declared_otherwise or not s.quantized:
         return None
-    drop: set[int] = set()
-    plain: list[str] = []
-    for name, parts in s.linear.items():
-        quantized = [p for p in parts if p in s.quantized]
-        if quantized:
-            drop |= s.ignore.reasons(name).keys()
-            named = s.ignore.partly(name)
-            parent = name.rpartition(".")[0]
-            for shard in named:
-                full = f"{parent}.{shard}"
-                drop |= {i for i, e in enumerate(q.ignore) if s.backbone.map(e.removesuffix("*")) == full}
-        else:
-            plain.append(name)
+    if not s.known or s.ignore.unreadable:
+        return None
+    drop = _misleading(s)
     kept = tuple(e for i, e in enumerate(q.ignore) if i not in drop)
-    verdict = Ignore(kept, s.backbone)
+    verdict = s.ignore_of(kept)
     added: list[str] = []
-    head = s.model is None or any(n.rpartition(".")[0].endswith("lm_head") for n in s.model.shapes)
-    if head and "lm_head" not in s.quantized and not verdict.reasons("lm_head"):
-        added.append("lm_head")
-    for name in plain:
-        if name == "lm_head" or (verdict.reasons(name) and not verdict.partly(name)):
+    head = s.plain_head
+    if head is not None and not verdict.reasons(head):
+        added.append("lm_head" if s.ignore_of(("lm_head",)).reasons(head) else head)
+    for name, parts in s.linear.items():
+        if name in ("lm_head", head) or any(part in s.quantized for part in parts):
             continue
-        parent, _, leaf = name.rpartition(".")
-        for shard in s.backbone.fused.get(leaf, (leaf,)):
-            added += _spellings(s, f"{parent}.{shard}")
+        if verdict.reasons(name) and not verdict.partly(name):
+            continue
+        added += _entries(s, name, parts)
     # What a dropped entry protected without being a linear module of vLLM's (a router, a vision tower) needs no entry
     # there; other consumers read the list too, so it is named again.
     for number in drop:
-        alone = Ignore((q.ignore[number],), s.backbone)
+        alone = s.ignore_of((q.ignore[number],))
         for name, module in s.modules.items():
             weight = module.weight
             if name in s.quantized or weight is None or name.endswith("embed_tokens"):
@@ -65,6 +55,36 @@ def consistent_ignore(s: VllmSubject) -> list[str] | None:
                 added += [k.rpartition(".")[0] for ks in module.leaves.values() for k in ks]
     found = list(dict.fromkeys([*kept, *added]))
     return None if found == list(q.ignore) else found
+
+
+def _misleading(s: VllmSubject) -> set[int]:
+    """The entries that exclude a quantized module, or a part of one."""
+    drop: set[int] = set()
+    for name, parts in s.linear.items():
+        if any(part in s.quantized for part in parts):
+            drop |= s.ignore.reasons(name).keys()
+            named = s.ignore.partly(name)
+            parent = name.rpartition(".")[0]
+            alone = (s.ignore_of((entry,)) for entry in s.ignore.entries)
+            drop |= {
+                i
+                for i, one in enumerate(alone if named else ())
+                if any(one.reasons(f"{parent}.{shard}") for shard in named) and one.partly(name)
+            }
+    return drop
+
+
+def _entries(s: VllmSubject, name: str, parts: Mapping[str, Module]) -> list[str]:
+    """Entries that exclude a module of vLLM's, as the checkpoint spells the modules that it is made of."""
+    parent, _, leaf = name.rpartition(".")
+    shards = s.backbone.fused.get(leaf, ())
+    if s.facts is None:
+        return [spelled for shard in shards or (leaf,) for spelled in _spellings(s, f"{parent}.{shard}")]
+    above = next(iter(parts)).rpartition(".")[0]
+    entries = tuple(f"{above}.{shard}" for shard in shards) if len(parts) > 1 or shards else tuple(parts)
+    if leaf == "experts":
+        entries = tuple(parts)
+    return list(entries if s.ignore_of(entries).reasons(name) else (name,))
 
 
 def _spellings(s: VllmSubject, name: str) -> list[str]:
@@ -110,6 +130,8 @@ def _lists(content: Any) -> Iterator[tuple[dict[str, Any], str]]:
             for found in (inner, inner.get("quantization") if isinstance(inner, dict) else None):
                 if not isinstance(found, dict):
                     continue
-                for key in ("ignore", "exclude_modules"):
-                    if isinstance(found.get(key), list):
-                        yield found, key
+                keys = ("ignore", "exclude_modules", "ignored_layers", "modules_to_not_convert")
+                listed = [key for key in keys if isinstance(found.get(key), list)]
+                if not listed and found.get("quant_method") == "fp8":
+                    listed = ["modules_to_not_convert"]
+                yield from ((found, key) for key in listed)

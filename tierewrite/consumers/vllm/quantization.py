@@ -1,7 +1,8 @@
 """vLLM's reading of a quantization config: which algorithm, which tensors a quantized module has, which ignore list.
 
 Follows vllm/model_executor/layers/quantization/modelopt.py (`ModelOptQuantConfigBase.from_config`) of vLLM 0.33,
-quirks included: that is what the rules have to predict. Other quantization methods are named, not interpreted.
+quirks included: that is what the rules have to predict. Of other methods the list of plain modules is read, and
+what modules have on disk (schemes.py).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tierewrite.consumers.vllm.schemes import Scheme, scheme_of
+
 CONFIG = "config.json: quantization_config"
 ALGOS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "MXFP8", "MIXED_PRECISION")
 # What the legacy file may say when config.json says nothing (model_arch_config_convertor.py
@@ -17,51 +20,6 @@ ALGOS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4"
 LEGACY_ALGOS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "MIXED_PRECISION")
 # Modules of these names are never quantized (modelopt.py `get_quant_method`).
 VISION = ("vision_tower", "vision_model", "vit_large_projector")
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """What a quantized linear module has on disk. Sizes are [out, in] of the unquantized weight.
-
-    Attributes:
-        weight: leaf and dtype of the weight; `pack` elements of the last axis a byte.
-        block: leaf of the F8_E4M3 scales [out, in / group], or None.
-        scalars: leaves of the F32 scalars that must be there.
-        optional: leaves that are read if there, or dropped.
-        shared: the scalar that the shards of a fused parameter must have in common, or None.
-    """
-
-    weight: str
-    dtype: str
-    pack: int
-    block: str | None
-    scalars: tuple[str, ...]
-    optional: tuple[str, ...] = ()
-    shared: str | None = None
-
-    @property
-    def leaves(self) -> tuple[str, ...]:
-        """Every leaf that the consumer has a parameter for."""
-        return (self.weight, *((self.block,) if self.block else ()), *self.scalars, *self.optional)
-
-
-NVFP4 = Scheme("weight", "U8", 2, "weight_scale", ("weight_scale_2", "input_scale"), shared="weight_scale_2")
-SCHEMES: Mapping[str, Scheme] = {
-    "NVFP4": NVFP4,
-    "W4A16_NVFP4": Scheme(
-        "weight", "U8", 2, "weight_scale", ("weight_scale_2",), ("input_scale",), shared="weight_scale_2"
-    ),
-    # Fused shards of other scales are requantized to the largest (KFp8StaticTensor.process): no harm done.
-    "FP8": Scheme("weight", "F8_E4M3", 1, None, ("weight_scale", "input_scale")),
-    "nvfp4-pack-quantized": Scheme(
-        "weight_packed",
-        "U8",
-        2,
-        "weight_scale",
-        ("weight_global_scale", "input_global_scale"),
-        shared="weight_global_scale",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -79,6 +37,7 @@ class Quantization:
         ignore_path: the config entry that holds the ignore list.
         ignore: its patterns.
         problem: why vLLM refuses the config, or None.
+        scheme: what modules have on disk; None for algorithms that are not checked in detail.
     """
 
     where: str
@@ -90,6 +49,7 @@ class Quantization:
     ignore_path: str
     ignore: tuple[str, ...]
     problem: str | None = None
+    scheme: Scheme | None = None
 
     @property
     def modelopt(self) -> bool:
@@ -97,9 +57,17 @@ class Quantization:
         return self.method.startswith("modelopt")
 
     @property
-    def scheme(self) -> Scheme | None:
-        """What modules have on disk; None for algorithms that are not checked in detail."""
-        return SCHEMES.get(self.algo)
+    def lists_known(self) -> bool:
+        """Whether it is known how vLLM reads its list of modules that are not quantized."""
+        return self.modelopt or self.method in ("compressed-tensors", "fp8")
+
+    @property
+    def quantizes_head(self) -> bool:
+        """Whether an untied lm_head that the list does not name is built quantized.
+
+        fp8.py quantizes `LinearBase` alone; compressed_tensors.py finds no target for `ParallelLMHead` among Linear.
+        """
+        return self.modelopt
 
     @classmethod
     def of(cls, config: Mapping[str, Any], legacy: Mapping[str, Any]) -> Quantization | None:
@@ -138,8 +106,13 @@ class Quantization:
                 problem = f"quant_algo {declared} is not one that the legacy form may say ({', '.join(LEGACY_ALGOS)})"
         if not method and problem is None:
             problem = "quant_method is missing"
-        ignore_key = "exclude_modules" if old is not None else "ignore" if "ignore" in body else "exclude_modules"
-        ignore = body.get(ignore_key, [])
+        if method == "fp8":
+            ignore_key = "ignored_layers" if body.get("ignored_layers") else "modules_to_not_convert"
+        else:
+            ignore_key = "exclude_modules" if old is not None else "ignore" if "ignore" in body else "exclude_modules"
+        if method == "compressed-tensors":
+            ignore_key = "ignore"
+        ignore = body.get(ignore_key) or []
         group = body.get("group_size")
         algo = declared
         if method.startswith("modelopt") and problem is None:
@@ -171,4 +144,5 @@ class Quantization:
             kv = isinstance(scheme, Mapping) and scheme.get("type") == "float" and scheme.get("num_bits") == 8
         patterns = tuple(p for p in ignore if isinstance(p, str)) if isinstance(ignore, list) else ()
         path = f"{where}.quantization" if old is not None else where
-        return cls(where, method, algo, declared, group_size, kv, f"{path}.{ignore_key}", patterns, problem)
+        layout = scheme_of(method, algo, found)
+        return cls(where, method, algo, declared, group_size, kv, f"{path}.{ignore_key}", patterns, problem, layout)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from tierewrite.consumers.findings import Finding
 from tierewrite.consumers.rules import Rule, RuleSet
-from tierewrite.consumers.vllm.quantization import ALGOS, Quantization
+from tierewrite.consumers.vllm.quantization import Quantization
 from tierewrite.consumers.vllm.sources import MODELOPT, WEIGHT_UTILS
 from tierewrite.consumers.vllm.subject import VllmSubject
 
@@ -24,20 +24,35 @@ NO_ARCHITECTURE = Rule(
 )
 UNKNOWN_ARCHITECTURE = replace(
     NO_ARCHITECTURE,
-    when="neither the table of backbones nor the installed transformers has it",
+    when="neither vLLM's registry nor the installed transformers has it",
     consequence="vLLM refuses a class that it does not know",
-    fix="correct the name, or the config that it cannot be built from",
+    fix="correct the name",
+)
+UNFIT_ARCHITECTURE = replace(
+    NO_ARCHITECTURE,
+    when="vLLM has no class for it, and cannot use that of transformers",
+    consequence="vLLM refuses to load",
+    fix="serve it with another engine",
 )
 
 
-@RULES.add(NO_ARCHITECTURE, UNKNOWN_ARCHITECTURE)
+@RULES.add(NO_ARCHITECTURE, UNKNOWN_ARCHITECTURE, UNFIT_ARCHITECTURE)
 def architectures(s: VllmSubject) -> Iterator[Finding]:
-    """models/registry.py `_normalize_arch` and `inspect_model_cls`: the first known one is built."""
+    """models/registry.py `resolve_model_cls`: a class of its own, else that of transformers or of auto_map."""
     where = ("config.json: architectures",)
+    facts = s.backbone.facts
     if not s.architectures:
         yield NO_ARCHITECTURE.at(where, "config.json names no architecture")
-    elif s.class_problem is not None and not s.backbone.architectures:
-        found = f"'{s.architecture}' is known neither here nor to the installed transformers: {s.class_problem}"
+    elif facts is not None and facts.refusal:
+        yield UNFIT_ARCHITECTURE.at(where, f"vLLM has no class for '{s.architecture}': {facts.refusal}")
+    elif s.known:
+        return
+    elif facts is not None and facts.registered:
+        s.notes.append(f"what vLLM's class {s.architecture} reads was not checked: {facts.problem}")
+    elif s.class_problem is None or s.config.get("auto_map"):
+        s.notes.append(f"vLLM has no class of its own for {s.architecture}; whether it can load it was not checked")
+    else:
+        found = f"neither vLLM's registry nor the installed transformers has '{s.architecture}'"
         yield UNKNOWN_ARCHITECTURE.at(where, found)
 
 
@@ -80,8 +95,8 @@ def quant_config(s: VllmSubject) -> Iterator[Finding]:
     elif s.declared_otherwise:
         found = f"the config says {q.declared or q.algo}, the tensors are {s.on_disk_format}"
         yield QUANT_ALGO_MISMATCH.at((f"{q.where}.quant_algo",), found)
-    elif q.modelopt and q.scheme is None and q.algo in ALGOS:
-        s.notes.append(f"{q.algo}: names and completeness are checked, scales and shapes are not")
+    elif q.scheme is None:
+        s.notes.append(f"{q.algo or q.method}: names and completeness are checked, scales and shapes are not")
 
 
 QUANT_CONFIG_DISAGREES = Rule(
@@ -134,6 +149,25 @@ def activations_unused(s: VllmSubject) -> Iterator[Finding]:
     keys = tuple(k for m in s.sound.values() for k in m.leaves.get("input_scale", ()))
     if keys:
         yield ACTIVATIONS_UNUSED.at(keys, f"the config says weight-only, yet {len(keys)} input scales are stored")
+
+
+MTP_MISSING = Rule(
+    id="mtp-missing",
+    title="the config declares layers for multi-token prediction, and no key fills them",
+    severity="warning",
+    consequence="plain serving works; vLLM refuses speculative decoding with them (weights missing from checkpoint)",
+    fix="copy the layers from the original checkpoint, or set the entry to 0",
+    source="model_executor/models/deepseek_mtp.py DeepSeekMTP.load_weights",
+)
+
+
+@RULES.add(MTP_MISSING)
+def mtp_missing(s: VllmSubject) -> Iterator[Finding]:
+    """models/deepseek_mtp.py, glm4_moe_mtp.py: `model.layers.<num_hidden_layers>.*`; qwen3_next_mtp.py: `mtp.*`."""
+    where, count = s.mtp
+    if count and not s.mtp_keys:
+        found = f"config.json declares {count} MTP layer{'s' if count > 1 else ''}, and no key fills them"
+        yield MTP_MISSING.at((f"config.json: {where}",), found)
 
 
 GENERATION_CONFIG = Rule(

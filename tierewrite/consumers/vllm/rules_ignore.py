@@ -41,7 +41,7 @@ def ignore_partly_fused(s: VllmSubject) -> Iterator[Finding]:
         named = s.ignore.partly(module)
         if named:
             parent, _, leaf = module.rpartition(".")
-            others = [x for x in s.backbone.fused[leaf] if x not in named]
+            others = [x for x in s.backbone.fused.get(leaf, ("others",)) if x not in named]
             plain = [n for n, m in s.linear[module].items() if n not in s.quantized and m.weight]
             rule = PARTLY_QUANTIZED if 0 < len(plain) < len(s.linear[module]) else PARTLY_FUSED
             found = (
@@ -162,21 +162,53 @@ UNLISTED_PART = replace(
 def unlisted_unquantized(s: VllmSubject) -> Iterator[Finding]:
     """modelopt.py `get_quant_method`: every linear layer that no entry names is built quantized, the head included."""
     q = s.quantization
-    if q is None or not q.modelopt or q.problem is not None or s.declared_otherwise or not s.quantized:
+    if q is None or not q.lists_known or q.problem is not None or s.declared_otherwise or not s.quantized:
         return
-    tied_head = "lm_head.weight" in s.canonical or "lm_head" in s.modules or not s.backbone.linear
-    has_head = s.model is None or any(n.rpartition(".")[0].endswith("lm_head") for n in s.model.shapes)
-    if tied_head and has_head and "lm_head" not in s.quantized and not s.ignore.reasons("lm_head"):
+    if s.ignore.unreadable:
+        s.notes.append(f"an entry of {q.ignore_path} cannot be matched: which modules are plain was not checked")
+        return
+    if not s.known:
+        s.notes.append("which modules vLLM builds quantized is not known: ignore lists were not checked")
+        return
+    head = s.plain_head
+    if head is not None and not s.ignore.reasons(head):
         yield UNLISTED_HEAD.at((q.ignore_path,), "lm_head is not quantized, and no ignore entry names it")
     whole: list[str] = []
     partly: list[str] = []
     for name, parts in s.linear.items():
-        plain = [m for p, m in parts.items() if p not in s.quantized and m.weight and p != "lm_head"]
+        plain = [m for p, m in parts.items() if p not in s.quantized and m.weight and name not in (head, "lm_head")]
         if plain and name not in s.excluded and not s.ignore.partly(name):
             (whole if len(plain) == len(parts) else partly).extend(m.weight or "" for m in plain)
     for rule, keys in ((UNLISTED, whole), (UNLISTED_PART, partly)):
         if keys:
             yield rule.at(keys, f"{len(keys)} unquantized weights of modules that the ignore list does not name")
+
+
+MATCHES_NOTHING = Rule(
+    id="ignore-matches-nothing",
+    title="ignore entries match no module",
+    severity="warning",
+    consequence="vLLM passes over them without a warning",
+    fix="correct their names, if a module is meant",
+    source=f"{QUANTIZATION_UTILS}/quant_utils.py is_layer_skipped",
+)
+
+
+@RULES.add(MATCHES_NOTHING)
+def ignore_matches_nothing(s: VllmSubject) -> Iterator[Finding]:
+    """utils/quant_utils.py `is_layer_skipped`: an entry is compared with names, and nothing says that it fits none."""
+    q = s.quantization
+    if q is None or not q.lists_known or q.problem is not None or s.facts is None or s.ignore.unreadable:
+        return
+    names = {name for module in s.modules for name in (module, s.built_as(module), s.facts.map(module))}
+    names.update(s.facts.head)
+    idle = [
+        f"{q.ignore_path}[{number}]: {entry}"
+        for number, entry in enumerate(s.ignore.entries)
+        if "lm_head" not in entry and not any(s.ignore.touches(number, name) for name in names)
+    ]
+    if idle:
+        yield MATCHES_NOTHING.at(idle, f"{len(idle)} {MATCHES_NOTHING.title}")
 
 
 CANNOT_BE_QUANTIZED = Rule(

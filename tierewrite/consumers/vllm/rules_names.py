@@ -121,116 +121,59 @@ def _role(s: VllmSubject, key: str) -> Role | None:
     return None if found is None else found.role
 
 
-UNNOTICED = "vLLM does not notice: uninitialised memory is used"
-REFUSED = "vLLM refuses an unquantized checkpoint that is incomplete"
 EXPERT_MISSING = Rule(
     id="expert-missing",
     title="experts have no weight at all",
-    when="the checkpoint is quantized",
     severity="error",
-    consequence=UNNOTICED,
+    consequence="vLLM does not notice: uninitialised memory is used",
     fix="export again, or copy them from a complete checkpoint",
     source=f"{DEFAULT_LOADER} DefaultModelLoader.load_weights",
     decided_by_loader=True,
 )
-INCOMPLETE = (
+SHARD_MISSING = replace(
     EXPERT_MISSING,
-    replace(
-        EXPERT_MISSING,
-        id="fused-shard-missing",
-        title="shards of fused projections are missing while others are there",
-    ),
-    replace(EXPERT_MISSING, id="parameter-missing", title="parameters are filled by no key"),
+    id="fused-shard-missing",
+    title="shards of fused projections are missing while others are there",
 )
-"""What `Subject.missing` lists, the last first."""
-INCOMPLETE_PLAIN = tuple(
-    replace(rule, when="the checkpoint is not quantized", consequence=REFUSED) for rule in INCOMPLETE
+PARAMETER_MISSING = replace(
+    EXPERT_MISSING,
+    id="parameter-missing",
+    title="parameters are filled by no key",
+    when="the checkpoint is quantized, or they are of a kind that could be",
+)
+NORM_MISSING = replace(
+    PARAMETER_MISSING,
+    when="the checkpoint is not quantized, and they are of a kind that never is (norms)",
+    consequence="vLLM refuses to load",
 )
 
 
-@RULES.add(*INCOMPLETE, *INCOMPLETE_PLAIN)
+@RULES.add(EXPERT_MISSING, SHARD_MISSING, PARAMETER_MISSING, NORM_MISSING)
 def missing_parameters(s: VllmSubject) -> Iterator[Finding]:
-    """model_loader/default_loader.py `load_weights`: only unquantized models are tracked; layers/fused_moe and
-    layers/linear.py create parameters with torch.empty, and one shard or expert that comes is enough.
+    """model_loader/default_loader.py `load_weights`: only modules of unquantized models that have no
+    `process_weights_after_loading` are tracked; layers/fused_moe and layers/linear.py create parameters with
+    torch.empty, and one shard or expert that comes is enough.
     """
     plain, shards, experts = common_rules.missing_parameters(s)
-    rules = INCOMPLETE_PLAIN if s.quantization is None else INCOMPLETE
-    for rule, names in zip(rules, (experts, shards, plain), strict=True):
+    if not s.known and (plain or shards or experts):
+        count = len(plain) + len(shards) + len(experts)
+        s.notes.append(
+            f"{count} parameters of transformers' class are not stored; whether vLLM reads them is not known"
+        )
+        return
+    tracked = [name for name in plain if s.quantization is None and _is_norm(s, name)]
+    untracked = [name for name in plain if name not in set(tracked)]
+    rules = (EXPERT_MISSING, SHARD_MISSING, PARAMETER_MISSING, NORM_MISSING)
+    for rule, names in zip(rules, (experts, shards, untracked, tracked), strict=True):
         if names:
             yield rule.at(names, f"{len(names)} {rule.title}")
 
 
-UNEXPECTED_TENSOR = Rule(
-    id="unexpected-tensor",
-    title="tensors belong to no parameter",
-    severity="error",
-    consequence="the load aborts at the first of them",
-    fix="export again, or remove them from the files",
-    source=f"{MODEL_UTILS} AutoWeightsLoader._load_module",
-    decided_by_loader=True,
-)
-IGNORED_TENSOR = Rule(
-    id="ignored-tensor",
-    title="tensors that vLLM has no use for (biases, experts beyond the config's number)",
-    severity="warning",
-    consequence="vLLM passes over them without a warning",
-    fix="if they matter, the config is wrong",
-    source=f"{MODEL_UTILS} AutoWeightsLoader.load_weights",
-    decided_by_loader=True,
-)
-
-
-@RULES.add(UNEXPECTED_TENSOR, IGNORED_TENSOR)
-def unexpected_tensors(s: VllmSubject) -> Iterator[Finding]:
-    """models/utils.py `AutoWeightsLoader._load_module` ("There is no module or parameter named"), `_load_param`
-    (nested weight); fused_moe/routed_experts.py `load_weights` (AttributeError). Not an error there: `.bias`,
-    `*.g_idx`, rotary tables, KV scales of modules without attention, experts beyond the last.
-    """
-    if s.model is None:
-        return
-    unexpected: list[str] = []
-    ignored: list[str] = []
-    beyond: list[str] = []
-    for key in s.entries:
-        if key in s.places:
-            if _beyond_the_last_expert(s, key):
-                beyond.append(key)
-            continue
-        mapped = s.backbone.map(key)
-        module, _, leaf = mapped.rpartition(".")
-        owner = s.modules.get(module)
-        weight = owner.weight if owner is not None else None
-        if leaf == "bias":
-            ignored.append(key)
-        elif s.backbone.passes_over(mapped) or _is_kv(s, key):
-            continue  # tables that are computed anyway are no loss
-        elif weight is not None and weight in s.places and _beyond_the_last_expert(s, weight):
-            beyond.append(key)
-        elif owner is not None and (weight is None or weight in s.places) and _known_leaf(s, module, leaf):
-            continue  # where the weight itself is missing, that is another rule's finding
-        else:
-            unexpected.append(key)
-    if unexpected:
-        yield UNEXPECTED_TENSOR.at(unexpected, f"{len(unexpected)} {UNEXPECTED_TENSOR.title}")
-    if ignored or beyond:
-        yield IGNORED_TENSOR.at((*ignored, *beyond), f"{len(ignored) + len(beyond)} {IGNORED_TENSOR.title}")
-
-
-def _beyond_the_last_expert(s: VllmSubject, key: str) -> bool:
-    """The key is an expert's weight, of a higher number than the model has."""
-    parameter, part = s.places[key]
-    return s.model is not None and bool(part) and part[0] == "expert" and part[3] >= s.model.shapes[parameter][0]
-
-
-def _known_leaf(s: VllmSubject, module: str, leaf: str) -> bool:
-    """vLLM has a parameter for this companion, or another rule reports it."""
-    if leaf in ("weight", "weight_packed"):
-        return True
-    scheme = s.scheme
-    if scheme is None or s.declared_otherwise or s.never_quantized(module):
-        # Without a scheme nothing can be said of a companion that some format knows.
-        return formats.classify("weight", leaf) is not None
-    return leaf in scheme.leaves
+def _is_norm(s: VllmSubject, name: str) -> bool:
+    """vLLM has it in a module that no quantization concerns."""
+    if s.facts is None or s.facts.module(name) is None:
+        return "norm" in name.rpartition(".")[0].rpartition(".")[2]
+    return s.facts.kind(s.facts.module(name) or "") is None
 
 
 HEAD_STORED = Rule(

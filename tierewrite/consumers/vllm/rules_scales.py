@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 
 from tierewrite import formats
+from tierewrite.consumers.class_facts import pattern_of
 from tierewrite.consumers.findings import Finding
 from tierewrite.consumers.rules import Rule, RuleSet
 from tierewrite.consumers.subject import Module
@@ -177,9 +179,7 @@ def fused_scales(s: VllmSubject) -> Iterator[Finding]:
         rule = WEIGHT_SCALES_DIFFER if scheme.shared == "weight_scale_2" else WEIGHT_SCALES_DIFFER_PACKED
         yield rule.at(weights, f"{len(weights)} {scheme.shared} of projections that share one parameter differ")
     if inputs:
-        yield INPUT_SCALES_DIFFER.at(
-            inputs, f"{len(inputs)} {moving} of projections that share one parameter differ"
-        )
+        yield INPUT_SCALES_DIFFER.at(inputs, f"{len(inputs)} {moving} of projections that share one parameter differ")
 
 
 def _sharing(s: VllmSubject, leaf: str) -> Iterator[list[str]]:
@@ -187,12 +187,11 @@ def _sharing(s: VllmSubject, leaf: str) -> Iterator[list[str]]:
     if s.loaded is not None and s.loaded.loaded:
         yield from s.sharing(leaf)
         return
-    groups: dict[str, list[Module]] = {}
+    groups: dict[tuple[str, int | None], list[Module]] = {}
     for name, module in s.sound.items():
-        parent, _, projection = name.rpartition(".")
-        for fused, shards in s.backbone.fused.items():
-            if projection in shards:
-                groups.setdefault(f"{parent}.{fused}", []).append(module)
+        shared = s.shared_parameter(name)
+        if shared is not None:
+            groups.setdefault(shared, []).append(module)
     for modules in groups.values():
         if len(modules) > 1:
             yield [key for module in modules if (key := module.key(leaf)) is not None]
@@ -224,7 +223,7 @@ def kv_scales(s: VllmSubject) -> Iterator[Finding]:
     serves for both; without an FP8 cache they are dropped.
     """
     q = s.quantization
-    if q is None or not q.modelopt or q.problem is not None:
+    if q is None or not q.lists_known or q.problem is not None:
         return
     stored = _kv_stored(s)
     if not q.kv_fp8:
@@ -245,14 +244,31 @@ def kv_scales(s: VllmSubject) -> Iterator[Finding]:
 def _kv_missing(s: VllmSubject, stored: dict[str, dict[str, list[str]]]) -> tuple[list[str], list[str]]:
     """KV scales whose other half is there, and attention modules without any, by the names of q, k and v."""
     half, none = [], []
-    attention = {f"{n.rpartition('.')[0]}." for n in s.modules if n.endswith(".self_attn.q_proj")}
-    for module in sorted(attention):
+    for module in sorted(_attentions(s)):
         kinds = stored.get(module, {})
         if len(kinds) == 1:
-            half.append(f"{module}{'v_proj.v_scale' if 'k' in kinds else 'k_proj.k_scale'}")
+            there = next(iter(kinds.values()))[0]
+            half.append(_of_other_kind(there))
         elif not kinds:
             none.append(module.rstrip("."))
     return half, none
+
+
+def _of_other_kind(key: str) -> str:
+    """The name of the V scale that belongs to a K scale, and the other way round."""
+    return re.sub(r"\b[kv](?=_(?:scale|proj)\b)", lambda found: "v" if found[0] == "k" else "k", key)
+
+
+def _attentions(s: VllmSubject) -> set[str]:
+    """The modules that hold an attention of vLLM's, each with a dot at its end."""
+    if s.facts is None:
+        return {f"{n.rpartition('.')[0]}." for n in s.modules if n.endswith(".self_attn.q_proj")}
+    holders = {name.rpartition(".")[0] for name, kind in s.facts.takes.items() if kind == "attention"}
+    found: set[str] = set()
+    for name in s.modules:
+        if pattern_of(s.built_as(name).rpartition(".")[0]) in holders:
+            found.add(f"{name.rpartition('.')[0]}.")
+    return found
 
 
 def _kv_stored(s: VllmSubject) -> dict[str, dict[str, list[str]]]:
@@ -262,5 +278,9 @@ def _kv_stored(s: VllmSubject) -> dict[str, dict[str, list[str]]]:
         kind = KV_LEAVES.get(key.rpartition(".")[2])
         hit = formats.kv_scale(key, s.families) if kind else None
         if hit is not None and kind is not None:
-            stored.setdefault(s.backbone.map(f"{hit[0]}."), {}).setdefault(kind, []).append(key)
+            holder = s.backbone.map(f"{hit[0]}.")
+            module = s.modules.get(holder.rstrip("."))
+            if module is not None and module.weight is not None:  # under a fused qkv_proj
+                holder = f"{module.name.rpartition('.')[0]}."
+            stored.setdefault(holder, {}).setdefault(kind, []).append(key)
     return stored

@@ -11,12 +11,14 @@ from tierewrite.consumers import common_rules
 from tierewrite.consumers.findings import Finding
 from tierewrite.consumers.rules import Rule, RuleSet
 from tierewrite.consumers.subject import FLOATS, Module, numbers, rounded_to_e4m3
-from tierewrite.consumers.vllm.quantization import Scheme
+from tierewrite.consumers.vllm.schemes import Scheme
 from tierewrite.consumers.vllm.sources import MODELOPT, QUANTIZATION_UTILS, WEIGHT_UTILS
 from tierewrite.consumers.vllm.subject import VllmSubject
 from tierewrite.formats.experts import split_expert
 
 RULES: RuleSet[VllmSubject] = RuleSet()
+
+NVFP4_GROUP = 16  # part of the format: E2M1 codes share a scale in blocks of 16
 
 GROUP_SIZE_MISMATCH = Rule(
     id="group-size-mismatch",
@@ -35,7 +37,7 @@ def group_size(s: VllmSubject) -> Iterator[Finding]:
     """
     q = s.quantization
     most = s.group_size
-    if q is None or most is None or not q.modelopt or most == q.group_size:
+    if q is None or most is None or not q.modelopt or most == q.group_size or most != NVFP4_GROUP:
         return
     what = f"the config says blocks of {q.group_size}, the scales on disk are for blocks of {most}"
     yield replace(GROUP_SIZE_MISMATCH.at((f"{q.where}.group_size",), what), mend=f"set group_size to {most}")
@@ -86,6 +88,7 @@ def sizes(s: VllmSubject) -> Iterator[Finding]:
 WRONG_SHAPE = Rule(
     id="wrong-shape",
     title="tensors have other shapes than their parameters",
+    when="any other tensor",
     severity="error",
     consequence="the load aborts; for an expert, what is missing stays uninitialised",
     fix="export again",
@@ -94,18 +97,29 @@ WRONG_SHAPE = Rule(
 )
 
 
-@RULES.add(WRONG_SHAPE)
+BLOCKS_OF_OTHER_SIZE = replace(
+    WRONG_SHAPE,
+    when="block scales of NVFP4 are for other blocks than 16",
+    consequence="the load aborts; with another group_size in the config the numbers would be garbage",
+)
+
+
+@RULES.add(WRONG_SHAPE, BLOCKS_OF_OTHER_SIZE)
 def shapes(s: VllmSubject) -> Iterator[Finding]:
     """models/.. `default_weight_loader` (AssertionError); parameter.py `load_merged_column_weight`; for experts
     fused_moe/routed_experts.py `_narrow_expert_data_for_padding` copies what there is and leaves the rest.
     """
+    other = _blocks_of_other_size(s)
+    if other:
+        found = f"{len(other)} block scales are for blocks of {s.group_size}; NVFP4 has blocks of {NVFP4_GROUP}"
+        yield BLOCKS_OF_OTHER_SIZE.at(other, found)
     wrong = [
         key
         for key in common_rules.of_other_shape(s, experts=True)
         if not (prod(s.entries[key].shape) == prod(s.size(key) or ()) == 1)  # scalars of any shape are accepted
     ]
     scheme = s.scheme
-    if scheme is not None:
+    if scheme is not None and scheme.detailed:
         for module in s.sound.values():
             wrong += _packed_of_other_shape(s, scheme, module)
     for name, entry in s.entries.items():
@@ -113,6 +127,14 @@ def shapes(s: VllmSubject) -> Iterator[Finding]:
             wrong.append(name)
     if wrong:
         yield WRONG_SHAPE.at(dict.fromkeys(wrong), f"{len(wrong)} {WRONG_SHAPE.title}")
+
+
+def _blocks_of_other_size(s: VllmSubject) -> list[str]:
+    """Block scales of NVFP4 whose blocks are not of 16, where most are not."""
+    block = s.scheme.block if s.scheme is not None else None
+    if block is None or s.group_size in (None, NVFP4_GROUP):
+        return []
+    return [key for m in s.sound.values() if (key := m.key(block)) is not None]
 
 
 def _packed_of_other_shape(s: VllmSubject, scheme: Scheme, module: Module) -> Iterator[str]:
@@ -168,7 +190,7 @@ def dtypes(s: VllmSubject) -> Iterator[Finding]:
         if not _packed(s, owner, name) and s.entries[name].dtype not in FLOATS:
             harmful.append(name)
     scheme = s.scheme
-    for module in s.sound.values():
+    for module in s.sound.values() if scheme is not None and scheme.detailed else ():
         assert scheme is not None
         key = module.weight
         assert key is not None
@@ -193,7 +215,9 @@ def dtypes(s: VllmSubject) -> Iterator[Finding]:
 
 
 def _packed(s: VllmSubject, module: Module | None, key: str) -> bool:
-    """The key is the weight of a quantized module, on whichever side."""
+    """The key is the weight of a quantized module, on whichever side, or a fused parameter in packed form."""
+    if formats.main_parameter(key) is not None:
+        return True
     if module is None or module.name not in s.quantized:
         return False
     return any(key in keys for leaf, keys in module.leaves.items() if formats.is_main(leaf))

@@ -2,19 +2,83 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
+from tierewrite import formats
 from tierewrite.consumers.backbone import matches
+from tierewrite.consumers.class_facts import ClassFacts, pattern_of
 from tierewrite.consumers.subject import PACKED, Module, Subject
-from tierewrite.consumers.vllm.ignore import Ignore
-from tierewrite.consumers.vllm.quantization import VISION, Quantization, Scheme
+from tierewrite.consumers.vllm.ignore import ExactIgnore, Ignore, ModeloptIgnore
+from tierewrite.consumers.vllm.quantization import VISION, Quantization
+from tierewrite.consumers.vllm.schemes import Scheme
 from tierewrite.formats.experts import split_expert
+
+QUANTIZABLE = ("linear", "head", "experts")
+MTP_ENTRIES = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "num_mtp_layers")
+MTP_MODULES = ("mtp", "mtp_layers", "mtp_block")
+# `model.layers.61.`, `model.language_model.layers.48.`; not the layers of an encoder or a vision tower.
+_LAYER = re.compile(r"(?:model\.|language_model\.|transformer\.|decoder\.)*(?:layers|h)\.(\d+)\.")
 
 
 class VllmSubject(Subject):
     """A subject with vLLM's reading of the quantization config."""
+
+    @property
+    def facts(self) -> ClassFacts | None:
+        """What vLLM's own class does with names; None where no table says so, or its class could not be asked."""
+        facts = self.backbone.facts
+        return facts if facts is not None and facts.asked else None
+
+    @property
+    def known(self) -> bool:
+        """Whether vLLM's names for this architecture are known, by a backbone or by facts of its class."""
+        return bool(self.backbone.linear) or bool(self.backbone.prefixes) or self.facts is not None
+
+    @property
+    def ties_known(self) -> bool:
+        """Whether the installed transformers knows the class."""
+        return self.class_problem is None and self.model is not None
+
+    @cached_property
+    def _text_config(self) -> Mapping[str, Any]:
+        """The config of the language model."""
+        parts = (self.config.get(name) for name in ("text_config", "llm_config", "language_config"))
+        return next((p for p in parts if isinstance(p, Mapping) and "num_hidden_layers" in p), self.config)
+
+    @property
+    def layer_count(self) -> int | None:
+        """How many layers the language model has, by config.json; None where it does not say."""
+        found = self._text_config.get("num_hidden_layers")
+        return found if isinstance(found, int) else None
+
+    @property
+    def mtp(self) -> tuple[str, int]:
+        """The entry of config.json that declares layers for multi-token prediction, and how many; ("", 0): none."""
+        for name in MTP_ENTRIES:
+            for part in (self._text_config, self.config):
+                count = part.get(name)
+                if isinstance(count, int) and count > 0:
+                    return name, count
+        return "", 0
+
+    @cached_property
+    def mtp_keys(self) -> frozenset[str]:
+        """Keys of layers for multi-token prediction: below `mtp`, or of a layer beyond the model's last."""
+        return frozenset(k for k in self.entries if k.split(".", 1)[0] in MTP_MODULES or self.beyond_last_layer(k))
+
+    def beyond_last_layer(self, key: str) -> bool:
+        """The key belongs to a layer of the language model, of a higher number than config.json gives it."""
+        found = _LAYER.match(key)
+        return self.layer_count is not None and found is not None and int(found[1]) >= self.layer_count
+
+    @property
+    def shares_kv(self) -> bool:
+        """Its last layers use K and V of earlier ones (Gemma 3n, Gemma 4)."""
+        return bool(self._text_config.get("num_kv_shared_layers"))
 
     @cached_property
     def quantization(self) -> Quantization | None:
@@ -29,13 +93,31 @@ class VllmSubject(Subject):
 
     @cached_property
     def ignore(self) -> Ignore:
-        """The list of modules that vLLM leaves unquantized; an empty one where that is not ModelOpt's."""
+        """The list of modules that vLLM leaves unquantized; an empty one where its meaning is not known."""
         q = self.quantization
-        entries = q.ignore if q is not None and q.modelopt and q.problem is None else ()
-        return Ignore(entries, self.backbone)
+        entries = q.ignore if q is not None and q.lists_known and q.problem is None else ()
+        return self.ignore_of(entries)
+
+    def ignore_of(self, entries: tuple[str, ...]) -> Ignore:
+        """vLLM's reading of another list."""
+        q = self.quantization
+        exact = q is not None and not q.modelopt
+        return (ExactIgnore if exact else ModeloptIgnore)(entries, self.backbone)
+
+    @cached_property
+    def destinations(self) -> Mapping[str, list[str]]:
+        """See Subject."""
+        if self.facts is None:
+            return self.targets
+        found: dict[str, list[str]] = {}
+        for name, keys in self.targets.items():
+            found.setdefault(self.facts.map(name), []).extend(keys)
+        return found
 
     def built_as(self, module: str) -> str:
         """The vLLM module that a module of the checkpoint becomes a part of: qkv_proj, gate_up_proj, experts."""
+        if self.facts is not None:
+            return self._built.get(module, module)
         container, expert, _ = split_expert(module)
         if expert is not None:
             return container
@@ -45,21 +127,80 @@ class VllmSubject(Subject):
                 return f"{parent}.{fused}"
         return module
 
+    @cached_property
+    def _built(self) -> Mapping[str, str]:
+        """Module of the checkpoint -> module of vLLM's, for those that the class reads."""
+        facts = self.facts
+        assert facts is not None
+        found: dict[str, str] = {}
+        for name, module in self.modules.items():
+            keys = (f"{module.stem}.weight", *(formats.main_parameter(k[0]) or k[0] for k in module.leaves.values()))
+            built = next((b for key in keys if (b := facts.module(key)) is not None), None)
+            if built is not None:
+                found[name] = built
+        return found
+
+    def shared_parameter(self, module: str) -> tuple[str, int | None] | None:
+        """What identifies the parameter of vLLM's that the module's weight is a part of: its name, and the expert.
+
+        None where it is not known to share one with others.
+        """
+        parent, _, leaf = module.rpartition(".")
+        if self.facts is not None:
+            parameter = self.facts.parameter(f"{module}.weight")
+            return None if parameter is None else (parameter, split_expert(module)[1])
+        for fused, shards in self.backbone.fused.items():
+            if leaf in shards:
+                return f"{parent}.{fused}", None
+        return None
+
+    def partner_there(self, name: str) -> bool:
+        """See Subject."""
+        if self.facts is None:
+            return super().partner_there(name)
+        shared = self.shared_parameter(name.rpartition(".")[0])
+        return shared is not None and shared in self._shared_there
+
+    @cached_property
+    def _shared_there(self) -> set[tuple[str, int | None] | None]:
+        return {self.shared_parameter(name) for name, module in self.modules.items() if module.weight is not None}
+
+    def needs(self, parameter: str) -> bool:
+        """See Subject."""
+        if self.facts is not None and pattern_of(parameter) in self.facts.unneeded:
+            return False
+        return super().needs(parameter)
+
     def never_quantized(self, module: str) -> bool:
         """vLLM builds it plain whatever the config says."""
-        return any(v in module for v in VISION) or matches(module, self.backbone.plain)
+        q = self.quantization
+        built = self.built_as(module)
+        if any(v in built for v in VISION) and (q is None or q.modelopt):
+            return True
+        if self.facts is None:
+            return matches(module, self.backbone.plain)
+        kind = self.facts.kind(built)
+        return module in self._built and kind not in QUANTIZABLE and not (kind == "embedding" and not self._lists_known)
+
+    @property
+    def _lists_known(self) -> bool:
+        return self.quantization is not None and self.quantization.lists_known
 
     @cached_property
     def _kinds(self) -> set[str]:
         """Modules of which some checkpoint layer is quantized, numbers left out: for backbones without data."""
-        return {numberless(name) for name in self.quantized}
+        return {pattern_of(name) for name in self.quantized}
 
     def is_linear(self, module: str) -> bool:
         """vLLM builds it as a linear layer that takes the checkpoint's quantization."""
         if self.never_quantized(module):
             return False
+        if self.facts is not None and module in self._built:
+            kind = self.facts.kind(self._built[module])
+            q = self.quantization
+            return kind in QUANTIZABLE and not (kind == "head" and q is not None and not q.quantizes_head)
         if not self.backbone.linear:
-            return numberless(module) in self._kinds or module == "lm_head"
+            return pattern_of(module) in self._kinds or module == "lm_head"
         for row in self.backbone.linear:
             if matches(module, (row["modules"],)):
                 sizes = [self._config_entry(path) for path in row.get("multiples_of_64", ())]
@@ -72,6 +213,21 @@ class VllmSubject(Subject):
         for part in path.split("."):
             found = found.get(part) if isinstance(found, dict) else None
         return found
+
+    @property
+    def plain_head(self) -> str | None:
+        """vLLM's head, where it would be built quantized unless the ignore list names it, and is not so on disk."""
+        q = self.quantization
+        if q is None or not q.quantizes_head:
+            return None
+        if self.facts is not None:
+            built = self.facts.head[0] or self.facts.head[1]
+            head = built or None
+            quantized = any(self.built_as(name) == head for name in self.quantized)
+            return None if quantized else head
+        tied_head = "lm_head.weight" in self.canonical or "lm_head" in self.modules or not self.backbone.linear
+        has_head = self.model is None or any(n.rpartition(".")[0].endswith("lm_head") for n in self.model.shapes)
+        return "lm_head" if tied_head and has_head and "lm_head" not in self.quantized else None
 
     @cached_property
     def linear(self) -> dict[str, dict[str, Module]]:
@@ -102,11 +258,11 @@ class VllmSubject(Subject):
     def declared_otherwise(self) -> bool:
         """The config's algorithm is not what lies on disk."""
         scheme, found = self.scheme, self.on_disk_format
-        return scheme is not None and found is not None and found != _family(scheme)
+        return scheme is not None and found is not None and found != scheme.family
 
     @cached_property
     def on_disk_format(self) -> str | None:
-        """"nvfp4", "nvfp4-packed" or "fp8", by what most quantized modules have; None for anything else."""
+        """ "nvfp4", "nvfp4-packed" or "fp8", by what most quantized modules have; None for anything else."""
         seen: Counter[str] = Counter()
         for module in self.quantized.values():
             key = module.weight
@@ -147,14 +303,3 @@ class VllmSubject(Subject):
     def group_size(self) -> int | None:
         """The block size that most block scales on disk have; None where there are none."""
         return self.groups.most_common(1)[0][0] if self.groups else None
-
-
-def _family(scheme: Scheme) -> str:
-    if scheme.block is None:
-        return "fp8"
-    return "nvfp4-packed" if scheme.weight == "weight_packed" else "nvfp4"
-
-
-def numberless(name: str) -> str:
-    """The name with every numeric component replaced by *."""
-    return ".".join("*" if part.isdecimal() else part for part in name.split("."))

@@ -1,0 +1,109 @@
+"""What a quantized linear module has on disk, for the quantization algorithms that vLLM's rules know.
+
+Read in vLLM 0.33, model_executor/layers/quantization/: modelopt.py, compressed_tensors/schemes/, fp8.py, auto_awq.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a quantized linear module has on disk. Sizes are [out, in] of the unquantized weight.
+
+    Attributes:
+        family: what `VllmSubject.on_disk_format` calls it; "" where that cannot tell it.
+        weight: leaf and dtype of the weight; `pack` elements of the last axis a byte.
+        block: leaf of the F8_E4M3 scales [out, in / group], or None.
+        scalars: leaves of the other scales that must be there: F32 scalars, where `detailed`.
+        optional: leaves that are read if there, or dropped.
+        shared: the scalar that the shards of a fused parameter must have in common, or None.
+        detailed: shapes and dtypes are known too.
+    """
+
+    family: Literal["nvfp4", "nvfp4-packed", "fp8", ""]
+    weight: str
+    dtype: str
+    pack: int
+    block: str | None
+    scalars: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    shared: str | None = None
+    detailed: bool = True
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """Every leaf that the consumer has a parameter for."""
+        return (self.weight, *((self.block,) if self.block else ()), *self.scalars, *self.optional)
+
+
+_TWO = "weight_scale_2"
+_GLOBAL = "weight_global_scale"
+SCHEMES: Mapping[str, Scheme] = {
+    "NVFP4": Scheme("nvfp4", "weight", "U8", 2, "weight_scale", (_TWO, "input_scale"), shared=_TWO),
+    "W4A16_NVFP4": Scheme("nvfp4", "weight", "U8", 2, "weight_scale", (_TWO,), ("input_scale",), shared=_TWO),
+    # Fused shards of other scales are requantized to the largest (KFp8StaticTensor.process): no harm done.
+    "FP8": Scheme("fp8", "weight", "F8_E4M3", 1, None, ("weight_scale", "input_scale")),
+    "nvfp4-pack-quantized": Scheme(
+        "nvfp4-packed", "weight_packed", "U8", 2, "weight_scale", (_GLOBAL, "input_global_scale"), shared=_GLOBAL
+    ),
+}
+
+
+def _scales_only(weight: str, dtype: str, scalars: tuple[str, ...], *optional: str) -> Scheme:
+    family: Literal["fp8", ""] = "fp8" if dtype == "F8_E4M3" else ""
+    return Scheme(family, weight, dtype, 1, None, scalars, optional, detailed=False)
+
+
+def scheme_of(method: str, algo: str, config: Mapping[str, Any]) -> Scheme | None:
+    """What modules have on disk; None for what is not checked in detail.
+
+    Args:
+        method: quant_method.
+        algo: ModelOpt's algorithm as vLLM takes it; compressed-tensors' format.
+        config: the quantization config.
+    """
+    if algo in SCHEMES:
+        return SCHEMES[algo]
+    if method == "compressed-tensors":
+        return _compressed(algo, config)
+    if method == "fp8":
+        if config.get("weight_block_size"):
+            return _scales_only("weight", "F8_E4M3", ("weight_scale_inv",), "input_scale", "weight_scale")
+        static = config.get("activation_scheme") == "static"
+        inputs = ("input_scale",)
+        return _scales_only("weight", "F8_E4M3", ("weight_scale", *(inputs if static else ())), *inputs)
+    if method == "awq":
+        zeros = ("qzeros",) if config.get("zero_point", True) else ()
+        return _scales_only("qweight", "I32", ("scales", *zeros), "qzeros")
+    return None
+
+
+def _compressed(algo: str, config: Mapping[str, Any]) -> Scheme | None:
+    """compressed-tensors: by the one scheme that all groups have; None where they differ."""
+    groups = config.get("config_groups")
+    if not isinstance(groups, Mapping) or not groups:
+        return None
+    found = {_of_group(algo, group) for group in groups.values() if isinstance(group, Mapping)}
+    return found.pop() if len(found) == 1 else None
+
+
+def _of_group(algo: str, group: Mapping[str, Any]) -> Scheme | None:
+    weights, inputs = group.get("weights"), group.get("input_activations")
+    if not isinstance(weights, Mapping):
+        return None
+    static = isinstance(inputs, Mapping) and not inputs.get("dynamic")
+    scales = ("weight_scale", *(("input_scale",) if static else ()))
+    kind = (weights.get("type"), weights.get("num_bits"))
+    if algo in ("float-quantized", "naive-quantized") and kind == ("float", 8):
+        return _scales_only("weight", "F8_E4M3", scales)
+    if algo == "int-quantized" and kind == ("int", 8):
+        return _scales_only("weight", "I8", scales, "weight_zero_point", "input_zero_point")
+    if algo == "pack-quantized":
+        zeros = () if weights.get("symmetric", True) else ("weight_zero_point",)
+        shape = ("weight_shape", "weight_g_idx", "weight_zero_point")
+        return _scales_only("weight_packed", "I32", ("weight_scale", *zeros), *shape)
+    return None
