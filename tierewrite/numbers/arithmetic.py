@@ -56,6 +56,25 @@ def array_module(array: Array) -> Any:
     return np
 
 
+def device_arrays(device: str) -> Any:
+    """The module whose arrays are on the wanted device: cupy, or numpy.
+
+    Args:
+        device: "cpu"; "cuda": cupy, or ImportError where there is none; "auto": cupy where it is and has a device.
+    """
+    if device == "cpu":
+        return np
+    try:
+        import cupy
+
+        if cupy.cuda.runtime.getDeviceCount() > 0:
+            return cupy
+    except Exception:  # no CuPy, no driver, no device: CuPy has an error of its own for each
+        if device == "cuda":
+            raise
+    return np
+
+
 def quiet(xp: Any) -> contextlib.AbstractContextManager[Any]:
     """A context in which dividing by zero warns of nothing, on either device."""
     # 0/0 and x/0 are part of ModelOpt's arithmetic here; NumPy would warn, CuPy never does.

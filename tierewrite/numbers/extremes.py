@@ -1,13 +1,14 @@
-"""The largest magnitude in each row of a tensor, of any dtype that can be decoded: NaN, infinities and zeros show in it.
+"""The largest magnitude in each row of a tensor: NaN, infinities and zeros show in it.
 
-Of one format the bits of a float without its sign have the order of the values, infinity above all numbers and NaN above
-infinity. So one integer maximum a row says whether a row holds a NaN or an infinity, whether all of it is zero, and how
-far its values reach. The same from NumPy and CuPy.
+Without the sign, the bits of a float have the order of the values, infinity above all numbers and NaN above infinity.
+So one integer maximum a row says whether the row holds a NaN or an infinity, whether all of it is zero, and how far its
+values reach. NumPy and CuPy give the same.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,8 @@ import numpy.typing as npt
 from tierewrite.numbers.arithmetic import Array, array_module
 from tierewrite.numbers.float8 import float8_values
 
+Magnitudes = npt.NDArray[Any]
+"""Unsigned integers: the bits of numbers without their sign."""
 _BLOCK_BYTES = 1 << 19
 """Bytes that a CPU looks at at a time: they and a temporary of that size stay in its cache."""
 
@@ -31,7 +34,7 @@ class Layout:
         zero: the magnitude of zero; -1 where the format has none.
     """
 
-    raw: type[np.unsignedinteger[npt.NBitBase]]
+    raw: Any
     mask: int
     infinity: int
     limit: int
@@ -62,7 +65,7 @@ class Extremes:
         at_bottom: elements that are zero or the smallest number of the dtype, likewise.
     """
 
-    largest: npt.NDArray[np.unsignedinteger[npt.NBitBase]]
+    largest: Magnitudes
     at_limit: int
     at_bottom: int
 
@@ -101,17 +104,18 @@ def _largest_int8(bits: Array) -> Array:
     return xp.maximum(above, below)
 
 
-def values_of(magnitudes: npt.NDArray[np.unsignedinteger[npt.NBitBase]], dtype: str) -> npt.NDArray[np.float64]:
+def values_of(magnitudes: Magnitudes, dtype: str) -> npt.NDArray[np.float64]:
     """The numbers that magnitudes of `dtype` are, float64; of "E2M1" 1.0 where it is not zero."""
     if dtype == "BF16":
         wide = magnitudes.astype(np.uint32) << np.uint32(16)
-        return wide.view(np.float32).astype(np.float64)
+        from_bf16: npt.NDArray[np.float64] = wide.view(np.float32).astype(np.float64)
+        return from_bf16
     if dtype in ("F64", "F32", "F16"):
         with np.errstate(invalid="ignore"):
-            return magnitudes.view({"F64": np.float64, "F32": np.float32, "F16": np.float16}[dtype]).astype(np.float64)
-    if dtype == "I8":
-        return magnitudes.astype(np.float64)
-    if dtype == "E2M1":
-        return (magnitudes != 0).astype(np.float64)
+            floats: npt.NDArray[np.float64] = magnitudes.view(f"<f{magnitudes.itemsize}").astype(np.float64)
+            return floats
+    if dtype in ("I8", "E2M1"):
+        whole: npt.NDArray[np.float64] = (magnitudes if dtype == "I8" else magnitudes != 0).astype(np.float64)
+        return whole
     table: npt.NDArray[np.float64] = float8_values(dtype)[magnitudes]
     return table
