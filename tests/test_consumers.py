@@ -19,6 +19,7 @@ from tests.vllm_loader.table import tables
 from tierewrite import cli, consumers
 from tierewrite.consumers import CONSUMERS, Finding, ReadinessReport, check, corrected_configs
 from tierewrite.consumers.rules import Rule
+from tierewrite.consumers.value_rules import VALUE_RULES
 from tierewrite.consumers.vllm import VLLM
 from tierewrite.consumers.vllm.corrected_ignore import consistent_ignore
 from tierewrite.consumers.vllm.ignore import ModeloptIgnore
@@ -175,10 +176,12 @@ def test_explain_says_what_the_records_of_a_rule_say(which: str, capsys: pytest.
 def test_explain_lists_every_rule_and_refuses_what_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["explain", "--list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)["rules"]
-    assert [(row["consumer"], row["id"], row["when"]) for row in listed] == [(c, r.id, r.when) for c, r in RECORDS]
+    assert [(row["consumer"], row["id"], row["when"]) for row in listed] == [
+        (c, r.id, r.when) for c, r in (*RECORDS, *(("check --values", rule) for rule in VALUE_RULES.records))
+    ]
     assert cli.run(["explain", "--list"]) == 0
     lines = capsys.readouterr().out.rpartition("\n\n")[2].splitlines()
-    assert {line.split()[0] for line in lines} == {rule.id for _, rule in RECORDS}
+    assert {line.split()[0] for line in lines} == {rule.id for rule in (*(r for _, r in RECORDS), *VALUE_RULES.records)}
     assert cli.run(["explain", "no-such-rule"]) == 2
     assert "explain --list" in capsys.readouterr().err
     assert cli.run(["explain"]) == 2

@@ -14,7 +14,7 @@ import tierewrite
 from tests.defects import DEFECTS
 from tests.vllm_loader.behaviour import RECORD
 from tierewrite.consumers import CONSUMERS
-from tierewrite.consumers.explain import table
+from tierewrite.consumers.explain import holders, table
 from tierewrite.consumers.vllm import VLLM
 
 README = Path(tierewrite.__file__).parent / "consumers" / "README.md"
@@ -56,7 +56,8 @@ def rows() -> list[str]:
 
 def tables() -> str:
     """All tables of consumers/README.md."""
-    parts = [f"### {name} {consumer.version}\n\n" + "\n".join(table(consumer)) for name, consumer in CONSUMERS.items()]
+    titled = [(f"### {holder.name} {holder.version}".rstrip(), table(holder.records)) for holder in holders()]
+    parts = ["\n\n".join((title, "\n".join(lines))) for title, lines in titled]
     return "\n\n".join([*parts, "### What the real loader of vLLM does\n\n" + "\n".join(rows())]) + "\n"
 
 

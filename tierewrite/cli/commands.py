@@ -322,7 +322,7 @@ def inspect(src: str, as_json: bool, no_ties: bool, **options: Any) -> None:
 @json_option
 @verbose_option
 def check(checkpoint: str, consumer: ConsumerName, strict: bool, form: str, as_json: bool, **options: Any) -> None:
-    """Find what a consumer would load wrong, before it does. Reads headers, configs and scales only.
+    """Find what a consumer would load wrong, before it does. Reads headers, configs and scales; weights with --values.
 
     vLLM loads incomplete and contradictory checkpoints without a warning. Each finding has an id, a severity, the
     tensors or config entries concerned, what the consumer will do, and the fix if there is one. Exit code 6 if any is
@@ -334,6 +334,7 @@ def check(checkpoint: str, consumer: ConsumerName, strict: bool, form: str, as_j
       tierewrite check canonical/ --for transformers --strict --json
       tierewrite check canonical/ --format sarif > tierewrite.sarif
       tierewrite check s3://bucket/canonical
+      tierewrite check downloaded/ --values
     """
     result = tierewrite.check(checkpoint, consumer, **options)
     form = "json" if as_json else form

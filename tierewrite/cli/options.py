@@ -171,6 +171,19 @@ check_loader_options: Decorator[Any] = together(
         show_default=True,
         help="Ask the loader for every rank of this many, as the checkpoint will be served.",
     ),
+    option(
+        "--values",
+        heading=CONSUMER,
+        is_flag=True,
+        help="Read the weights too, and find NaN, zeros and scales that are broken in transfer or by an exporter.",
+    ),
+    option(
+        "--sample",
+        heading=CONSUMER,
+        type=click.IntRange(1),
+        metavar="N",
+        help="With --values: read N weights, at even distances, and not all.",
+    ),
 )
 output_options: Decorator[Any] = together(
     option("--resume", heading=OUTPUT, is_flag=True, help="Go on from the shards that a killed run into DST finished."),

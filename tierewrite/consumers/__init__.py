@@ -21,6 +21,7 @@ from tierewrite.consumers.findings import SCHEMA, Finding, ReadinessReport, in_o
 from tierewrite.consumers.sparse_copy import as_local_folder
 from tierewrite.consumers.subject import Subject
 from tierewrite.consumers.transformers import TRANSFORMERS
+from tierewrite.consumers.value_rules import look_at_values
 from tierewrite.consumers.vllm import VLLM
 from tierewrite.errors import SystemFailure, UsageError, shown
 from tierewrite.planning.policy import ConsumerName
@@ -47,6 +48,8 @@ def check(
     loader: LoaderMode = "auto",
     consumer_python: PathLike | None = None,
     tensor_parallel_size: int = 1,
+    values: bool = False,
+    sample: int | None = None,
     name: object = None,
 ) -> ReadinessReport:
     """What `consumer` will do with the checkpoint folder `path`.
@@ -67,6 +70,9 @@ def check(
         consumer_python: the Python interpreter that has the consumer; None: what TIEREWRITE_VLLM_PYTHON (or the like)
             names, else this one.
         tensor_parallel_size: ranks that share the weights when it is served.
+        values: read the weights too, and look for what is broken in them (`value_rules.py`): on a GPU that CuPy can
+            use, else on the CPU.
+        sample: with `values`, how many weights to read, at even distances; None: all.
         name: what messages call the checkpoint, where that is not `path`.
 
     Raises:
@@ -74,6 +80,8 @@ def check(
         SourceError: the folder's headers, index or configs cannot be read.
         SystemFailure: the system does not let us read it, or the loader is required and could not be asked.
     """
+    if sample is not None and (not values or sample < 1):
+        raise UsageError(f"sample is {sample}; expected a number of weights from 1 on, with values")
     asked = consumer_named(consumer)
     called = name_in_messages(path) if name is None else str(name)
     chosen = LoaderOptions(loader, consumer_python, tensor_parallel_size, trust_remote_code)
@@ -83,7 +91,8 @@ def check(
     )
     if asked.dry_loader is not None:
         ask_loader(asked, subject, called, chosen)
-    found = in_order(asked.findings(subject))
+    broken = look_at_values(subject, sample=sample) if values else ()
+    found = in_order((*asked.findings(subject), *broken))
     return ReadinessReport(
         consumer=asked.name,
         consumer_version=subject.loaded.version if subject.loaded is not None else asked.version,

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from tierewrite.consumers import CONSUMERS
-from tierewrite.consumers.consumer import Consumer
 from tierewrite.consumers.rules import Rule
+from tierewrite.consumers.value_rules import VALUE_RULES
 from tierewrite.errors import UsageError, shown
 
 EXPLAIN_SCHEMA = "tierewrite/rules/1"
+
+
+class Holder(NamedTuple):
+    """Whose rules they are: a consumer's, or those on values, which hold whoever loads them."""
+
+    name: str
+    version: str
+    records: Sequence[Rule]
+
+
+def holders() -> list[Holder]:
+    """All that have rules."""
+    consumers = [Holder(one.name, one.version, tuple(one.records)) for one in CONSUMERS.values()]
+    return [*consumers, Holder("check --values", "", VALUE_RULES.records)]
 
 
 def explained(id: str) -> str:
@@ -20,17 +34,17 @@ def explained(id: str) -> str:
         UsageError: no consumer has a rule of that id.
     """
     found = [
-        "\n".join(_lines(consumer, rules))
-        for consumer in CONSUMERS.values()
-        if (rules := [rule for rule in consumer.records if rule.id == id])
+        "\n".join(_lines(holder, rules))
+        for holder in holders()
+        if (rules := [rule for rule in holder.records if rule.id == id])
     ]
     if not found:
         raise UsageError(f"there is no rule or topic '{shown(id)}'; `tierewrite explain --list` names them all")
     return f"{id}\n\n" + "\n\n".join(found)
 
 
-def _lines(consumer: Consumer[Any], rules: Sequence[Rule]) -> Iterator[str]:
-    yield f"{consumer.name} {consumer.version}: {rules[0].title}"
+def _lines(holder: Holder, rules: Sequence[Rule]) -> Iterator[str]:
+    yield f"{holder.name} {holder.version}".rstrip() + f": {rules[0].title}"
     for rule in rules:
         yield f"  {rule.severity}" + (f", {rule.when}:" if rule.when else ":")
         yield f"    what happens: {rule.consequence}"
@@ -44,9 +58,9 @@ def _lines(consumer: Consumer[Any], rules: Sequence[Rule]) -> Iterator[str]:
 def listed() -> str:
     """A line for each rule: id, who has it, what it means."""
     rows: dict[str, tuple[str, list[str]]] = {}
-    for consumer in CONSUMERS.values():
-        for rule in consumer.records:
-            rows.setdefault(rule.id, (rule.title, []))[1].append(consumer.name)
+    for holder in holders():
+        for rule in holder.records:
+            rows.setdefault(rule.id, (rule.title, []))[1].append(holder.name)
     lines = [(id, ", ".join(dict.fromkeys(names)), title) for id, (title, names) in sorted(rows.items())]
     widths = [max(len(line[column]) for line in lines) for column in (0, 1)]
     return "\n".join(f"{id:<{widths[0]}}  {names:<{widths[1]}}  {title}" for id, names, title in lines)
@@ -64,8 +78,8 @@ def to_json(id: str | None = None) -> dict[str, Any]:
         "schema": EXPLAIN_SCHEMA,
         "rules": [
             {
-                "consumer": consumer.name,
-                "consumer_version": consumer.version,
+                "consumer": holder.name,
+                "consumer_version": holder.version,
                 "id": rule.id,
                 "title": rule.title,
                 "when": rule.when,
@@ -75,17 +89,17 @@ def to_json(id: str | None = None) -> dict[str, Any]:
                 "fixed_by": rule.fixed_by,
                 "source": rule.source,
             }
-            for consumer in CONSUMERS.values()
-            for rule in consumer.records
+            for holder in holders()
+            for rule in holder.records
             if id in (None, rule.id)
         ],
     }
 
 
-def table(consumer: Consumer[Any]) -> list[str]:
-    """The rules of a consumer as a table in Markdown, one line a record."""
+def table(records: Sequence[Rule]) -> list[str]:
+    """Rules as a table in Markdown, one line a record."""
     lines = ["| rule | what is wrong | severity | what happens | fix |", "|---|---|---|---|---|"]
-    for rule in consumer.records:
+    for rule in records:
         what = f"{rule.title}; {rule.when}" if rule.when else rule.title
         fix = f"{rule.fix} (`{rule.fixed_by}`)" if rule.fixed_by else rule.fix
         lines.append(f"| `{rule.id}` | {what} | {rule.severity} | {rule.consequence} | {fix} |")

@@ -12,7 +12,7 @@ out or that are zero or not finite).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -23,7 +23,8 @@ import numpy.typing as npt
 from tierewrite import formats
 from tierewrite.consumers.findings import Finding
 from tierewrite.consumers.rules import Rule, RuleSet
-from tierewrite.consumers.values import Values
+from tierewrite.consumers.subject import Subject
+from tierewrite.consumers.values import Values, kind_of, read_values, sampled
 from tierewrite.formats.experts import split_expert
 from tierewrite.formats.nvfp4_blobs import blob_of
 from tierewrite.source.table import TensorEntry
@@ -296,3 +297,44 @@ def vocabulary_sizes(config: Mapping[str, Any]) -> frozenset[int]:
         elif "vocab_size" in key and isinstance(value, int):
             found.add(value)
     return frozenset(found)
+
+
+def look_at_values(
+    subject: Subject,
+    *,
+    sample: int | None = None,
+    device: str = "auto",
+    advance: Callable[[int], None] | None = None,
+) -> tuple[Finding, ...]:
+    """What is wrong with the values of a checkpoint's weights. Reads them; what was not checked becomes a note.
+
+    Args:
+        subject: the checkpoint.
+        sample: how many weights to read; None: all.
+        device: "cpu", "cuda", or "auto": a GPU that CuPy can use, if there is one.
+        advance: called with numbers of bytes as they are read.
+
+    Raises:
+        SourceChanged, SystemFailure: reading failed. Interrupted: a signal arrived.
+    """
+    entries = subject.entries
+    kinds = {name: kind for name, entry in entries.items() if (kind := kind_of(entry, entries)) is not None}
+    names = sampled(entries, kinds, sample)
+    values = read_values(subject.folder, names, kinds, device=device, advance=advance)
+    subject.bytes_read += sum(one.entry.nbytes for one in values.values())
+    subject.notes.extend(_not_checked(entries, kinds, names, sample))
+    looked = Looked(entries, values, vocabulary_sizes(subject.config))
+    return tuple(VALUE_RULES.findings(looked))
+
+
+def _not_checked(
+    entries: Mapping[str, TensorEntry], kinds: Mapping[str, str], names: Collection[str], sample: int | None
+) -> Iterator[str]:
+    """Sentences on what was not looked at."""
+    unread = [entry for name, entry in entries.items() if name not in kinds and entry.nbytes]
+    if unread:
+        dtypes = ", ".join(sorted({entry.dtype for entry in unread}))
+        size = sum(entry.nbytes for entry in unread)
+        yield f"the values of {len(unread):,} tensors ({size:,} bytes) were not checked: packed or integers ({dtypes})"
+    if sample is not None and len(names) < len(kinds):
+        yield f"the values of {len(kinds) - len(names):,} tensors were not checked: --sample {sample}"
