@@ -1,4 +1,4 @@
-"""`check --values` against reading the same files: bytes a second, and the ratio. `python -m tests.benchmarks.values DIR`.
+"""`check --values` against reading the same files, as a ratio: `python -m tests.benchmarks.values DIR`.
 
 Files that are in the page cache show the arithmetic, others the disk. Both read with the same threads and pieces.
 """
