@@ -32,6 +32,7 @@ ROOMS = (
     "consumers",
     "proof",
     "rewriting",
+    "expanding",
     "streaming",
     "inspection",
     "in_memory",

@@ -761,9 +761,7 @@ NAMES = [
         """,
         known={"needed": SIDE_B_NEEDED},
         warning="1 tensors",
-        merges={
-            "a.q_proj.input_scale": ("a.q_proj.input_scale", "b.q_proj.input_scale", "c.q_proj.input_scale")
-        },
+        merges={"a.q_proj.input_scale": ("a.q_proj.input_scale", "b.q_proj.input_scale", "c.q_proj.input_scale")},
     ),
     Case(
         "a KV-cache scale too",
@@ -976,6 +974,42 @@ def test_the_fullest_shard_of_the_source_is_the_limit() -> None:
         "model-00001-of-00002.safetensors": [("b", 0, 8), ("a", 8, 12)],
         "model-00002-of-00002.safetensors": [("d", 0, 4), ("c", 4, 8)],
     }
+
+
+IN_ORDER = [
+    TensorEntry("b", "F32", (2,), 0, 8, 16),
+    TensorEntry("a", "U8", (2,), 0, 16, 18),
+    TensorEntry("d", "U8", (8,), 1, 8, 16),
+    TensorEntry("e", "F32", (1,), 2, 8, 12),
+    TensorEntry("f", "U8", (3,), 2, 12, 15),
+]
+"""Three files with the wide dtypes first, as a rewrite writes them; the last would have room for more."""
+
+
+def sharded(made: RewritePlan) -> list[list[str]]:
+    return [[tensor.name for tensor in shard.tensors] for shard in made.shards]
+
+
+def test_files_that_stay_whole_stay_as_they_are() -> None:
+    """So that a canonical checkpoint comes out as it went in; split again, `a` and `d` would change places."""
+    assert sharded(plan(checkpoint_of(IN_ORDER), ties_of({}))) == [["b", "a"], ["d"], ["e", "f"]]
+
+
+def test_a_file_of_aliases_alone_goes_and_the_others_stay() -> None:
+    entries = [*IN_ORDER, TensorEntry("alias", "U8", (8,), 3, 8, 16)]
+    made = plan(checkpoint_of(entries), ties_of({"t": [("d", "alias")]}))
+    assert sharded(made) == [["b", "a"], ["d"], ["e", "f"]]
+    assert [shard.name for shard in made.shards] == [f"model-{n:05d}-of-00003.safetensors" for n in (1, 2, 3)]
+
+
+def test_a_limit_that_takes_fewer_files_or_smaller_ones_splits_again() -> None:
+    assert sharded(plan(checkpoint_of(IN_ORDER), ties_of({}), Policy(max_shard_size=10))) == [
+        ["b", "a"],
+        ["d"],
+        ["e", "f"],
+    ]
+    assert len(plan(checkpoint_of(IN_ORDER), ties_of({}), Policy(max_shard_size=100)).shards) == 1
+    assert len(plan(checkpoint_of(IN_ORDER), ties_of({}), Policy(max_shard_size=8)).shards) == 4
 
 
 def test_max_shard_size_limits_each_file() -> None:

@@ -20,6 +20,8 @@ from .errors import TieFileError as TieFileError
 from .errors import TierewriteError as TierewriteError
 from .errors import UsageError as UsageError
 from .errors import VerificationFailed as VerificationFailed
+from .expanding import Expansion as Expansion
+from .expanding import expand as expand
 from .in_memory import dedupe_state_dict as dedupe_state_dict
 from .inspection import Inspection as Inspection
 from .inspection import inspect as inspect

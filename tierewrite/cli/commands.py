@@ -17,6 +17,7 @@ from tierewrite.cli.options import (
     WORK,
     backbone_option,
     check_loader_options,
+    expand_options,
     given,
     json_option,
     loader_option,
@@ -120,6 +121,38 @@ def rewrite(
         elif not quiet:
             console().print(report)
     if report.readiness is not None and report.readiness.errors:
+        raise click.exceptions.Exit(EXIT_FINDINGS)
+
+
+@cli.command()
+@click.argument("src", type=SOURCE)
+@click.argument("dst", type=SOURCE)
+@expand_options
+@source_options
+@quiet_option
+@json_option
+@verbose_option
+def expand(src: str, dst: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Write the checkpoint in SRC to DST with every tied tensor under each of its names, the reverse of `rewrite`.
+
+    For loaders that do not tie what is stored once. The names come from the model class, or from --ties; every side
+    gets the canonical side's bytes. Rewriting DST gives SRC again.
+
+    \b
+    Examples:
+      tierewrite expand canonical/ expanded/
+      tierewrite expand canonical/ expanded/ --for transformers
+    """
+    from tierewrite.cli.progress_bar import Bar
+
+    with Bar(console(stderr=True), shown=not (quiet or as_json)) as bar:
+        made = tierewrite.expand(src, dst, progress=bar, **given(options))
+    with said_of("DST is complete"):
+        if as_json:
+            print_json(made.to_json())
+        elif not quiet:
+            console().print(made)
+    if made.readiness is not None and made.readiness.errors:
         raise click.exceptions.Exit(EXIT_FINDINGS)
 
 

@@ -212,6 +212,32 @@ output_options: Decorator[Any] = together(
     ),
 )
 
+expand_options: Decorator[Any] = together(
+    option(
+        "--for",
+        "consumer",
+        heading=CONTENT,
+        type=_CONSUMER,
+        help="Write out only the names that this consumer's loader needs, and check the result before it appears.",
+    ),
+    option(
+        "--kv-scales",
+        heading=CONTENT,
+        type=click.Choice(OPTIONS["kv_scales"].choices),
+        help="merge: write KV-cache scales out for sides that have none. Default: what SRC's tierewrite.json says of "
+        "the rewrite that made it, else keep.",
+    ),
+    option(
+        "--max-shard-size",
+        heading=CONTENT,
+        metavar="SIZE",
+        help="Most tensor bytes in a shard. Default: the shards of SRC stay, and aliases come in further ones.",
+    ),
+    option("--verify", heading=OUTPUT, is_flag=True, help="Prove that a rewrite of DST would give SRC again."),
+    option("--force", heading=OUTPUT, is_flag=True, help="With --for: let DST appear whatever errors are left."),
+    option("--overwrite", heading=OUTPUT, is_flag=True, help="Swap out what DST holds, once the new one is complete."),
+)
+
 rewritten_for_option: Decorator[Any] = click.option(
     "--for",
     "consumer",

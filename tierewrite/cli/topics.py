@@ -58,6 +58,12 @@ SCHEMAS = (
         "`fix`, `fixed_by`, `source`",
     ),
     Schema(
+        "tierewrite/expansion/1",
+        "`expand --json`",
+        "`src`, `dst`, `ties`, `before`, `after`, `written` (name written out: the tensor of SRC that it copies), "
+        "`verified`, `readiness`, `warnings`, `seconds`",
+    ),
+    Schema(
         "tierewrite/batch/1",
         "`batch --json`",
         "`plan_only`, `exit_code`, `seconds`, `counts` (a status: how many), `before`, `after`, `saved_bytes`, and "

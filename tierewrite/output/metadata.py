@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,34 @@ def _of_the_output(metadata: Mapping[str, str], plan: RewritePlan) -> dict[str, 
     return made
 
 
+def with_descriptions(metadata: Mapping[str, str], copies: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """`metadata` of an output that has tensors under other names as well: what describes a parameter is there for each.
+
+    Args:
+        copies: module -> the modules that hold the same tensors.
+    """
+
+    def others(parameter: str) -> list[str]:
+        module, _, leaf = parameter.rpartition(".")
+        return [f"{other}.{leaf}" for other in copies.get(module, ())]
+
+    made = dict(metadata)
+    for key in metadata:
+        if key == _LISTED:
+            made[key] = _listed_with(metadata[key], others)
+        else:
+            made.update((name, metadata[key]) for name in others(key) if name not in made)
+    return made
+
+
+def _listed_with(text: str, others: Callable[[str], list[str]]) -> str:
+    names = _names_in(text)
+    if names is None:
+        return text
+    made = list(dict.fromkeys([*names, *(other for name in names for other in others(name))]))
+    return text if made == names else json.dumps(made)
+
+
 class _Moved:
     """Under which names the output has what the source has under another."""
 
@@ -92,14 +120,20 @@ class _Moved:
 
 def _listed(text: str, moved: _Moved) -> str:
     """A JSON list of parameters with the names of the output, each once."""
-    try:
-        names = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    names = _names_in(text)
+    if names is None:
         return text
     made = list(dict.fromkeys(map(moved.parameter, names)))
     return text if made == names else json.dumps(made)
+
+
+def _names_in(text: str) -> list[str] | None:
+    """The names in a JSON list; None if it is none."""
+    try:
+        names = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
 def index_metadata(checkpoint: Checkpoint, plan: RewritePlan) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from tierewrite.source.open import header_of
 from tierewrite.source.table import Checkpoint
 from tierewrite.stores.local import create, part_path, write_all
 from tierewrite.stores.places import FilePath, is_local
-from tierewrite.values.content import COPY, Content, Copy, Encode, Made, made_of
+from tierewrite.values.content import COPY, Content, Copy, Duplicate, Encode, Made, made_of
 
 
 class Output:
@@ -140,7 +140,7 @@ class Output:
             content = self.contents.get(name, COPY)
             if content is not COPY:
                 contents[name] = content
-            if isinstance(content, Encode):
+            if isinstance(content, (Encode, Duplicate)):
                 numbers.update(number_of[shard] for shard in content.shards)
             if added:
                 tensors.append(JobTensor(name, "", -1, 0, end - start, False))

@@ -51,7 +51,7 @@ class MadeTask:
 
     Attributes:
         name: its key in the output.
-        content: Encode or Added.
+        content: Encode, Added or Duplicate.
         out: index of the output shard.
         position: absolute byte offset in that file.
         nbytes: its size.

@@ -125,9 +125,9 @@ class KvScales:
 
     def plan(self, paired: Iterable[tuple[str, Owners]]) -> None:
         """Plans the attention modules that are `paired`."""
-        by_module = _kv_tensors(self._tensors, self._families)
+        by_module = kv_tensors(self._tensors, self._families)
         for canonical, owners in paired:
-            sides = _common(owners)
+            sides = common_sides(owners)
             layer = _Layer(canonical, sides, tuple(by_module.get(side, {}) for side in sides))
             if layer.lone_bias():
                 self.warnings.append(f"KV scales of '{canonical}' are kept separate: a bias is on one side only")
@@ -160,7 +160,7 @@ class KvScales:
         return len(set(headers)) == 1 if companion.merge is None else merging.mergeable(headers) is None
 
 
-def _kv_tensors(tensors: Tensors, families: tuple[str, ...]) -> dict[str, dict[str, tuple[int, Companion]]]:
+def kv_tensors(tensors: Tensors, families: tuple[str, ...]) -> dict[str, dict[str, tuple[int, Companion]]]:
     """Attention module -> what follows its name -> row and companion, of all KV-cache tensors."""
     words = formats.kv_words()
     leaves = [number for number, leaf in enumerate(tensors.leaves) if leaf in words]
@@ -174,7 +174,7 @@ def _kv_tensors(tensors: Tensors, families: tuple[str, ...]) -> dict[str, dict[s
     return found
 
 
-def _common(owners: Owners) -> tuple[str, ...]:
+def common_sides(owners: Owners) -> tuple[str, ...]:
     """The sides of an attention on which all of its tied projections agree, canonical first, each once."""
     first, *others = owners.values()
     return tuple(dict.fromkeys(side for side in first if all(side in other for other in others)))

@@ -12,23 +12,31 @@ from tierewrite.source.table import Tensors
 
 
 def shards(
-    tensors: Tensors, rows: np.ndarray, names: Sequence[str], added: Sequence[tuple[str, int]], limit: int
+    tensors: Tensors, rows: np.ndarray, names: Sequence[str], added: Sequence[tuple[str, int]], limit: int | None
 ) -> tuple[OutShard, ...]:
     """The output's files.
+
+    Where nothing is renamed or added, and each file of the source that is written at all is written whole, these files
+    stay as they are: a canonical checkpoint comes out as it went in.
 
     Args:
         tensors: the source.
         rows: int64, what is written of it, ascending.
         names: their keys in the output.
         added: key in the output, and the row whose header it gets, of tensors that the source does not have.
-        limit: most tensor bytes in a file; a larger tensor has one for itself.
+        limit: most tensor bytes in a file; a larger tensor has one for itself. None: the fullest file of the source.
     """
     rows = np.concatenate([rows, np.array([row for _, row in added], np.int64)])
     names = [*names, *(name for name, _ in added)]
     is_added = np.arange(len(rows)) >= len(rows) - len(added)
     width = _element_sizes(tensors, rows)[tensors.kind[rows]]
     sizes = tensors.nbytes[rows]
-    files = split(sizes, limit) or [np.arange(0)]
+    most = fullest(tensors) if limit is None else limit
+    files = split(sizes, most) or [np.arange(0)]
+    unchanged = not added and all(name == tensors.names[row] for name, row in zip(names, rows.tolist(), strict=True))
+    whole = _whole_files(tensors, rows, width) if unchanged else []
+    if whole and (limit is None or (len(whole) <= len(files) and all(_fits(sizes[at], most) for at in whole))):
+        files = whole
     made = []
     for number, members in enumerate(files):
         # Wide dtypes first keeps every tensor aligned to its element, as safetensors' own serializer does; within a
@@ -46,6 +54,27 @@ def shards(
             )
         )
     return tuple(made)
+
+
+def fullest(tensors: Tensors) -> int:
+    """Bytes of the tensors in the fullest file of the source."""
+    return int(np.bincount(tensors.shard, weights=tensors.nbytes).max(initial=0))
+
+
+def _whole_files(tensors: Tensors, rows: np.ndarray, width: np.ndarray) -> list[np.ndarray]:
+    """Positions in `rows` of each file's tensors, if files are written whole or not at all, else []."""
+    shard = tensors.shard[rows]
+    written, there = (
+        np.bincount(some, minlength=int(tensors.shard.max(initial=0)) + 1) for some in (shard, tensors.shard)
+    )
+    if (written[written > 0] != there[written > 0]).any():
+        return []
+    files = [np.flatnonzero(shard == number) for number in np.flatnonzero(written)]
+    return files if all((np.diff(width[at]) <= 0).all() for at in files) else []
+
+
+def _fits(sizes: np.ndarray, limit: int) -> bool:
+    return len(sizes) == 1 or int(sizes.sum()) <= limit
 
 
 def split(sizes: np.ndarray, limit: int) -> list[np.ndarray]:

@@ -93,9 +93,6 @@ def plan(
     if policy.fill_missing_scales:
         pairs = zip(survivors.names, map(tensors.names.__getitem__, survivors.rows.tolist()), strict=True)
         experts = expert_scales(pairs, families, unfillable)
-    shard_bytes = np.zeros(len(checkpoint.shards), np.int64)
-    np.add.at(shard_bytes, tensors.shard, tensors.nbytes)
-    limit = int(shard_bytes.max(initial=0)) if policy.max_shard_size is None else policy.max_shard_size
     return RewritePlan(
         source=tensors,
         action=fates.action,
@@ -104,13 +101,13 @@ def plan(
         group=fates.group,
         new_names=fates.new_names,
         groups=_counted(groups, fates, tensors),
-        shards=shards(tensors, survivors.rows, survivors.names, _added(experts, tensors), limit),
+        shards=shards(tensors, survivors.rows, survivors.names, _added(experts, tensors), policy.max_shard_size),
         policy=policy,
         warnings=tuple(dict.fromkeys((*warnings, *kv.warnings, *_said(needed, fates)))),
         ties_source=ties_source,
         ties_detail=ties_detail,
         unpaired=unpaired,
-        source_bytes=int(shard_bytes.sum()),
+        source_bytes=tensors.total_bytes,
         source_shards=len(checkpoint.shards),
         families=families,
         expert_scales=experts,

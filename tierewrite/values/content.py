@@ -108,7 +108,19 @@ class Encode:
         return {place.shard.name for blob in blobs for place in (blob.codes, blob.block_scales)}
 
 
-Content = Copy | Patch | Encode | Added
+@dataclass(frozen=True, slots=True)
+class Duplicate:
+    """The bytes of a source tensor that the output holds under another name as well."""
+
+    place: Range
+
+    @property
+    def shards(self) -> set[str]:
+        """Names of the source files that are read for it."""
+        return {self.place.shard.name}
+
+
+Content = Copy | Patch | Encode | Added | Duplicate
 COPY = Copy()
 
 
@@ -160,6 +172,8 @@ def fill(buffer: memoryview, content: Content, position: int = 0, moved: Moved |
         buffer[:] = content.data[part]
     elif isinstance(content, Encode):
         _encode(buffer, content, position, moved)
+    elif isinstance(content, Duplicate):
+        buffer[:] = _read(content.place, position, position + len(buffer)).data
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,13 +209,13 @@ class Maker:
         return Made(self._hasher.digest(), self._moved)
 
 
-def made_of(content: Patch | Encode | Added, nbytes: int) -> Made:
+def made_of(content: Patch | Encode | Added | Duplicate, nbytes: int) -> Made:
     """What would be written for a tensor of `nbytes` bytes, without writing it.
 
     Raises:
         SourceChanged, SystemFailure: reading failed.
     """
-    if not isinstance(content, Encode):
+    if isinstance(content, (Patch, Added)):
         return Made(blake3(content.data).digest(), Moved())
     maker = Maker(content)
     buffer = memoryview(bytearray(min(nbytes, _MADE_BYTES)))
