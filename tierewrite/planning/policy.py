@@ -68,8 +68,8 @@ class Policy:
         metadata={
             "types": get_args(Size),
             "metavar": "SIZE",
-            "help": 'Most tensor bytes in a shard, e.g. "5GB" (10^9). Default: as the fullest shard of SRC; where whole '
-            "shards are left, these.",
+            "help": 'Most tensor bytes in a shard, e.g. "5GB" (10^9). Default: as the fullest shard of SRC; where '
+            "whole shards are left, these.",
         },
     )
     unify_fused_scales: bool = field(
