@@ -8,14 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import tierewrite
 from tests.checkpoints import FIXTURES, digests, read_tensors, right_answer
 from tierewrite import digest
+from tierewrite.consumers.folder import Folder
+from tierewrite.consumers.values import kind_of, read_values
 from tierewrite.digest.cpu import CpuDigester, CpuStream
 from tierewrite.engines.local import LocalEngine
 from tierewrite.errors import UsageError
+from tierewrite.numbers.arithmetic import device_arrays
+from tierewrite.numbers.extremes import LAYOUTS, extremes
 from tierewrite.source.folder import open_folder
 
 Naive = Callable[[str], Path]
@@ -187,3 +192,25 @@ def test_gpu_that_fails_midway_is_replaced_by_the_cpu(
     assert report.device.startswith("CPU")
     tierewrite.rewrite(naive("dg_nvfp4_sharded"), tmp_path / "cpu", max_shard_size="50KB", device="cpu")
     assert read_tensors(tmp_path / "cpu") == read_tensors(tmp_path / "out")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_cuda")
+@pytest.mark.parametrize("dtype", LAYOUTS)
+def test_the_largest_of_each_row_is_the_same_on_both_devices(dtype: str) -> None:
+    data = np.random.default_rng(1).integers(0, 256, 8 * 96 * 1000, np.uint8)
+    on_cpu = extremes(data, dtype, 96, count=True)
+    on_gpu = extremes(device_arrays("cuda").asarray(data), dtype, 96, count=True)
+    assert on_gpu.largest.tobytes() == on_cpu.largest.tobytes()
+    assert (on_gpu.at_limit, on_gpu.at_bottom) == (on_cpu.at_limit, on_cpu.at_bottom)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_cuda")
+@pytest.mark.parametrize("case", ["dg_nvfp4", "dg_fp8", "llmc_int8", "dg_bf16"])
+def test_values_are_the_same_on_both_devices(naive: Naive, case: str) -> None:
+    folder = Folder.open(naive(case), "")
+    kinds = {name: kind for name, entry in folder.entries.items() if (kind := kind_of(entry, folder.entries))}
+    on_cpu, on_gpu = (read_values(folder, kinds, kinds, device=device) for device in ("cpu", "cuda"))
+    assert list(on_gpu) == list(on_cpu)
+    assert all(one.largest.tobytes() == on_cpu[name].largest.tobytes() for name, one in on_gpu.items())
