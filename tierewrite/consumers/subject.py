@@ -360,7 +360,7 @@ class Subject:
 def _siblings(first: str, second: str) -> bool:
     """Companions of two projections, such as gate and up, of which the consumer keeps one value for both."""
     (one, leaf), (other, _) = (f".{key}".rsplit(".", 2)[-2:] for key in (first, second))
-    return one != other and formats.classify("weight", leaf) is not None
+    return one != other and formats.is_companion(leaf)
 
 
 def _expert_of(key: str) -> str | None:

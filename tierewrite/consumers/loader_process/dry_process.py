@@ -296,6 +296,16 @@ def _child(work: Callable[[], Mapping[str, Any]], path: str) -> int:
         os._exit(0)
 
 
+def _answer_of(path: str, code: int) -> dict[str, Any]:
+    """What a child wrote before it ended with `code`."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError):
+        ended = signal.Signals(-code).name if code < 0 else f"status {code}"
+        return {"outcome": "not-run", "reason": f"its process was ended ({ended})"}
+
+
 def _answers(loader: Loader, folder: str, ranks: int, trust: bool) -> dict[str, Any]:
     """All ranks of one folder."""
     with tempfile.TemporaryDirectory() as home:
@@ -305,22 +315,19 @@ def _answers(loader: Loader, folder: str, ranks: int, trust: bool) -> dict[str, 
         def work(rank: int) -> Callable[[], Mapping[str, Any]]:
             return lambda: loaded(loader, folder, rank, ranks, meeting, trust)
 
-        children = [_child(work(rank), path) for rank, path in enumerate(paths)]
-        status = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        waiting = {_child(work(rank), path): path for rank, path in enumerate(paths)}
         answers = []
-        for path, code in zip(paths, status):  # noqa: B905
-            try:
-                with open(path, encoding="utf-8") as file:
-                    answers.append(json.load(file))
-            except (OSError, ValueError):
-                ended = signal.Signals(-code).name if code < 0 else f"status {code}"
-                answers.append({"outcome": "not-run", "reason": f"its process was ended ({ended})"})
-    for outcome in ("not-run", "refused"):
-        for answer in answers:
-            if answer["outcome"] == outcome:
-                return answer
-    first = answers[0]
-    for other in answers[1:]:
+        while waiting:
+            child, status = os.waitpid(-1, 0)
+            answers.append(_answer_of(waiting.pop(child), os.waitstatus_to_exitcode(status)))
+            if answers[-1]["outcome"] != "loaded":
+                # The others may wait for it, for ever.
+                for rest in waiting:
+                    os.kill(rest, signal.SIGKILL)
+                    os.waitpid(rest, 0)
+                return answers[-1]
+    first, *others = sorted(answers, key=lambda answer: answer["ranks"][0]["rank"])
+    for other in others:
         first["ranks"] += other["ranks"]
         first["seconds"] = max(first["seconds"], other["seconds"])
         first["peak_mib"] = max(first["peak_mib"], other["peak_mib"])

@@ -59,7 +59,10 @@ class Vllm:
         import vllm.model_executor.models.registry as registry
 
         registry._run_in_subprocess = lambda function: function()
-        for replace in (_stub_operators, _any_linear_kernel, _any_moe_kernel, _any_capability, _any_cache_dtype):
+        for replace in (
+            _stub_operators, _any_linear_kernel, _any_moe_kernel, _experts_without_gate, _any_capability,
+            _any_cache_dtype,
+        ):  # fmt: skip
             replace()
         return str(vllm.__version__)
 
@@ -223,6 +226,23 @@ def _any_capability() -> None:
         import vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors as compressed
 
         compressed.CompressedTensorsConfig._check_scheme_supported = lambda self, *args, **named: True
+
+
+def _experts_without_gate() -> None:
+    """fused_moe/config.py refuses experts without a gate where there is no GPU."""
+    with contextlib.suppress(ImportError, AttributeError):
+        import vllm.model_executor.layers.fused_moe.config as experts
+
+        platform = experts.current_platform
+
+        class Gpu:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(platform, name)
+
+            def is_cuda_alike(self) -> bool:
+                return True
+
+        experts.current_platform = Gpu()
 
 
 def _any_cache_dtype() -> None:
