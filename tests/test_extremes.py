@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tierewrite.numbers.extremes import LAYOUTS, extremes, values_of
+from tierewrite.numbers.extremes import LAYOUTS, Extremes, extremes, values_of
 
 TORCH = {
     "F64": torch.float64,
@@ -61,4 +61,16 @@ def test_codes_of_nvfp4_are_zero_or_not() -> None:
 def test_scales_of_eight_bits_at_their_limits_are_counted_and_nan_is_not_one() -> None:
     e4m3 = np.array([0x7E, 0xFE, 0x7F, 0x01, 0x00, 0x38], np.uint8)
     found = extremes(e4m3, "F8_E4M3", 3, count=True)
-    assert (found.at_limit, found.at_bottom) == (2, 2)
+    assert found.at_limit is not None
+    assert found.at_bottom is not None
+    assert (found.at_limit.tolist(), found.at_bottom.tolist()) == ([2, 0], [0, 2])
+
+
+def test_extremes_are_split_and_joined_again() -> None:
+    found = extremes(np.arange(24, dtype=np.uint8), "F8_E4M3", 3, count=True)
+    parts = found.split([1, 0, 5, 2])
+    assert [len(part.largest) for part in parts] == [1, 0, 5, 2]
+    again = Extremes.joined(parts)
+    assert again.largest.tolist() == found.largest.tolist() == [2, 5, 8, 11, 14, 17, 20, 23]
+    assert again.at_bottom is not None
+    assert again.at_bottom.tolist() == [2, 0, 0, 0, 0, 0, 0, 0]

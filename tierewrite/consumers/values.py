@@ -20,7 +20,7 @@ import numpy.typing as npt
 from tierewrite import formats, interrupts
 from tierewrite.consumers.folder import Folder
 from tierewrite.formats.nvfp4_blobs import blob_of
-from tierewrite.numbers.arithmetic import device_arrays
+from tierewrite.numbers.arithmetic import device_arrays, host_buffer
 from tierewrite.numbers.extremes import LAYOUTS, Extremes, Magnitudes, extremes, values_of
 from tierewrite.source.bytes import open_source, runs_of
 from tierewrite.source.table import Shard, TensorEntry
@@ -28,7 +28,8 @@ from tierewrite.source.threads import io_threads
 
 PIECE = 8 << 20
 """Bytes that are read at a time, unless a single row has more."""
-_ITEMS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_ALONE = 1 << 17
+"""Bytes of a piece that a CPU looks at alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,12 +160,12 @@ def read_values(
 
 
 def _joined(entry: TensorEntry, kind: str, parts: list[Extremes]) -> Values:
-    largest = np.concatenate([part.largest for part in parts])
+    whole = Extremes.joined(parts)
     matrices = entry.shape[0] if len(entry.shape) == 3 else 1
-    if matrices and len(largest) % matrices:
+    if matrices and len(whole.largest) % matrices:
         matrices = 1
-    at_limit, at_bottom = (sum(getattr(part, name) for part in parts) for name in ("at_limit", "at_bottom"))
-    return Values(entry, kind, max(1, matrices), largest, at_limit, at_bottom)
+    at_limit, at_bottom = (0 if n is None else int(n.sum()) for n in (whole.at_limit, whole.at_bottom))
+    return Values(entry, kind, max(1, matrices), whole.largest, at_limit, at_bottom)
 
 
 def _batches(
@@ -190,7 +191,7 @@ def _batches(
 def _pieces(entry: TensorEntry, kind: str) -> Iterator[_Piece]:
     """A tensor in pieces of whole rows along its last dimension; a vector is one row."""
     columns = entry.shape[-1] if entry.shape else 1
-    row = columns * _ITEMS.get(kind, 1)
+    row = columns * LAYOUTS[kind].raw().itemsize
     if kind == "E2M1":
         row = columns = entry.nbytes // math.prod(entry.shape[:-1]) if math.prod(entry.shape) else 0
     if not row or not entry.nbytes or entry.nbytes % row:
@@ -204,22 +205,34 @@ def _read(
     shard: Shard, pieces: list[_Piece], kinds: Mapping[str, str], xp: Any, buffers: threading.local
 ) -> list[Extremes]:
     """The extremes of some pieces, read at once into a buffer that the thread keeps."""
-    size = sum(piece.end - piece.start for piece in pieces)
-    if getattr(buffers, "data", None) is None or len(buffers.data) < size:
-        buffers.data = np.empty(max(size, PIECE), np.uint8)
-    data = buffers.data[:size]
+    ends = np.cumsum([piece.end - piece.start for piece in pieces]).tolist()
+    if getattr(buffers, "data", None) is None or len(buffers.data) < ends[-1]:
+        buffers.data = host_buffer(xp, max(ends[-1], PIECE))
+    data = buffers.data[: ends[-1]]
     with open_source(shard) as file:
         file.read_runs(runs_of((piece.start, piece.end) for piece in pieces), data.data)
-    found: list[Extremes] = []
-    at = 0
-    for piece in pieces:
-        part = xp.asarray(data[at : at + piece.end - piece.start])
-        at += piece.end - piece.start
-        kind = kinds[piece.name]
-        if part.ctypes.data % _ITEMS.get(kind, 1) if xp is np else False:
-            part = part.copy()  # neighbours of another dtype: an odd address
-        found.append(extremes(part, kind, piece.columns, count=kind == "F8_E4M3" and _is_scale(piece.name)))
-    return found
+    data = xp.asarray(data)
+    views = [data[end - (piece.end - piece.start) : end] for piece, end in zip(pieces, ends, strict=True)]
+    # A call costs more than a few kilobytes: small pieces of one form are looked at together, on a GPU all of them.
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for at, piece in enumerate(pieces):
+        alone = xp is np and len(views[at]) >= _ALONE
+        count = kinds[piece.name] == "F8_E4M3" and _is_scale(piece.name)
+        alike.setdefault((kinds[piece.name], piece.columns, count, at if alone else -1), []).append(at)
+    found: dict[int, Extremes] = {}
+    for (kind, columns, count, _), members in alike.items():
+        part = _together([views[at] for at in members], xp, LAYOUTS[kind].raw().itemsize)
+        rows = [len(views[at]) // (columns * LAYOUTS[kind].raw().itemsize) for at in members]
+        found.update(zip(members, extremes(part, kind, columns, count=count).split(rows), strict=True))
+    return [found[at] for at in range(len(pieces))]
+
+
+def _together(views: list[Any], xp: Any, itemsize: int) -> Any:
+    """The bytes of all views one after the other, at an address for elements of `itemsize` bytes."""
+    if len(views) > 1:
+        return xp.concatenate(views)
+    address = views[0].ctypes.data if xp is np else views[0].data.ptr
+    return views[0].copy() if address % itemsize else views[0]  # behind a neighbour of another dtype
 
 
 def _is_scale(name: str) -> bool:

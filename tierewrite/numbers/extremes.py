@@ -7,6 +7,8 @@ values reach. NumPy and CuPy give the same.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,39 +63,77 @@ class Extremes:
 
     Attributes:
         largest: [rows], the largest magnitude of each row, as bits.
-        at_limit: elements that are the largest number of the dtype, of either sign; 0 where they are not counted.
-        at_bottom: elements that are zero or the smallest number of the dtype, likewise.
+        at_limit: [rows], elements that are the largest number of the dtype, of either sign; None if not counted.
+        at_bottom: [rows], elements that are zero or the smallest number of the dtype, likewise.
     """
 
     largest: Magnitudes
-    at_limit: int
-    at_bottom: int
+    at_limit: Magnitudes | None = None
+    at_bottom: Magnitudes | None = None
+
+    def split(self, rows: Sequence[int]) -> list[Extremes]:
+        """Those of the first `rows[0]` rows, of the next `rows[1]`, and so on."""
+        if len(rows) == 1:
+            return [self]
+        ends = list(itertools.accumulate(rows))
+        return [
+            self.mapped(lambda column, here=slice(end - count, end): column[here])
+            for end, count in zip(ends, rows, strict=True)
+        ]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Extremes]) -> Extremes:
+        """Those of all parts, one after the other; all of them are counted, or none is."""
+        if len(parts) == 1:
+            return parts[0]
+        limits = [part.at_limit for part in parts if part.at_limit is not None]
+        bottoms = [part.at_bottom for part in parts if part.at_bottom is not None]
+        return cls(
+            np.concatenate([part.largest for part in parts]),
+            np.concatenate(limits) if limits else None,
+            np.concatenate(bottoms) if bottoms else None,
+        )
+
+    def mapped(self, function: Callable[[Any], Any]) -> Extremes:
+        """This with `function` of each column that there is."""
+        counts = (None if column is None else function(column) for column in (self.at_limit, self.at_bottom))
+        return Extremes(function(self.largest), *counts)
 
 
 def extremes(data: Array, dtype: str, columns: int, *, count: bool = False) -> Extremes:
     """The extremes of rows that follow each other.
 
     Args:
-        data: uint8 [bytes], whole rows, contiguous.
+        data: uint8 [bytes], whole rows, contiguous, aligned for the dtype.
         dtype: one of `LAYOUTS`.
         columns: elements in a row (bytes for "E2M1"), at least 1.
         count: of 8-bit floats, count those at the limits too.
     """
     xp, layout = array_module(data), LAYOUTS[dtype]
     bits = data.view(layout.raw).reshape(-1, columns)
-    step = len(bits) if xp is not np else max(1, _BLOCK_BYTES // max(1, bits.itemsize * columns))
-    largest, at_limit, at_bottom = [], 0, 0
-    for start in range(0, len(bits), max(step, 1)):
-        if dtype == "I8":
-            largest.append(_largest_int8(bits[start : start + step]))
-            continue
-        magnitude = bits[start : start + step] & layout.raw(layout.mask)
-        largest.append(magnitude.max(axis=1))
-        if count and layout.raw is np.uint8:
-            at_limit += int(xp.count_nonzero(magnitude == layout.limit))
-            at_bottom += int(xp.count_nonzero(magnitude <= 1))
-    found = xp.concatenate(largest) if largest else xp.zeros(0, layout.raw)
-    return Extremes(found if xp is np else found.get(), at_limit, at_bottom)
+    step = len(bits) if xp is not np else max(1, _BLOCK_BYTES // (bits.itemsize * columns))
+    parts = [_of_block(bits[at : at + step], dtype, layout, count) for at in range(0, len(bits), max(1, step))]
+    if not parts:
+        return Extremes(np.zeros(0, layout.raw))
+    if xp is np:
+        return Extremes.joined(parts)
+    (found,) = parts
+    return found.mapped(lambda column: column.get())
+
+
+def _of_block(bits: Array, dtype: str, layout: Layout, count: bool) -> Extremes:
+    """The extremes of a few rows; arrays of the device that they are on."""
+    if dtype == "I8":
+        return Extremes(_largest_int8(bits))
+    if bits.shape[1] == 1 and not count:
+        return Extremes(bits[:, 0] & layout.raw(layout.mask))
+    magnitude = bits & layout.raw(layout.mask)
+    largest = magnitude.max(axis=1)
+    if not count:
+        return Extremes(largest)
+    xp = array_module(bits)
+    at_limit, at_bottom = xp.count_nonzero(magnitude == layout.limit, 1), xp.count_nonzero(magnitude <= 1, 1)
+    return Extremes(largest, at_limit, at_bottom)
 
 
 def _largest_int8(bits: Array) -> Array:
