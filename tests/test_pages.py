@@ -7,11 +7,13 @@ import html.parser
 import io
 import json
 import os
+import random
 import re
 import shutil
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from typing import Any
 import pytest
 
 import tierewrite
-from tests.checkpoints import read_tensors, write_shard
+from tests.checkpoints import read_tensors, write_checkpoint, write_shard
 from tierewrite import cli, errors
 from tierewrite.consumers.findings import Finding, ReadinessReport
 from tierewrite.pages import facts as facts_room
@@ -658,6 +660,43 @@ def test_sides_of_infinite_ratio_are_drawn_at_the_end_of_the_axis(tmp_path: Path
     page = tierewrite.report_page(path)
     assert "∞×" in page.html()
     assert page.png().startswith(b"\x89PNG")
+
+
+def test_a_broken_manifest_is_a_page_or_a_documented_error(tmp_path: Path) -> None:
+    """Values of other kinds anywhere in it, members that are gone or new, other bytes."""
+    tensors = {f"layers.0.{side}.weight": ("BF16", [1], b"ab") for side in "abc"}
+    tensors["layers.0.c.weight"] = ("BF16", [1], b"cd")
+    ties = {f"layers.0.{side}.weight": "layers.0.a.weight" for side in "bc"}
+    src = write_checkpoint(tmp_path / "src", tensors, config={"_tied_weights_keys": ties})
+    tierewrite.rewrite(src, tmp_path / "dst", on_mismatch="keep")
+    path = tmp_path / "dst" / "tierewrite.json"
+    text = path.read_text()
+    assert "differing_aliases" in text
+    odd: list[Any] = [None, True, 0, -1, 1e999, "", "\x1b[2J\ud800", [], {}, [[]], {"": {}}, 10**400, float("nan")]
+    rng = random.Random(0)
+    outcomes = Counter[str]()
+    for _ in range(200):
+        manifest = json.loads(text)
+        parent, key = manifest, rng.choice(list(manifest))
+        while isinstance(parent[key], (dict, list)) and parent[key] and rng.random() < 0.85:
+            parent = parent[key]
+            key = rng.choice(list(parent)) if isinstance(parent, dict) else rng.randrange(len(parent))
+        if rng.random() < 0.7:
+            parent[key] = rng.choice(odd)
+        else:
+            del parent[key]
+        broken = bytearray(json.dumps(manifest).encode())
+        if rng.random() < 0.2:
+            broken[rng.randrange(len(broken))] = rng.randrange(256)
+        path.write_bytes(broken)
+        try:
+            page = tierewrite.report_page(tmp_path / "dst")
+            json.dumps(page.to_json(), allow_nan=False)
+            assert "\x1b" not in page.html()
+            outcomes["page"] += 1
+        except errors.SourceError:
+            outcomes["error"] += 1
+    assert min(outcomes["page"], outcomes["error"]) > 10, outcomes
 
 
 def test_an_error_about_a_manifest_alone_names_it(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from tierewrite.stores.places import located
 
 SRC = FIXTURES / "qwen3_tied_bf16" / "naive"
 IMPOSSIBLE = {
-    "NUL": "a\0b", "NUL in a URL": "memory://a\0b", "NUL in a hub id": "org/na\0me", "surrogate": "a\ud800b",
-    "long part": "x" * 256, "long": "x/" * 3000, "surrogate in a URL": "s3://bucket/\udcff",
+    "empty": "", "NUL": "a\0b", "NUL in a URL": "memory://a\0b", "NUL in a hub id": "org/na\0me",
+    "surrogate": "a\ud800b", "long part": "x" * 256, "long": "x/" * 3000, "surrogate in a URL": "s3://bucket/\udcff",
 }  # fmt: skip
 
 

@@ -157,6 +157,8 @@ def chain(path: FilePath) -> tuple[Hashable, ...]:
 
 def _refuse_impossible(text: str) -> None:
     """Raises UsageError for a name that no system call takes: with a NUL, not of bytes, or longer than PATH_MAX."""
+    if not text:
+        raise UsageError("a path is an empty text; name a folder ('.' is the current one)")
     problem = None
     try:
         # Bytes of a file's name that are no text are half surrogates in Python; no URL has any.
