@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,7 @@ class Extremes:
             return [self]
         ends = list(itertools.accumulate(rows))
         return [
-            self.mapped(lambda column, here=slice(end - count, end): column[here])
+            self.mapped(itemgetter(slice(end - count, end)))
             for end, count in zip(ends, rows, strict=True)
         ]
 
