@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,13 +19,15 @@ import tierewrite
 from tests.checkpoints import FIXTURES
 from tests.defects import CONTROLS, DEFECTS, make_all
 from tests.vllm_loader.behaviour import VENV_VARIABLE, python
+from tests.vllm_loader.installed import ROOT, as_installed, entry_points
 from tierewrite.consumers.vllm import plugin
 from tierewrite.consumers.vllm.plugin_options import TESTED, checked_options, refuse_untested
 from tierewrite.errors import TierewriteError, UsageError
 
-ROOT = Path(__file__).parent.parent
 ENTRY_POINT = "tierewrite.consumers.vllm.plugin:register"
 FORCED = {"force": True, "on_mismatch": "keep"}
+OTHERWISE = ("dg_nvfp4", "dg_nvfp4_sharded", "dg_fp8")
+"""Fixtures of which vLLM alone loads other numbers than the rewrite holds."""
 CASES = sorted(path.parent.name for path in FIXTURES.glob("*/naive"))
 INTERPRETER = python()
 REASON = f"{VENV_VARIABLE} names no venv of vLLM; tests/vllm_loader/setup.sh DIR makes one"
@@ -51,9 +51,7 @@ needs_vllm = [
 
 
 def test_the_package_declares_the_entry_point() -> None:
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    block = text.partition('[project.entry-points."vllm.general_plugins"]\n')[2].partition("\n\n")[0]
-    assert block == f'tierewrite = "{ENTRY_POINT}"'
+    assert f"[vllm.general_plugins]\ntierewrite = {ENTRY_POINT}\n" in entry_points()
 
 
 def test_registering_without_vllm_raises_nothing(
@@ -114,21 +112,10 @@ Results = dict[str, list[dict[str, Any]]]
 def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[dict[str, Any]]], Results]:
     """Loads folders in vLLM's environment, where the package is found as an installed one is: by its entry point."""
     work = tmp_path_factory.mktemp("plugin")
-    info = work / "site" / "tierewrite-0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tierewrite\nVersion: 0\n")
-    (info / "entry_points.txt").write_text(f"[vllm.general_plugins]\ntierewrite = {ENTRY_POINT}\n")
-    # Behind the venv's own packages: those of ours that it lacks.
-    own = [path for path in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")) if path]
-    (work / "site" / "sitecustomize.py").write_text(f"import sys\nsys.path += {own!r}\n")
+    environment = as_installed(work / "site")
 
     def load(jobs: list[dict[str, Any]]) -> Results:
         (work / "jobs.json").write_text(json.dumps([{**job, "folder": str(job["folder"])} for job in jobs]))
-        environment = {
-            **os.environ,
-            "PYTHONPATH": f"{work / 'site'}:{ROOT}",
-            "TIEREWRITE_CACHE": str(work / "cache"),
-        }
         script = ROOT / "tests" / "vllm_loader" / "with_format.py"
         done = subprocess.run(
             [str(INTERPRETER), str(script), str(work / "jobs.json"), str(work / "out.json")],
@@ -164,7 +151,7 @@ def same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> list[st
 
 @pytest.fixture(scope="module")
 def fixtures(load: Any, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """Every fixture: naive through the plugin ("plugin"), rewritten through vLLM's loader ("rewritten"), naive so."""
+    """Every fixture: naive through the plugin ("plugin"), rewritten through vLLM's own loader ("rewritten")."""
     out = tmp_path_factory.mktemp("rewritten")
     jobs: list[dict[str, Any]] = []
     for case in CASES:
@@ -173,9 +160,8 @@ def fixtures(load: Any, tmp_path_factory: pytest.TempPathFactory) -> Results:
         jobs += [
             by_plugin(f"{case} plugin", naive, **FORCED),
             {"name": f"{case} rewritten", "folder": out / case},
-            {"name": f"{case} naive", "folder": naive},
         ]
-    return load(jobs)
+    return load([*jobs, *({"name": f"{case} naive", "folder": FIXTURES / case / "naive"} for case in OTHERWISE)])
 
 
 class TestVllm:
@@ -190,7 +176,7 @@ class TestVllm:
         assert {"dg_nvfp4", "dg_nvfp4_sharded", "dg_fp8", "dg_bf16", "qwen3_tied_bf16", "mixtral_tied_bf16"} <= {
             *loaded
         }
-        for case in ("dg_nvfp4", "dg_nvfp4_sharded", "dg_fp8"):
+        for case in OTHERWISE:
             naive, canonical = (fixtures[f"{case} {kind}"][0]["digests"] for kind in ("naive", "rewritten"))
             assert any(naive[name] != canonical[name] for name in naive)
 

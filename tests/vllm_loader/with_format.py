@@ -5,8 +5,8 @@
 
 A job is {"name", "folder", "format" (null: vLLM's default), "extra", "ranks", "version" (to pretend)}; what comes out,
 by name, is a list with one object a rank: the loader's class, digests of all parameters, those that nothing was written
-to, bytes that were hashed, seconds of CPU and bytes of anonymous memory that loading took; or "error" and "trace". Each
-rank is a forked process.
+to, bytes that were hashed, what it took ("cpu" and "wall" in seconds, in bytes the "anonymous" memory that it added and
+the "peak" of all memory); or "error" and "trace". Each rank is a forked process.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ import torch
 UNTOUCHED = 0x11
 
 
-def anonymous_bytes() -> int:
-    """Memory of this process that no file stands behind."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
+def memory(kind: str) -> int:
+    """Bytes of this process's memory: "RssAnon", that no file stands behind, or "VmHWM", the peak of all."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{kind}:"):
             return int(line.split()[1]) << 10
     return 0
 
@@ -55,7 +55,7 @@ def loaded(job: dict[str, Any], rank: int, rendezvous: str) -> dict[str, Any]:
 
         vllm.__version__ = job["version"]
     with set_current_vllm_config(config):
-        start, memory = time.process_time(), anonymous_bytes()
+        cpu, wall, anonymous = time.process_time(), time.perf_counter(), memory("RssAnon")
         loader = get_model_loader(config.load_config)
         config.compilation_config.static_forward_context.clear()
         with set_default_torch_dtype(config.model_config.dtype):
@@ -65,7 +65,12 @@ def loaded(job: dict[str, Any], rank: int, rendezvous: str) -> dict[str, Any]:
             if tensor.numel():
                 harness.raw(tensor.data).fill_(UNTOUCHED)
         loader.load_weights(model, config.model_config)
-        took = {"seconds": time.process_time() - start, "memory": anonymous_bytes() - memory}
+        took = {
+            "cpu": time.process_time() - cpu,
+            "wall": time.perf_counter() - wall,
+            "anonymous": memory("RssAnon") - anonymous,
+            "peak": memory("VmHWM"),
+        }
     return {
         "loader": f"{type(loader).__module__}.{type(loader).__name__}",
         "digests": {name: harness.digest(tensor.data) for name, tensor in targets.items()},
