@@ -25,7 +25,7 @@ from typing import Any
 HERE = Path(__file__).parent.parent
 MANIFEST = "tierewrite.json"
 
-SINCE_ADDED = ("exclude", "keep_names_for", "fix_config")
+SINCE_ADDED = ("exclude", "keep_names_for", "fix_config", "strip_prefix")
 """Options that an older version's manifest lacks; none of the sets below gives them."""
 
 OPTIONS: dict[str, list[str]] = {
@@ -74,7 +74,10 @@ def one_side(fixtures: Path, only: str) -> dict[str, Any]:
             said = io.StringIO()
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
                 code = cli.run(["plan", str(naive), "--json"])
-            found[case] = {"exit": code, "plan": json.loads(said.getvalue() or "null")}
+            plan = json.loads(said.getvalue() or "null")
+            for option in SINCE_ADDED:
+                (plan or {}).get("options", {}).pop(option, None)
+            found[case] = {"exit": code, "plan": plan}
     return found
 
 

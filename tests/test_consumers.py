@@ -54,7 +54,7 @@ def _one_model_for_one_config(monkeypatch: pytest.MonkeyPatch) -> None:
     resolve = TieMap.resolve
 
     def remembered(root: Path, config: dict[str, Any], **options: Any) -> TieMap:
-        key = json.dumps([config, options.get("trust_remote_code"), str(options.get("ties_file"))], sort_keys=True)
+        key = json.dumps([config, options.get("trust_remote_code"), str(options.get("ties"))], sort_keys=True)
         if key not in RESOLVED:
             RESOLVED[key] = resolve(root, config, **options)
         return RESOLVED[key]
@@ -468,7 +468,7 @@ TRANSFORMERS: list[tuple[str, str, str, Callable[[Draft], None]]] = [
     ("experts-unpacked", "error", "dg_nvfp4", lambda d: None),
     ("scale-missing", "error", "llmc_fp8_static", lambda d: None),
     ("index-missing", "error", "dg_nvfp4_sharded", lambda d: setattr(d, "index", None)),
-    ("architectures", "error", "dg_bf16", lambda d: d.config.__setitem__("architectures", ["NoSuchModel"])),
+    ("architectures", "error", "dg_bf16", lambda d: d.config.update(architectures=["NoSuchModel"], model_type="x")),
 ]
 
 

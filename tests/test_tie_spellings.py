@@ -53,7 +53,7 @@ def groups_of(declared: dict[str, str], keys: list[str], tmp_path: Path) -> list
     file = tmp_path / "ties.json"
     file.write_text(json.dumps(declared))
     found = [
-        TieMap.resolve(tmp_path, {}, keys=keys, ties_file=file),
+        TieMap.resolve(tmp_path, {}, keys=keys, ties=file),
         TieMap.resolve(tmp_path, {"_tied_weights_keys": declared}, keys=keys),
         TieMap.from_mapping(declared, keys),
     ]

@@ -36,6 +36,7 @@ from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME, Checkpoint, Tenso
 from tierewrite.stores.base import PathLike
 from tierewrite.tables import Summary, sizes, some, text
 from tierewrite.ties.on_disk import on_disk
+from tierewrite.ties.tie import TiesGiven
 from tierewrite.units import size
 from tierewrite.values.content import Duplicate, range_of
 from tierewrite.values.opened import Opened
@@ -125,7 +126,7 @@ def expand(
     dst: PathLike,
     *,
     consumer: ConsumerName | None = None,
-    ties: PathLike | None = None,
+    ties: TiesGiven | None = None,
     trust_remote_code: bool = False,
     ignore_unindexed: bool = False,
     revision: str | None = None,

@@ -16,6 +16,7 @@ from tierewrite.source.table import Checkpoint, gc_paused
 from tierewrite.stores.base import PathLike
 from tierewrite.tables import Summary, table, text, ties_lines, warning_lines
 from tierewrite.ties.on_disk import DiskTies, on_disk
+from tierewrite.ties.tie import TiesGiven
 from tierewrite.ties.tie_map import TieMap
 from tierewrite.units import size
 
@@ -65,7 +66,7 @@ class Inspection(Summary):
                     ties.add_row(text(shown(alias)), text(shown(group.canonical)), text(shown(origin)))
             if self.disk.groups:
                 yield ties
-        yield from warning_lines((*self.checkpoint.warnings, *(self.ties.warnings if self.ties is not None else ())))
+        yield from warning_lines(self.warnings)
 
     @property
     def dtypes(self) -> dict[str, tuple[int, int]]:
@@ -80,6 +81,12 @@ class Inspection(Summary):
             count[dtype] += number
             nbytes[dtype] += total
         return {dtype: (count[dtype], nbytes[dtype]) for dtype in sorted(count, key=lambda d: (-nbytes[d], d))}
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a person should look at."""
+        ties = self.ties.warnings if self.ties is not None else ()
+        return (*self.checkpoint.warnings, *ties, *(self.disk.warnings if self.disk is not None else ()))
 
     @property
     def shard_counts(self) -> list[int]:
@@ -112,7 +119,7 @@ class Inspection(Summary):
                 }
                 for entry in self.checkpoint.tensors.values()
             ],
-            "warnings": [*self.checkpoint.warnings, *(self.ties.warnings if self.ties is not None else ())],
+            "warnings": list(self.warnings),
         }
 
 
@@ -139,7 +146,7 @@ def _ties_json(ties: TieMap, disk: DiskTies) -> dict[str, Any]:
 def inspect(
     src: PathLike,
     *,
-    ties: PathLike | None = None,
+    ties: TiesGiven | None = None,
     trust_remote_code: bool = False,
     ignore_unindexed: bool = False,
     declared: bool = True,
@@ -149,7 +156,7 @@ def inspect(
 
     Args:
         src: the folder, or a hub id `org/name`, of which only headers and configurations are fetched.
-        ties: JSON file {alias: canonical}, instead of asking the model class.
+        ties: JSON file {alias: canonical}, or such a mapping, instead of asking the model class.
         trust_remote_code: run the model code that `src` brings, to ask it for its ties.
         ignore_unindexed: leave out tensors that the index does not list, instead of refusing.
         declared: also ask for the declared ties (imports transformers unless `ties` is given).

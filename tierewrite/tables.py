@@ -109,6 +109,7 @@ def ties_lines(source: str, detail: str, unpaired: Sequence[str]) -> Iterator[Te
         "class": "the model class",
         "config": "config.json",
         "ties-file": "the ties file",
+        "mapping": "the mapping that was given",
         "none": "nobody: the model declares no ties",
     }.get(source, source)
     yield text(f"Ties declared by {who}{f' ({shown(detail)})' if detail else ''}.")

@@ -120,7 +120,7 @@ class Gatherer:
         src = _from(folder, os.fspath(src), origin)
         if dst is not None:
             dst = _joined(folder, os.fspath(dst), origin)
-        if folder and "ties" in options:
+        if folder and isinstance(options.get("ties"), str):
             options["ties"] = _joined(folder, options["ties"], origin)
         return self._listed_item(src, dst, options, origin)
 
@@ -159,7 +159,7 @@ def _check(name: str, value: Any, origin: str) -> None:
             f"{origin}: there is no option '{shown(name)}' for one checkpoint; expected src, dst, "
             f"{', '.join(sorted(ITEM_TYPES))}"
         )
-    if name == "ties" and isinstance(value, os.PathLike):
+    if name == "ties" and isinstance(value, (os.PathLike, Mapping)):
         return
     if not of_type(value, types):
         found = shown(json.dumps(value, default=str))

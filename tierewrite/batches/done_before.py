@@ -23,9 +23,9 @@ from tierewrite.proof.files import manifest_or_problem
 from tierewrite.source.bytes import read_tensors
 from tierewrite.source.open import open_checkpoint
 from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME, Checkpoint
-from tierewrite.stores.base import PathLike
 from tierewrite.stores.places import FilePath, is_remote
 from tierewrite.stores.remote import listing
+from tierewrite.ties.tie import TiesGiven
 from tierewrite.values.opened import Opened
 
 _SAMPLES = 16
@@ -60,7 +60,7 @@ def made(
     dst: FilePath,
     policy: Policy,
     *,
-    ties: PathLike | None = None,
+    ties: TiesGiven | None = None,
     trust_remote_code: bool = False,
     ignore_unindexed: bool = False,
 ) -> Made | str:
@@ -85,7 +85,8 @@ def made(
     if manifest["options"] != policy.to_json():
         return "it was made with other options"
     opened = Opened.open(src, ties=ties, trust_remote_code=trust_remote_code, ignore_unindexed=ignore_unindexed)
-    source = opened.excluding(policy.exclude).checkpoint
+    opened = opened.under(policy)
+    source = opened.checkpoint
     if manifest["source"]["shards"] != [{"name": shard.name, "size": shard.size} for shard in source.shards]:
         return "it was made from shards of other names or sizes"
     if manifest["ties"]["map"] != ties_on_disk(opened.disk):

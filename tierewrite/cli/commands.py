@@ -257,10 +257,17 @@ def batch(
 @policy_options
 @source_options
 @option("--confirm", heading=WORK, is_flag=True, help="Hash the tied tensors too: the plan is then what rewrite does.")
+@option(
+    "--duplicates",
+    heading=WORK,
+    is_flag=True,
+    help="Also read tensors of 1 MiB or more that may be equal, and list those that hold the same bytes though no tie "
+    "is declared. A hint; they are kept.",
+)
 @json_option
 @verbose_option
 def plan(src: str, as_json: bool, **options: Any) -> None:
-    """Show what `rewrite` would do with SRC. Reads headers only and writes nothing.
+    """Show what `rewrite` would do with SRC. Reads headers only (but with --duplicates) and writes nothing.
 
     A plan is what happens if every tie is confirmed. Groups that the headers already refute are listed as
     unconfirmed; the exit code is 0 all the same. With --confirm the bytes are asked, as rewrite asks them: exit code 3

@@ -94,7 +94,7 @@ ties_option: Decorator[Any] = option(
     type=FILE,
     metavar="FILE",
     help="JSON {alias: canonical}, names or regular expressions as transformers writes them, instead of asking the "
-    "model class.",
+    "model class; {} says that nothing is tied.",
 )
 trust_remote_code_option: Decorator[Any] = option(
     "--trust-remote-code",

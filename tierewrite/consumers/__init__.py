@@ -28,6 +28,7 @@ from tierewrite.planning.policy import ConsumerName
 from tierewrite.source.open import name_in_messages
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.mirror import Place
+from tierewrite.ties.tie import TiesGiven
 
 __all__ = [
     "CONSUMERS", "SCHEMA", "Finding", "LoaderMode", "LoaderOptions", "ReadinessReport", "check", "consumer_named",
@@ -42,7 +43,7 @@ def check(
     consumer: ConsumerName = "vllm",
     *,
     backbone: PathLike | None = None,
-    ties: PathLike | None = None,
+    ties: TiesGiven | None = None,
     trust_remote_code: bool = False,
     compare_limit: int = 4 << 30,
     loader: LoaderMode = "auto",
@@ -86,9 +87,7 @@ def check(
     called = name_in_messages(path) if name is None else str(name)
     chosen = LoaderOptions(loader, consumer_python, tensor_parallel_size, trust_remote_code)
     refuse_no_interpreter(consumer, chosen)
-    subject = asked.subject(
-        path, backbone, ties_file=ties, trust_remote_code=trust_remote_code, compare_limit=compare_limit
-    )
+    subject = asked.subject(path, backbone, ties=ties, trust_remote_code=trust_remote_code, compare_limit=compare_limit)
     if asked.dry_loader is not None:
         ask_loader(asked, subject, called, chosen)
     broken = look_at_values(subject, sample=sample) if values else ()

@@ -24,10 +24,8 @@ from tierewrite.formats.experts import split_expert
 from tierewrite.numbers.float8 import float8_values
 from tierewrite.source.bytes import open_source, read_tensors
 from tierewrite.source.table import TensorEntry
-from tierewrite.stores.base import PathLike
-from tierewrite.stores.places import local_file
 from tierewrite.ties.on_disk import WHOLE, Part, on_disk, places
-from tierewrite.ties.tie import ModelNames
+from tierewrite.ties.tie import ModelNames, TiesGiven
 from tierewrite.ties.tie_map import TieMap
 
 FLOATS = frozenset({"F64", "F32", "BF16", "F16"})
@@ -67,7 +65,7 @@ class Subject:
         folder: Folder,
         backbones: BackboneTable,
         *,
-        ties_file: PathLike | None = None,
+        ties: TiesGiven | None = None,
         trust_remote_code: bool = False,
         compare_limit: int = 4 << 30,
     ) -> None:
@@ -88,13 +86,15 @@ class Subject:
                 folder.root,
                 self.config,
                 keys=self.entries,
-                ties_file=None if ties_file is None else local_file(ties_file, "a ties file"),
+                ties=ties,
                 trust_remote_code=trust_remote_code,
             )
         except TierewriteError as e:
-            if ties_file is not None:
+            if ties is not None:
                 raise
             self.ties, self.class_problem = None, str(e)
+        if self.ties is not None and self.ties.instead_of:
+            self.class_problem = self.ties.instead_of
 
     @property
     def model(self) -> ModelNames | None:

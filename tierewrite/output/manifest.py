@@ -31,7 +31,7 @@ MAX_MANIFEST_BYTES = 512 * 1024**2
 """The most that are read."""
 
 
-TieSource = Literal["ties-file", "config", "class", "none"]
+TieSource = Literal["ties-file", "mapping", "config", "class", "none"]
 
 
 class ManifestTensor(msgspec.Struct, gc=False):

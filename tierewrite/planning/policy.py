@@ -36,6 +36,7 @@ class PolicyOptions(TypedDict, total=False):
     fill_missing_scales: bool
     keep_names_for: NamesFor | None
     exclude: str | Sequence[str]
+    strip_prefix: bool
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,13 @@ class Policy:
             "metavar": "PATTERN",
             "help": 'Leave out side files whose name, or path in SRC, matches this wildcard, e.g. "*.bin"; may be '
             "given several times. config.json and hf_quant_config.json always stay.",
+        },
+    )
+    strip_prefix: bool = field(
+        default=False,
+        metadata={
+            "help": 'Take names of wrappers ("_orig_mod.", "module.", "base_model.model.", ...) off names, '
+            "where every name begins with them; torch's own also inside names.",
         },
     )
 
@@ -192,7 +200,7 @@ FOR_CONSUMER: Mapping[str, PolicyOptions] = {
 }
 """What a rewrite for a consumer chooses, where the caller does not. `--for` offers these names."""
 
-_TYPE_NAMES = {bool: "true or false", int: "a number", str: "a text", list: "a list of texts"}
+_TYPE_NAMES = {bool: "true or false", int: "a number", str: "a text", list: "a list of texts", dict: "an object"}
 _SIZE = re.compile(r"([0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})\s*([KMGT]B|)", re.IGNORECASE | re.ASCII)
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 

@@ -29,6 +29,7 @@ Ids of problems:
     tie-left         a tie that the bytes of SRC confirm was not carried out, or only in part
     orphan           a tensor that belonged to a packed weight is there under its own name, and the weight is gone
     unexpected       a tensor of DST that nothing in SRC accounts for
+    prefix           with strip_prefix, a name that is not SRC's without names of wrappers
     header           another dtype or shape than the tensor it stands for
     bytes            other bytes than the tensor it stands for
     merge            not the value that covers every side
@@ -66,14 +67,13 @@ from tierewrite.proof.files import (
 )
 from tierewrite.proof.flags import check_flags
 from tierewrite.proof.reading import hash_tensors, is_scale
+from tierewrite.proof.stripped import check_stripped
 from tierewrite.source.open import fetched, name_in_messages, open_checkpoint
-from tierewrite.source.side_files import excluding
 from tierewrite.source.table import MANIFEST_NAME, Checkpoint
-from tierewrite.stores.base import PathLike
 from tierewrite.stores.mirror import Place
 from tierewrite.tables import Summary, count, text
 from tierewrite.ties.on_disk import on_disk
-from tierewrite.ties.tie import Tie
+from tierewrite.ties.tie import Tie, TiesGiven
 from tierewrite.ties.tie_map import TieMap
 from tierewrite.values.opened import Opened
 
@@ -154,7 +154,7 @@ def verify(
     src: Place,
     dst: Place,
     *,
-    ties: PathLike | None = None,
+    ties: TiesGiven | None = None,
     trust_remote_code: bool = False,
     ignore_unindexed: bool = False,
     revision: str | None = None,
@@ -169,7 +169,8 @@ def verify(
     Args:
         src, dst: the folders, or their URLs. `src` may be a hub id `org/name`: its
             snapshot is taken from the cache, or fetched.
-        ties: JSON file {alias: canonical}, instead of asking the model class; as the rewrite was given it.
+        ties: JSON file {alias: canonical}, or such a mapping, instead of asking the model class; as the rewrite was
+            given it.
         trust_remote_code: run the model code that `src` brings, if its class has to be asked.
         ignore_unindexed: leave out tensors that the index of `src` lacks, as the rewrite was told to.
         revision: branch, tag or commit of a hub id; None: its main branch.
@@ -190,7 +191,6 @@ def verify(
         src = fetched(src, revision=revision)
     dst_name = name_in_messages(dst)
     source = open_checkpoint(src, ignore_unindexed=ignore_unindexed, trust_remote_code=trust_remote_code)
-    source = excluding(source, policy.exclude)
     try:
         target = open_checkpoint(dst, plain=True)
     except (SourceError, SystemFailure) as e:
@@ -202,14 +202,17 @@ def verify(
     watched.start("proving", source.total_bytes + target.total_bytes + others)
     advance = watched.advance
     tie_map, note = _declared(source, manifest, ties, trust_remote_code)
+    opened = Opened(source, tie_map, on_disk(tie_map, source.tensors, source.tensors)).under(policy)
+    if policy.strip_prefix:
+        problems += check_stripped(source.tensors, opened.checkpoint.tensors)
+    source, disk = opened.checkpoint, opened.disk
     before = hash_tensors(source, set(filter(is_scale, source.tensors)), advance)
     try:
         after = hash_tensors(target, set(), advance)
     except (SourceError, SystemFailure) as e:
         return Verification(False, (*problems, Problem("unreadable", str(e.file or dst_name), str(e))))
 
-    disk = on_disk(tie_map, source.tensors, source.tensors)
-    opened = with_needed_names(Opened(source, tie_map, disk), policy)
+    opened = with_needed_names(opened, policy)
     proof = Proof(source, target, before, after, policy, opened.needed.names)
     proof.run(disk)
     problems += proof.problems
@@ -237,7 +240,7 @@ def verify(
         problems=tuple(problems),
         ties_source=tie_map.source,
         ties_detail=tie_map.detail,
-        notes=tuple(dict.fromkeys((*note, *source.warnings, *tie_map.warnings, *proof.notes))),
+        notes=tuple(dict.fromkeys((*note, *source.warnings, *tie_map.warnings, *disk.warnings, *proof.notes))),
         **proof.counts,
     )
 
@@ -250,7 +253,7 @@ def _as_told(ties: TieMap, manifest: Mapping[str, Any] | None) -> TieMap:
 
 
 def _declared(
-    source: Checkpoint, manifest: Mapping[str, Any] | None, ties: PathLike | None, trust_remote_code: bool
+    source: Checkpoint, manifest: Mapping[str, Any] | None, ties: TiesGiven | None, trust_remote_code: bool
 ) -> tuple[TieMap, tuple[str, ...]]:
     """The ties of SRC, and a note where only DST's manifest could be asked for them.
 

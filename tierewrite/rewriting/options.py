@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from tierewrite.consumers.dry_load import LoaderMode
     from tierewrite.engines.progress import ProgressLike
     from tierewrite.stores.base import PathLike
+    from tierewrite.ties.tie import TiesGiven
 
 Device = Literal["auto", "cpu", "cuda"]
 EngineName = Literal["local", "ray"]
@@ -19,7 +20,7 @@ EngineName = Literal["local", "ray"]
 class SourceOptions(TypedDict, total=False):
     """How a source is read, and who says what is tied in it."""
 
-    ties: PathLike | None
+    ties: TiesGiven | None
     trust_remote_code: bool
     ignore_unindexed: bool
 
@@ -66,7 +67,8 @@ class RewriteOptions(BatchOptions, total=False):
 
 ITEM_TYPES: Mapping[str, tuple[type, ...]] = {
     **{name: option.types for name, option in OPTIONS.items()},
-    **dict.fromkeys(("ties", "revision", "consumer", "loader", "consumer_python"), (str,)),
+    **dict.fromkeys(("revision", "consumer", "loader", "consumer_python"), (str,)),
+    "ties": (str, dict),
     **dict.fromkeys(("trust_remote_code", "ignore_unindexed"), (bool,)),
     **dict.fromkeys(("overwrite", "resume", "verify", "force", "manifest"), (bool,)),
 }

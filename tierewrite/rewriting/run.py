@@ -20,6 +20,7 @@ from tierewrite.output.target import listing, still_as_listed
 from tierewrite.planning.plan import RewritePlan
 from tierewrite.planning.policy import ConsumerName, Policy, PolicyOptions
 from tierewrite.report import Report
+from tierewrite.rewriting.duplicates import duplicate_hints
 from tierewrite.rewriting.options import Device, EngineName, RewriteOptions, SourceOptions
 from tierewrite.rewriting.steps import (
     Pass,
@@ -37,6 +38,7 @@ from tierewrite.source.open import fetched, local_only, name_in_messages
 from tierewrite.source.table import Checkpoint
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.places import FilePath, is_local, located
+from tierewrite.ties.tie import TiesGiven
 from tierewrite.values.opened import Opened
 
 if TYPE_CHECKING:
@@ -48,11 +50,12 @@ if TYPE_CHECKING:
 def plan(
     src: PathLike,
     *,
-    ties: PathLike | None = None,
+    ties: TiesGiven | None = None,
     trust_remote_code: bool = False,
     ignore_unindexed: bool = False,
     revision: str | None = None,
     confirm: bool = False,
+    duplicates: bool = False,
     device: Device = "auto",
     threads: int | None = None,
     progress: ProgressLike = None,
@@ -62,6 +65,8 @@ def plan(
 
     Args:
         confirm: read and hash the tied tensors too: the plan is then what `rewrite` does, and `plan.confirmed` says so.
+        duplicates: read also tensors of 1 MiB or more that may be equal, and add a hint to the warnings for those that
+            hold the same bytes though no tie is declared. Nothing else changes.
         others: as for `rewrite`.
 
     Raises:
@@ -70,25 +75,27 @@ def plan(
     policy = Policy.of(**options)
     watched = progress_of(progress)
     opened = Opened.open(
-        fetched(src, revision=revision, bars=watched.shown) if confirm else src,
+        fetched(src, revision=revision, bars=watched.shown) if confirm or duplicates else src,
         ties=ties,
         trust_remote_code=trust_remote_code,
         ignore_unindexed=ignore_unindexed,
         revision=revision,
         meanwhile=partial(asking, watched),
     )
-    opened = with_needed(opened.excluding(policy.exclude), policy)
-    if not confirm:
+    opened = with_needed(opened.under(policy), policy)
+    if not (confirm or duplicates):
         return opened.plan(policy)
     with interrupts.standing(), open_engine("local", device=device, threads=threads, progress=watched) as workers:
-        return confirmed(opened, policy, workers)
+        planned = confirmed(opened, policy, workers) if confirm else opened.plan(policy)
+        hints = duplicate_hints(opened.checkpoint, planned, workers) if duplicates else ()
+    return replace(planned, warnings=(*planned.warnings, *hints))
 
 
 def rewrite(
     src: PathLike,
     dst: PathLike | None = None,
     *,
-    ties: PathLike | None = None,
+    ties: TiesGiven | None = None,
     trust_remote_code: bool = False,
     ignore_unindexed: bool = False,
     revision: str | None = None,
@@ -117,7 +124,7 @@ def rewrite(
         dst: folder to make; absent or empty, unless `overwrite`. It appears whole, by one rename, or not at all. Or a
             URL where nothing is: in a store that cannot rename the index is written last, and makes it a checkpoint.
             None with `in_place`.
-        ties: JSON file {alias: canonical}, instead of asking the model class.
+        ties: JSON file {alias: canonical}, or such a mapping, instead of asking the model class; {}: nothing is tied.
         trust_remote_code: run the model code that `src` brings, to ask it for its ties.
         ignore_unindexed: leave out tensors that the index does not list, instead of refusing.
         revision: branch, tag or commit of a hub id; None: its main branch.
@@ -176,7 +183,7 @@ def rewrite(
         asked = partial(asking, watched, ahead=engine == "local")
         opened = Opened.open(route.src, meanwhile=asked, **reading)
         interrupts.check()
-        opened = with_needed(opened.excluding(policy.exclude), policy, consumer)
+        opened = with_needed(opened.under(policy), policy, consumer)
         planned = opened.plan(policy)
         refuse_unconfirmed(opened, planned, workers)
         side_bytes = sum(side.size for side in opened.checkpoint.side_files)

@@ -222,6 +222,10 @@ class Tensors(Names, Mapping[str, TensorEntry]):
         shard = np.full(len(self), number, np.int32)
         return Tensors(self.names, shard, self.start, self.end, self.kind, self.kinds)
 
+    def named(self, names: Sequence[str]) -> Tensors:
+        """The same rows under other `names`, one a row."""
+        return Tensors(names, self.shard, self.start, self.end, self.kind, self.kinds)
+
     @property
     def total_bytes(self) -> int:
         """Sum of all tensors' bytes, exact even where 64 bits do not hold it (files may have holes)."""

@@ -24,6 +24,7 @@ from tierewrite.stores.mirror import RemoteFolder
 from tierewrite.streaming.confirmed import Confirmed, confirmed
 from tierewrite.streaming.remembered import Digests, cache_folder
 from tierewrite.streaming.tensors import as_tensor, tensors_of, unknown_to_torch
+from tierewrite.ties.tie import TiesGiven
 from tierewrite.values.content import COPY, Content
 from tierewrite.values.opened import Opened
 
@@ -143,7 +144,7 @@ class _Made:
 def stream(
     src: PathLike,
     *,
-    ties: PathLike | None = None,
+    ties: TiesGiven | None = None,
     trust_remote_code: bool = False,
     ignore_unindexed: bool = False,
     revision: str | None = None,
@@ -199,7 +200,7 @@ def stream(
             ignore_unindexed=ignore_unindexed,
             meanwhile=partial(asking, watched, ahead=True),
         )
-        opened = with_needed(opened.excluding(policy.exclude), policy)
+        opened = with_needed(opened.under(policy), policy)
         hasher = Digests(workers, cache_folder() if remember else None)
         found = confirmed(opened, policy, hasher)
     if missing := unknown_to_torch(opened.checkpoint.tensors.kinds):

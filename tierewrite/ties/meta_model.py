@@ -122,7 +122,7 @@ def _bounded() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _legacy_lists(found: dict[int, list[str]]) -> Iterator[None]:
+def legacy_lists(found: dict[int, list[str]]) -> Iterator[None]:
     """Inside, a class whose `_tied_weights_keys` is a legacy list builds; `found` takes the list, by id(module)."""
     from transformers import PreTrainedModel
 
@@ -152,7 +152,7 @@ def build(model_class: Any, built_config: Any) -> tuple[Any, dict[int, list[str]
     legacy: dict[int, list[str]] = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(_bounded())
-        stack.enter_context(_legacy_lists(legacy))
+        stack.enter_context(legacy_lists(legacy))
         stack.enter_context(torch.device("meta"))
         for name in ("no_init_weights", "no_tie_weights"):
             context = getattr(initialization, name, None)
@@ -167,7 +167,7 @@ def declared_by(
     """(pairs, origins, unpaired, warnings) of a built model; names are parameters or buffers that exist."""
     from transformers import PreTrainedModel
 
-    expanded: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    expanded = _expanded(model)
     existing = _existing(model)
     submodels = [(p, m) for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, PreTrainedModel)]
     declaring = [
@@ -190,8 +190,9 @@ def declared_by(
         origins[alias] = f"class {name} at '{prefix}'" if prefix else f"class {name}"
     unpaired: list[str] = []
     for prefix, module in submodels:
-        if id(module) in legacy:
-            made, left = _pair_legacy(module, prefix, legacy[id(module)], existing)
+        listed = legacy.get(id(module)) or _list_of(module)
+        if listed:
+            made, left = _pair_legacy(module, prefix, listed, existing)
             for alias, canonical in made.items():
                 if alias not in pairs:
                     pairs[alias] = canonical
@@ -200,6 +201,23 @@ def declared_by(
             unpaired.extend(left)
     notes = [f"the declaration '{shown(n)}' names no counterpart; it is not treated as tied" for n in unpaired]
     return pairs, origins, tuple(unpaired), tuple(notes)
+
+
+def _expanded(model: Any) -> dict[str, str]:
+    """alias -> canonical of all active declarations; also of a class that never calls `post_init()`."""
+    found = getattr(model, "all_tied_weights_keys", None)
+    if found is None:
+        with legacy_lists({}):
+            found = model.get_expanded_tied_weights_keys(all_submodels=True)
+    return dict(found)
+
+
+def _list_of(module: Any) -> list[str]:
+    """The legacy list of a class that never calls `post_init()`, if its config switches ties on."""
+    declared = module._tied_weights_keys
+    if isinstance(declared, dict) or not declared or not getattr(module.config, "tie_word_embeddings", False):
+        return []
+    return [name for name in declared if isinstance(name, str)]
 
 
 def _existing(model: Any) -> dict[str, tuple[int, ...]]:
@@ -251,5 +269,42 @@ def names_of(model: Any) -> ModelNames:
     hub = tuple(get_model_conversion_mapping(model, add_legacy=False))
     # What get_model_conversion_mapping appends by default.
     every = (*hub, *(get_checkpoint_conversion_mapping("legacy") or ()))
-    prefix = str(model.base_model_prefix or "")
-    return ModelNames(type(model).__name__, prefix, _existing(model), every, hub, flag_places(model))
+    existing = _existing(model)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    spared = [re.compile(safe_pattern(p)) for p in model._keys_to_ignore_on_load_missing or ()]
+    optional = {name for name in existing if name not in parameters or any(p.search(name) for p in spared)}
+    return ModelNames(
+        type(model).__name__,
+        str(model.base_model_prefix or ""),
+        existing,
+        every,
+        hub,
+        flag_places(model),
+        frozenset(optional),
+        tuple(model._keys_to_ignore_on_load_unexpected or ()),
+        None if any(_declares(module) for module in model.modules()) else _embeddings(model, existing),
+    )
+
+
+def _declares(module: Any) -> bool:
+    return bool(getattr(module, "_tied_weights_keys", None))
+
+
+def embedding_weight(model: Any, method: str) -> str | None:
+    """The name of the weight of what `method` gives, such as "get_input_embeddings"; None if it has none."""
+    try:
+        embedding = getattr(model, method)()
+    except Exception as exc:
+        stop_if_fatal(exc)
+        return None
+    if getattr(embedding, "weight", None) is None:
+        return None
+    return next((f"{name}.weight" for name, module in model.named_modules() if module is embedding and name), None)
+
+
+def _embeddings(model: Any, existing: Mapping[str, tuple[int, ...]]) -> tuple[str, str] | None:
+    """The names of the weights of input and output embedding, where the class has both and they are of one shape."""
+    first, second = (embedding_weight(model, f"get_{end}put_embeddings") for end in ("in", "out"))
+    if first is None or second is None or first == second or first not in existing or second not in existing:
+        return None
+    return (first, second) if existing[first] == existing[second] else None

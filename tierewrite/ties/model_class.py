@@ -1,4 +1,8 @@
-"""The model class that config.json names, asked for its ties and names.
+"""The model class of a config.json, asked for its ties and names.
+
+`architectures` names it; where transformers does not have that class for this `model_type`, or the file holds a head
+that it lacks, the classes that AutoModel would take are tried, and the first that takes every name of the checkpoint is
+asked, with a warning.
 
 Refused: a class that transformers does not know or cannot build from this config, remote code without leave, and
 configurations whose sizes no real model has. No tensor is read, the network is never touched, and transformers never
@@ -10,17 +14,19 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from tierewrite.errors import ConfigError, shown
-from tierewrite.ties import meta_model
+from tierewrite.ties import candidates, meta_model, remote_class
+from tierewrite.ties.candidates import Candidate
 from tierewrite.ties.config_limits import CONFIG_FIX
-from tierewrite.ties.patterns import PLAIN_NAME, is_regex
+from tierewrite.ties.fit import all_loaded, fit_of
+from tierewrite.ties.patterns import is_regex
 from tierewrite.ties.tie import Declared, ModelNames, rooted
+from tierewrite.ties.tied_in_code import tied_in_code
 
 # What a config may carry that changes how a model runs, never which parameters it has. Each can make transformers
 # import a kernel package or a quantizer, or fetch weights.
@@ -41,53 +47,71 @@ _RUN_TIME_KEYS = frozenset(
 _BUILD_LOCK = threading.Lock()
 
 
-def _versions(config: Mapping[str, Any]) -> str:
-    import transformers
-
-    written = config.get("transformers_version")
-    wrote = (
-        f"config.json was written by transformers {shown(written)}"
-        if written
-        else "config.json names no transformers_version"
-    )
-    here = f"{transformers.__version__} is installed"
-    return f"{wrote}, {here}: install one that fits, or say what is tied with --ties FILE"
-
-
-def from_class(root: Path, config: dict[str, Any], trust_remote_code: bool) -> Declared:
-    """What the class that config.json names declares.
+def from_class(root: Path, config: dict[str, Any], trust_remote_code: bool, keys: Collection[str] = ()) -> Declared:
+    """What the class that config.json names declares; where it names none that fits, the one that takes the keys.
 
     Args:
         root: the checkpoint's folder; remote code is read from it.
         config: its config.json, parsed.
         trust_remote_code: run the Python files that `auto_map` names.
+        keys: the names of all tensors; without them config.json alone decides.
 
     Raises:
-        ConfigError: config.json is malformed, or its class is unknown, cannot be built, or is remote code.
+        ConfigError: config.json is malformed, or its class is unknown, cannot be built, or is remote code, and no class
+            of its model_type takes the keys.
     """
     file = root / "config.json"
-    wanted = _class_named(config, file)
+    names, warned = _classes_named(config, file)
+    config = {**config, "architectures": list(names)} if names else config
     with _BUILD_LOCK, meta_model.quiet(), meta_model.offline():
-        config_class, model_class, remote = _classes(root, config, wanted, trust_remote_code)
-        built_config = _config_object(config_class, config, file)
-        if model_class is None:
-            model_class = _auto_class(built_config, config, file)
-        declared = _asked(model_class, built_config, config, file)
-    if remote and declared.model is not None and declared.model.shapes:
-        return replace(
-            declared, warnings=(*declared.warnings, f"{declared.detail} is remote code from {shown(root.name)}")
-        )
-    return declared
+        registered = candidates.registered_config_class(config, file)
+        if trust_remote_code and remote_class.is_named(config):
+            remote = remote_class.imported(root, config, names, registered, file)
+            declared = _asked(remote, config, file)
+            if declared.model is not None and declared.model.shapes:
+                warned = (*warned, f"{declared.detail} is remote code from {shown(root.name)}")
+        else:
+            declared = _of_transformers(config, names, registered, keys, file)
+    return replace(declared, warnings=(*declared.warnings, *warned, *_undeclared(declared, config, keys)))
 
 
-def _class_named(config: Mapping[str, Any], file: Path) -> str | None:
-    """The first of `architectures`; None where only model_type or auto_map says what the model is."""
+def _undeclared(declared: Declared, config: Mapping[str, Any], keys: Collection[str]) -> Iterator[str]:
+    """What to say where config.json says that the embeddings are tied, and the class does not."""
+    model = declared.model
+    if model is None or model.embeddings is None or not _says_tied(config) or not len(keys):
+        return
+    tied = {name for tie in declared.ties for name in (tie.alias, tie.canonical)}
+    said = any(name in warning for warning in declared.warnings for name in model.embeddings)
+    if said or not tied.isdisjoint(model.embeddings) or not all_loaded(model, model.embeddings, keys):
+        return
+    first, second = map(shown, model.embeddings)
+    yield (
+        f"config.json says tie_word_embeddings true, and '{second}' and '{first}' are both stored, but "
+        f"{declared.detail} declares no tie: both are kept. If they are meant to be one, say so with --ties FILE"
+    )
+
+
+def _says_tied(config: Mapping[str, Any]) -> bool:
+    parts = (config, *(part for part in config.values() if isinstance(part, dict)))
+    return any(part.get("tie_word_embeddings") is True for part in parts)
+
+
+def _classes_named(config: Mapping[str, Any], file: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(`architectures`, warnings); no names where only model_type or auto_map says what the model is.
+
+    Raises:
+        ConfigError: nothing says it, or one of the three is of another type.
+    """
     if not config:
         raise ConfigError(
             "no config.json with content: nothing says which weights are tied; add it, or use --ties FILE",
             file=file,
         )
     architectures = config.get("architectures")
+    warned: tuple[str, ...] = ()
+    if isinstance(architectures, str) and architectures:
+        warned = (f"architectures is the text '{shown(architectures)}'; it is read as a list of one name",)
+        architectures = [architectures]
     if architectures is not None and (
         not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures)
     ):
@@ -108,7 +132,112 @@ def _class_named(config: Mapping[str, Any], file: Path) -> str | None:
             "names neither architectures nor model_type: nothing says which weights are tied; use --ties FILE",
             file=file,
         )
-    return architectures[0] if architectures else None
+    return tuple(architectures or ()), warned
+
+
+def _of_transformers(
+    config: dict[str, Any], names: tuple[str, ...], registered: Any, keys: Collection[str], file: Path
+) -> Declared:
+    """What a class of the installed transformers declares: the one that is named, unless another takes the keys.
+
+    Raises:
+        ConfigError: the one that is named cannot be asked, and no other takes the keys.
+    """
+    chosen: Candidate | None = None
+    first: Declared | None = None
+    try:
+        chosen = _first_choice(config, names, registered, file)
+        first = _asked(chosen, config, file)
+        why, problem = _doubt(first, keys, config), None
+        if not why:
+            return first
+    except ConfigError as error:
+        why, problem = _unusable(config, names, registered, chosen), error
+    for other in _others(config, names, registered, file) if len(keys) else ():
+        if chosen is not None and other.model_class is chosen.model_class:
+            continue
+        found = _if_built(other, config, file)
+        fit = None if found is None else fit_of(found, keys, config)
+        if found is not None and fit is not None and fit.whole and (first is None or not fit.ignored):
+            if first is not None and _pairs(found) == _pairs(first):
+                return first  # a head more or less, and the same ties
+            said = (
+                f"{why}; {found.detail}, which transformers has for model_type '{shown(config.get('model_type'))}', "
+                "takes all names of the checkpoint and was asked what is tied"
+            )
+            return replace(found, warnings=(*found.warnings, said), instead_of="" if problem is None else str(problem))
+    if problem is not None:
+        raise problem
+    assert first is not None
+    assert chosen is not None
+    if not chosen.base:
+        return first
+    said = f"{why}, and no other class of its model_type takes all names of the checkpoint: a tie may be missed"
+    return replace(first, warnings=(*first.warnings, said))
+
+
+def _pairs(declared: Declared) -> set[tuple[str, str]]:
+    return {(tie.alias, tie.canonical) for tie in declared.ties}
+
+
+def _first_choice(config: dict[str, Any], names: tuple[str, ...], registered: Any, file: Path) -> Candidate:
+    """The class that config.json says. Raises ConfigError: transformers does not have it, or not for this config."""
+    if names:
+        return candidates.named(config, names[0], registered, file)
+    if registered is not None:
+        return candidates.automodel(config, registered, file)
+    if config.get("auto_map"):
+        raise candidates.needs_leave(config.get("model_type"), file)
+    raise ConfigError(
+        f"model_type '{shown(config.get('model_type'))}' is unknown; {candidates.versions(config)}", file=file
+    )
+
+
+def _others(config: dict[str, Any], names: tuple[str, ...], registered: Any, file: Path) -> Iterator[Candidate]:
+    """Further classes that may have written the file: the others that are named, then those of the model_type."""
+    for name in names[1:]:
+        with contextlib.suppress(ConfigError):
+            yield candidates.named(config, name, registered, file)
+    if registered is not None:
+        yield from candidates.of_model_type(config, registered)
+
+
+def _if_built(candidate: Candidate, config: dict[str, Any], file: Path) -> Declared | None:
+    try:
+        found = _asked(candidate, config, file)
+    except ConfigError:
+        return None
+    return found if found.model is not None and found.model.shapes else None
+
+
+def _doubt(declared: Declared, keys: Collection[str], config: Mapping[str, Any]) -> str:
+    """Why the class may not be the one that wrote the file, in words; "" if nothing speaks against it."""
+    if not len(keys) or declared.model is None or not declared.model.shapes:
+        return ""
+    fit = fit_of(declared, keys, config)
+    strange = (*fit.unexpected, *fit.ignored)
+    if strange:
+        return f"{declared.detail} has no parameter for '{shown(strange[0])}'"
+    if fit.missing:
+        return f"the checkpoint holds nothing for '{shown(fit.missing[0])}' of {declared.detail}"
+    return ""
+
+
+def _unusable(config: Mapping[str, Any], names: Sequence[str], registered: Any, chosen: Candidate | None) -> str:
+    """Why the class that config.json says was not asked, in words."""
+    import transformers
+
+    if not names:
+        return "config.json names no architectures"
+    if chosen is not None:
+        return f"{chosen.model_class.__name__} cannot be asked with this config"
+    known = None
+    with contextlib.suppress(Exception):
+        known = candidates.native(names[0], registered)
+    if known is None:
+        return f"architectures names {shown(names[0])}, which transformers {transformers.__version__} does not have"
+    model_type = shown(config.get("model_type"))
+    return f"architectures names {shown(names[0])}, which takes no config of model_type '{model_type}'"
 
 
 def _config_object(config_class: Any, config: dict[str, Any], file: Path) -> Any:
@@ -118,13 +247,16 @@ def _config_object(config_class: Any, config: dict[str, Any], file: Path) -> Any
     except BaseException as exc:
         meta_model.stop_if_fatal(exc)
         raise ConfigError(
-            f"{config_class.__name__} does not accept this config: {meta_model.in_one_line(exc)}; {_versions(config)}",
+            f"{config_class.__name__} does not accept this config: {meta_model.in_one_line(exc)}; "
+            f"{candidates.versions(config)}",
             file=file,
         ) from exc
 
 
-def _asked(model_class: Any, built_config: Any, config: Mapping[str, Any], file: Path) -> Declared:
+def _asked(candidate: Candidate, config: dict[str, Any], file: Path) -> Declared:
     """What the class declares once it is built, or at class level where it cannot be."""
+    model_class = candidate.model_class
+    built_config = _config_object(candidate.config_class, config, file)
     name = model_class.__name__
     try:
         model, legacy = meta_model.build(model_class, built_config)
@@ -136,14 +268,18 @@ def _asked(model_class: Any, built_config: Any, config: Mapping[str, Any], file:
     try:
         pairs, origins, unpaired, warned = meta_model.declared_by(model, legacy)
         names = meta_model.names_of(model)
+        in_code = tied_in_code(model, pairs)
     except ConfigError:
         raise
     except Exception as exc:
         meta_model.stop_if_fatal(exc)
         raise ConfigError(
-            f"{name} does not say what is tied: {meta_model.in_one_line(exc)}; {_versions(config)}", file=file
+            f"{name} does not say what is tied: {meta_model.in_one_line(exc)}; {candidates.versions(config)}", file=file
         ) from exc
-    return Declared(rooted(pairs, origins, ConfigError, file), "class", name, unpaired, warned, names)
+    origins |= dict.fromkeys(in_code.pairs, f"class {name} (its code)")
+    ties = rooted({**pairs, **in_code.pairs}, origins, ConfigError, file)
+    unpaired = tuple(alias for alias in unpaired if alias not in in_code.pairs)
+    return Declared(ties, "class", name, unpaired, (*warned, *in_code.warnings), names)
 
 
 def _without_run_time(value: Any) -> Any:
@@ -168,130 +304,7 @@ def _as_loaded(config_class: Any, config: dict[str, Any]) -> dict[str, Any]:
     decode = getattr(config_class, "_decode_special_floats", None)
     if decode is not None:
         config = decode(config)
-    part = config.get(getattr(config_class, "base_config_key", "") or "")
-    if isinstance(part, dict) and config.get("model_type") != config_class.model_type:
-        return part
-    return config
-
-
-def _native(name: str, module_of: Any = None) -> Any:
-    """The class `name` of the installed transformers, or None; importing it may fail for want of its packages."""
-    import transformers
-    from transformers import PreTrainedModel
-
-    found = None
-    if PLAIN_NAME.match(name) and "." not in name:
-        found = getattr(transformers, name, None)
-        if found is None and module_of is not None:
-            path = module_of.__module__.replace(".configuration_", ".modeling_")
-            with contextlib.suppress(ImportError):
-                found = getattr(import_module(path), name, None)
-    if not isinstance(found, type):
-        return None
-    if getattr(found, "is_dummy", False) or not issubclass(found, PreTrainedModel):
-        return None
-    return found
-
-
-def _classes(root: Path, config: dict[str, Any], wanted: str | None, trust_remote_code: bool) -> tuple[Any, Any, bool]:
-    """(config class, model class or None for AutoModel's choice, is it remote code)."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    file = root / "config.json"
-    model_type, auto_map = config.get("model_type"), config.get("auto_map") or {}
-    remote_models = {k: v for k, v in auto_map.items() if k.startswith("AutoModel")}
-    config_class = None
-    if model_type in CONFIG_MAPPING:
-        try:
-            config_class = CONFIG_MAPPING[model_type]
-        except Exception as exc:
-            meta_model.stop_if_fatal(exc)
-            raise ConfigError(
-                f"model_type '{shown(model_type)}': {meta_model.in_one_line(exc)}; {_versions(config)}", file=file
-            ) from exc
-    model_class = None
-    if wanted is not None:
-        try:
-            model_class = _native(wanted, config_class)
-        except Exception as exc:
-            meta_model.stop_if_fatal(exc)
-            raise ConfigError(
-                f"{shown(wanted)} cannot be imported: {meta_model.in_one_line(exc)}; {_versions(config)}", file=file
-            ) from exc
-    if auto_map and trust_remote_code and remote_models:
-        return *_remote_classes(root, config, wanted, remote_models, config_class, file), True
-    if auto_map and (config_class is None or (wanted is not None and model_class is None)):
-        raise ConfigError(
-            f"{shown(wanted or model_type)} is defined by Python files in the folder (auto_map), which are not run "
-            "without leave: use --trust-remote-code after reading them, or --ties FILE",
-            file=file,
-        )
-    if wanted is not None and model_class is None:
-        raise ConfigError(f"the class '{shown(wanted)}' is unknown; {_versions(config)}", file=file)
-    if config_class is None:
-        config_class = getattr(model_class, "config_class", None)
-        if model_type is not None or config_class is None:
-            raise ConfigError(f"model_type '{shown(model_type)}' is unknown; {_versions(config)}", file=file)
-    elif model_class is not None:
-        own = getattr(model_class, "config_class", None)
-        if own is not None and config.get(getattr(own, "base_config_key", "") or "") is not None:
-            config_class = own
-        elif own is not None and not issubclass(config_class, own) and not issubclass(own, config_class):
-            raise ConfigError(
-                f"architectures names {shown(wanted)}, which takes a {own.__name__}, but model_type is "
-                f"'{shown(model_type)}' ({config_class.__name__}): {CONFIG_FIX}",
-                file=file,
-            )
-    return config_class, model_class, False
-
-
-def _remote_classes(
-    root: Path,
-    config: dict[str, Any],
-    wanted: str | None,
-    remote_models: Mapping[str, Any],
-    config_class: Any,
-    file: Path,
-) -> tuple[Any, Any]:
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-    references = [r[0] if isinstance(r, (list, tuple)) and r else r for r in remote_models.values()]
-    if not all(isinstance(r, str) and "." in r for r in references):
-        raise ConfigError(
-            f"auto_map is {shown(json.dumps(dict(remote_models)))}; expected 'file.Class' references: {CONFIG_FIX}",
-            file=file,
-        )
-    chosen = next((r for r in references if wanted is not None and r.rpartition(".")[2] == wanted), references[0])
-    config_reference = (config.get("auto_map") or {}).get("AutoConfig")
-    try:
-        if isinstance(config_reference, str):
-            config_class = get_class_from_dynamic_module(config_reference, str(root), local_files_only=True)
-        model_class = get_class_from_dynamic_module(chosen, str(root), local_files_only=True)
-    except BaseException as exc:
-        meta_model.stop_if_fatal(exc)
-        raise ConfigError(
-            f"remote code {shown(chosen)} cannot be imported: {meta_model.in_one_line(exc)}; {_versions(config)}",
-            file=file,
-        ) from exc
-    if config_class is None:
-        config_class = getattr(model_class, "config_class", None)
-    if config_class is None or not hasattr(config_class, "from_dict"):
-        raise ConfigError(f"remote code {shown(chosen)} names no config class; {_versions(config)}", file=file)
-    return config_class, model_class
-
-
-def _auto_class(built_config: Any, config: Mapping[str, Any], file: Path) -> Any:
-    from transformers import MODEL_MAPPING
-
-    try:
-        found = MODEL_MAPPING[type(built_config)]
-    except Exception as exc:
-        meta_model.stop_if_fatal(exc)
-        raise ConfigError(
-            f"AutoModel has no class for model_type '{shown(config.get('model_type'))}'; {_versions(config)}",
-            file=file,
-        ) from exc
-    return found[0] if isinstance(found, (list, tuple)) else found
+    return candidates.part_for(config_class, config) or config
 
 
 def _class_level(
@@ -310,7 +323,7 @@ def _class_level(
     )
     if not plain:
         raise ConfigError(
-            f"{name} cannot be built ({why}), and its ties cannot be read without that; {_versions(config)}",
+            f"{name} cannot be built ({why}), and its ties cannot be read without that; {candidates.versions(config)}",
             file=file,
         ) from cause
     hub = get_checkpoint_conversion_mapping(name) or get_checkpoint_conversion_mapping(config.get("model_type")) or []

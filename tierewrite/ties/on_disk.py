@@ -16,25 +16,29 @@ that nobody knows, is said in `TieGroup.problem`.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Set
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from tierewrite.source.table import Names, TensorEntry, as_names
+from tierewrite.errors import shown
+from tierewrite.source.table import Checkpoint, Names, TensorEntry, as_names
+from tierewrite.ties.fit import one_of_each_kind
+from tierewrite.ties.patterns import parameters_of
 from tierewrite.ties.scopes import Scopes
 from tierewrite.ties.spelling import Speller
-from tierewrite.ties.tie import ModelNames
+from tierewrite.ties.tie import Declared, ModelNames
 from tierewrite.ties.tie_group import WHOLE, DiskTies, Part, TieGroup
-from tierewrite.ties.tie_map import TieMap
 from tierewrite.ties.translator import Translator
 from tierewrite.ties.unknown_formats import with_unknown_formats_refused
+from tierewrite.ties.wrappers import Unwrapped, common_words, unwrapped
 
 __all__ = ["WHOLE", "DiskTies", "Part", "TieGroup", "on_disk", "places"]
 
 _Found = dict[str, dict[Part, str]]  # tied parameter -> its parts on disk and the name of each
 
 
-def on_disk(ties: TieMap, keys: Collection[str], entries: Mapping[str, TensorEntry] | None = None) -> DiskTies:
+def on_disk(ties: Declared, keys: Collection[str], entries: Mapping[str, TensorEntry] | None = None) -> DiskTies:
     """Find the sides of every tie among `keys`. No tensor is read; time is linear in the number of keys.
 
     Args:
@@ -42,6 +46,79 @@ def on_disk(ties: TieMap, keys: Collection[str], entries: Mapping[str, TensorEnt
         keys: the names of all tensors.
         entries: their headers; without them, ties of tensors in formats that nobody knows cannot be told.
     """
+    disk = _through_wrappers(ties, keys)
+    groups = disk.groups if entries is None else with_unknown_formats_refused(disk.groups, entries, disk.owned)
+    return replace(disk, groups=tuple(groups), warnings=(*disk.warnings, *_idle_warnings(ties, keys, disk)))
+
+
+def _through_wrappers(ties: Declared, keys: Collection[str]) -> DiskTies:
+    """The ties among `keys`, or, where the model knows more of them so, among `keys` without the names of wrappers."""
+    worn = wrappers_of(ties, keys)
+    if worn is None:
+        return _under_these_names(ties, keys)
+    disk = worn.restored(_under_these_names(ties, worn.names))
+    said = f"every name begins with '{shown(worn.prefix)}'" if worn.prefix else "some names hold those of wrappers"
+    warning = (
+        f"{said}, which a wrapper left (torch.compile, FSDP, PEFT, ...): ties are found without it and the names are "
+        "kept, but loaders do not know them; strip_prefix takes it off"
+    )
+    return replace(disk, prefix=worn.prefix, warnings=(warning,))
+
+
+def wrappers_of(ties: Declared, keys: Collection[str]) -> Unwrapped | None:
+    """`keys` without the names of wrappers; None if there are none, or the model calls parts of its own like that."""
+    worn = unwrapped(keys)
+    if worn is None:
+        return None
+    kinds = one_of_each_kind(keys)
+    bare = unwrapped(kinds)
+    as_they_are = _known(ties, kinds)
+    asked = ties.model is not None and ties.model.shapes
+    if not as_they_are and not asked:
+        return worn
+    return worn if bare is not None and _known(ties, bare.names) > as_they_are else None
+
+
+def without_wrappers(checkpoint: Checkpoint, ties: Declared) -> Checkpoint:
+    """`checkpoint` with the names of its tensors as the model knows them; a warning says what was taken off."""
+    worn = wrappers_of(ties, checkpoint.tensors)
+    if worn is None:
+        said = "strip_prefix is given, and no name begins with one of a wrapper: the names are as they were"
+        return replace(checkpoint, warnings=(*checkpoint.warnings, said))
+    what = f"'{shown(worn.prefix)}' was taken off every name" if worn.prefix else "names of wrappers were taken off"
+    said = f"{what} ({len(worn.names)} tensors), as strip_prefix says"
+    named = checkpoint.tensors.named(worn.names.names)
+    return replace(checkpoint, tensors=named, warnings=(*checkpoint.warnings, said))
+
+
+def _known(ties: Declared, keys: Collection[str]) -> int:
+    """How many of `keys` the model, or where none was asked a tie, knows."""
+    translator = Translator(ties.model, {name: "" for tie in ties.ties for name in (tie.alias, tie.canonical)})
+    return sum(translator.locate(name) is not None for name in translator.in_loading_order(list(parameters_of(keys))))
+
+
+def _idle_warnings(ties: Declared, keys: Collection[str], disk: DiskTies) -> Iterator[str]:
+    """What to say of declared ties of which nothing is on disk."""
+    if not disk.idle or not len(keys):
+        return
+    alias = {tie.canonical: tie.alias for tie in ties.ties}
+    first = disk.idle[0]
+    more = f" ({len(disk.idle)} ties in all)" if len(disk.idle) > 1 else ""
+    said = f"nothing is on disk of the declared tie of '{shown(alias.get(first, first))}' to '{shown(first)}'{more}"
+    if ties.model is not None and ties.model.shapes and not disk.owned:
+        said += f": none of the {len(keys)} names is a parameter of {ties.model.class_name}"
+        common = _common_beginning(keys)
+        said += f"; all of them begin with '{shown(common)}'" if common else ""
+    yield said
+
+
+def _common_beginning(keys: Collection[str]) -> str:
+    """The words that all names begin with, with the last dot."""
+    return common_words(min(keys), max(keys))
+
+
+def _under_these_names(ties: Declared, keys: Collection[str]) -> DiskTies:
+    """The ties among `keys`, as they are spelled."""
     if not ties.ties:
         return DiskTies((), _owned_by(ties.model, keys), ())
     sides: dict[str, list[str]] = {}
@@ -67,8 +144,7 @@ def on_disk(ties: TieMap, keys: Collection[str], entries: Mapping[str, TensorEnt
         problem = _layout_problem(names, found) or _sharing_problem(translator, names, found, tied, covered)
         slots = _slots(names, found, speller)
         groups.append(TieGroup(root, root, tuple(names[1:]), tuple(origins[root]), slots, problem))
-    checked = tuple(groups) if entries is None else with_unknown_formats_refused(groups, entries, owned)
-    return DiskTies(checked, owned, tuple(root for root in idle if root not in covered))
+    return DiskTies(tuple(groups), owned, tuple(root for root in idle if root not in covered))
 
 
 def _found(translator: Translator, tied: Collection[str], keys: Names) -> tuple[_Found, list[int]]:

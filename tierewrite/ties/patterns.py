@@ -26,6 +26,7 @@ from tierewrite.source.strict_json import BadJson, kind_of_json, strict_json
 from tierewrite.source.table import as_names
 from tierewrite.ties.scopes import Scopes
 from tierewrite.ties.tie import Declared, rooted
+from tierewrite.ties.wrappers import unwrapped
 
 TIES_WANTED = "expected a JSON object {alias: canonical}"
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\Z")
@@ -313,22 +314,59 @@ def checked_mapping(
     return data
 
 
-def expanded_over_keys(declared: Mapping[str, str], path: Path | None, keys: Collection[str], what: str) -> Declared:
-    """The ties of a checked mapping, which messages call `what`; `path` is the file it came from, if any."""
+def spellings(keys: Collection[str]) -> Iterator[Collection[str]]:
+    """`keys`, and if they hold names of wrappers, `keys` without these: declarations may speak of either."""
+    yield keys
+    worn = unwrapped(keys)
+    if worn is not None:
+        yield worn.names
+
+
+def expanded_over_keys(
+    declared: Mapping[str, str], path: Path | None, keys: Collection[str], what: str, *, done: bool = False
+) -> Declared:
+    """The ties of a checked mapping, which messages call `what`; `path` is the file it came from, if any.
+
+    Args:
+        done: aliases may be missing altogether, as after a rewrite, if a canonical name is there.
+
+    Raises:
+        TieFileError: it is cyclic, or none of its aliases is in the checkpoint (then `details` has "idle").
+    """
     label = what if path is None else path.name
     # A cycle among the declarations is an error whatever is on disk.
     rooted(declared, dict.fromkeys(declared, label), TieFileError, path)
+    if not declared:
+        return Declared((), "ties-file")
+    for spelled in spellings(keys):
+        found = _expanded_over(declared, path, spelled, what, done)
+        if found is not None:
+            return found
+    raise TieFileError(
+        f"{what} matches nothing of the checkpoint: none of its aliases is there; write the names as they "
+        "are in the checkpoint (without companions such as weight_scale), or patterns that match them",
+        file=path,
+        details={"idle": list(declared)[:50]},
+    )
+
+
+def _expanded_over(
+    declared: Mapping[str, str], path: Path | None, keys: Collection[str], what: str, done: bool
+) -> Declared | None:
+    """The ties of a mapping under names that are spelled like `keys`; None if nothing of them is there."""
+    label = what if path is None else path.name
     names = parameters_of(keys)
     declared = parameters_declared(declared, keys, names)
     pairs, idle = expand(declared, names, path, TieFileError)
-    if not any(alias in names for alias in pairs):
-        raise TieFileError(
-            f"{what} matches nothing of the checkpoint: none of its aliases is there; write the names as they "
-            "are in the checkpoint (without companions such as weight_scale), or patterns that match them",
-            file=path,
-            details={"idle": list(declared)[:50]},
-        )
+    aliases = any(alias in names for alias in pairs)
+    if not aliases and not (done and any(canonical in names for canonical in pairs.values())):
+        return None
     warned = [f"{label}: the tie of '{shown(a)}' matches nothing of the checkpoint" for a in idle]
+    if not aliases:
+        warned.append(
+            f"{label}: no alias is in the checkpoint, only canonical names: nothing is left to do, unless the aliases "
+            "are misspelt"
+        )
     scopes = Scopes(keys)
     for alias, canonical in pairs.items():
         # Only names that the file spells out can be misspelt; what a pattern pairs may well be absent (exporters that
@@ -345,7 +383,7 @@ def expanded_over_keys(declared: Mapping[str, str], path: Path | None, keys: Col
                 )
             warned.append(f"{label}: '{shown(canonical)}' is not in the checkpoint; '{shown(alias)}' takes its name")
     ties = rooted(pairs, dict.fromkeys(pairs, label), TieFileError, path)
-    return Declared(ties, "ties-file", str(path or ""), (), tuple(warned), None)
+    return Declared(ties, "ties-file", warnings=tuple(warned))
 
 
 def entries_matched(

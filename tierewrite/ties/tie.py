@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tierewrite.errors import ConfigError, TieFileError, shown
+from tierewrite.stores.base import PathLike
+
+TiesGiven = PathLike | Mapping[str, str]
+"""Ties that a caller gives: a JSON file {alias: canonical}, or the same as a mapping; {} says that nothing is tied."""
 
 ConfigPath = tuple[str, ...]
 """Where a (sub)config is in config.json: the keys that lead to it, () for config.json itself."""
@@ -44,6 +48,10 @@ class ModelNames:
             order of loading, legacy names included.
         hub_transforms: the same without the legacy names, which nothing writes any more.
         flags: alias -> places of the (sub)configs whose `tie_word_embeddings` switches its tie.
+        optional: names in `shapes` that a checkpoint may lack: buffers, and what the class says it can do without.
+        ignored: patterns of names in a checkpoint that the class passes over when it is loaded.
+        embeddings: the weights of input and output embedding, where the class has both, of one shape, and neither it
+            nor a part of it declares any tie.
     """
 
     class_name: str
@@ -52,6 +60,9 @@ class ModelNames:
     transforms: tuple[Any, ...]
     hub_transforms: tuple[Any, ...]
     flags: Mapping[str, tuple[ConfigPath, ...]] = field(default_factory=dict)
+    optional: frozenset[str] = frozenset()
+    ignored: tuple[str, ...] = ()
+    embeddings: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,7 @@ class Declared:
         unpaired: aliases of legacy list declarations whose counterpart nothing names.
         warnings: what a reader of the report should know.
         model: names of the model's parameters for `on_disk`; None when no class was asked.
+        instead_of: why the class that config.json names could not be asked, where another one was; else "".
     """
 
     ties: tuple[Tie, ...]
@@ -73,6 +85,7 @@ class Declared:
     unpaired: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     model: ModelNames | None = field(default=None, repr=False, compare=False)
+    instead_of: str = ""
 
 
 def rooted(

@@ -43,8 +43,12 @@ class DiskTies:
         owned: the keys that are a parameter or buffer of the model themselves (never a companion of a neighbour);
             empty when no model class was asked.
         idle: canonical parameters of declared ties of which nothing is on disk, on no side.
+        prefix: names of wrappers that every key begins with and that the names of the ties lack, e.g. "_orig_mod.".
+        warnings: what a reader of plan or report should know of how the names were found.
     """
 
     groups: tuple[TieGroup, ...]
     owned: Set[str]
     idle: tuple[str, ...]
+    prefix: str = ""
+    warnings: tuple[str, ...] = ()

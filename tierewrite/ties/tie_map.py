@@ -12,18 +12,18 @@ A tie is `alias -> canonical`, both names of parameters in memory. The first sou
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tierewrite.errors import ConfigError, TieFileError, shown
 from tierewrite.source.open import rename_in_errors
 from tierewrite.source.table import Checkpoint
-from tierewrite.stores.base import PathLike
 from tierewrite.stores.places import local_file
 from tierewrite.tables import Summary, count, table, text, ties_lines, warning_lines
 from tierewrite.ties import meta_model, model_class, patterns
 from tierewrite.ties.config_limits import CONFIG_FIX, check_config
-from tierewrite.ties.tie import Declared, Tie, rooted
+from tierewrite.ties.tie import Declared, Tie, TiesGiven, rooted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -53,7 +53,7 @@ class TieMap(Summary, Declared):
         config: dict[str, Any],
         *,
         keys: Collection[str] = (),
-        ties_file: Path | None = None,
+        ties: TiesGiven | None = None,
         trust_remote_code: bool = False,
     ) -> TieMap:
         """Ask the sources in order for the ties of the checkpoint in `root`.
@@ -62,26 +62,24 @@ class TieMap(Summary, Declared):
             root: the checkpoint's folder (remote code is read from it; the network never).
             config: its config.json, parsed ({} without one).
             keys: the checkpoint's keys; a ties file and regular expressions in config.json are expanded over them.
-            ties_file: JSON {alias: canonical}; speaks first and alone.
+            ties: a file of JSON {alias: canonical}, or such a mapping; speaks first and alone.
             trust_remote_code: run the Python files that config.json's `auto_map` names.
 
         Raises:
             TieFileError: the ties file is unreadable, malformed, cyclic or matches nothing of the checkpoint.
             ConfigError: config.json is malformed, or its class is unknown, cannot be built, or is remote code.
         """
-        return cls(**vars(_first_to_speak(root, config, keys, ties_file, trust_remote_code)))
+        return cls(**vars(_first_to_speak(root, config, keys, ties, trust_remote_code)))
 
     @classmethod
-    def of(
-        cls, checkpoint: Checkpoint, ties_file: PathLike | None = None, trust_remote_code: bool = False
-    ) -> TieMap:
+    def of(cls, checkpoint: Checkpoint, ties: TiesGiven | None = None, trust_remote_code: bool = False) -> TieMap:
         """The ties of an open checkpoint, wherever it lies. Arguments and errors as of `resolve`."""
         with rename_in_errors(checkpoint.origin, checkpoint.root):
             return cls.resolve(
                 checkpoint.root,
                 checkpoint.config,
                 keys=checkpoint.tensors,
-                ties_file=None if ties_file is None else local_file(ties_file, "a ties file"),
+                ties=ties,
                 trust_remote_code=trust_remote_code,
             )
 
@@ -103,10 +101,7 @@ class TieMap(Summary, Declared):
         Raises:
             TieFileError: as for a ties file: not of names, cyclic, or it matches nothing of `keys`.
         """
-        what = "the mapping of ties"
-        checked = patterns.checked_mapping(dict(declared), None, TieFileError, what)
-        found = patterns.expanded_over_keys(checked, None, keys, what)
-        return cls(found.ties, "mapping", warnings=found.warnings)
+        return cls(**vars(_given(declared, Path(), {}, keys, False)))
 
     def to_json(self) -> dict[str, Any]:
         """The ties as a JSON object, `{"source", "detail", "ties": [{alias, canonical, origin}], ...}`."""
@@ -131,43 +126,68 @@ class TieMap(Summary, Declared):
 
 
 def _first_to_speak(
-    root: Path, config: dict[str, Any], keys: Collection[str], ties_file: Path | None, trust_remote_code: bool
+    root: Path, config: dict[str, Any], keys: Collection[str], ties: TiesGiven | None, trust_remote_code: bool
 ) -> Declared:
     """The declarations of the first source that has any; see the top of this module for the order."""
-    if ties_file is not None:
-        return _from_file(Path(ties_file), root, config, keys, trust_remote_code)
+    if ties is not None:
+        return _given(ties, root, config, keys, trust_remote_code)
     check_config(root, config)
     declared = config.get("_tied_weights_keys")
     if declared is not None:
         found = _from_config(root, config, declared, keys, trust_remote_code)
         if found is not None:
             return found
-    return model_class.from_class(root, config, trust_remote_code)
+    return model_class.from_class(root, config, trust_remote_code, keys)
 
 
-def _from_file(
-    path: Path, root: Path, config: dict[str, Any], keys: Collection[str], trust_remote_code: bool
+def _given(
+    ties: TiesGiven, root: Path, config: dict[str, Any], keys: Collection[str], trust_remote_code: bool
 ) -> Declared:
-    declared = patterns.read_ties(path)
+    """The ties of a file or mapping that the caller gives."""
+    if isinstance(ties, Mapping):
+        path, source, what = None, "mapping", "the mapping of ties"
+        declared = patterns.checked_mapping(dict(ties), None, TieFileError, what)
+    else:
+        path, source, what = local_file(ties, "a ties file"), "ties-file", "the ties file"
+        declared = patterns.read_ties(path)
     try:
-        return patterns.expanded_over_keys(declared, path, keys, "the ties file")
+        found = patterns.expanded_over_keys(declared, path, keys, what)
     except TieFileError as idle:
         if "idle" not in idle.details:
             raise
-        # The names may be those in memory, of a checkpoint that is written under the hub's or is canonical already: the
-        # class knows them.
-        try:
-            check_config(root, config)
-            names = model_class.from_class(root, config, trust_remote_code).model
-        except ConfigError:
-            raise idle from None
-        shapes = names.shapes if names is not None else {}
-        pairs, _ = patterns.expand(declared, shapes, path, TieFileError)
-        known = {a: c for a, c in pairs.items() if a in shapes and c in shapes}
-        if not known:
-            raise
-        ties = rooted(known, dict.fromkeys(known, path.name), TieFileError, path)
-        return Declared(ties, "ties-file", str(path), model=names)
+        known = _given_in_memory(declared, path, root, config, keys, trust_remote_code, idle)
+        # Nobody knows the names: nothing is wrong with a checkpoint that is canonical already.
+        found = known or patterns.expanded_over_keys(declared, path, keys, what, done=True)
+    says = [*([str(path)] if path is not None else []), *(["nothing is tied"] if not declared else [])]
+    return replace(found, source=source, detail=": ".join(says))
+
+
+def _given_in_memory(
+    declared: dict[str, str],
+    path: Path | None,
+    root: Path,
+    config: dict[str, Any],
+    keys: Collection[str],
+    trust_remote_code: bool,
+    idle: TieFileError,
+) -> Declared | None:
+    """The same, where no alias is a key: they may be names in memory, which the class knows; None if it is not known.
+
+    Raises:
+        TieFileError: `idle`, where the class knows none of them.
+    """
+    try:
+        check_config(root, config)
+        names = model_class.from_class(root, config, trust_remote_code, keys).model
+    except ConfigError:
+        return None
+    shapes = names.shapes if names is not None else {}
+    pairs, _ = patterns.expand(declared, shapes, path, TieFileError)
+    known = {a: c for a, c in pairs.items() if a in shapes and c in shapes}
+    if not known:
+        raise idle
+    label = "the mapping of ties" if path is None else path.name
+    return Declared(rooted(known, dict.fromkeys(known, label), TieFileError, path), "ties-file", model=names)
 
 
 def _from_config(
@@ -180,7 +200,7 @@ def _from_config(
             raise ConfigError(f"_tied_weights_keys holds more than names; {CONFIG_FIX}", file=file)
         if not declared:
             return None
-        asked = model_class.from_class(root, config, trust_remote_code)
+        asked = model_class.from_class(root, config, trust_remote_code, keys)
         found = {tie.alias for tie in asked.ties}
         unknown = [name for name in declared if name not in found]
         left = tuple(name for name, aliases in patterns.entries_matched(unknown, found, file) if not aliases)
@@ -191,12 +211,17 @@ def _from_config(
     if not declared:
         return None
     rooted(declared, dict.fromkeys(declared, "config.json"), ConfigError, file)
-    names = patterns.parameters_of(keys)
-    pairs, _ = patterns.expand(patterns.parameters_declared(declared, keys, names), names, file, ConfigError)
+    pairs: dict[str, str] = {}
+    names: Collection[str] = ()
+    for spelled in patterns.spellings(keys):
+        names = patterns.parameters_of(spelled)
+        pairs, _ = patterns.expand(patterns.parameters_declared(declared, spelled, names), names, file, ConfigError)
+        if any(alias in names or canonical in names for alias, canonical in pairs.items()):
+            break
     model = None
     if not any(alias in names or canonical in names for alias, canonical in pairs.items()):
         # Names of parameters that are called otherwise on disk: the class knows how.
-        asked = model_class.from_class(root, config, trust_remote_code)
+        asked = model_class.from_class(root, config, trust_remote_code, keys)
         model = asked.model
         if model is not None and model.shapes:
             pairs, _ = patterns.expand(declared, model.shapes, file, ConfigError)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -13,9 +13,9 @@ from tierewrite.planning.policy import Policy
 from tierewrite.source.open import open_checkpoint
 from tierewrite.source.side_files import excluding, other_weights
 from tierewrite.source.table import Checkpoint, gc_paused
-from tierewrite.stores.base import PathLike
 from tierewrite.stores.mirror import Place
-from tierewrite.ties.on_disk import DiskTies, on_disk
+from tierewrite.ties.on_disk import DiskTies, on_disk, without_wrappers
+from tierewrite.ties.tie import TiesGiven
 from tierewrite.ties.tie_map import TieMap
 from tierewrite.values.confirm import differing_sides, refusal
 from tierewrite.values.decide import CannotBe
@@ -107,7 +107,7 @@ class Opened:
         cls,
         src: Place,
         *,
-        ties: PathLike | None = None,
+        ties: TiesGiven | None = None,
         trust_remote_code: bool = False,
         ignore_unindexed: bool = False,
         revision: str | None = None,
@@ -128,9 +128,13 @@ class Opened:
             tie_map = TieMap.of(checkpoint, ties, trust_remote_code)
         return cls(checkpoint, tie_map, on_disk(tie_map, checkpoint.tensors, checkpoint.tensors))
 
-    def excluding(self, patterns: Sequence[str]) -> Opened:
-        """This, without the side files that one of the wildcards matches."""
-        return replace(self, checkpoint=excluding(self.checkpoint, patterns)) if patterns else self
+    def under(self, policy: Policy) -> Opened:
+        """This as `policy` wants it read: without the side files that it excludes, and the names of wrappers."""
+        checkpoint = excluding(self.checkpoint, policy.exclude) if policy.exclude else self.checkpoint
+        if not policy.strip_prefix:
+            return replace(self, checkpoint=checkpoint)
+        checkpoint = without_wrappers(checkpoint, self.ties)
+        return Opened(checkpoint, self.ties, on_disk(self.ties, checkpoint.tensors, checkpoint.tensors))
 
     def plan(self, policy: Policy, evidence: Evidence | None = None) -> RewritePlan:
         """The plan for this source, with the ties' provenance and what the bytes have said so far."""
@@ -142,7 +146,12 @@ class Opened:
             ties_source=self.ties.source,
             ties_detail=self.ties.detail,
             unpaired=self.ties.unpaired,
-            warnings=(*self.checkpoint.warnings, *other_weights(self.checkpoint), *self.ties.warnings),
+            warnings=(
+                *self.checkpoint.warnings,
+                *other_weights(self.checkpoint),
+                *self.ties.warnings,
+                *self.disk.warnings,
+            ),
             refuted=evidence.reasons,
             differing=evidence.differing,
             separate_kv=evidence.separate_kv,

@@ -95,7 +95,7 @@ ARCHITECTURES = Rule(
 @RULES.add(ARCHITECTURES)
 def architectures(s: Subject) -> Iterator[Finding]:
     """models/auto/auto_factory.py `_BaseAutoModelClass.from_pretrained`."""
-    if s.class_problem is not None:
+    if s.ties is None and s.class_problem is not None:
         yield ARCHITECTURES.at(("config.json: architectures",), s.class_problem)
 
 
