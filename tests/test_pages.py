@@ -301,7 +301,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     page = tierewrite.report_page(write(folder / "tierewrite.json", data))
     findings = tuple(Finding(n, "error", (n, n), n, n, n, None, n) for n in HOSTILE)  # type: ignore[arg-type]
     ready = ReadinessReport(HOSTILE[0], HOSTILE[1], "x", 1, 1, findings, tuple(HOSTILE))
-    object.__setattr__(page.facts, "readiness", ready)
+    object.__setattr__(page.facts, "consumers", (ready,))
     # A manifest with such options or such a source of ties is refused when it is read.
     object.__setattr__(page.facts, "options", {name: name for name in HOSTILE})
     object.__setattr__(page.facts, "ties_source", HOSTILE[1])

@@ -439,7 +439,7 @@ def report_command(
     target: str,
     html: str | None,
     png: str | None,
-    consumer: ConsumerName | None,
+    consumer: tuple[ConsumerName, ...],
     backbone: str | None,
     worst: int,
     as_json: bool,

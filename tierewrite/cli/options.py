@@ -248,7 +248,11 @@ loader_option: Decorator[Any] = click.option(
     "--for", "consumer", type=_CONSUMER, default="vllm", show_default=True, help="Who will load it."
 )
 report_consumer_option: Decorator[Any] = click.option(
-    "--for", "consumer", type=_CONSUMER, help="Add what `check` finds in DST for this consumer."
+    "--for",
+    "consumer",
+    type=_CONSUMER,
+    multiple=True,
+    help="Add what `check` finds in DST for this consumer; may be given several times.",
 )
 backbone_option: Decorator[Any] = click.option(
     "--backbone",

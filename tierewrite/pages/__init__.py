@@ -16,6 +16,7 @@ import contextlib
 import os
 import stat
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -102,7 +103,7 @@ class Page:
 
 def report_page(
     path: PathLike,
-    consumer: ConsumerName | None = None,
+    consumer: ConsumerName | Sequence[ConsumerName] | None = None,
     *,
     backbone: PathLike | None = None,
     worst: int = WORST_SHOWN,
@@ -111,7 +112,7 @@ def report_page(
 
     Args:
         path: the folder that it wrote, or its URL; or its manifest alone, for everything but the sizes.
-        consumer: such as "vllm": what `tierewrite.check` finds in the folder is on the page.
+        consumer: one or several, such as "vllm": what `tierewrite.check` finds in the folder is on the page.
         backbone: a JSON file for the check, as for `tierewrite.check`.
         worst: how many of the scales that differ most to list.
 

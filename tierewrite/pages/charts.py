@@ -12,10 +12,12 @@ import math
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from tierewrite.consumers.findings import ReadinessReport
 from tierewrite.pages.facts import Divergence, Facts, SizeRow
-from tierewrite.pages.heatmaps import heatmaps, scale_top
+from tierewrite.pages.heatmaps import Heatmap, heatmaps, scale_top
 from tierewrite.pages.style import (
     AFTER,
     BEFORE,
@@ -32,10 +34,12 @@ from tierewrite.pages.style import (
     WIDTH,
     change,
     drawing,
+    escaped,
     label,
     ratio_top,
     times,
 )
+from tierewrite.tables import count
 from tierewrite.units import size
 
 if TYPE_CHECKING:
@@ -54,7 +58,7 @@ def svgs(facts: Facts) -> dict[str, list[str]]:
         if facts.sizes is not None:
             rows = bars(facts.sizes.by_part)
             found["sizes"].append(
-                _svg(lambda fig: _draw_sizes(fig, rows), _sizes_height(rows), "Size before and after, by part")
+                _svg(lambda fig: _draw_sizes(fig, rows, False), _sizes_height(rows), "Size before and after, by part")
             )
         shown_ = [d for d in facts.divergence if d.ratios][:MAX_ROWS]
         if shown_:
@@ -62,28 +66,47 @@ def svgs(facts: Facts) -> dict[str, list[str]]:
                 _svg(lambda fig: _draw_ratios(fig, shown_), _ratios_height(shown_), "Histogram of ratios by projection")
             )
             for heat in heatmaps(facts):
-                found["heatmaps"].append(_svg(heat.draw, heat.height, f"Heatmap of ratios: {label(heat.title)}"))
+                found["heatmaps"].append(_captioned(heat))
     return found
 
 
-def _svg(draw: Callable[[Figure], None], height: float, title: str) -> str:
+def _captioned(heat: Heatmap) -> str:
+    """A heatmap with its title and note as text, which stay in view where the picture has to be scrolled."""
+    width = heat.width
+    picture = _svg(
+        lambda figure: heat.draw(figure, width, False),
+        heat.height_without_title,
+        f"Heatmap of ratios: {label(heat.title)}",
+        width,
+    )
+    note = f" <span>{escaped(heat.note)}</span>" if heat.note else ""
+    return f"<figcaption><b>{escaped(heat.title)}</b>{note}</figcaption><div class=scroll>{picture}</div>"
+
+
+def _svg(draw: Callable[[Figure], None], height: float, title: str, width: float = WIDTH) -> str:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, height), dpi=72)
+    figure = Figure(figsize=(width, height), dpi=72)
     draw(figure)
     out = io.BytesIO()
     figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return _inline(out.getvalue(), title)
+    return _inline(out.getvalue(), title, None if width == WIDTH else round(width * _PIXELS))
 
 
+_PIXELS = 98
+"""Of an inch, so that text in small pictures is as large as in those that are as wide as the page."""
 _SVG_NS = "{http://www.w3.org/2000/svg}"
 _XLINK = "{http://www.w3.org/1999/xlink}href"
 _DROPPED = {f"{_SVG_NS}metadata"}
 
 
-def _inline(svg: bytes, title: str) -> str:
+def _inline(svg: bytes, title: str, pixels: int | None) -> str:
     """matplotlib's SVG as an element of an HTML page: no namespaces, no metadata, no ids but those that are used, and
-    the page's colours."""
+    the page's colours.
+
+    Args:
+        pixels: how wide it is on the page; None: as wide as the page.
+    """
     root = ElementTree.fromstring(svg)
     text = svg.decode()
     used = set(re.findall(r'url\(#([^)"]+)\)', text)) | set(re.findall(r'xlink:href="#([^"]+)"', text))
@@ -117,7 +140,9 @@ def _inline(svg: bytes, title: str) -> str:
         root.attrib.pop(name, None)
     root.set("role", "img")
     root.set("aria-label", title)
-    root.set("class", "chart")
+    root.set("class", "chart" if pixels is None else "chart small")
+    if pixels is not None:
+        root.set("style", f"width:{pixels}px")
     return ElementTree.tostring(root, encoding="unicode", short_empty_elements=True)
 
 
@@ -149,7 +174,7 @@ def _bar_text(row: SizeRow) -> str:
     return f"{size(row.before_bytes)} → {size(row.after_bytes)} ({change(row.before_bytes, row.after_bytes)})"
 
 
-def _draw_sizes(figure: Figure | SubFigure, rows: Sequence[SizeRow]) -> None:
+def _draw_sizes(figure: Figure | SubFigure, rows: Sequence[SizeRow], legend: bool) -> None:
     height = _sizes_height(rows)
     axes = figure.add_axes((0.245, 0.02, 0.735, 1 - 0.34 / height))
     largest = max((r.before_bytes for r in rows), default=0) or 1
@@ -164,7 +189,8 @@ def _draw_sizes(figure: Figure | SubFigure, rows: Sequence[SizeRow]) -> None:
     axes.set_xticks([])
     axes.spines["bottom"].set_visible(False)
     axes.tick_params(length=0)
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1 - 0.02), ncols=2, fontsize=8.5, labelcolor=MUTED)
+    if legend:
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1 - 0.02), ncols=2, fontsize=8.5, labelcolor=MUTED)
 
 
 def _ratios_height(rows: Sequence[Divergence]) -> float:
@@ -235,17 +261,19 @@ def png(facts: Facts, dpi: int = 144) -> bytes:
         parts: list[tuple[str, float, Callable[[Any], None]]] = []
         if facts.sizes is not None:
             rows = bars(facts.sizes.by_part)
-            parts.append(("Size by part of the model", _sizes_height(rows), lambda f: _draw_sizes(f, rows)))
+            parts.append(("Size by part of the model", _sizes_height(rows), lambda f: _draw_sizes(f, rows, True)))
         shown_ = [d for d in facts.divergence if d.ratios][:MAX_ROWS]
         if shown_:
             parts.append(
                 ("How much the sides' activation scales differed", _ratios_height(shown_),
                  lambda f: _draw_ratios(f, shown_))
             )  # fmt: skip
-            for number, heat in enumerate(heatmaps(facts)):
-                parts.append(("" if number else "Where they differed", heat.height, heat.draw))
-            parts.append(("", 0.6, lambda f: _draw_legend(f, scale_top(facts))))
-        head, gap, heading = 2.3, 0.28, 0.42
+            grids = heatmaps(facts)
+            if grids:
+                parts.append(("Where they differed", 0.6, lambda f: _draw_legend(f, scale_top(facts))))
+            for heat in grids:
+                parts.append(("", heat.height, partial(heat.draw, width=WIDTH, titled=True)))
+        head, gap, heading = 2.3 + 0.3 * len(facts.consumers), 0.28, 0.42
         total = head + sum(h + gap + (heading if title else 0) for title, h, _ in parts) + 0.1
         figure = Figure(figsize=(WIDTH + 0.9, total), dpi=dpi, facecolor=PAPER)
         FigureCanvasAgg(figure)
@@ -303,18 +331,31 @@ def key_figures(facts: Facts) -> list[tuple[str, str, str]]:
     return found
 
 
+def verdict(report: ReadinessReport) -> str:
+    """What a check found, on one line."""
+    who = f"{report.consumer} {report.consumer_version}".strip()
+    if not report.findings:
+        return f"{who}: nothing found"
+    return f"{who}: {count(len(report.errors), 'error')}, {count(len(report.warnings), 'warning')}"
+
+
 def _draw_head(figure: Figure, facts: Facts, total: float) -> None:
     wide = WIDTH + 0.9
     x = 0.45 / wide
     figure.text(x, 1 - 0.42 / total, "tierewrite report", color=AFTER, fontsize=10, weight="bold", va="center")
     figure.text(x, 1 - 0.78 / total, label(facts.name, 60), fontsize=20, weight="bold", va="center")
+    for i, report in enumerate(facts.consumers):
+        figure.text(
+            x, 1 - (1.12 + 0.3 * i) / total, verdict(report), color=NEVER if report.errors else AFTER, fontsize=11
+        )
+    below = 0.3 * len(facts.consumers)
     figures = key_figures(facts)
     step = (1 - 2 * x) / max(len(figures), 1)
     for i, (name, value, remark) in enumerate(figures):
         at = x + i * step
-        figure.text(at, 1 - 1.28 / total, name, color=MUTED, fontsize=8.5)
-        figure.text(at, 1 - 1.58 / total, value, fontsize=15, weight="bold")
-        figure.text(at, 1 - 1.82 / total, remark, color=MUTED, fontsize=7)
+        figure.text(at, 1 - (1.28 + below) / total, name, color=MUTED, fontsize=8.5)
+        figure.text(at, 1 - (1.58 + below) / total, value, fontsize=15, weight="bold")
+        figure.text(at, 1 - (1.82 + below) / total, remark, color=MUTED, fontsize=7)
 
 
 def _draw_legend(panel: _Panel, top: float) -> None:
@@ -328,11 +369,12 @@ def _draw_legend(panel: _Panel, top: float) -> None:
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    for x, colour, text in ((0.42, ONE_SIDE, "one side only"), (0.57, NEVER, "never calibrated on any side")):
+    keys = ((0.42, ONE_SIDE, "one side only"), (0.55, NEVER, "never calibrated on any side"), (0.77, PAPER, "no scale"))
+    for x, colour, text in keys:
         swatch = panel.add_axes((x, 0.45, 0.016, 0.28))
         swatch.set_facecolor(colour)
         swatch.set_xticks([])
         swatch.set_yticks([])
         for spine in swatch.spines.values():
-            spine.set_visible(False)
+            spine.set_visible(colour == PAPER)
         panel.text(x + 0.024, 0.59, text, color=MUTED, fontsize=8.5, va="center")

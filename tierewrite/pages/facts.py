@@ -198,7 +198,7 @@ class Facts:
         scales: every merged scale.
         groups: per kind of tied parameter, most dropped tensors first.
         kept: the groups that were left alone.
-        readiness: what a check for a consumer found; None where none was asked for.
+        consumers: what a check for each consumer found; () where none was asked for.
     """
 
     name: str
@@ -211,7 +211,12 @@ class Facts:
     scales: tuple[Scale, ...]
     groups: tuple[GroupRow, ...]
     kept: tuple[KeptGroup, ...]
-    readiness: ReadinessReport | None = None
+    consumers: tuple[ReadinessReport, ...] = ()
+
+    @property
+    def readiness(self) -> ReadinessReport | None:
+        """What the check for the first consumer found; None where none was asked for."""
+        return self.consumers[0] if self.consumers else None
 
     def count(self, status: str) -> int:
         """Number of groups with that status: "rewritten", "canonical" or "kept"."""
@@ -264,6 +269,7 @@ class Facts:
             "groups": [row.to_json() for row in self.groups],
             "kept": [{"canonical": k.canonical, "aliases": list(k.aliases), "reason": k.reason} for k in self.kept],
             "readiness": None if self.readiness is None else self.readiness.to_json(),
+            "consumers": [report.to_json() for report in self.consumers],
         }
 
 
@@ -346,7 +352,7 @@ def _scale(name: str, tensor: Mapping[str, Any]) -> Scale:
 @gc_paused()
 def read_facts(
     path: PathLike,
-    consumer: ConsumerName | None = None,
+    consumer: ConsumerName | Sequence[ConsumerName] | None = None,
     *,
     backbone: PathLike | None = None,
 ) -> Facts:
@@ -354,7 +360,7 @@ def read_facts(
 
     Args:
         path: the folder that it wrote, or its URL; or a manifest alone.
-        consumer: such as "vllm": the findings of `tierewrite.check` are among the facts (a folder only).
+        consumer: one or several, such as "vllm": what `tierewrite.check` finds is among the facts (a folder only).
         backbone: as for `tierewrite.check`.
 
     Raises:
@@ -363,17 +369,18 @@ def read_facts(
         SystemFailure: the system does not let us read it.
     """
     where, folder, manifest_path = _found(path)
-    if consumer is not None and folder is None:
+    wanted: tuple[ConsumerName, ...] = (consumer,) if isinstance(consumer, str) else tuple(consumer or ())
+    if wanted and folder is None:
         what = "is a manifest alone; a check for a consumer needs the folder: give that, or leave out --for"
         raise UsageError(what, file=where)
     with rename_in_errors(where, manifest_path.parent):
         manifest = read_manifest(manifest_path)
         sizes = None if folder is None else _sizes(folder, manifest, manifest_path)
-    readiness: ReadinessReport | None = None
-    if consumer is not None:
+    consumers: tuple[ReadinessReport, ...] = ()
+    if wanted:
         from tierewrite.consumers import check
 
-        readiness = check(where, consumer, backbone=backbone)
+        consumers = tuple(check(where, one, backbone=backbone) for one in dict.fromkeys(wanted))
     entries = [(name, tensor) for group in manifest["groups"] for name, tensor in group["tensors"].items()]
     scales = [_scale(name, tensor) for name, tensor in entries if tensor["merged"]]
     kept = [
@@ -399,7 +406,7 @@ def read_facts(
         scales=tuple(sorted(scales, key=lambda s: natural_key(s.name))),
         groups=_group_rows(manifest["groups"]),
         kept=tuple(sorted(kept, key=lambda k: natural_key(k.canonical))),
-        readiness=readiness,
+        consumers=consumers,
     )
 
 

@@ -27,6 +27,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
 
+_MARGIN = 0.025 * WIDTH
+_TITLE, _NO_TITLE = 0.48, 0.08
+"""Inches above the grid, with a title and without."""
+_FEWEST_COLUMNS = 4
+"""A grid is at least as wide as so many columns, for the words below it."""
+
+
 class Heatmap:
     """One grid of ratios: rows of layers (or projections) by columns of experts (or layers).
 
@@ -47,16 +54,39 @@ class Heatmap:
 
     @property
     def height(self) -> float:
-        """Inches."""
+        """Inches, with the title."""
         return 0.98 + self._cell * len(self.rows)
+
+    @property
+    def height_without_title(self) -> float:
+        """Inches."""
+        return self.height - _TITLE + _NO_TITLE
 
     @property
     def _cell(self) -> float:
         named = self.axes[0] == "projection"
         return 0.24 if named else min(0.24, max(0.085, 3.2 / len(self.rows)))
 
-    def draw(self, figure: Figure | SubFigure) -> None:
-        """Draws it on `figure`, which has `height`."""
+    @property
+    def width(self) -> float:
+        """Inches that the grid and its labels take; at most `WIDTH`."""
+        return self._left + self._grid + _MARGIN
+
+    @property
+    def _left(self) -> float:
+        return (0.245 if self.axes[0] == "projection" else 0.062) * WIDTH
+
+    @property
+    def _grid(self) -> float:
+        """Inches of the grid: few columns make no wider cells than three times their height."""
+        return min(WIDTH - self._left - _MARGIN, 3 * self._cell * max(len(self.columns), _FEWEST_COLUMNS))
+
+    def draw(self, figure: Figure | SubFigure, width: float, titled: bool) -> None:
+        """Draws it on `figure`, which has `height` and is `width` inches wide.
+
+        Args:
+            titled: write title and note above it; on a page they are text beside the picture.
+        """
         import numpy as np
         from matplotlib import colormaps
 
@@ -69,17 +99,15 @@ class Heatmap:
                 grid[row, column] = colours(share, bytes=True)
             else:
                 grid[row, column] = _rgba(ONE_SIDE if scale.calibrated else NEVER)
-        height = self.height
-        left = 0.245 if self.axes[0] == "projection" else 0.062
-        room = 0.975 - left
-        # Few columns make no wider cells than three times their height.
-        width = min(room, 3 * self._cell * len(self.columns) / WIDTH)
-        axes = figure.add_axes((left, 0.45 / height, width, 1 - 0.93 / height))
+        height = self.height if titled else self.height_without_title
+        above = _TITLE if titled else _NO_TITLE
+        axes = figure.add_axes((self._left / width, 0.45 / height, self._grid / width, 1 - (0.45 + above) / height))
         axes.imshow(grid, aspect="auto", interpolation="none")
         self._ticks(axes)
-        top = 1 - 0.2 / height
-        figure.text(0.004, top, label(self.title, 60), ha="left", va="center", fontsize=10.5, weight="bold")
-        figure.text(0.975, top, self.note, ha="right", va="center", color=MUTED, fontsize=8.5)
+        if titled:
+            top = 1 - 0.2 / height
+            figure.text(0.004, top, label(self.title, 60), ha="left", va="center", fontsize=10.5, weight="bold")
+            figure.text(0.975, top, self.note, ha="right", va="center", color=MUTED, fontsize=8.5)
         for spine in axes.spines.values():
             spine.set_visible(False)
         axes.tick_params(length=0)

@@ -6,16 +6,14 @@ from a stranger's checkpoint, goes through `escaped` on its way in. The same fac
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Callable, Iterable, Sequence
 
 from tierewrite.consumers.findings import Finding, ReadinessReport
-from tierewrite.errors import shown
 from tierewrite.pages import charts, heatmaps
-from tierewrite.pages.charts import key_figures
+from tierewrite.pages.charts import key_figures, verdict
 from tierewrite.pages.facts import WORST_SHOWN, Divergence, Facts, GroupRow, SizeRow, quantile
-from tierewrite.pages.style import change, times
+from tierewrite.pages.style import change, escaped, times
 from tierewrite.units import size
 
 ROWS_SHOWN = 40
@@ -30,11 +28,6 @@ _WHO = {
     "ties-file": "a ties file",
     "none": "nobody: the model declares no ties",
 }
-
-
-def escaped(text: object) -> str:
-    """Text for HTML, attributes included; control and direction characters are spelled out, long names cut."""
-    return html.escape(shown(text), quote=True)
 
 
 def page(facts: Facts, worst: int = WORST_SHOWN) -> str:
@@ -52,7 +45,7 @@ def page(facts: Facts, worst: int = WORST_SHOWN) -> str:
         _sizes(facts, pictures["sizes"]),
         _divergence(facts, pictures, worst),
         _groups(facts),
-        _readiness(facts.readiness),
+        *map(_readiness, facts.consumers),
         _about(facts),
     ]
     return (
@@ -85,12 +78,26 @@ def _head(facts: Facts) -> str:
     )
     return (
         f'<header><p class="eyebrow">tierewrite report</p><h1>{escaped(facts.name)}</h1>'
-        f'<p class="lead">{lead}</p></header>\n<dl class="cards">{cards}</dl>'
+        f'<p class="lead">{lead}</p></header>\n{_verdicts(facts)}<dl class="cards">{cards}</dl>'
     )
 
 
-def _section(title: str, *parts: str) -> str:
-    return f"<section>\n<h2>{escaped(title)}</h2>\n" + "\n".join(part for part in parts if part) + "\n</section>"
+def _verdicts(facts: Facts) -> str:
+    """A tile for each consumer that was asked, which leads to what it found."""
+    tiles = "".join(
+        f'<a class="verdict{" bad" * bool(report.errors)}" href="#{_anchor(report)}">{escaped(verdict(report))}</a>'
+        for report in facts.consumers
+    )
+    return f'<nav class="verdicts">{tiles}</nav>\n' if tiles else ""
+
+
+def _anchor(report: ReadinessReport) -> str:
+    return f"ready-for-{escaped(report.consumer)}"
+
+
+def _section(title: str, *parts: str, anchor: str = "") -> str:
+    named = f' id="{anchor}"' if anchor else ""
+    return f"<section{named}>\n<h2>{escaped(title)}</h2>\n" + "\n".join(part for part in parts if part) + "\n</section>"
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], css: str = "") -> str:
@@ -110,6 +117,16 @@ def _more(total: int, most: int, what: str) -> str:
 
 def _figures(pictures: Sequence[str]) -> str:
     return "\n".join(f'<figure class="scroll">{picture}</figure>' for picture in pictures)
+
+
+def _grids(pictures: Sequence[str]) -> str:
+    """Heatmaps with their captions, small ones side by side."""
+    return '<div class="grids">' + "\n".join(f"<figure>{picture}</figure>" for picture in pictures) + "</div>"
+
+
+def _keys(*keys: tuple[str, str]) -> str:
+    """A legend of (class of the swatch, text)."""
+    return "".join(f'<span class="key"><i class="swatch {css}"></i>{escaped(name)}</span>' for css, name in keys)
 
 
 def _code(name: str) -> str:
@@ -134,6 +151,7 @@ def _sizes(facts: Facts, pictures: Sequence[str]) -> str:
 
     return _section(
         "Size before and after",
+        f'<div class="legend">{_keys(("before", "before"), ("after", "after"))}</div>',
         _figures(pictures),
         "<h3>By kind of tensor</h3>",
         _table(columns, rows(sizes.by_tensor), "sum"),
@@ -177,9 +195,10 @@ def _divergence(facts: Facts, pictures: dict[str, list[str]], worst: int) -> str
     )
     parts = [intro, table, _more(len(listed), ROWS_SHOWN + 1, "projections")]
     if pictures["ratios"]:
-        parts += ["<h3>Distribution</h3>", _figures(pictures["ratios"])]
+        keys = _keys(("median", "median"), ("p90", "p90"), ("largest", "largest"))
+        parts += ["<h3>Distribution</h3>", f'<div class="legend">{keys}</div>', _figures(pictures["ratios"])]
     if pictures["heatmaps"]:
-        parts += ["<h3>Where</h3>", _legend(facts), _figures(pictures["heatmaps"])]
+        parts += ["<h3>Where</h3>", _legend(facts), _grids(pictures["heatmaps"])]
     parts += [_worst(facts, worst), _by_layer(facts)]
     return _section(title, *parts)
 
@@ -213,8 +232,7 @@ def _legend(facts: Facts) -> str:
     ramp = f'<div style="background:linear-gradient(90deg, {stops})"></div>{ticks}'
     return (
         f'<div class="legend"><div class="ramp">{ramp}</div>'
-        '<span class="key"><i class="swatch one"></i>one side only</span>'
-        '<span class="key"><i class="swatch no"></i>never calibrated on any side</span></div>'
+        f"{_keys(('one', 'one side only'), ('no', 'never calibrated on any side'), ('none', 'no scale here'))}</div>"
     )
 
 
@@ -297,24 +315,23 @@ def _kept(facts: Facts) -> str:
     )
 
 
-def _readiness(report: ReadinessReport | None) -> str:
-    if report is None:
-        return ""
+def _readiness(report: ReadinessReport) -> str:
     who = f"{report.consumer} {report.consumer_version}".strip()
     if not report.findings:
-        verdict = f'<p class="good">Nothing found that {escaped(who)} would stumble over.</p>'
+        found = f'<p class="good">Nothing found that {escaped(who)} would stumble over.</p>'
     else:
-        verdict = (
+        found = (
             f"<p>{len(report.errors):,} error{'' if len(report.errors) == 1 else 's'} and {len(report.warnings):,} "
             f"warning{'' if len(report.warnings) == 1 else 's'} for {escaped(who)}.</p>"
         )
     notes = "".join(f"<li>{escaped(note)}</li>" for note in report.notes[:20])
     return _section(
         f"Ready for {report.consumer}?",
-        verdict,
+        found,
         "\n".join(_finding(f) for f in report.findings[:FINDINGS_SHOWN]),
         _more(len(report.findings), FINDINGS_SHOWN, "findings"),
         f'<p class="note">Not checked:</p><ul class="note">{notes}</ul>' if notes else "",
+        anchor=_anchor(report),
     )
 
 
@@ -416,7 +433,20 @@ margin:4px 0 16px}
 .ramp span{position:absolute;top:14px;transform:translateX(-50%)}
 .key{display:inline-flex;align-items:center;gap:7px}
 .swatch{width:14px;height:14px;border-radius:2px;display:inline-block}
-.swatch.one{background:#9aa3ad}.swatch.no{background:#d1345b}
+.swatch.one{background:#9aa3ad}.swatch.no{background:#d1345b}.swatch.none{border:1px solid var(--line)}
+.swatch.before{background:var(--before)}.swatch.after{background:var(--after)}
+.swatch.median{width:2px;border-radius:0;background:var(--ink)}
+.swatch.p90{width:0;border-left:2px dashed var(--ink);border-radius:0}
+.swatch.largest{width:0;height:0;border:6px solid transparent;border-top:9px solid var(--never);border-bottom:0}
+.grids{display:flex;flex-wrap:wrap;gap:8px 36px}
+.grids figure{flex:0 1 auto;max-width:100%}
+figcaption{font-size:13.5px;margin:10px 0 4px;overflow-wrap:anywhere}
+figcaption span{color:var(--muted);font-size:12.5px;margin-left:10px}
+.chart.small{min-width:0;max-width:none}
+.verdicts{display:flex;flex-wrap:wrap;gap:12px;margin:0 0 16px}
+.verdict{flex:1 1 220px;padding:12px 16px;border-radius:10px;font-weight:650;font-size:17px;text-decoration:none;
+border:1px solid var(--line);border-left:6px solid var(--good);background:var(--panel);color:var(--good)}
+.verdict.bad{border-left-color:var(--never);color:var(--never)}
 article{border-left:3px solid var(--warn);padding:2px 0 2px 14px;margin:0 0 18px}
 article.error{border-color:var(--never)}
 article h3{margin:0 0 4px}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 import warnings
 from collections.abc import Iterator
@@ -73,6 +74,11 @@ def drawing(salt: str) -> Iterator[None]:
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE | {"svg.hashsalt": salt})
         yield
+
+
+def escaped(text: object) -> str:
+    """Text for HTML, attributes included; control and direction characters are spelled out, long names cut."""
+    return html.escape(shown(text), quote=True)
 
 
 def label(name: str, width: int = 34) -> str:

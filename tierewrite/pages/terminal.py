@@ -55,9 +55,9 @@ def show(console: Console, facts: Facts, worst: int) -> None:
         console.print(Text(f"kept: {shown(group.canonical)}: {shown(group.reason)}", style="yellow"))
     if len(facts.kept) > _KEPT_SHOWN:
         console.print(f"... and {len(facts.kept) - _KEPT_SHOWN} more groups were kept (all of them with --json)")
-    if facts.readiness is not None:
-        for finding in facts.readiness.findings[:_ROWS_SHOWN]:
+    for report in facts.consumers:
+        for finding in report.findings[:_ROWS_SHOWN]:
             console.print(Text(str(finding), style="red" if finding.severity == "error" else "yellow"))
-        if not facts.readiness.findings:
-            who = shown(facts.readiness.consumer)
+        if not report.findings:
+            who = shown(report.consumer)
             console.print(Text(f"Nothing found that {who} would stumble over.", style="green"))
