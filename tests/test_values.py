@@ -195,6 +195,33 @@ def test_a_scale_that_is_not_finite_is_told(tmp_path: Path) -> None:
     assert look(write_checkpoint(tmp_path / "m", tensors, CONFIG))[0]["values-not-finite"].where == (name,)
 
 
+@pytest.mark.parametrize(
+    ("stored", "scale", "told"),
+    [
+        ("FP8", "weight_scale", "weight-of-zeros"),
+        ("NVFP4", "weight_scale_2", "weight-of-zeros"),
+        ("INT8", "weight_scale", "rows-of-zeros"),
+        ("NVFP4", "weight_scale", "rows-of-zeros"),
+    ],
+)
+def test_a_scale_of_zero_makes_zeros(stored: str, scale: str, told: str, tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.down_proj"
+    tensors = model(stored)
+    dtype, shape, data = tensors[f"{name}.{scale}"]
+    tensors[f"{name}.{scale}"] = dtype, shape, bytes(4) + data[4:]  # the only one, or of one or two rows
+    assert look(write_checkpoint(tmp_path / "m", tensors, CONFIG))[0][told].where == (f"{name}.weight",)
+
+
+def test_bytes_that_are_not_those_that_were_written_show_as_numbers_that_no_model_has(tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors = model("BF16")
+    dtype, shape, data = tensors[name]
+    noise = (np.random.default_rng(1).integers(0, 0x7F00, 64).astype("<u2")).tobytes()  # no NaN, no infinity
+    tensors[name] = dtype, shape, data[:128] + noise + data[256:]
+    found, _ = look(write_checkpoint(tmp_path / "m", tensors, CONFIG))
+    assert {id: finding.where for id, finding in found.items()} == {"values-too-large": (name,)}
+
+
 @pytest.mark.parametrize("stored", ["NVFP4", "NVFP4 of compressed-tensors"])
 @pytest.mark.parametrize(("byte", "id"), [(0x7E, "block-scales-at-limit"), (0x01, "block-scales-at-bottom")])
 def test_block_scales_at_their_limits_are_told(stored: str, byte: int, id: str, tmp_path: Path) -> None:

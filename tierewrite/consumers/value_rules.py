@@ -24,9 +24,10 @@ from tierewrite import formats
 from tierewrite.consumers.findings import Finding
 from tierewrite.consumers.rules import Rule, RuleSet
 from tierewrite.consumers.subject import Subject
-from tierewrite.consumers.values import Values, kind_of, read_values, sampled
+from tierewrite.consumers.values import Values, kind_of, leaf_of, read_values, sampled
 from tierewrite.formats.experts import split_expert
 from tierewrite.formats.nvfp4_blobs import blob_of
+from tierewrite.numbers.extremes import values_of
 from tierewrite.source.table import TensorEntry
 
 OFF = 32.0
@@ -35,6 +36,8 @@ FEWEST_SIBLINGS = 4
 MANY, SHARE = 16, 0.1
 """Block scales at a limit: so many, and that part of a weight's, or all of at least `FEWEST_SIBLINGS`."""
 E2M1_LARGEST = 6.0
+SCALES = ("weight_scale", "weight_scale_inv", "scale")
+F16_LARGEST = 65504.0
 _NOT_LINEAR = re.compile(
     r"(^|\.)(gate|router|shared|wte|wpe|score|classifier)(\.|$)|embed|position|router|lm_head|lora_|norm|conv|mask|rotary"
 )
@@ -87,25 +90,42 @@ class Looked:
 
     def _factor(self, name: str, values: Values) -> Any:
         """What the elements of a weight are multiplied with, one number or one a matrix; None if it is not known."""
+        scales = self.scales_of(name, values)
         if values.kind == "E2M1":
-            module, parts = blob_of(name, self.entries)
-            assert parts is not None
-            scales, scale = (self.values.get(f"{module}.{part}") for part in parts[1:])
-            if scales is None or scale is None:
+            if len(scales) < 2:
                 return None
-            number = scale.spread()[0]
-            if parts[0] != "weight":
+            blocks, whole = scales
+            number = whole.spread()[0]
+            if whole.entry.name.endswith("global_scale"):  # compressed-tensors stores the reciprocal
                 number = 1 / number if number else 0.0
-            return E2M1_LARGEST * scales.spread() * number
-        if values.kind not in ("F8_E4M3", "F8_E5M2", "I8"):
-            return 1.0
+            return E2M1_LARGEST * blocks.spread() * number
+        if not scales:
+            return None if values.kind == "I8" else 1.0
+        spread = scales[0].spread()
+        return spread if len(spread) in (1, values.matrices) else float(np.median(spread))
+
+    def scales_of(self, name: str, values: Values) -> list[Values]:
+        """The scales of a weight that were read: of NVFP4 those of its blocks and the one of all; else one or none."""
         module = name.rpartition(".")[0]
-        for suffix in ("weight_scale", "weight_scale_inv", "scale"):
-            scale = self.values.get(f"{module}.{suffix}") or self.values.get(f"{name}_{suffix.removeprefix('weight_')}")
-            if scale is not None:
-                spread = scale.spread()
-                return spread if len(spread) in (1, values.matrices) else float(np.median(spread))
-        return 1.0 if values.kind != "I8" else None
+        if values.kind == "E2M1":
+            _, parts = blob_of(name, self.entries)
+            assert parts is not None
+            names = [f"{module}.{part}" for part in parts[1:]]
+        elif values.kind in ("F8_E4M3", "F8_E5M2", "I8"):
+            names = [f"{module}.{suffix}" for suffix in SCALES] + [f"{name}_scale", f"{name}_scale_inv"]
+        else:
+            return []
+        found = [self.values[scale] for scale in dict.fromkeys(names) if scale in self.values]
+        return found if values.kind == "E2M1" else found[:1]
+
+    def zero_rows(self, name: str, values: Values) -> npt.NDArray[np.bool_]:
+        """bool [rows], of which rows nothing is left once they are decoded: their codes or their scales are zero."""
+        zero = values.zero_rows()
+        for scale in self.scales_of(name, values):
+            of_scale = scale.zero_rows()
+            if len(of_scale) in (1, len(zero)):
+                zero = zero | of_scale
+        return zero
 
     @cached_property
     def siblings(self) -> list[dict[str, float]]:
@@ -147,6 +167,32 @@ def not_finite(s: Looked) -> Iterator[Finding]:
             infinite.append(name)
     if nan or infinite:
         yield VALUES_NOT_FINITE.at((*nan, *infinite), f"{len(nan)} tensors hold NaN, {len(infinite)} others infinity")
+
+
+VALUES_TOO_LARGE = Rule(
+    id="values-too-large",
+    title="weights are larger than the largest F16",
+    severity="error",
+    consequence="no model has such weights: the bytes are not those that were written, or their dtype is wrong",
+    fix="compare the files' digests with those at their source and fetch them again, or export again",
+    source="check --values; vllm-project/vllm pull request 53537",
+)
+
+
+@VALUE_RULES.add(VALUES_TOO_LARGE)
+def too_large(s: Looked) -> Iterator[Finding]:
+    """Matrices alone: a buffer may hold the lowest number of its dtype as a mask."""
+    names: list[str] = []
+    largest = 0.0
+    for name, values in s.values.items():
+        if values.kind in ("BF16", "F32", "F64") and len(values.entry.shape) > 1 and "mask" not in name:
+            reach = values_of(values.largest, values.kind)
+            reach = reach[np.isfinite(reach)]
+            if len(reach) and reach.max() > F16_LARGEST and not formats.is_companion(leaf_of(name)):
+                names.append(name)
+                largest = max(largest, float(reach.max()))
+    if names:
+        yield VALUES_TOO_LARGE.at(names, f"{len(names)} tensors hold numbers up to {largest:.3g}")
 
 
 EXPERT_OF_ZEROS = Rule(
@@ -228,7 +274,7 @@ def zeros(s: Looked) -> Iterator[Finding]:
     count = 0
     told = {name for siblings in s.siblings if any(siblings.values()) for name, reach in siblings.items() if not reach}
     for name, values in s.weights.items():
-        zero = values.zero_rows()
+        zero = s.zero_rows(name, values)
         if name not in told and len(zero) and zero.all():
             whole.append(name)
         elif name not in told:

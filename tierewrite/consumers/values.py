@@ -26,8 +26,10 @@ from tierewrite.source.bytes import open_source, runs_of
 from tierewrite.source.table import Shard, TensorEntry
 from tierewrite.source.threads import io_threads
 
-PIECE = 8 << 20
+PIECE = 16 << 20
 """Bytes that are read at a time, unless a single row has more."""
+_PIECES_FOR_GPU = 4
+"""For a GPU so many times as much is read: starting work there costs the same for much as for little."""
 _ALONE = 1 << 17
 """Bytes of a piece that a CPU looks at alone."""
 
@@ -141,7 +143,7 @@ def read_values(
         SourceChanged, SystemFailure: reading failed. Interrupted: a signal arrived.
     """
     xp = device_arrays(device)
-    batches = list(_batches(folder, names, kinds))
+    batches = list(_batches(folder, names, kinds, PIECE if xp is np else _PIECES_FOR_GPU * PIECE))
     found: dict[str, list[Extremes]] = {name: [] for name in names}
     buffers = threading.local()
     with ThreadPoolExecutor(io_threads(), thread_name_prefix="tierewrite-values") as pool:
@@ -169,16 +171,16 @@ def _joined(entry: TensorEntry, kind: str, parts: list[Extremes]) -> Values:
 
 
 def _batches(
-    folder: Folder, names: Iterable[str], kinds: Mapping[str, str]
+    folder: Folder, names: Iterable[str], kinds: Mapping[str, str], most: int
 ) -> Iterator[tuple[int, list[_Piece]]]:
-    """What is read at a time, in the order of the files: a shard's number, and pieces of `PIECE` bytes in all."""
+    """What is read at a time, in the order of the files: a shard's number, and pieces of `most` bytes in all."""
     entries = sorted((folder.entries[name] for name in names), key=lambda entry: (entry.shard, entry.start))
     batch: list[_Piece] = []
     shard, size = -1, 0
     for entry in entries:
-        for piece in _pieces(entry, kinds[entry.name]):
+        for piece in _pieces(entry, kinds[entry.name], most):
             nbytes = piece.end - piece.start
-            if batch and (entry.shard != shard or size + nbytes > PIECE):
+            if batch and (entry.shard != shard or size + nbytes > most):
                 yield shard, batch
                 batch, size = [], 0
             shard = entry.shard
@@ -188,7 +190,7 @@ def _batches(
         yield shard, batch
 
 
-def _pieces(entry: TensorEntry, kind: str) -> Iterator[_Piece]:
+def _pieces(entry: TensorEntry, kind: str, most: int) -> Iterator[_Piece]:
     """A tensor in pieces of whole rows along its last dimension; a vector is one row."""
     columns = entry.shape[-1] if entry.shape else 1
     row = columns * LAYOUTS[kind].raw().itemsize
@@ -196,7 +198,7 @@ def _pieces(entry: TensorEntry, kind: str) -> Iterator[_Piece]:
         row = columns = entry.nbytes // math.prod(entry.shape[:-1]) if math.prod(entry.shape) else 0
     if not row or not entry.nbytes or entry.nbytes % row:
         return
-    step = max(1, PIECE // row) * row
+    step = max(1, most // row) * row
     for start in range(entry.start, entry.end, step):
         yield _Piece(entry.name, start, min(entry.end, start + step), columns)
 
