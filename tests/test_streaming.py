@@ -34,9 +34,11 @@ ALL: dict[str, Any] = {
     "kv_scales": "merge",
     "unify_fused_scales": True,
     "fix_ignore": True,
+    "fix_config": True,
     "fill_missing_scales": True,
     "max_shard_size": "100KB",
 }
+UNCHANGED_CONFIGS = {**ALL, "fix_ignore": False, "fix_config": False}
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "all": ALL,
@@ -142,8 +144,8 @@ def test_transformers_verdict_is_the_one_on_a_written_output(naive: Naive, tmp_p
 
 @pytest.mark.parametrize("case", ["dg_nvfp4_sharded", "llmcompressor_nvfp4_dg", "dg_nvfp4_kvfp8"])
 def test_an_unwritten_output_has_the_files_of_a_written_one(case: str, naive: Naive, tmp_path: Path) -> None:
-    tierewrite.rewrite(naive(case), tmp_path / "out", manifest=False, **{**ALL, "fix_ignore": False})
-    stream = tierewrite.stream(naive(case), **{**ALL, "fix_ignore": False})
+    tierewrite.rewrite(naive(case), tmp_path / "out", manifest=False, **UNCHANGED_CONFIGS)
+    stream = tierewrite.stream(naive(case), **UNCHANGED_CONFIGS)
     with UnwrittenOutput(stream._checkpoint, stream.plan, stream._contents) as output, served(output.files()) as base:
         there = {str(p.relative_to(tmp_path / "out")): p for p in (tmp_path / "out").rglob("*") if p.is_file()}
         infos = listing(base)

@@ -202,6 +202,7 @@ class TestVllm:
             # The module's cache may hold this source already, from a test before.
             assert sum(rank["hashed"] for rank in found[f"{case} plugin"]) in (0, alone[0])
 
+    @pytest.mark.long
     def test_every_variant_is_refused_or_loads_as_its_rewrite(self, load: Any, tmp_path: Path) -> None:
         variants = [*DEFECTS, *CONTROLS]
         _, made = make_all(tmp_path, variants)

@@ -56,7 +56,9 @@ def main() -> int:
         (work / "jobs.json").write_text(json.dumps(todo))
         script = ROOT / "tests" / "vllm_loader" / "with_format.py"
         command = [str(interpreter), str(script), str(work / "jobs.json"), str(work / "out.json")]
-        subprocess.run(command, check=True, env=as_installed(work / "site"), stderr=subprocess.DEVNULL)
+        subprocess.run(
+            command, check=True, env=as_installed(work / "site"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         found = json.loads((work / "out.json").read_text(encoding="utf-8"))
     rows: dict[str, list[dict[str, Any]]] = {}
     for name, ranks in found.items():

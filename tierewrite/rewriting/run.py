@@ -20,12 +20,12 @@ from tierewrite.output.target import listing, still_as_listed
 from tierewrite.planning.plan import RewritePlan
 from tierewrite.planning.policy import ConsumerName, Policy, PolicyOptions
 from tierewrite.report import Report
+from tierewrite.rewriting.confirmed import confirmed
 from tierewrite.rewriting.duplicates import duplicate_hints
 from tierewrite.rewriting.options import Device, EngineName, RewriteOptions, SourceOptions
 from tierewrite.rewriting.steps import (
     Pass,
     check_for,
-    confirmed,
     finish,
     prove,
     refuse_unconfirmed,
@@ -86,7 +86,7 @@ def plan(
     if not (confirm or duplicates):
         return opened.plan(policy)
     with interrupts.standing(), open_engine("local", device=device, threads=threads, progress=watched) as workers:
-        planned = confirmed(opened, policy, workers) if confirm else opened.plan(policy)
+        planned = confirmed(opened, policy, workers).plan if confirm else opened.plan(policy)
         hints = duplicate_hints(opened.checkpoint, planned, workers) if duplicates else ()
     return replace(planned, warnings=(*planned.warnings, *hints))
 

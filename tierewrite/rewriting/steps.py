@@ -7,7 +7,7 @@ digests say otherwise is there another attempt (`--on-mismatch keep`), or the st
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,30 +98,6 @@ def refuse_unconfirmed(opened: Opened, plan: RewritePlan, workers: Hasher) -> No
     if plan.policy.on_mismatch != "keep" and plan.unconfirmed():
         digests = workers.hash(opened.checkpoint, needed_for_confirmation(plan.groups), "hashing")
         raise refusal(opened.checkpoint, plan, refuted(opened.checkpoint, plan, digests), digests)
-
-
-def confirmed(opened: Opened, policy: Policy, workers: Engine) -> RewritePlan:
-    """The plan that a rewrite carries out, found by hashing what it would compare, without writing anything.
-
-    Raises:
-        Refused: as the rewrite would.
-        SourceError, SourceChanged, SystemFailure: reading failed.
-    """
-    plan, evidence = opened.plan(policy), Evidence()
-    refuse_unconfirmed(opened, plan, workers)
-    digests: dict[str, bytes] = {}
-    while True:
-        values = decide(opened.checkpoint, plan)
-        if isinstance(values, CannotBe):
-            evidence = evidence.without(values)
-        else:
-            missing = [name for name in needed_for_confirmation(plan.groups) if name not in digests]
-            digests.update(workers.hash(opened.checkpoint, missing, "hashing"))
-            found = refuted(opened.checkpoint, plan, digests)
-            if not found:
-                return replace(plan, confirmed=True)
-            evidence = evidence.with_refuted(opened.checkpoint, plan, digests, found)
-        plan = opened.plan(policy, evidence)
 
 
 def attempt(run: Pass, plan: RewritePlan, evidence: Evidence) -> Written | Evidence:

@@ -14,6 +14,7 @@ from tierewrite.output.configs import configs_of
 from tierewrite.output.unwritten import UnwrittenOutput
 from tierewrite.planning.plan import Action, RewritePlan
 from tierewrite.planning.policy import ConsumerName, Policy, PolicyOptions
+from tierewrite.rewriting.confirmed import Confirmed, confirmed
 from tierewrite.rewriting.options import Device
 from tierewrite.rewriting.run import asking
 from tierewrite.rewriting.steps import check_for, refuse_unusable_loader, with_needed
@@ -21,7 +22,6 @@ from tierewrite.source.open import fetched, name_in_messages
 from tierewrite.source.table import Checkpoint
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.mirror import RemoteFolder
-from tierewrite.streaming.confirmed import Confirmed, confirmed
 from tierewrite.streaming.remembered import Digests, cache_folder
 from tierewrite.streaming.tensors import as_tensor, tensors_of, unknown_to_torch
 from tierewrite.ties.tie import TiesGiven

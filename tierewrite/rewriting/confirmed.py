@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tierewrite.output.engine import Hasher
 from tierewrite.output.metadata import header_metadata
@@ -61,7 +61,7 @@ def confirmed(opened: Opened, policy: Policy, hasher: Hasher) -> Confirmed:
             evidence = evidence.with_refuted(checkpoint, plan, digests, found)
             continue
         return Confirmed(
-            plan,
+            replace(plan, confirmed=True),
             values,
             (*plan.warnings, *metadata_warnings, *values.warnings, *separate_kv_warnings(evidence.separate_kv)),
         )
