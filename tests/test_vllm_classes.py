@@ -395,3 +395,14 @@ def test_ignore_lists_of_an_unknown_class_stay_and_are_said_to_be_unchecked(tmp_
     report = checked(draft, tmp_path, ties=None)
     assert report.errors == ()
     assert any("ignore lists were not checked" in note for note in report.notes)
+def test_ties_are_carried_to_the_check_of_the_output(tmp_path: Path) -> None:
+    draft = plain("LlamaForCausalLM")
+    draft.config |= {"architectures": ["InternVLChatModel"], "tie_word_embeddings": True} | REMOTE
+    draft["lm_head.weight"] = draft["model.embed_tokens.weight"]
+    draft.write(tmp_path / "src")
+    (tmp_path / "ties.json").write_text(json.dumps({"lm_head.weight": "model.embed_tokens.weight"}))
+    report = tierewrite.prepare_for_vllm(tmp_path / "src", tmp_path / "out", ties=tmp_path / "ties.json")
+    assert report.readiness is not None
+    assert report.readiness.errors == ()
+    assert "lm_head.weight" not in Draft.read(tmp_path / "out").names()
+    assert not any(str(tmp_path) in text for text in (*report.readiness.notes, *map(str, report.readiness.findings)))

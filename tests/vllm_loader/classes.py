@@ -639,6 +639,11 @@ def fused_sets(reads: dict[str, str]) -> dict[str, list[list[str]]]:
     return found
 
 
+def for_pooling(architecture: str) -> bool:
+    """The class may be served through an adapter for pooling, which takes other names too."""
+    return architecture.endswith(("Model", "Classification", "Retrieval")) and not architecture.endswith("HeadModel")
+
+
 def write_table(folder: Path, target: Path, fused_target: Path) -> None:
     """All classes; those of one class of vLLM's that could not be asked are like one that could."""
     found = {f.stem: json.loads(f.read_text(encoding="utf-8")) for f in sorted(folder.glob("*.json"))}
@@ -646,10 +651,12 @@ def write_table(folder: Path, target: Path, fused_target: Path) -> None:
     classes: dict[str, Any] = {}
     for architecture, data in found.items():
         like = asked.get(data.get("class", ""))
-        if "reads" not in data and data["registered"] and like is not None:
+        if "reads" not in data and data["registered"] and like is not None and not for_pooling(architecture):
             classes[architecture] = {"like": like}
         else:
             classes[architecture] = compact(data)
+            if for_pooling(architecture):
+                classes[architecture] = {k: v for k, v in classes[architecture].items() if k not in ("refused", "odd")}
     version = next(d["vllm"] for d in found.values() if "vllm" in d)
     versions = sorted({v for d in found.values() for v in d.get("transformers", ())})
     head = {"schema": 1, "vllm": version, "transformers": versions}

@@ -297,7 +297,7 @@ class _Batch:
         if consumer is not None:
             from tierewrite.consumers import check
 
-            chosen = _chosen(item, ("trust_remote_code", "loader", "consumer_python"))
+            chosen = _chosen(item, ("ties", "trust_remote_code", "loader", "consumer_python"))
             errors = len(check(item.dst, consumer, **chosen).errors)
         code = EXIT_FINDINGS if errors else EXIT_OK
         return BatchResult(src, dst, "already-done", code, consumer_errors=errors, **asdict(made))

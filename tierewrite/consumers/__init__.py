@@ -136,12 +136,18 @@ def ask_loader(consumer: Consumer[Any], subject: Subject, name: str, options: Lo
 
 
 def corrected_configs(
-    consumer: str, path: Place, *, configs: Path | None = None, trust_remote_code: bool = False
+    consumer: str,
+    path: Place,
+    *,
+    configs: Path | None = None,
+    ties: TiesGiven | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[dict[str, bytes], tuple[str, ...]]:
     """What `fix_ignore` has to change for `consumer` in the configs of the checkpoint folder `path`.
 
     Args:
         configs: a folder whose config.json and hf_quant_config.json are looked at in place of those of `path`.
+        ties, trust_remote_code: as for `rewrite`.
 
     Returns:
         New contents by name, and one sentence for each.
@@ -154,8 +160,9 @@ def corrected_configs(
     if asked.corrected_configs is None:
         return {}, ()
     if configs is None:
-        return asked.corrected_configs(asked.subject(path, trust_remote_code=trust_remote_code))
-    return asked.corrected_configs(asked.subject_with(path, configs, trust_remote_code=trust_remote_code))
+        return asked.corrected_configs(asked.subject(path, ties=ties, trust_remote_code=trust_remote_code))
+    subject = asked.subject_with(path, configs, ties=ties, trust_remote_code=trust_remote_code)
+    return asked.corrected_configs(subject)
 
 
 def consumer_named(name: str) -> Consumer[Any]:

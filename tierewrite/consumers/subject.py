@@ -24,9 +24,10 @@ from tierewrite.formats.experts import split_expert
 from tierewrite.numbers.float8 import float8_values
 from tierewrite.source.bytes import open_source, read_tensors
 from tierewrite.source.table import TensorEntry
-from tierewrite.ties.on_disk import WHOLE, Part, on_disk, places
+from tierewrite.ties.on_disk import WHOLE, Part, on_disk
 from tierewrite.ties.tie import ModelNames, TiesGiven
 from tierewrite.ties.tie_map import TieMap
+from tierewrite.ties.translator import Translator
 
 FLOATS = frozenset({"F64", "F32", "BF16", "F16"})
 BATCH = 64 << 20  # bytes of scales held at a time
@@ -185,12 +186,24 @@ class Subject:
     @cached_property
     def places(self) -> dict[str, tuple[str, Part]]:
         """Key -> parameter in memory and part, for the keys that are weights or parameters themselves."""
+        return self._translated[0]
+
+    @cached_property
+    def split_keys(self) -> dict[str, tuple[str, ...]]:
+        """Keys that fill several parameters in memory (a fused q/k/v) -> all of them."""
+        return self._translated[1]
+
+    @cached_property
+    def _translated(self) -> tuple[dict[str, tuple[str, Part]], dict[str, tuple[str, ...]]]:
         if self.model is None:
-            return {}
+            return {}, {}
         plain: dict[str, str] = {}
         for key in self.entries:
             plain[formats.main_parameter(key) or key] = key
-        return {plain[name]: place for name, place in places(self.model, plain).items()}
+        translator = Translator(self.model, {})
+        located = {name: translator.locate(name) for name in translator.in_loading_order(plain)}
+        places = {plain[name]: place for name, place in located.items() if place is not None}
+        return places, {plain[name]: all_of_it for name, all_of_it in translator.covers.items()}
 
     @cached_property
     def canonical(self) -> dict[str, str]:
@@ -216,7 +229,7 @@ class Subject:
     def size(self, key: str) -> tuple[int, ...] | None:
         """The unquantized shape of the weight `key`, by the model class; None where that is not known."""
         place = self.places.get(key)
-        if place is None or self.model is None:
+        if place is None or self.model is None or key in self.split_keys:
             return None
         parameter, part = place
         shape = self.model.shapes[parameter]
@@ -236,6 +249,8 @@ class Subject:
         filled: dict[str, dict[Part, str]] = {}
         for key, (parameter, part) in self.places.items():
             filled.setdefault(self._group(parameter), {})[part] = key
+        for key, parameters in self.split_keys.items():
+            filled |= {self._group(parameter): {WHOLE: key} for parameter in parameters}
         wanted: dict[str, str] = {}
         for parameter in self.model.shapes:
             wanted.setdefault(self._group(parameter), self.canonical.get(parameter, parameter))

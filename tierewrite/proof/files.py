@@ -29,6 +29,7 @@ from tierewrite.source.threads import io_threads
 from tierewrite.stores.mirror import Place
 from tierewrite.stores.places import store_of
 from tierewrite.ties.on_disk import DiskTies
+from tierewrite.ties.tie import TiesGiven
 from tierewrite.ties.tie_map import TieMap
 
 _SHARD_NAME = re.compile(r"model-([0-9]{5,})-of-([0-9]{5,})\.safetensors\Z")
@@ -147,7 +148,12 @@ def _frozen(value: Any) -> str:
 
 
 def corrected_for(
-    consumer: str, source: Checkpoint, dst: Place, configs: Mapping[str, bytes], trust_remote_code: bool
+    consumer: str,
+    source: Checkpoint,
+    dst: Place,
+    configs: Mapping[str, bytes],
+    ties: TiesGiven | None,
+    trust_remote_code: bool,
 ) -> dict[str, bytes]:
     """The configurations that a rewrite for `consumer` changes: its ignore lists say what is on disk in its reading.
 
@@ -161,7 +167,7 @@ def corrected_for(
         for name, data in contents.items():
             Path(folder, name).write_bytes(data)
         corrected, _ = corrected_configs(
-            consumer, dst, configs=Path(folder), trust_remote_code=trust_remote_code
+            consumer, dst, configs=Path(folder), ties=ties, trust_remote_code=trust_remote_code
         )
     return {**configs, **corrected}
 

@@ -232,7 +232,7 @@ def verify(
     problems += check_layout(source, target, proof.expected, manifest, policy)
     configs = exact.configs if exact is not None else {}
     if consumer is not None and policy.fix_ignore:
-        configs = corrected_for(consumer, source, dst, configs, trust_remote_code)
+        configs = corrected_for(consumer, source, dst, configs, ties, trust_remote_code)
     problems += check_side_files(source, target, configs, advance)
     problems += check_with_safetensors(target)
     return Verification(

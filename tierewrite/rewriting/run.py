@@ -197,6 +197,7 @@ def rewrite(
                 name_in_messages(src),
                 route.dst,
                 consumer=consumer,
+                ties=ties,
                 trust_remote_code=trust_remote_code,
                 manifest=manifest,
             )
@@ -207,6 +208,7 @@ def rewrite(
                     consumer,
                     staging.view(),
                     route.dst,
+                    ties=ties,
                     trust_remote_code=trust_remote_code,
                     force=force,
                     loader=loader,

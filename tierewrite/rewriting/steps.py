@@ -32,6 +32,7 @@ from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.mirror import RemoteFolder
 from tierewrite.stores.places import FilePath
+from tierewrite.ties.tie import TiesGiven
 from tierewrite.values.confirm import refusal, refuted
 from tierewrite.values.decide import CannotBe, Values, decide
 from tierewrite.values.merged import separate_kv_warnings
@@ -144,6 +145,7 @@ def finish(
     dst: object,
     *,
     consumer: ConsumerName | None,
+    ties: TiesGiven | None,
     trust_remote_code: bool,
     manifest: bool,
 ) -> Report:
@@ -152,6 +154,7 @@ def finish(
     Args:
         src, dst: for the report.
         consumer: whose ignore lists may be corrected, if `fix_ignore` is chosen.
+        ties, trust_remote_code: as for `rewrite`.
 
     Raises:
         SourceError, SourceChanged, SystemFailure: reading or writing failed.
@@ -171,7 +174,9 @@ def finish(
     if consumer is not None and run.policy.fix_ignore:
         from tierewrite.consumers import corrected_configs
 
-        corrected, sentences = corrected_configs(consumer, staging.view(), trust_remote_code=trust_remote_code)
+        corrected, sentences = corrected_configs(
+            consumer, staging.view(), ties=ties, trust_remote_code=trust_remote_code
+        )
         for name, data in corrected.items():
             staging.put(name, data)
         config_warnings = (*config_warnings, *sentences)
@@ -231,6 +236,7 @@ def check_for(
     output: Path | RemoteFolder,
     dst: object,
     *,
+    ties: TiesGiven | None,
     trust_remote_code: bool,
     force: bool,
     loader: LoaderMode = "auto",
@@ -239,7 +245,7 @@ def check_for(
     """What the consumer will do with an output that has not appeared, and is to be `dst`.
 
     Args:
-        loader, consumer_python: as for `check`.
+        ties, trust_remote_code, loader, consumer_python: as for `check`.
 
     Raises:
         NotReady: errors that a rewrite could have avoided, or that make the output useless, unless `force`.
@@ -247,7 +253,13 @@ def check_for(
     from tierewrite.consumers import check
 
     found = check(
-        output, consumer, trust_remote_code=trust_remote_code, loader=loader, consumer_python=consumer_python, name=dst
+        output,
+        consumer,
+        ties=ties,
+        trust_remote_code=trust_remote_code,
+        loader=loader,
+        consumer_python=consumer_python,
+        name=dst,
     )
     if found.errors and not (found.only_per_side_conflicts() or force):
         lines = "\n".join(f"  {finding}" for finding in found.errors[:12])

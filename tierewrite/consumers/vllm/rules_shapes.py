@@ -16,6 +16,8 @@ from tierewrite.consumers.vllm.sources import MODELOPT, QUANTIZATION_UTILS, WEIG
 from tierewrite.consumers.vllm.subject import VllmSubject
 from tierewrite.formats.experts import split_expert
 
+COUNTERS = {"I64", "BOOL"}  # of buffers such as num_batches_tracked, never of a weight
+
 RULES: RuleSet[VllmSubject] = RuleSet()
 
 NVFP4_GROUP = 16  # part of the format: E2M1 codes share a scale in blocks of 16
@@ -187,7 +189,7 @@ def dtypes(s: VllmSubject) -> Iterator[Finding]:
     floats: list[str] = []
     for name in s.places:
         owner = s.modules.get(s.backbone.map(name).rpartition(".")[0])
-        if not _packed(s, owner, name) and s.entries[name].dtype not in FLOATS:
+        if not _packed(s, owner, name) and s.entries[name].dtype not in FLOATS | COUNTERS:
             harmful.append(name)
     scheme = s.scheme
     for module in s.sound.values() if scheme is not None and scheme.detailed else ():
