@@ -266,7 +266,8 @@ KINDS: dict[str, Kind] = {
     ),
     "nvfp4 with q_a and kv_a of other scales": Kind(
         lambda: other_scale(
-            without_mtp(nvfp4(plain("DeepseekV3ForCausalLM"), ignore=(*PLAIN_ROUTERS,))), f"{L0}.self_attn.q_a_proj"
+            without_mtp(nvfp4(plain("DeepseekV3ForCausalLM"), ignore=("lm_head", "model.layers.1.mlp.gate"))),
+            f"{L0}.self_attn.q_a_proj",
         ),
         "fused-weight-scale-differs",
         f"{L0}.self_attn.q_a_proj.weight_scale_2",

@@ -34,7 +34,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Phi3ForCausalLM": NO_HEAD_DIM | {"pad_token_id": 0},
     "MixtralForCausalLM": TEXT | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "Qwen3MoeForCausalLM": TEXT | EXPERTS | {"num_experts": 4},
-    "DeepseekV3ForCausalLM": NO_HEAD_DIM | ROUTED | MLA | {"num_key_value_heads": 2, "first_k_dense_replace": 1},
+    "DeepseekV3ForCausalLM": NO_HEAD_DIM | ROUTED | MLA | {"num_key_value_heads": 2, "first_k_dense_replace": 1} | {
+        "topk_method": "noaux_tc", "scoring_func": "sigmoid",
+    },
     "Glm4MoeForCausalLM": TEXT | ROUTED | {"first_k_dense_replace": 1},
     "GptOssForCausalLM": TEXT | SLIDING | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "GPT2LMHeadModel": {"vocab_size": 64, "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 64},
@@ -57,8 +59,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "decoder_attention_heads": 2,
         "encoder_ffn_dim": 128,
         "decoder_ffn_dim": 128,
-        "max_source_positions": 32,
-        "max_target_positions": 32,
+        "max_source_positions": 64,
+        "max_target_positions": 64,
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,
@@ -224,7 +226,13 @@ def gptq(draft: Draft) -> Draft:
         draft[f"{module}.qzeros"] = zeros("I32", columns // 32, rows // 8)
         draft[f"{module}.scales"] = bf16(0.5, (columns // 32, rows))
         draft[f"{module}.g_idx"] = zeros("I32", columns)
-    draft.config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}
+    draft.config["quantization_config"] = {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": 32,
+        "desc_act": False,
+        "sym": True,
+    }
     return draft
 
 

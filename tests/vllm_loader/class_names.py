@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """The names that transformers gives the tensors of a class: in memory, on the hub, and its smallest config.
 
-    class_names.py OUT.json ARCHITECTURE...
+    class_names.py OUT.json ARCHITECTURE...            these, and every class of transformers that generates
+    class_names.py OUT.json --only ARCHITECTURE...
 
 Runs in any environment with transformers and needs nothing of the project. Classes are built on the meta device from
 their default configs, cut to a few layers. One name stands for all that differ in numbers alone.
@@ -131,7 +132,8 @@ def main() -> None:
     logging.disable(logging.ERROR)
     warnings.simplefilter("ignore")
     target, *asked = sys.argv[1:]
-    wanted = sorted({*asked, *generation_classes()})
+    only = asked[:1] == ["--only"]
+    wanted = sorted(asked[1:] if only else {*asked, *generation_classes()})
     found: dict[str, Any] = {}
     for architecture in wanted:
         try:
