@@ -226,6 +226,8 @@ def cannot_be_quantized(s: VllmSubject) -> Iterator[Finding]:
     """models/gemma4.py `Gemma4Router` (GateLinear without a quantization config), diffusion_gemma.py
     `DiffusionGemmaSelfConditioning` (nn.Linear); modelopt.py `get_quant_method` for vision modules.
     """
+    if s.quantization is not None and not s.quantization.lists_known:
+        return
     keys = tuple(
         key
         for name, m in s.quantized.items()

@@ -136,6 +136,9 @@ def _unplaced(s: VllmSubject, found: Unread, key: str, refused: bool) -> list[st
     module, _, leaf = mapped.rpartition(".")
     owner = s.modules.get(module)
     weight = owner.weight if owner is not None else None
+    part = formats.part_of_weight(key)
+    if s.quantization is not None and s.scheme is None and part is not None and part[0] in s.places:
+        return None  # such as bitsandbytes' `weight.nested_absmax`: its own loader reads it
     if formats.kv_scale(key, s.families) or formats.kv_scale(key):
         return None
     if leaf in BUFFERS and s.facts is not None:

@@ -6,7 +6,7 @@ Read in vLLM 0.33, model_executor/layers/quantization/: modelopt.py, compressed_
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 
@@ -66,6 +66,9 @@ def scheme_of(method: str, algo: str, config: Mapping[str, Any]) -> Scheme | Non
         algo: ModelOpt's algorithm as vLLM takes it; compressed-tensors' format.
         config: the quantization config.
     """
+    if algo == "nvfp4-pack-quantized" and not _has_inputs(config):
+        packed = SCHEMES[algo]
+        return replace(packed, scalars=(_GLOBAL,), optional=("input_global_scale",))
     if algo in SCHEMES:
         return SCHEMES[algo]
     if method == "compressed-tensors":
@@ -80,6 +83,13 @@ def scheme_of(method: str, algo: str, config: Mapping[str, Any]) -> Scheme | Non
         zeros = ("qzeros",) if config.get("zero_point", True) else ()
         return _scales_only("qweight", "I32", ("scales", *zeros), "qzeros")
     return None
+
+
+def _has_inputs(config: Mapping[str, Any]) -> bool:
+    """Whether compressed-tensors' config quantizes activations in some group."""
+    groups = config.get("config_groups")
+    found = groups.values() if isinstance(groups, Mapping) else ()
+    return not found or any(isinstance(group, Mapping) and group.get("input_activations") for group in found)
 
 
 def _compressed(algo: str, config: Mapping[str, Any]) -> Scheme | None:
