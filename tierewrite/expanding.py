@@ -199,7 +199,12 @@ def expand(
             readiness = None
             if consumer is not None:
                 readiness = check_for(
-                    consumer, staging.view(), route.dst, trust_remote_code=trust_remote_code, force=force
+                    consumer,
+                    staging.view(),
+                    route.dst,
+                    ties=ties,
+                    trust_remote_code=trust_remote_code,
+                    force=force,
                 )
             staging.commit(lambda: said.append("the expansion is complete"))
     made = _outcome(name_in_messages(src), str(route.dst), opened, plan, aliases)
