@@ -75,6 +75,7 @@ def test_options_are_those_of_a_rewrite_and_few_of_its_own() -> None:
     given = {"on_mismatch": "keep", "ties": "ties.json", "force": True, "threads": 2}
     assert checked_options(given) == {"loader": "off", "remember": True, **given}
     assert checked_options({"remember": False})["remember"] is False
+    assert checked_options({"ties": {"alias": "canonical"}})["ties"] == {"alias": "canonical"}
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_options_are_those_of_a_rewrite_and_few_of_its_own() -> None:
     [
         ({"on_mismach": "keep"}, "has no 'on_mismach'"),
         ({"force": "yes"}, "'force' in --model-loader-extra-config is 'yes'; expected true or false"),
-        ({"ties": 3}, "'ties' in --model-loader-extra-config is 3; expected a text"),
+        ({"ties": 3}, "'ties' in --model-loader-extra-config is 3; expected a text or an object"),
         ({"threads": True}, "expected a number"),
         ({"inner_format": "runai_streamer"}, "expected one of safetensors, fastsafetensors, instanttensor"),
     ],

@@ -200,7 +200,7 @@ def stream(
             ignore_unindexed=ignore_unindexed,
             meanwhile=partial(asking, watched, ahead=True),
         )
-        opened = with_needed(opened.under(policy), policy)
+        opened = with_needed(opened.under(policy), policy, consumer)
         hasher = Digests(workers, cache_folder() if remember else None)
         found = confirmed(opened, policy, hasher)
     if missing := unknown_to_torch(opened.checkpoint.tensors.kinds):

@@ -41,6 +41,8 @@ from tierewrite.consumers.vllm.plugin_options import OF_VLLM, checked_options, r
 from tierewrite.errors import UsageError
 
 log = logging.getLogger("vllm.tierewrite")
+_WARNINGS = 5
+"""Of one checkpoint, in vLLM's log."""
 
 
 class CanonicalModelLoader(DefaultModelLoader):
@@ -97,8 +99,12 @@ class CanonicalModelLoader(DefaultModelLoader):
                 "tierewrite: %d tensors of %d in the files, %s bytes hashed, decided in %.2f s",
                 len(stream), len(stream.plan.source), f"{stream.hashed_bytes:,}", time.perf_counter() - began,
             )  # fmt: skip
-            for sentence in stream.warnings:
+            for sentence in stream.warnings[:_WARNINGS]:
                 log.warning("tierewrite: %s", sentence)
+            if len(stream.warnings) > _WARNINGS:
+                log.warning(
+                    "tierewrite: %d more warnings; `tierewrite plan` shows them", len(stream.warnings) - _WARNINGS
+                )
             self._streams[model] = stream
         return self._streams[model]
 

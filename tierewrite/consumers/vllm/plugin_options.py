@@ -17,18 +17,18 @@ READERS = ("safetensors", "fastsafetensors", "instanttensor")
 OF_VLLM = ("enable_multithread_load", "num_threads", "enable_weights_track")
 """Members of the extra config that are vLLM's default loader's."""
 
-OWN: Mapping[str, type] = {
-    "ties": str,
-    "trust_remote_code": bool,
-    "ignore_unindexed": bool,
-    "force": bool,
-    "loader": str,
-    "consumer_python": str,
-    "device": str,
-    "threads": int,
-    "remember": bool,
-    "inner_format": str,
-    "any_version": bool,
+OWN: Mapping[str, tuple[type, ...]] = {
+    "ties": (str, dict),
+    "trust_remote_code": (bool,),
+    "ignore_unindexed": (bool,),
+    "force": (bool,),
+    "loader": (str,),
+    "consumer_python": (str,),
+    "device": (str,),
+    "threads": (int,),
+    "remember": (bool,),
+    "inner_format": (str,),
+    "any_version": (bool,),
 }
 """Members that are ours, besides those of planning.policy.OPTIONS; the first nine are arguments of `stream`."""
 
@@ -45,10 +45,8 @@ def checked_options(extra: Mapping[str, Any]) -> dict[str, Any]:
                 f"--model-loader-extra-config has no '{shown(name)}' for --load-format tierewrite; there are "
                 f"{', '.join((*OPTIONS, *OWN, *OF_VLLM))}"
             )
-        if name in OWN and not of_type(value, (OWN[name],)):
-            raise UsageError(
-                f"'{name}' in --model-loader-extra-config is {value!r}; expected {type_names((OWN[name],))}"
-            )
+        if name in OWN and not of_type(value, OWN[name]):
+            raise UsageError(f"'{name}' in --model-loader-extra-config is {value!r}; expected {type_names(OWN[name])}")
     found = {"loader": "off", "remember": True, **extra}
     reader = found.get("inner_format")
     if reader is not None and reader not in READERS:
