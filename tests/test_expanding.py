@@ -117,6 +117,15 @@ def test_nothing_is_lacking_where_every_name_is_there(tmp_path: Path) -> None:
     assert (dict(made.written), read_tensors(tmp_path / "out")) == ({}, tensors)
 
 
+def test_a_mapping_or_a_file_of_ties_speaks_of_names_that_are_not_there(tmp_path: Path) -> None:
+    src = write_checkpoint(tmp_path / "src", {"a.q_proj.weight": ONE}, config={})
+    (tmp_path / "ties.json").write_text(json.dumps(TIES))
+    tierewrite.expand(src, tmp_path / "mapping", ties=TIES)
+    tierewrite.expand(src, tmp_path / "file", ties=tmp_path / "ties.json")
+    assert read_tensors(tmp_path / "mapping") == dict.fromkeys(("a.q_proj.weight", *TIES), ONE)
+    assert files(tmp_path / "mapping") == files(tmp_path / "file")
+
+
 def test_other_files_come_along(tmp_path: Path) -> None:
     src = checkpoint(tmp_path, {"a.q_proj.weight": ONE})
     (src / "tokenizer").mkdir()

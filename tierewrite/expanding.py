@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tierewrite import interrupts
 from tierewrite.engines import Engine, open_engine
-from tierewrite.engines.progress import Progress
+from tierewrite.engines.progress import Progress, ProgressLike, progress_of
 from tierewrite.errors import SourceError, UsageError, VerificationFailed, shown
 from tierewrite.output.manifest import read_manifest
 from tierewrite.output.metadata import header_metadata, index_metadata, with_descriptions
@@ -137,7 +137,7 @@ def expand(
     overwrite: bool = False,
     verify: bool = False,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressLike = None,
 ) -> Expansion:
     """Writes the checkpoint in `src` to `dst` with every tied tensor under each of its names.
 
@@ -168,15 +168,15 @@ def expand(
         raise UsageError("force goes with a consumer; leave it out, or name one")
     ask = _asked_names(consumer)
     limit = Policy.of(max_shard_size=max_shard_size).max_shard_size
-    progress = progress or Progress()
-    route = Route.between(src, dst, overwrite, False, revision, progress)
+    watched = progress_of(progress)
+    route = Route.between(src, dst, overwrite, False, revision, watched)
     with (
         interrupts.standing() as said,
-        open_engine("local", device=device, threads=threads, progress=progress, ray_address=None) as workers,
+        open_engine("local", device=device, threads=threads, progress=watched, ray_address=None) as workers,
     ):
         opened = Opened.open(
             route.src,
-            meanwhile=partial(asking, progress),
+            meanwhile=partial(asking, watched),
             ties=ties,
             trust_remote_code=trust_remote_code,
             ignore_unindexed=ignore_unindexed,
@@ -191,11 +191,11 @@ def expand(
         notes = needed.notes if needed is not None else ()
         plan = expansion(checkpoint, aliases, limit, (*checkpoint.warnings, *opened.ties.warnings, *notes))
         side_file_clashes(checkpoint, plan.shards)
-        route.check_space(plan.total_bytes + sum(side.size for side in checkpoint.side_files), progress)
+        route.check_space(plan.total_bytes + sum(side.size for side in checkpoint.side_files), watched)
         with route.staging(False) as staging:
             _write(checkpoint, plan, aliases, staging, workers)
             if verify:
-                _prove(opened, aliases, staging, kv, progress, whole=consumer is None)
+                _prove(opened, aliases, staging, kv, watched, whole=consumer is None)
             readiness = None
             if consumer is not None:
                 readiness = check_for(

@@ -56,9 +56,14 @@ def fixed_flags(
 def _gates(
     group: GroupPlan, ties: TieMap, config: Mapping[str, Any], places: Mapping[ConfigPath, Mapping[str, Any]]
 ) -> set[ConfigPath]:
-    """The (sub)configs whose flag switches a tie of `group`; where no class was asked, the config itself."""
+    """The (sub)configs whose flag switches a tie of `group`; where no class was asked, the config itself.
+
+    None where the class ties in its code, whatever a flag says.
+    """
     flags = ties.model.flags if ties.model is not None else {}
     found = {place for alias in group.aliases for place in flags.get(alias, ())}
+    if not found and ties.source == "class":
+        return set()
     if not found:
         return {place for place in places if place == ()}
     return {_nearest(place, config, places) for place in found}

@@ -24,11 +24,18 @@ def flag_places(model: Any) -> dict[str, tuple[ConfigPath, ...]]:
         # A config that was copied for a submodel is its parent's.
         above = place_of.get(_parent(prefix, place_of), ())
         place = place_of[prefix] = known.get(id(module.config), above)
-        if isinstance(module._tied_weights_keys, Mapping):
-            lead = f"{prefix}." if prefix else ""
-            for alias in module.get_expanded_tied_weights_keys(all_submodels=False):
-                found[lead + alias] = tuple(dict.fromkeys((*found.get(lead + alias, ()), place)))
+        lead = f"{prefix}." if prefix else ""
+        for alias in _declared_by(module):
+            found[lead + alias] = tuple(dict.fromkeys((*found.get(lead + alias, ()), place)))
     return found
+
+
+def _declared_by(module: Any) -> list[str]:
+    """The aliases that a submodel declares itself, its names; of a legacy list what it names."""
+    declared = module._tied_weights_keys
+    if isinstance(declared, Mapping):
+        return list(module.get_expanded_tied_weights_keys(all_submodels=False))
+    return [name for name in declared or () if isinstance(name, str)]
 
 
 def _parent(prefix: str, known: Mapping[str, ConfigPath]) -> str:
