@@ -705,3 +705,22 @@ def test_an_error_about_a_manifest_alone_names_it(tmp_path: Path) -> None:
     with pytest.raises(errors.SourceError) as error:
         tierewrite.report_page(path)
     assert error.value.file == str(path)
+
+
+def test_a_model_card_says_what_was_done_and_found(
+    rewritten: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = rewritten("dg_nvfp4")
+    assert run("report", folder, "--card", "--for", "vllm") == 0
+    card = capsys.readouterr().out
+    assert card == tierewrite.report_page(folder, "vllm").card()
+    assert card.startswith("## Tied weights\n\nEvery tied weight is stored once, under its canonical name: 346 to 198 ")
+    assert "The ties are those that `DiffusionGemmaForBlockDiffusion` declares" in card
+    assert "37 activation scales merged: the sides differed by 1.08× (median), at most 2.15×." in card
+    assert "Checked for vllm 0.33.0: 1 error, 2 warnings." in card
+
+
+def test_a_strangers_name_is_no_markdown_on_a_card(tmp_path: Path) -> None:
+    page = tierewrite.report_page(write(tmp_path / "tierewrite.json", manifest([])))
+    object.__setattr__(page.facts, "ties_detail", "`](http://evil)<script>")
+    assert "`'](http://evil)<script>`" in page.card()

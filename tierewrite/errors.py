@@ -183,7 +183,7 @@ class SourceChanged(SystemFailure):
 
 
 class VerificationFailed(TierewriteError):
-    """DST is not what SRC makes (exit 6)."""
+    """DST is not what rewriting SRC gives (exit 6)."""
 
     exit_code = EXIT_FINDINGS
 

@@ -334,7 +334,7 @@ def _prove(
         wrong = [problem.where for problem in proof.problems]
     if wrong:
         raise VerificationFailed(
-            f"the output is not what SRC makes ({len(wrong)} tensors, the first is '{shown(wrong[0])}'); nothing was "
-            "left behind. This is a bug or a failing disk: please report it",
+            f"the output is not what expanding SRC gives ({len(wrong)} differ, the first is '{shown(wrong[0])}'); "
+            "nothing was left behind. This is a bug or a failing disk: please report it",
             details={"tensors": wrong},
         )

@@ -424,6 +424,7 @@ def explain(topic: str | None, all_topics: bool, as_json: bool) -> None:
 @click.argument("target", type=SOURCE, metavar="DST|MANIFEST")
 @click.option("--html", type=FILE, metavar="FILE", help="Write one self-contained HTML page.")
 @click.option("--png", type=FILE, metavar="FILE", help="Write its figures and pictures as one PNG.")
+@click.option("--card", is_flag=True, help="Print a few lines of Markdown for the checkpoint's model card.")
 @report_consumer_option
 @backbone_option
 @click.option(
@@ -442,6 +443,7 @@ def report_command(
     consumer: tuple[ConsumerName, ...],
     backbone: str | None,
     worst: int,
+    card: bool,
     as_json: bool,
 ) -> None:
     """Show what a rewrite did: sizes, how much the activation scales of tied sides differed, what was kept and why.
@@ -453,6 +455,7 @@ def report_command(
     Examples:
       tierewrite report canonical/ --html report.html --for vllm
       tierewrite report canonical/ --png report.png
+      tierewrite report canonical/ --card --for vllm >> card.md
       tierewrite report s3://bucket/canonical --html report.html
       tierewrite report canonical/ --json | jq '.divergence[] | [.projection, .median, .max]'
     """
@@ -466,6 +469,8 @@ def report_command(
             click.echo(f"{written} is written.")
     if as_json:
         print_json(page.to_json())
+    elif card:
+        sys.stdout.write(page.card())
     elif html is None and png is None:
         from tierewrite.pages.terminal import show
 

@@ -73,6 +73,12 @@ class Page:
 
         return png(self.facts)
 
+    def card(self) -> str:
+        """A few lines of Markdown for the checkpoint's model card."""
+        from tierewrite.pages.card import card
+
+        return card(self.facts)
+
     def to_json(self) -> dict[str, Any]:
         """The facts (schema tierewrite/page/1)."""
         return self.facts.to_json(self.worst)

@@ -32,6 +32,7 @@ from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.mirror import RemoteFolder
 from tierewrite.stores.places import FilePath
+from tierewrite.tables import count
 from tierewrite.ties.tie import TiesGiven
 from tierewrite.values.confirm import refusal, refuted
 from tierewrite.values.decide import CannotBe, Values, decide
@@ -218,7 +219,8 @@ def prove(
     if not result.ok:
         first = result.problems[0]
         raise VerificationFailed(
-            f"the output is not what SRC makes ({len(result.problems)} problems, the first at '{shown(first.where)}': "
+            f"the output is not what rewriting SRC gives ({count(len(result.problems), 'problem')}, the first at "
+            f"'{shown(first.where)}': "
             f"{first.message}); nothing was left behind. This is a bug or a failing disk: please report it",
             details={"verification": result.to_json()},
         )
