@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -55,8 +56,22 @@ def test_safetensors_own_reader_opens_the_output(case: str, rewritten: Naive) ->
     for path in rewritten(case).glob("*.safetensors"):
         with safe_open(path, framework="numpy") as shard:
             names |= set(shard.keys())
-            assert shard.metadata() == {"format": "pt"}
+            if "torchao" not in case:
+                assert shard.metadata() == {"bart_autoround": None, "qwen3_mlx_head": {"format": "mlx"}}.get(
+                    case, {"format": "pt"}
+                )
     assert names == right_answer(case).keys()
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "torchao" in case])
+def test_torchaos_metadata_describes_what_is_stored(case: str, naive: Naive, rewritten: Naive) -> None:
+    before, after = (read_shard(folder / "model.safetensors")[1] for folder in (naive(case), rewritten(case)))
+    dropped = read_tensors(naive(case)).keys() - read_tensors(rewritten(case)).keys()
+    gone = {re.sub(r"\._(\w+)_(qdata|scale|zero_point)$", r".\1", name) for name in dropped}
+    assert gone and gone <= before.keys()
+    assert json.loads(after["tensor_names"]) == [n for n in json.loads(before["tensor_names"]) if n not in gone]
+    assert after.keys() == before.keys() - gone
+    assert all(after[name] == before[name] for name in after if name != "tensor_names")
 
 
 @pytest.mark.parametrize("case", CASES)

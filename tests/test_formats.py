@@ -302,6 +302,9 @@ EXPECTED_FAMILY = [
     ("llmcompressor", "compressed-tensors"),
     ("bnb", "bitsandbytes"),
     ("_bf16", "plain"),
+    ("torchao", "torchao"),
+    ("quark", "quark"),
+    ("autoround", "auto-round"),
     ("dg_", "modelopt"),
 ]
 

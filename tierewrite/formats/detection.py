@@ -41,6 +41,7 @@ class _Said:
     methods: Mapping[str, str]
     formats: Mapping[str, str]
     producers: Mapping[str, str]
+    members: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,7 @@ def _said(config: Mapping[str, Any], quant_config: Mapping[str, Any]) -> _Said:
         _texts("quant_method", (c.get("quant_method") for c in configs)),
         _texts("format", (c.get("format") for c in (*configs, *groups))),
         _texts("producer", (_mapping(c.get("producer")).get("name") for c in (*configs, quant_config))),
+        {name.lower(): f"{name} in config.json" for name, value in config.items() if isinstance(value, Mapping)},
     )
 
 
@@ -108,6 +110,7 @@ def _recognised(family: Family, said: _Said, words: Counter[str]) -> Recognised 
             (said.methods, signs.methods),
             (said.formats, signs.formats),
             (said.producers, signs.producers),
+            (said.members, signs.members),
         )
         for value in values
         if value.lower() in places

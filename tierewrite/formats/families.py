@@ -16,10 +16,14 @@ MODULES = (
     "fbgemm_fp8",
     "mxfp4",
     "gptq_awq",
+    "auto_round",
     "bitsandbytes",
     "quark",
     "torchao",
     "quanto",
+    "mlx",
+    "exl3",
+    "hqq",
 )
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(

@@ -81,6 +81,7 @@ class Signs:
         methods: values of `quantization_config.quant_method` in config.json.
         formats: values of `quantization_config.format`, or of a config group's `format`.
         producers: values of `producer.name` in hf_quant_config.json or in `quantization_config`.
+        members: objects in config.json that only this family writes beside `quantization_config`.
         endings: last words of keys that only this family writes (`weight_packed`).
         tails: ends of such last words (`_blocks`).
     """
@@ -88,6 +89,7 @@ class Signs:
     methods: tuple[str, ...] = ()
     formats: tuple[str, ...] = ()
     producers: tuple[str, ...] = ()
+    members: tuple[str, ...] = ()
     endings: tuple[str, ...] = ()
     tails: tuple[str, ...] = ()
 
@@ -104,7 +106,7 @@ class Family:
             patterns.
         kv: attention-level tensors, relative to the attention module (`k_proj.k_scale`, `k_scale`).
         own_only: suffixes whose meaning holds only where this family is detected, because another family
-            gives them another one; they stay out of the default union.
+            gives them another one, or because parameters are called so too; they stay out of the default union.
     """
 
     name: str

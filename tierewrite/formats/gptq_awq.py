@@ -15,6 +15,6 @@ from tierewrite.formats.family import Family, Signs, main, weight
 
 FAMILY = Family(
     name="gptq-awq",
-    signs=Signs(methods=("gptq", "awq", "auto-round", "intel/auto-round"), endings=("qweight", "qzeros")),
+    signs=Signs(methods=("gptq", "awq"), endings=("qweight", "qzeros")),
     companions=(*main("qweight"), *weight("qzeros", "scales", "g_idx")),
 )

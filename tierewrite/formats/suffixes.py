@@ -135,9 +135,7 @@ class _Forms(NamedTuple):
 def _forms() -> _Forms:
     parts = dict(_tables(None)[0])
     fused: dict[tuple[str, str], Companion] = {}
-    for family in FAMILIES.values():  # a suffix that means something in one family only is a companion all the same
-        for row in family.companions:
-            parts.setdefault(row.suffix, _named(row, family))
+    for family in FAMILIES.values():
         for row in family.fused:
             before, _, after = row.suffix.partition("{leaf}")
             fused.setdefault((before, after), _named(row, family))

@@ -18,10 +18,10 @@ import numpy as np
 
 from tierewrite import formats
 from tierewrite.errors import shown
+from tierewrite.formats.descriptions import TENSOR_NAMES, all_names
 from tierewrite.planning.plan import Action, RewritePlan
 from tierewrite.source.table import Checkpoint
 
-_LISTED = "tensor_names"
 _ONE_EACH = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I8", "F4"})
 """Dtypes whose elements are one parameter each; in others several may be packed, of two bits at least."""
 
@@ -35,11 +35,14 @@ def header_metadata(checkpoint: Checkpoint, plan: RewritePlan) -> tuple[dict[str
     warnings = []
     for shard in checkpoint.shards:
         for key, value in shard.metadata.items():
-            if union.setdefault(key, value) != value:
+            if union.setdefault(key, value) != value and key != TENSOR_NAMES:
                 warnings.append(
                     f"metadata '{shown(key)}' is {shown(union[key])!r} in an earlier shard and {shown(value)!r} in "
                     f"'{shown(shard.name)}'; the first is kept"
                 )
+    names = all_names(shard.metadata for shard in checkpoint.shards)
+    if names and names != _names_in(union[TENSOR_NAMES]):  # every shard lists its own
+        union[TENSOR_NAMES] = json.dumps(names)
     return (_of_the_output(union, plan) if len(union) > 1 else union), warnings
 
 
@@ -51,7 +54,7 @@ def _of_the_output(metadata: Mapping[str, str], plan: RewritePlan) -> dict[str, 
         stored = moved.target(value)
         if stored is not None:  # a note of save_model
             made[value if stored == key else key] = stored
-        elif key == _LISTED:
+        elif key == TENSOR_NAMES:
             made[key] = _listed(value, moved)
         else:
             name = moved.parameter(key)
@@ -73,7 +76,7 @@ def with_descriptions(metadata: Mapping[str, str], copies: Mapping[str, Sequence
 
     made = dict(metadata)
     for key in metadata:
-        if key == _LISTED:
+        if key == TENSOR_NAMES:
             made[key] = _listed_with(metadata[key], others)
         else:
             made.update((name, metadata[key]) for name in others(key) if name not in made)
@@ -92,30 +95,27 @@ class _Moved:
     """Under which names the output has what the source has under another."""
 
     def __init__(self, plan: RewritePlan) -> None:
-        self._plan = plan
         self._targets = plan.targets()
-        left = np.flatnonzero(plan.action == Action.DROP.code).tolist()
-        names, row = plan.source.names, plan.source.row
-        gone = [*left, *plan.new_names]
-        stay = {target.rpartition(".")[0] for target in plan.survivors()}
-        self._modules = {
-            module: self._targets[at].rpartition(".")[0]
-            for at in gone
-            if (module := names[at].rpartition(".")[0]) not in stay
-        }
-        self._row = row
+        self._row = plan.source.row
+        self._parameters = moved_parameters(plan)
 
     def target(self, name: str) -> str | None:
         """The key in the output of the tensor `name` of the source; None if it has none."""
         return self._targets[self._row[name]] if name in self._row else None
 
     def parameter(self, name: str) -> str:
-        """What the parameter `name` is called: another name where nothing of its module is left."""
-        stored = self.target(name)
-        if stored is not None:
-            return stored
-        module, _, leaf = name.rpartition(".")
-        return f"{self._modules[module]}.{leaf}" if module in self._modules else name
+        """What the parameter `name` is called in the output."""
+        return self.target(name) or self._parameters.get(name, name)
+
+
+def moved_parameters(plan: RewritePlan) -> dict[str, str]:
+    """The parameters that the output stores under another name, packed ones included -> that name."""
+    names, targets = plan.source.names, plan.targets()
+    gone = [*np.flatnonzero(plan.action == Action.DROP.code).tolist(), *plan.new_names]
+    return {
+        formats.main_parameter(names[row]) or names[row]: formats.main_parameter(targets[row]) or targets[row]
+        for row in gone
+    }
 
 
 def _listed(text: str, moved: _Moved) -> str:

@@ -8,7 +8,7 @@ Refused here (the group is kept whole and the reason recorded):
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -127,15 +127,22 @@ class GroupPlanner:
         sides: what each parameter became on disk.
         adjacency: in a smoothed checkpoint, what a module's scale was folded into.
         canonical_of: there, parameter -> canonical parameter of its slot.
+        metadata: of all headers, where it describes parameters by name.
     """
 
     def __init__(
-        self, tensors: Tensors, sides: Sides, adjacency: formats.Adjacency, canonical_of: dict[str, str]
+        self,
+        tensors: Tensors,
+        sides: Sides,
+        adjacency: formats.Adjacency,
+        canonical_of: dict[str, str],
+        metadata: Mapping[str, str],
     ) -> None:
         self._tensors = tensors
         self._sides = sides
         self._adjacency = adjacency
         self._canonical_of = canonical_of
+        self._metadata = metadata
         self._mergeable: dict[tuple[int, ...], str | None] = {}
 
     def planned(self, tie: TieGroup, first: np.ndarray, composition: np.ndarray) -> Draft:
@@ -190,6 +197,7 @@ class GroupPlanner:
         if not present:
             return None
         self._same_parts(names, present, compositions, first[0], int(slots[0]))
+        self._same_descriptions(tie, slots, present)
         exact = [
             self._line(part, present, [compositions[side].exact[part] for side in present], first)
             for part in compositions[present[0]].exact
@@ -224,6 +232,15 @@ class GroupPlanner:
             indices = [compositions[side].ranges[part][0] for side in having]
             lines.append(self._line(part, having, indices, first, companion))
         return lines
+
+    def _same_descriptions(self, tie: TieGroup, slots: np.ndarray, present: Sequence[int]) -> None:
+        """Raises Unconfirmed where metadata says that the sides are of another type or block size."""
+        for slot in slots.tolist() if self._metadata else ():
+            described = [name for side in present if (name := tie.slots[slot][side]) in self._metadata]
+            for name in described[1:]:
+                if self._metadata[name] != self._metadata[described[0]]:
+                    why = f"the header's metadata describes '{described[0]}' and '{name}' differently"
+                    raise Unconfirmed(why, slot)
 
     def _same_parts(
         self, names: Sequence[str], present: list[int], compositions: list[Composition], first: np.ndarray, slot: int

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from tierewrite import formats
+from tierewrite.formats import descriptions
 from tierewrite.planning.fates import Fates
 from tierewrite.planning.groups import Draft, GroupPlanner, Unconfirmed
 from tierewrite.planning.sides import Sides
@@ -109,7 +110,8 @@ def outcomes(
     there = np.array([bool(one.exact) for one in sides.compositions], bool)
     adjacency = _adjacency(checkpoint)
     canonical_of = {name: slot[0] for tie in ties.groups for slot in tie.slots for name in slot if adjacency.smoothed}
-    planner = _TiePlanner(GroupPlanner(tensors, sides, adjacency, canonical_of), fates)
+    metadata = descriptions.described(shard.metadata for shard in checkpoint.shards)
+    planner = _TiePlanner(GroupPlanner(tensors, sides, adjacency, canonical_of, metadata), fates)
     found: list[Outcome] = []
     at = 0
     for number, tie in enumerate(ties.groups):

@@ -136,6 +136,8 @@ class Judge:
         self.entries, self.digests, self.disk = source.tensors, digests, disk
         self.families = formats.detect(source.config, source.quant_config, self.entries.keys())
         self.adjacency = Adjacency(self.entries.keys(), source.config, source.quant_config)
+        described = [shard.metadata for shard in source.shards if "tensor_names" in shard.metadata]
+        self.described = {key: value for metadata in described for key, value in metadata.items()}
         self.tied = {name: slot[0] for group in disk.groups for slot in group.slots for name in slot}
         self.claimed: dict[str, str] = {}
         # Keys by tied module: each key is listed under every ancestor that holds a tied parameter.
@@ -277,6 +279,9 @@ class Judge:
             lone = exact.keys() ^ other.keys()
             if lone:
                 raise _NotOne(f"'{first}' and '{name}' are stored differently: {', '.join(sorted(lone))}")
+            said = {self.described[side] for side in (first, name) if side in self.described}
+            if len(said) > 1:
+                raise _NotOne(f"the header's metadata describes '{first}' and '{name}' differently")
             blob = _blob_parts(exact) if self.repack else ()
             for part, (key, _) in other.items():
                 self._same(exact[part][0], key, header_only=part in blob)

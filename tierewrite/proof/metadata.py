@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,15 +28,15 @@ def expected_header_metadata(source: Checkpoint, stands: Mapping[str, Stand]) ->
     union: dict[str, str] = {}
     for shard in source.shards:
         union = {**shard.metadata, **union}
+    listed = [name for shard in source.shards for name in _list(shard.metadata.get("tensor_names", "")) or ()]
+    if listed and list(dict.fromkeys(listed)) != _list(union["tensor_names"]):
+        union["tensor_names"] = json.dumps(list(dict.fromkeys(listed)))
     place = {key: name for name, stand in stands.items() for key in stand.sources}
-    modules = {name.rpartition(".")[0] for name in stands}
-    new_module = {key.rpartition(".")[0]: name.rpartition(".")[0] for key, name in place.items()}
+    # torchao stores `q_proj.weight` as `q_proj._weight_qdata` and others.
+    packed = {_parameter(key): _parameter(name) for key, name in place.items() if key != name}
 
     def called(parameter: str) -> str:
-        module, _, leaf = parameter.rpartition(".")
-        if parameter in place or module in modules or module not in new_module:
-            return place.get(parameter, parameter)
-        return f"{new_module[module]}.{leaf}"
+        return place.get(parameter) or packed.get(parameter, parameter)
 
     found: dict[str, str] = {}
     for key, value in union.items():
@@ -48,12 +49,24 @@ def expected_header_metadata(source: Checkpoint, stands: Mapping[str, Stand]) ->
     return found if len(union) > 1 else union
 
 
-def _renamed_list(text: str, called: Any) -> str:
+def _parameter(key: str) -> str:
+    """The parameter of which torchao's `key` holds the codes; `key` itself for all others."""
+    module, dot, leaf = key.rpartition(".")
+    found = re.fullmatch(r"_(.+)_(qdata|packed_weights?|qdata_and_metadata)", leaf)
+    return f"{module}{dot}{found[1]}" if found else key
+
+
+def _list(text: str) -> list[str] | None:
     try:
         names = json.loads(text)
     except (ValueError, RecursionError):
-        return text
-    if type(names) is not list or any(type(name) is not str for name in names):
+        return None
+    return None if type(names) is not list or any(type(name) is not str for name in names) else names
+
+
+def _renamed_list(text: str, called: Any) -> str:
+    names = _list(text)
+    if names is None:
         return text
     new: list[str] = []
     for name in map(called, names):

@@ -17,7 +17,9 @@ from collections.abc import Collection, Iterator, Mapping
 from tierewrite.source.table import TensorEntry
 
 # What a module's weight is called, packed or not, by the exporters that call it something else than it is in memory.
-_WEIGHTS = ("weight", "weight_packed", "qweight", "weight._data", "weight._data._data", "_weight_qdata")
+_WEIGHTS = (
+    "weight", "weight_packed", "qweight", "weight._data", "weight._data._data", "_weight_qdata", "trellis", "W_q",
+)  # fmt: skip
 # A parameter's codes: gpt-oss' MXFP4, torchao.
 _BLOCKS = ("_blocks", "_qdata", "_packed_weights", "_packed_weight", "_qdata_and_metadata")
 # Tensors beside a weight that do not belong to it: biases with all of theirs, and ranges of the KV cache.
