@@ -216,7 +216,7 @@ def entries_of(dtypes: dict[str, tuple[str, int]]) -> dict[str, TensorEntry]:
 @pytest.mark.parametrize("pair", [pair for pair in BELOW_A_WEIGHT if not pair[1].main], ids=name_of)
 def test_every_companion_that_stays_without_its_weight_is_an_orphan(pair: tuple[Family, Companion]) -> None:
     family, row = pair
-    if family.kv and row.suffix.startswith("output_"):
+    if row.suffix.startswith("output_"):
         names = ["down_proj"]  # below k_proj and v_proj these are ranges of the KV cache
     else:
         names = ["k_proj", "down_proj"]
