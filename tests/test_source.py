@@ -238,10 +238,10 @@ def any_form(text: str, data_bytes: int = 1) -> Found:
 
 
 # MLX orders the members of an entry in another way than safetensors does: its headers take the long way.
-HEADERS = [path for path in sorted(FIXTURES.glob("*/*/*.safetensors")) if "mlx" not in path.parts[-3]]
+REAL_HEADERS = [path for path in sorted(FIXTURES.glob("*/*/*.safetensors")) if "mlx" not in path.parts[-3]]
 
 
-@pytest.mark.parametrize("path", HEADERS, ids=lambda p: f"{p.parent.parent.name}")
+@pytest.mark.parametrize("path", REAL_HEADERS, ids=lambda p: f"{p.parent.parent.name}")
 def test_real_headers_take_the_fast_way_and_read_alike(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
