@@ -7,7 +7,8 @@ import os
 import shutil
 import socket
 import stat
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -297,3 +298,73 @@ def test_a_page_replaces_the_file_that_a_link_leads_to_and_the_link_stays(tmp_pa
     assert (tmp_path / "page.html").read_bytes() == b"new"
     assert (tmp_path / "link").is_symlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "page.html"]
+
+
+# --- bind mounts: one folder at two places ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def bound() -> Iterator[Callable[[Path, Path], Path]]:
+    """Makes a folder appear at a second place; skips where the system does not let us."""
+    mounted: list[Path] = []
+
+    def bind(folder: Path, place: Path) -> Path:
+        place.mkdir()
+        done = subprocess.run(["mount", "--bind", folder, place], capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"no bind mount can be made here: {done.stderr.strip()}")
+        mounted.append(place)
+        return place
+
+    if shutil.which("mount") is None or not hasattr(os, "geteuid") or os.geteuid() != 0:
+        pytest.skip("a bind mount needs root")
+    yield bind
+    for place in reversed(mounted):
+        subprocess.run(["umount", place], check=True)
+
+
+def test_src_at_a_second_place_is_src(tmp_path: Path, bound: Callable[[Path, Path], Path]) -> None:
+    src = checkpoint(tmp_path / "work" / "src")
+    view = bound(src, tmp_path / "view")
+    before = files(src)
+    for dst in (view, view / "out"):
+        with pytest.raises(tierewrite.UsageError):
+            rewrite(src, dst, overwrite=True)
+    with pytest.raises(tierewrite.UsageError):
+        tierewrite.rewrite(view, src, ties=src.parent / "ties.json", overwrite=True)
+    assert files(src) == before
+
+
+def test_a_dst_in_another_view_of_the_folder_that_holds_src_is_beside_it(
+    tmp_path: Path, bound: Callable[[Path, Path], Path]
+) -> None:
+    src = checkpoint(tmp_path / "work" / "src")
+    view = bound(src.parent, tmp_path / "view")
+    with pytest.raises(tierewrite.UsageError):
+        rewrite(src, view / "src", overwrite=True)
+    with pytest.raises(tierewrite.UsageError):
+        rewrite(src, view / "src" / "out")
+    rewrite(src, view / "out")
+    assert sorted(path.name for path in src.parent.iterdir()) == ["out", "src", "ties.json"]
+
+
+def test_an_object_that_is_gone_in_mid_run_is_an_error_and_nothing_stays(tmp_path: Path) -> None:
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    src = checkpoint(tmp_path / "src")
+    for path in src.iterdir():
+        store.pipe(f"/vanishes/{path.name}", path.read_bytes())
+
+    class Removing(tierewrite.Progress):
+        def start(self, phase: str, total: int) -> None:
+            store.rm("/vanishes/model.safetensors")
+
+    try:
+        with pytest.raises(tierewrite.TierewriteError) as raised:
+            tierewrite.rewrite("memory://vanishes", tmp_path / "out", ties=tmp_path / "ties.json", progress=Removing())
+        assert raised.value.exit_code in (4, 5)
+        assert "vanishes/model.safetensors" in str(raised.value)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["src", "ties.json"]
+    finally:
+        store.rm("/vanishes", recursive=True)
