@@ -210,16 +210,21 @@ def stream(
     if consumer is not None:
         from tierewrite.consumers import corrected_configs  # a tenth of a second
 
-        correct = partial(corrected_configs, consumer, trust_remote_code=trust_remote_code)
-        judge = partial(
-            check_for,
-            consumer,
-            dst=name_in_messages(src),
-            trust_remote_code=trust_remote_code,
-            force=force,
-            loader=loader,
-            consumer_python=consumer_python,
-        )
+        def correct(output: RemoteFolder) -> tuple[dict[str, bytes], tuple[str, ...]]:
+            return corrected_configs(consumer, output, ties=ties, trust_remote_code=trust_remote_code)
+
+        def judge(output: RemoteFolder) -> ReadinessReport:
+            return check_for(
+                consumer,
+                output,
+                name_in_messages(src),
+                ties=ties,
+                trust_remote_code=trust_remote_code,
+                force=force,
+                loader=loader,
+                consumer_python=consumer_python,
+            )
+
         configs, sentences, readiness = _judged(opened.checkpoint, found, configs, correct, judge)
         config_warnings = (*config_warnings, *sentences)
     warnings = tuple(dict.fromkeys((*opened.ties.warnings, *found.warnings, *config_warnings)))
