@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from blake3 import blake3
 
 from tests.checkpoints import FIXTURES
 from tierewrite import interrupts
+from tierewrite.ties.tie_map import TieMap
 
 if TYPE_CHECKING:
     from tests.s3_server import Store
@@ -110,3 +112,21 @@ def handlers() -> Iterator[None]:
     for signum, handler in before.items():
         signal.signal(signum, handler)
     interrupts.reset()
+
+
+_TIES: dict[str, TieMap] = {}
+
+
+@pytest.fixture
+def remembered_ties(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variants of one checkpoint share a config: its class is built once for all of them."""
+    resolve = TieMap.resolve
+
+    def remembered(root: Path, config: dict[str, Any], **options: Any) -> TieMap:
+        chosen = {name: str(value) for name, value in options.items() if name != "keys"}
+        key = json.dumps([config, chosen], sort_keys=True)
+        if key not in _TIES:
+            _TIES[key] = resolve(root, config, **options)
+        return _TIES[key]
+
+    monkeypatch.setattr(TieMap, "resolve", remembered)

@@ -18,8 +18,10 @@ from typing import Any
 from tierewrite.consumers.consumer import Consumer
 from tierewrite.consumers.dry_load import LoaderMode, LoaderOptions, dry_load, interpreter
 from tierewrite.consumers.findings import SCHEMA, Finding, ReadinessReport, in_order
+from tierewrite.consumers.sglang import SGLANG
 from tierewrite.consumers.sparse_copy import as_local_folder
 from tierewrite.consumers.subject import Subject
+from tierewrite.consumers.tensorrt_llm import TENSORRT_LLM
 from tierewrite.consumers.transformers import TRANSFORMERS
 from tierewrite.consumers.value_rules import look_at_values
 from tierewrite.consumers.vllm import VLLM
@@ -35,7 +37,9 @@ __all__ = [
     "corrected_configs", "refuse_no_interpreter",
 ]  # fmt: skip
 
-CONSUMERS: Mapping[str, Consumer[Any]] = {consumer.name: consumer for consumer in (VLLM, TRANSFORMERS)}
+CONSUMERS: Mapping[str, Consumer[Any]] = {
+    consumer.name: consumer for consumer in (VLLM, SGLANG, TENSORRT_LLM, TRANSFORMERS)
+}
 
 
 def check(

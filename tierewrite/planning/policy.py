@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 OnMismatch = Literal["error", "keep", "repack"]
 KVScales = Literal["keep", "merge"]
-ConsumerName = Literal["vllm", "transformers"]
-NamesFor = Literal["transformers"]
+ConsumerName = Literal["vllm", "sglang", "tensorrt-llm", "transformers"]
+NamesFor = Literal["sglang", "transformers"]
 """The consumers that need more names than one of each tie."""
 Size = int | str
 """A number of bytes, or a text such as "5GB" (powers of 1000)."""
@@ -196,6 +196,8 @@ OPTIONS: Mapping[str, Option] = {one.name: _option_of(one.name, one.default, one
 
 FOR_CONSUMER: Mapping[str, PolicyOptions] = {
     "vllm": {"kv_scales": "merge", "unify_fused_scales": True, "fix_ignore": True},
+    "sglang": {"kv_scales": "merge", "unify_fused_scales": True, "keep_names_for": "sglang"},
+    "tensorrt-llm": {"kv_scales": "merge", "unify_fused_scales": True},
     "transformers": {"keep_names_for": "transformers"},
 }
 """What a rewrite for a consumer chooses, where the caller does not. `--for` offers these names."""

@@ -81,6 +81,8 @@ class Loader(Protocol):
 
 def of_the_environment(error: BaseException, folder: str) -> bool:
     """The error says something of this environment, and nothing of the checkpoint in `folder`."""
+    if isinstance(error, Refusal):
+        return False
     if isinstance(error, (ImportError, NotImplementedError, MemoryError, Unavailable)):
         return True
     text = words(error)
@@ -97,6 +99,8 @@ def _raised_here(error: BaseException) -> bool:
 
 def words(error: BaseException) -> str:
     """The consumer's own words; where it says nothing, the function that raised."""
+    if isinstance(error, Refusal):
+        return str(error)[:1000]
     # Of pydantic's account the sentence that the consumer wrote.
     text = str(error).partition("Value error, ")[2].partition(" [type=")[0] or str(error)
     if not text and (frames := traceback.extract_tb(error.__traceback__)):
