@@ -23,6 +23,7 @@ from tierewrite.consumers.dry_load import LoaderOptions, dry_load
 from tierewrite.consumers.loaded import DryLoad
 from tierewrite.consumers.sglang import SGLANG
 
+RECORDED: dict[str, Any] = json.loads(RECORD.read_text(encoding="utf-8"))
 INTERPRETER = python()
 REASON = f"{VENV_VARIABLE} names no venv of SGLang; tests/sglang_loader/setup.sh DIR makes one"
 pytestmark = [pytest.mark.sglang, pytest.mark.skipif(INTERPRETER is None, reason=REASON)]
@@ -34,13 +35,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def real(folders: dict[str, Path]) -> dict[str, Any]:
-    """What the real loader does with every variant, with real bytes."""
-    assert INTERPRETER is not None
-    return load(INTERPRETER, folders.values())
-
-
-@pytest.fixture(scope="module")
 def dry(folders: dict[str, Path]) -> dict[str, DryLoad]:
     """What the dry load says of every variant; one process for all."""
     assert SGLANG.dry_loader is not None
@@ -49,35 +43,36 @@ def dry(folders: dict[str, Path]) -> dict[str, DryLoad]:
     return dict(zip(folders, found, strict=True))
 
 
-def test_real_loader_behaves_as_recorded(real: dict[str, Any]) -> None:
-    recorded = json.loads(RECORD.read_text(encoding="utf-8"))
-    assert real["sglang"] == recorded["sglang"]
+@pytest.mark.long
+def test_real_loader_behaves_as_recorded(folders: dict[str, Path]) -> None:
+    """Minutes: every variant is loaded three times, with real bytes."""
+    assert INTERPRETER is not None
+    real = load(INTERPRETER, folders.values())
+    assert real["sglang"] == RECORDED["sglang"]
     found = {v.name: facts(real[v.name], real[f"{v.base}-unchanged"]) for v in VARIANTS}
-    assert found == recorded["variants"]
+    assert found == RECORDED["variants"]
 
 
-def test_dry_load_finds_what_the_real_loader_does(real: dict[str, Any], dry: dict[str, DryLoad]) -> None:
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+def test_dry_load_finds_what_the_real_loader_does(variant: Variant, dry: dict[str, DryLoad]) -> None:
     """Refused where it refuses, aborted at the same key, and the same parameters unfilled, element by element."""
-    for name, one in dry.items():
-        out = real[name]
-        if "refused" in out:
-            assert one.outcome == "refused", name
-            continue
-        assert one.outcome == "loaded", (name, one.reason)
-        rank = one.ranks[0]
-        aborted = rank.refused[0].key if rank.refused else "the end" if rank.failed else None
-        assert aborted == out.get("key"), name
-        if aborted is None:
-            unfilled = {u.parameter: u.missing for u in rank.unfilled}
-            assert unfilled == out["unfilled"], name
-        assert rank.unknown == (), name
+    real, one = RECORDED["variants"][variant.name], dry[variant.name]
+    if real["outcome"] == "refused":
+        assert one.outcome == "refused"
+        return
+    assert one.outcome == "loaded", one.reason
+    rank = one.ranks[0]
+    assert (rank.refused[0].key if rank.refused else None) == real.get("key")
+    assert rank.failed is None
+    if real["outcome"] != "aborts":
+        assert {u.parameter: u.missing for u in rank.unfilled} == real.get("unfilled", {})
+    assert rank.unknown == ()
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
 def test_check_with_the_loader_has_an_error_where_the_real_one_fails(
     variant: Variant,
     folders: dict[str, Path],
-    real: dict[str, Any],
     dry: dict[str, DryLoad],
     monkeypatch: pytest.MonkeyPatch,
     remembered_ties: None,
@@ -85,11 +80,11 @@ def test_check_with_the_loader_has_an_error_where_the_real_one_fails(
     """No false alarm and no miss."""
     monkeypatch.setattr(consumers, "dry_load", lambda *_: [dry[variant.name]])  # loaded once for all
     report = check(folders[variant.name], "sglang", loader="require", consumer_python=INTERPRETER)
-    outcome = facts(real[variant.name], real[f"{variant.base}-unchanged"])["outcome"]
+    outcome = RECORDED["variants"][variant.name]["outcome"]
     fails = outcome in ("refused", "aborts", "unfilled") and variant.name != "qwen3-weight-only"  # reads no input scale
     expected = fails or (variant.finding is not None and variant.severity == "error")
     assert bool(report.errors) == expected, [str(finding) for finding in report.findings]
-    assert report.consumer_version == real["sglang"]
+    assert report.consumer_version == RECORDED["sglang"]
 
 
 def test_a_rewrite_is_checked_by_the_loader(tmp_path: Path) -> None:

@@ -42,18 +42,19 @@ def facts(out: Mapping[str, Any], good: Mapping[str, Any]) -> dict[str, Any]:
     """How the load `out` of a variant differs from `good`, the load of the checkpoint it was made of.
 
     `outcome` is "refused" (before any weight is read), "aborts" (at a key), "unfilled" (loads, parameters are
-    missing), "changed" (loads, with other numbers or other layers) or "same".
+    missing), "changed" (loads, with other numbers or other layers) or "same". `unfilled` has the elements of each
+    parameter that no key wrote, those of the good one too.
     """
     if "refused" in out:
         return {"outcome": "refused", "error": out["refused"].split("\n")[0][:120]}
     if "error" in out:
         return {"outcome": "aborts", "key": out["key"], "error": out["error"].split("\n")[0][:120]}
-    unfilled = {name: count for name, count in out["unfilled"].items() if good["unfilled"].get(name) != count}
+    more = {name: count for name, count in out["unfilled"].items() if good["unfilled"].get(name) != count}
     names = good["digests"].keys() | out["digests"].keys()
-    changed = sorted(n for n in names - unfilled.keys() if good["digests"].get(n) != out["digests"].get(n))
-    found: dict[str, Any] = {"outcome": "unfilled" if unfilled else "changed" if changed else "same"}
-    if unfilled:
-        found["unfilled"] = dict(sorted(unfilled.items())[:4]) | {"in all": len(unfilled)}
+    changed = sorted(n for n in names - more.keys() if good["digests"].get(n) != out["digests"].get(n))
+    found: dict[str, Any] = {"outcome": "unfilled" if more else "changed" if changed else "same"}
+    if out["unfilled"]:
+        found["unfilled"] = out["unfilled"]
     if changed:
         found["changed"] = [*changed[:4], *([f"and {len(changed) - 4} more"] if len(changed) > 4 else [])]
     return found | ({"warns": True} if out["warns"] > good["warns"] else {})
