@@ -23,7 +23,7 @@ import pytest
 from blake3 import blake3
 
 import tierewrite
-from tests.checkpoints import FIXTURES, Tensors, read_header, read_tensors, write_checkpoint
+from tests.checkpoints import FIXTURES, Tensors, read_header, read_shard, read_tensors, write_checkpoint, write_shard
 from tests.checkpoints import Tensor as T
 from tierewrite.errors import EXIT_REFUSED, Refused
 
@@ -843,6 +843,42 @@ FAMILIES: dict[str, dict[str, tuple[T, str | None]]] = {
         "input_scale": (T("F32", [], f32(0.02)), "max"),
         "output_scale": (T("F32", [], f32(0.03)), "max"),
     },
+    "torchao-int8-static": {
+        "_weight_qdata": (T("I8", [4, 32], bytes(128)), None),
+        "_weight_scale": (T("F32", [4, 1], f32(1, 2, 3, 4)), None),
+        "_weight_zero_point": (T("I8", [4, 1], bytes(4)), None),
+        "_weight_act_quant_scale": (T("F32", [1, 1], f32(0.5)), "max"),
+    },
+    "quanto-int4": {
+        "weight._data._data": (T("U8", [2, 32], bytes(64)), None),
+        "weight._scale": (T("BF16", [4, 1], b"\x80\x3f" * 4), None),
+        "weight._shift": (T("BF16", [4, 1], b"\x80\x3f" * 4), None),
+        "input_scale": (T("BF16", [], b"\x80\x3e"), "max"),
+    },
+    "auto-round-w4a8": {
+        "qweight": (T("I32", [4, 4], bytes(64)), None),
+        "qzeros": (T("I32", [1, 1], bytes(4)), None),
+        "scales": (T("F16", [1, 4], b"\0\x3c" * 4), None),
+        "w_bf16_to_fp8_scale": (T("BF16", [1], b"\x80\x3f"), None),
+        "act_scales": (T("BF16", [1], b"\x80\x3e"), "max"),
+    },
+    "mlx": {
+        "weight": (T("U32", [4, 4], bytes(64)), None),
+        "scales": (T("BF16", [4, 1], b"\x80\x3f" * 4), None),
+        "biases": (T("BF16", [4, 1], b"\x80\x3f" * 4), None),
+    },
+    "exl3": {
+        "trellis": (T("I16", [2, 1, 4], bytes(16)), None),
+        "suh": (T("F16", [32], b"\0\x3c" * 32), None),
+        "svh": (T("F16", [16], b"\0\x3c" * 16), None),
+        "mcg": (T("I32", [], bytes(4)), None),
+    },
+    "hqq": {
+        "W_q": (T("U8", [4, 16], bytes(64)), None),
+        "scale": (T("BF16", [4, 1], b"\x80\x3f" * 4), None),
+        "zero": (T("BF16", [4, 1], b"\x80\x3f" * 4), None),
+        "nbits": (T("I32", [], b"\4\0\0\0"), None),
+    },
 }
 
 
@@ -903,6 +939,65 @@ def test_family_is_refused_when_one_weight_derived_tensor_differs_or_has_no_twin
     assert not (tmp_path / "dst").exists()
     result, _ = rewritten(source, ties=ties, on_mismatch="keep")
     assert result == read_tensors(source)
+
+
+TORCHAO = {
+    "_weight_qdata": T("I8", [4, 32], bytes(128)),
+    "_weight_scale": T("F32", [4, 1], f32(1, 2, 3, 4)),
+}
+
+
+def described_by(target_dtype: str) -> str:
+    data = {"target_dtype": {"_type": "torch.dtype", "_data": target_dtype}, "block_size": [1, 32]}
+    return json.dumps({"_type": "IntxUnpackedToInt8Tensor", "_data": data, "_tensor_data_names": ["qdata", "scale"]})
+
+
+def describe(source: Path, entries: dict[str, str]) -> None:
+    """Writes torchao's description of these parameters into the header."""
+    tensors, _ = read_shard(source / "model.safetensors")
+    write_shard(source / "model.safetensors", tensors, {**entries, "tensor_names": json.dumps(list(entries))})
+
+
+def test_sides_that_torchao_describes_differently_are_two_weights(tmp_path: Path) -> None:
+    source, ties = tied_linears(tmp_path, {"dec.proj": TORCHAO, "enc.proj": TORCHAO})
+    describe(source, {"dec.proj.weight": described_by("int4"), "enc.proj.weight": described_by("int8")})
+    with pytest.raises(Refused, match=r"metadata describes 'dec\.proj\.weight' and 'enc\.proj\.weight' differently"):
+        tierewrite.rewrite(source, tmp_path / "dst", ties=ties, device="cpu")
+    result, _ = rewritten(source, ties=ties, on_mismatch="keep")
+    assert result == read_tensors(source)
+
+
+@pytest.mark.parametrize("dropped_before", [False, True])
+def test_torchaos_description_goes_and_is_renamed_with_the_tensors(tmp_path: Path, dropped_before: bool) -> None:
+    bias = {"bias": T("BF16", [4], bytes(8))}  # the module of the alias stays
+    canonical = {} if dropped_before else TORCHAO
+    source, ties = tied_linears(tmp_path, {"dec.proj": {**canonical, **bias}, "enc.proj": {**TORCHAO, **bias}})
+    entry, plain = described_by("int4"), json.dumps({"_type": "Tensor"})
+    entries = {"enc.proj.weight": entry, "enc.proj.bias": plain, "dec.proj.bias": plain}
+    describe(source, entries if dropped_before else {**entries, "dec.proj.weight": entry})
+    dst = tmp_path / "dst"
+    tierewrite.rewrite(source, dst, ties=ties, device="cpu")
+    metadata = read_shard(dst / "model.safetensors")[1]
+    left = {"dec.proj.weight": entry, "dec.proj.bias": plain, "enc.proj.bias": plain}
+    assert {key: value for key, value in metadata.items() if key != "tensor_names"} == left
+    assert sorted(json.loads(metadata["tensor_names"])) == sorted(left)
+    assert tierewrite.verify(source, dst, ties=ties).ok
+
+
+def test_exl3s_list_of_tensors_follows_them(tmp_path: Path) -> None:
+    exl3 = {name: t for name, (t, _) in FAMILIES["exl3"].items()}
+    source, ties = tied_linears(tmp_path, {"dec.proj": exl3, "enc.proj": exl3})
+    listed = {
+        module: {"stored_tensors": {f"{module}.{name}": {"shape": t[1]} for name, t in exl3.items()}}
+        for module in ("dec.proj", "enc.proj", "norm")
+    }
+    beside = source / "quantization_config.json"
+    beside.write_text(json.dumps({"quant_method": "exl3", "tensor_storage": listed}, indent=4))
+    tierewrite.rewrite(source, tmp_path / "dst", ties=ties, device="cpu")
+    made = (tmp_path / "dst" / "quantization_config.json").read_text()
+    del listed["enc.proj"]
+    assert made == json.dumps({"quant_method": "exl3", "tensor_storage": listed}, indent=4)
+    assert tierewrite.verify(source, tmp_path / "dst", ties=ties).ok
 
 
 FUSED: dict[str, dict[str, tuple[T, str | None]]] = {

@@ -10,6 +10,7 @@ import pytest
 
 from tests.checkpoints import FIXTURES, read_shapes
 from tierewrite.formats import FAMILIES, Adjacency, Role, classify, concerns, detect, kv_scale
+from tierewrite.formats.detection import recognise, unknown_words
 from tierewrite.formats.ignore_lists import (
     CONFIG,
     QUANT_CONFIG,
@@ -111,6 +112,23 @@ WRITTEN = [
             "input_rotation": J,
         },
     ),
+    ("AutoRound FP8", {"weight": W, "weight_scale": W, "weight_zp": W, "input_scale": (A, "max")}),
+    ("AutoRound W4A8", {"qweight": W, "w_bf16_to_fp8_scale": W, "act_scales": (A, "max")}),
+    (
+        "torchao",
+        {
+            "_weight_qdata": W,
+            "_weight_scale": W,
+            "_weight_zero_point": W,
+            "_weight_per_tensor_scale": W,
+            "_weight_act_pre_scale": J,
+            "_weight_act_quant_scale": (A, "max"),
+            "_weight_act_per_tensor_scale": (A, "max"),
+        },
+    ),
+    ("quanto", {"weight._data": W, "weight._data._data": W, "weight._scale": W, "weight._shift": W}),
+    ("MLX", {"weight": W, "scales": W, "biases": W}),
+    ("EXL3", {"trellis": W, "suh": W, "svh": W, "su": W, "sv": W, "mcg": W, "mul1": W}),
     ("plain", {"weight": W, "bias": P}),
 ]
 FUSED = [
@@ -126,6 +144,8 @@ FUSED = [
     ("down_proj", "down_proj_scales", W, None),
     ("down_proj", "down_proj.absmax", W, None),  # bitsandbytes on a parameter
     ("down_proj", "down_proj.quant_state.bitsandbytes__nf4", W, None),
+    ("gate_up_proj", "_gate_up_proj_qdata", W, None),  # torchao
+    ("gate_up_proj", "_gate_up_proj_act_quant_scale", A, "max"),
     ("bias", "bias", W, None),  # a bias that the tie map names is a weight of its own
     ("scale", "scale", W, None),  # DiffusionGemma's router.scale
     ("per_expert_scale", "per_expert_scale", W, None),
@@ -277,7 +297,20 @@ def test_kv_scale_is_none_for_anything_else(key: str) -> None:
         ({"quantization_config": {"quant_method": "AWQ"}}, {}, ["a.scales"], ("gptq-awq",)),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, {}, ["a.weight_format"], ("bitsandbytes",)),
         ({"quantization_config": {"quant_method": "quark"}}, {}, ["a.weight_scale"], ("quark",)),
-        ({"quantization_config": {"quant_method": "mxfp4"}}, {}, ["a.up_proj_scales"], ("mxfp4",)),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, {}, ["a.per_expert_scales"], ("plain",)),
+        (
+            {"quantization_config": {"quant_method": "fbgemm_fp8"}},
+            {},
+            ["e.up_proj", "e.up_proj_scale"],
+            ("fbgemm-fp8",),
+        ),
+        ({"quantization_config": {"quant_method": "auto-round"}}, {}, ["a.weight_scale"], ("auto-round",)),
+        ({"quantization_config": {"quant_method": "auto-round"}}, {}, ["a.qweight"], ("gptq-awq", "auto-round")),
+        ({}, {}, ["a.trellis"], ("exl3",)),
+        ({}, {}, ["a.W_q"], ("hqq",)),
+        ({}, {}, ["a.scale", "a.zero", "a.shape"], ("plain",)),
+        ({}, {}, ["a.weight", "a.scales", "a.biases"], ("mlx",)),
+        ({"quantization": {"mode": "mxfp4"}}, {}, ["a.weight", "a.scales"], ("mlx",)),
         ({"quantization_config": {"quant_method": "fbgemm_fp8"}}, {}, ["a.weight_scale"], ("fbgemm-fp8",)),
         ({}, {}, ["a.weight_scale_2"], ("modelopt",)),
         ({}, {}, ["a.weight_packed"], ("compressed-tensors",)),
@@ -296,6 +329,26 @@ def test_kv_scale_is_none_for_anything_else(key: str) -> None:
 )
 def test_detect(config: dict, quant_config: dict, keys: list[str], families: tuple[str, ...]) -> None:
     assert detect(config, quant_config, keys) == families
+
+
+def test_recognise_says_by_what() -> None:
+    config = {"quantization_config": {"quant_method": "TorchAO"}}
+    (found,) = recognise(config, {}, ["a._weight_qdata", "a._weight_scale", "b._up_proj_qdata", "b.weight"])
+    assert (found.family, found.keys, found.configs) == ("torchao", ("*_qdata",), ("quant_method TorchAO",))
+    assert found.by == "tensors *_qdata; quant_method TorchAO"
+
+
+def test_a_config_alone_shows_no_format() -> None:
+    (found,) = recognise({"quantization_config": {"quant_method": "torchao"}}, {}, ["a.weight"])
+    assert (found.family, found.keys) == ("torchao", ())
+    (strange,) = recognise({"quantization_config": {"quant_method": "aqlm"}}, {}, ["a.codes"])
+    assert (strange.family, strange.keys, strange.configs) == ("aqlm", (), ("quant_method aqlm",))
+
+
+def test_packed_tensors_of_no_known_format_are_named() -> None:
+    tensors = [("a.codes", "I16"), ("b.codes", "I16"), ("a.codebooks", "F16"), ("a.qweight", "I32"), ("a.scale", "U8")]
+    assert unknown_words(tensors, ("plain",)) == {"codes": ("I16", 2), "scale": ("U8", 1)}
+    assert unknown_words(tensors, ("hqq",)) == {"codes": ("I16", 2)}
 
 
 EXPECTED_FAMILY = [

@@ -11,6 +11,7 @@ import numpy as np
 
 from tierewrite import formats
 from tierewrite.errors import shown
+from tierewrite.formats.detection import Recognised, recognise, unknown_words
 from tierewrite.source.open import open_checkpoint
 from tierewrite.source.table import Checkpoint, gc_paused
 from tierewrite.stores.base import PathLike
@@ -32,15 +33,20 @@ class Inspection(Summary):
 
     Attributes:
         checkpoint: the headers.
-        families: names of the quantization families that are present.
+        recognised: the quantization families, and what shows each; also those of which only a config speaks.
         ties: the declared ties; None if they were not asked for.
         disk: the same under the names that are on disk.
     """
 
     checkpoint: Checkpoint
-    families: tuple[str, ...]
+    recognised: tuple[Recognised, ...]
     ties: TieMap | None
     disk: DiskTies | None
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Names of the quantization families that tensors are written in; ("plain",) where there are none."""
+        return tuple(found.family for found in self.recognised if found.keys) or ("plain",)
 
     def one_line(self) -> str:
         """See `Summary`."""
@@ -50,6 +56,9 @@ class Inspection(Summary):
     def lines(self) -> Iterator[RenderableType]:
         """See `Summary`."""
         yield text(self.one_line())
+        for found in self.recognised:
+            if found.keys:
+                yield text(f"  {found.family}: {shown(found.by)}")
         shards = table("shard", "tensors", "file size")
         for shard, number in zip(self.checkpoint.shards, self.shard_counts, strict=True):
             shards.add_row(text(shown(shard.name)), f"{number:,}", size(shard.size))
@@ -86,7 +95,20 @@ class Inspection(Summary):
     def warnings(self) -> tuple[str, ...]:
         """What a person should look at."""
         ties = self.ties.warnings if self.ties is not None else ()
-        return (*self.checkpoint.warnings, *ties, *(self.disk.warnings if self.disk is not None else ()))
+        disk = self.disk.warnings if self.disk is not None else ()
+        return (*self.checkpoint.warnings, *ties, *disk, *self._format_warnings())
+
+    def _format_warnings(self) -> Iterator[str]:
+        for found in self.recognised:
+            if not found.keys and found.family in formats.FAMILIES:
+                yield f"a config says {shown(found.by)}, but no tensor is in the format '{found.family}'"
+            elif not found.keys:
+                yield f"a config says {shown(found.by)}: that format is not known here"
+        tensors = self.checkpoint.tensors
+        dtypes = [dtype for dtype, _ in tensors.kinds]
+        packed = ((name, dtypes[kind]) for name, kind in zip(tensors.names, tensors.kind.tolist(), strict=True))
+        for word, (dtype, number) in unknown_words(packed, self.families).items():
+            yield f"tensors '{shown(word)}' ({number:,}, {dtype}) are packed in a format that is not known here"
 
     @property
     def shard_counts(self) -> list[int]:
@@ -107,6 +129,10 @@ class Inspection(Summary):
             ],
             "dtypes": {d: {"tensors": n, "bytes": total} for d, (n, total) in self.dtypes.items()},
             "formats": list(self.families),
+            "recognised": [
+                {"format": found.family, "tensors": list(found.keys), "configs": list(found.configs)}
+                for found in self.recognised
+            ],
             "side_files": [{"name": side.name, "bytes": side.size} for side in self.checkpoint.side_files],
             "ties": None if self.ties is None or self.disk is None else _ties_json(self.ties, self.disk),
             "tensors": [
@@ -175,5 +201,5 @@ def inspect(
     if declared:
         tie_map = TieMap.of(checkpoint, ties, trust_remote_code)
         disk = on_disk(tie_map, keys, checkpoint.tensors)
-    families = formats.detect(checkpoint.config, checkpoint.quant_config, keys)
-    return Inspection(checkpoint, families, tie_map, disk)
+    recognised = recognise(checkpoint.config, checkpoint.quant_config, keys)
+    return Inspection(checkpoint, recognised, tie_map, disk)

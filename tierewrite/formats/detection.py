@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from tierewrite.formats.families import FAMILIES
 from tierewrite.formats.family import Family
+from tierewrite.formats.suffixes import (
+    classify,
+    fused_parameters,
+    is_own_parameter,
+    main_parameter,
+    part_of_weight,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +99,30 @@ def _words(name: str) -> _Words:
     )
 
 
-def _shown(words: Counter[str], whole: Collection[str], tails: tuple[str, ...]) -> tuple[str, ...]:
-    """Which of `words` show a family, the most frequent first; those with its tails as a pattern."""
+def _mains(word: str, tail: str) -> tuple[str, ...]:
+    """What the tensor may be called to which the companion `word` of a fused parameter belongs."""
+    stem = word.removesuffix(tail)
+    return stem, f"{stem}_blocks"
+
+
+def _shown(
+    words: Counter[str], whole: Collection[str], tails: tuple[str, ...], beside: Set[str] | None = None
+) -> tuple[str, ...]:
+    """Which of `words` show a family, the most frequent first; those with its tails as a pattern.
+
+    Args:
+        beside: words one of which a word with a tail has to belong to; None: its tails are enough.
+    """
     found: Counter[str] = Counter()
     for word, count in words.items():
         if word in whole:
             found[word] += count
-        elif tails and word.endswith(tails):
-            found["*" + next(tail for tail in tails if word.endswith(tail))] += count
+            continue
+        for tail in tails:
+            # `gate_up_proj_scale` beside `gate_up_proj`; a `per_expert_scale` is nobody's.
+            if word.endswith(tail) and (beside is None or not beside.isdisjoint(_mains(word, tail))):
+                found[f"*{tail}"] += count
+                break
     return tuple(sorted(found, key=lambda word: (-found[word], word)))
 
 
@@ -118,7 +142,7 @@ def _recognised(family: Family, said: _Said, words: Counter[str]) -> Recognised 
     keys = _shown(words, signs.endings, signs.tails)
     if not keys and configs:
         known = _words(family.name)
-        keys = _shown(words, known.whole, known.tails)
+        keys = _shown(words, known.whole, known.tails, words.keys())
     return Recognised(family.name, keys, configs) if keys or configs else None
 
 
@@ -147,3 +171,37 @@ def detect(config: Mapping[str, Any], quant_config: Mapping[str, Any], keys: Col
         Names of families in the order of `FAMILIES`; ("plain",) when none shows.
     """
     return tuple(found.family for found in recognise(config, quant_config, keys) if found.keys) or ("plain",)
+
+
+_PACKED = re.compile(r"[IU](4|8|16|32)|F(4|6|8)_.*")
+
+
+def unknown_words(tensors: Iterable[tuple[str, str]], families: tuple[str, ...]) -> dict[str, tuple[str, int]]:
+    """Last words of packed tensors that no family explains -> dtype and number, the most frequent first.
+
+    Args:
+        tensors: name and dtype of each.
+        families: as of `detect`.
+    """
+    found: Counter[tuple[str, str]] = Counter()
+    for name, dtype in tensors:
+        if _PACKED.fullmatch(dtype) and not _explained(name, families):
+            found[name.rpartition(".")[2], dtype] += 1
+    return {word: (dtype, number) for (word, dtype), number in found.most_common()}
+
+
+def _explained(name: str, families: tuple[str, ...]) -> bool:
+    """Whether some family gives a tensor this name, or it is a parameter or buffer of its own."""
+    word = name.rpartition(".")[2]
+    return (
+        part_of_weight(name) is not None
+        or main_parameter(name) is not None
+        or is_own_parameter(name)
+        or classify("weight", word, families) is not None
+        or bool(fused_parameters(name))
+        or word.endswith("_proj")
+        or word in _BUFFERS
+    )
+
+
+_BUFFERS = frozenset({"position_ids", "token_type_ids", "num_batches_tracked", "relative_position_index"})
