@@ -38,8 +38,8 @@ SCHEMAS = (
     Schema(
         "tierewrite/inspection/1",
         "`inspect --json`",
-        "`shards`, `dtypes`, `formats`, `recognised` (by which tensors and configs), `side_files`, `ties` (`groups` with "
-        "`origins`), `tensors`",
+        "`shards`, `dtypes`, `formats`, `recognised` (by which tensors and configs), `side_files`, `ties` (`groups` "
+        "with `origins`), `tensors`",
     ),
     Schema(
         "tierewrite/verification/1",
