@@ -120,7 +120,11 @@ def _locked(path: Path) -> Iterator[None]:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         fd = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("another process is hashing this checkpoint; waiting for it")
+            fcntl.flock(fd, fcntl.LOCK_EX)
     except OSError as error:
         log.info("digests are not shared with other processes: %s", error)
     try:
