@@ -33,6 +33,7 @@ from tierewrite.stores.base import PathLike
 from tierewrite.stores.mirror import RemoteFolder
 from tierewrite.stores.places import FilePath
 from tierewrite.tables import count
+from tierewrite.ties.quantizers import quant_method
 from tierewrite.ties.tie import TiesGiven
 from tierewrite.values.confirm import refusal, refuted
 from tierewrite.values.decide import CannotBe, Values, decide
@@ -84,8 +85,9 @@ def with_needed(opened: Opened, policy: Policy, consumer: str | None = None) -> 
     Args:
         consumer: for whom the output is.
     """
-    if policy.keep_names_for is None and "quantization_config" not in opened.checkpoint.config:
-        return opened  # the consumers, which take time to import, have nothing to say
+    of_nobody = policy.keep_names_for is None
+    if of_nobody and (consumer is not None or quant_method(opened.checkpoint.config) is None):
+        return opened  # the consumers, which take a tenth of a second to import, have nothing to say
     from tierewrite.consumers.needed import with_needed_names
 
     return with_needed_names(opened, policy, consumer)

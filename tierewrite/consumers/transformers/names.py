@@ -25,40 +25,18 @@ from tierewrite.planning.plan import NeededNames
 from tierewrite.planning.policy import Policy
 from tierewrite.source.table import TensorEntry
 from tierewrite.ties.on_disk import DiskTies
+from tierewrite.ties.quantizers import BY_MACHINE, ONE_PARAMETER, quant_method
 from tierewrite.values.opened import Opened
 
 CONSUMER = "transformers"
 LOADER = DryLoader("transformers", "transformers", Path(__file__).with_name("dry_load.py"))
 TIMEOUT_SECONDS = 600.0
 
-# quantizers/auto.py AUTO_QUANTIZATION_CONFIG_MAPPING
-QUANT_METHODS = frozenset(
-    {
-        "awq", "bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit", "gptq", "aqlm", "quanto", "quark",
-        "fouroversix", "fp_quant", "eetq", "higgs", "hqq", "compressed-tensors", "fbgemm_fp8", "torchao", "bitnet",
-        "vptq", "spqr", "fp8", "mxfp8", "auto-round", "mxfp4", "metal", "sinq", "nvfp4", "gguf", "gemma",
-    }
-)  # fmt: skip
-# Quantizers with a "deserialize" operation (quantizers/base.py `get_load_operations`): what they store beside a weight
-# becomes part of the one tied parameter, and a side that has it without its weight cannot be loaded.
-ONE_PARAMETER = frozenset(
-    {"bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit", "torchao", "sinq", "fp_quant", "bitnet", "gguf"}
-)
-# Quantizers that keep the scales in the module on a GPU, and decode the weight where there is none (quantizers/
-# quantizer_finegrained_fp8.py, quantizer_mxfp4.py): only sides that are complete suit both.
-BY_MACHINE = frozenset({"fp8", "mxfp8", "fbgemm_fp8", "mxfp4", "metal"})
 # The packages that transformers imports for a quantizer, where their name is another one.
 PACKAGES = {
     "compressed-tensors": "compressed_tensors", "awq": "gptqmodel", "gptq": "gptqmodel", "auto-round": "auto_round",
     "quanto": "optimum",
 }  # fmt: skip
-
-
-def quant_method(config: Mapping[str, Any]) -> str | None:
-    """The quantizer of a config.json, if transformers loads it itself; else None."""
-    found = config.get("quantization_config")
-    method = str(found.get("quant_method") or "").lower() if isinstance(found, dict) else ""
-    return method if method in QUANT_METHODS else None
 
 
 def needed_names(opened: Opened) -> NeededNames:

@@ -19,9 +19,10 @@ from tierewrite.consumers import common_rules
 from tierewrite.consumers.findings import Finding
 from tierewrite.consumers.rules import Rule, RuleSet
 from tierewrite.consumers.subject import Subject
-from tierewrite.consumers.transformers.names import QUANT_METHODS, missed_names
+from tierewrite.consumers.transformers.names import missed_names
 from tierewrite.source.table import INDEX_NAME
 from tierewrite.ties.on_disk import WHOLE, on_disk
+from tierewrite.ties.quantizers import QUANT_METHODS
 
 MODELING = "modeling_utils.py"
 WHOLE_FILE = "model.safetensors"
@@ -176,7 +177,7 @@ SCALE_MISSING = Rule(
     severity="error",
     consequence="transformers ties parameters by name, and these by none: they stay uninitialised, with a table on the "
     "log",
-    fix="rewrite with --for transformers, from a source that has both sides",
+    fix="expand with --for transformers writes them out again; rewrite with --for transformers keeps them",
     source=f"{MODELING} PreTrainedModel.tie_weights",
 )
 
