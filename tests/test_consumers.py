@@ -13,7 +13,7 @@ import pytest
 
 import tierewrite
 from tests.checkpoints import FIXTURES, count_calls
-from tests.defects import CONTROLS, DECODER, DEFECTS, ENCODER, Defect, Draft, make_good
+from tests.defects import CONTROLS, DECODER, DEFECTS, ENCODER, Defect, Draft, Raw, make_good
 from tests.test_vllm_classes import KINDS
 from tests.vllm_loader.table import tables
 from tierewrite import cli, consumers
@@ -470,6 +470,20 @@ TRANSFORMERS: list[tuple[str, str, str, Callable[[Draft], None]]] = [
     ("index-missing", "error", "dg_nvfp4_sharded", lambda d: setattr(d, "index", None)),
     ("architectures", "error", "dg_bf16", lambda d: d.config.update(architectures=["NoSuchModel"], model_type="x")),
 ]
+
+
+def test_of_several_names_of_a_tie_only_those_that_differ_are_said_to(tmp_path: Path) -> None:
+    draft = Draft.read(FIXTURES / "bart_bf16" / "naive")
+    shared = draft["model.shared.weight"]
+    draft["model.encoder.embed_tokens.weight"] = draft["model.decoder.embed_tokens.weight"] = shared
+    draft["lm_head.weight"] = Raw(shared.dtype, shared.shape, bytes(len(shared.data)))
+    draft.write(tmp_path / "v")
+    report = check(tmp_path / "v", "transformers")
+    (differing,) = [finding for finding in report.findings if finding.id == "tie-not-confirmed"]
+    assert differing.where == ("lm_head.weight",)
+    (same,) = [finding for finding in report.findings if finding.id == "duplicate-names"]
+    assert "lm_head.weight" not in same.where
+    assert len(same.where) == 3
 
 
 @pytest.mark.parametrize(("which", "severity", "base", "edit"), TRANSFORMERS, ids=[row[0] for row in TRANSFORMERS])

@@ -238,10 +238,10 @@ def shapes(s: Subject) -> Iterator[Finding]:
 
 TIE_NOT_CONFIRMED = Rule(
     id="tie-not-confirmed",
-    title="names of a declared tie hold different bytes",
+    title="names of a declared tie hold other bytes than its canonical name",
     severity="warning",
     consequence="transformers declines the tie and loads each",
-    fix="set tie_word_embeddings to false if they are meant to differ",
+    fix="if they are meant to differ, rewrite --on-mismatch keep --fix-config makes config.json say what is stored",
     source=f"{MODELING} PreTrainedModel.tie_weights",
 )
 DUPLICATE_NAMES = Rule(
@@ -264,14 +264,18 @@ def ties(s: Subject) -> Iterator[Finding]:
     for key, (parameter, part) in s.places.items():
         if part == WHOLE:
             sides.setdefault(s.canonical.get(parameter, parameter), []).append(key)
-    meeting = sorted((k for k in sides.values() if len(k) > 1), key=lambda keys: s.entries[keys[0]].nbytes)
-    verdicts = s.equal(tuple(s.entries[k] for k in keys) for keys in meeting)
+    leads = {root: next((k for k in keys if s.places[k][0] == root), keys[0]) for root, keys in sides.items()}
+    pairs = [(leads[root], key) for root, keys in sides.items() for key in keys if key != leads[root]]
+    pairs.sort(key=lambda pair: s.entries[pair[0]].nbytes)
+    verdicts = s.equal((s.entries[lead], s.entries[key]) for lead, key in pairs)
     differ: list[str] = []
-    same: list[str] = []
-    for keys, verdict in zip(meeting, verdicts, strict=True):
-        (differ if verdict is False else same).extend(keys)
+    same: dict[str, None] = {}
+    for pair, verdict in zip(pairs, verdicts, strict=True):
+        if verdict is False:
+            differ.append(pair[1])
+        else:
+            same.update(dict.fromkeys(pair))
     if differ:
-        yield TIE_NOT_CONFIRMED.at(differ, f"{len(differ)} names of declared ties hold different bytes")
+        yield TIE_NOT_CONFIRMED.at(differ, f"{len(differ)} {TIE_NOT_CONFIRMED.title}")
     if same:
-        yield DUPLICATE_NAMES.at(same, f"{len(same)} names of declared ties, stored more than once")
-
+        yield DUPLICATE_NAMES.at(list(same), f"{len(same)} names of declared ties, stored more than once")
