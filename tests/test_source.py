@@ -33,7 +33,6 @@ from tierewrite.errors import (
     shown,
 )
 from tierewrite.source import header as header_room
-from tierewrite.source import table
 from tierewrite.source.folder import natural_key, open_folder
 from tierewrite.source.header import read_header
 from tierewrite.source.index import read_index
@@ -803,9 +802,9 @@ def test_a_pause_of_the_collector_ends_with_nothing_frozen_or_thawed() -> None:
     class Seen:
         itself: Any = None
 
-    with table.gc_paused():
+    with header_room.gc_paused():
         assert not gc.isenabled()
-        with table.gc_paused():
+        with header_room.gc_paused():
             pass
         assert not gc.isenabled()
         seen = Seen()
@@ -818,7 +817,7 @@ def test_a_pause_of_the_collector_ends_with_nothing_frozen_or_thawed() -> None:
     gc.freeze()
     try:
         frozen = gc.get_freeze_count()
-        with table.gc_paused():
+        with header_room.gc_paused():
             pass
         assert gc.get_freeze_count() > frozen // 2  # other threads may end a few; thawed, there would be none
     finally:

@@ -28,7 +28,7 @@ from tierewrite.planning.policy import KVScales, NamesFor, Policy
 from tierewrite.report import Report, build_report
 from tierewrite.rewriting.options import Device
 from tierewrite.source.dtypes import PAIRS, SAFETENSORS_OF_TORCH
-from tierewrite.source.table import Checkpoint, Shard, TensorEntry, Tensors, gc_paused
+from tierewrite.source.table import Checkpoint, Shard, TensorEntry, Tensors
 from tierewrite.ties.on_disk import on_disk
 from tierewrite.ties.tie_map import TieMap
 from tierewrite.values.confirm import refusal, refuted
@@ -92,8 +92,7 @@ def dedupe_state_dict(
     config = _config_of(ties)
     checkpoint = _described(state_dict, config)
     tie_map = _ties_of(ties, config, state_dict.keys())
-    with gc_paused():
-        disk = on_disk(tie_map, state_dict.keys(), checkpoint.tensors)
+    disk = on_disk(tie_map, state_dict.keys(), checkpoint.tensors)
     hasher = _Hasher(state_dict, device)
     opened = with_needed_names(Opened(checkpoint, tie_map, disk), policy)
     evidence = Evidence()

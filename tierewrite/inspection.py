@@ -13,7 +13,7 @@ from tierewrite import formats
 from tierewrite.errors import shown
 from tierewrite.formats.detection import Recognised, recognise, unknown_words
 from tierewrite.source.open import open_checkpoint
-from tierewrite.source.table import Checkpoint, gc_paused
+from tierewrite.source.table import Checkpoint
 from tierewrite.stores.base import PathLike
 from tierewrite.tables import Summary, table, text, ties_lines, warning_lines
 from tierewrite.ties.on_disk import DiskTies, on_disk
@@ -168,7 +168,6 @@ def _ties_json(ties: TieMap, disk: DiskTies) -> dict[str, Any]:
     }
 
 
-@gc_paused()
 def inspect(
     src: PathLike,
     *,

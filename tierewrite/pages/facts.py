@@ -29,7 +29,7 @@ from tierewrite.planning.plan import kind_of
 from tierewrite.planning.policy import ConsumerName
 from tierewrite.source.folder import natural_key, open_folder, refuse_half_written
 from tierewrite.source.open import open_checkpoint, rename_in_errors
-from tierewrite.source.table import MANIFEST_NAME, Checkpoint, gc_paused
+from tierewrite.source.table import MANIFEST_NAME, Checkpoint
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.places import FilePath, is_local, is_remote, located
 
@@ -349,7 +349,6 @@ def _scale(name: str, tensor: Mapping[str, Any]) -> Scale:
     )
 
 
-@gc_paused()
 def read_facts(
     path: PathLike,
     consumer: ConsumerName | Sequence[ConsumerName] | None = None,

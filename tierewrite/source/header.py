@@ -14,8 +14,11 @@ then the data). The rules were compared with `safetensors` 0.8.0 by running it; 
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
 import os
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ import numpy as np
 from tierewrite.errors import HeaderError, SourceChanged, shown
 from tierewrite.source.regular_files import opened, read_from, resolved_path
 from tierewrite.source.strict_json import MAX_DEPTH, BadJson, as_dict, kind_of_json, strict_json
-from tierewrite.source.table import DTYPE_BITS, Kind, Shard, TensorEntry, Tensors, gc_paused
+from tierewrite.source.table import DTYPE_BITS, Kind, Shard, TensorEntry, Tensors
 from tierewrite.stores.base import PathLike
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit (MAX_HEADER_SIZE)
@@ -175,6 +178,22 @@ def _table(found: dict[str, _Tensor], data_bytes: int, shard: int, base: int) ->
     if not tiled or ((sizes != ends - starts) & (sizes != _UNKNOWN)).any() or base + data_bytes > _I64_MAX:
         return None
     return Tensors(names, np.full(len(names), shard, np.int32), starts + base, ends + base, kind, tuple(number))
+
+
+@contextlib.contextmanager
+def gc_paused() -> Iterator[None]:
+    """No cyclic garbage collection: it would scan a million young containers over and over, at twice the time."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            if not gc.get_freeze_count():
+                # What was made meanwhile counts as old from here on: the next allocation would scan it all.
+                gc.freeze()
+                gc.unfreeze()
+            gc.enable()
 
 
 @gc_paused()  # parsed without a schema, every tensor is several containers for the collector to visit

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,22 +29,6 @@ DTYPE_BITS: Mapping[str, int] = {
     "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 """Bits an element takes, for the dtypes that safetensors 0.8 knows. A dtype may be missing here: use `.get`."""
-
-
-@contextlib.contextmanager
-def gc_paused() -> Iterator[None]:
-    """No cyclic garbage collection: it would scan a million young containers over and over, at twice the time."""
-    running = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if running:
-            if not gc.get_freeze_count():
-                # What was made meanwhile counts as old from here on: the next allocation would scan it all.
-                gc.freeze()
-                gc.unfreeze()
-            gc.enable()
 
 
 class TensorEntry(NamedTuple):

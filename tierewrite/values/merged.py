@@ -11,7 +11,7 @@ from tierewrite.numbers import merging
 from tierewrite.planning.checks import ScaleMerge
 from tierewrite.planning.plan import Action, RewritePlan
 from tierewrite.source.bytes import read_tensors
-from tierewrite.source.table import Checkpoint, gc_paused
+from tierewrite.source.table import Checkpoint
 from tierewrite.values.content import Patch
 
 
@@ -63,7 +63,6 @@ class MergedScales:
     warnings: tuple[str, ...]
 
 
-@gc_paused()
 def merge_scales(
     checkpoint: Checkpoint,
     plan: RewritePlan,

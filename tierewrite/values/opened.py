@@ -12,7 +12,7 @@ from tierewrite.planning.planner import plan as make_plan
 from tierewrite.planning.policy import Policy
 from tierewrite.source.open import open_checkpoint
 from tierewrite.source.side_files import excluding, other_weights
-from tierewrite.source.table import Checkpoint, gc_paused
+from tierewrite.source.table import Checkpoint
 from tierewrite.stores.mirror import Place
 from tierewrite.ties.on_disk import DiskTies, on_disk, without_wrappers
 from tierewrite.ties.tie import TiesGiven
@@ -102,7 +102,6 @@ class Opened:
     needed: NeededNames = field(default_factory=NeededNames)
 
     @classmethod
-    @gc_paused()
     def open(
         cls,
         src: Place,
