@@ -50,7 +50,7 @@ UNEXPECTED = replace(
     title="tensors belong to no parameter",
     when=f"plain tensors; {_SAYS}",
     consequence="the load aborts at the first of them",
-    fix="export again, or remove them from the files",
+    fix="export again under the names that its class reads; delete only what nothing needs",
 )
 UNEXPECTED_QUANTIZED = replace(
     UNEXPECTED,

@@ -194,6 +194,17 @@ def _any_moe_kernel() -> None:
                 chosen = _moe_backend(module)
                 if chosen is not None:
                     _put_everywhere(function, lambda *args, chosen=chosen, **named: chosen)
+    with contextlib.suppress(ImportError, AttributeError):
+        plain = importlib.import_module(f"{folder}.unquantized")
+        select = plain.select_unquantized_moe_backend
+
+        def any_backend(*args: Any, **named: Any) -> Any:
+            try:
+                return select(*args, **named)
+            except NotImplementedError:
+                return _moe_backend(plain)
+
+        _put_everywhere("select_unquantized_moe_backend", any_backend)
 
 
 def _moe_backend(module: Any) -> tuple[Any, Any] | None:
