@@ -19,7 +19,7 @@ import pytest
 import tierewrite
 from tests.checkpoints import FIXTURES, digests
 from tierewrite import cli, consumers
-from tierewrite.consumers.dry_load import DryLoader, LoaderOptions, dry_load, interpreter
+from tierewrite.consumers.dry_load import DryLoader, LoaderOptions, dry_load, interpreter, reason_for_people
 from tierewrite.consumers.expected_keys import ExpectedKeys
 from tierewrite.consumers.folder import Folder
 from tierewrite.consumers.loaded import LOADED_SCHEMA, Cast, DryLoad, Overwritten, Rank, RefusedKey, Unfilled, read
@@ -92,6 +92,19 @@ def test_every_fault_of_the_process_is_a_note_and_no_verdict(script: Script, tex
     found = ask(script(text))
     assert [one.outcome for one in found] == ["not-run"]
     assert said in found[0].reason
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("ValidationError: Please pass the argument `trust_remote_code=True`", "without --trust-remote-code"),
+        ("AssertionError: assert speculative_config is not None", "a draft model"),
+        ("Error: two\n  lines", "Error: two lines"),
+    ],
+)
+def test_reasons_are_said_in_one_line(reason: str, said: str) -> None:
+    assert said in reason_for_people(DryLoad.not_run("vllm", reason))
+    assert "\n" not in reason_for_people(DryLoad.not_run("vllm", reason))
 
 
 def test_what_was_answered_before_the_process_ended_counts(script: Script, tmp_path: Path) -> None:

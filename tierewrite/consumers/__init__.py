@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tierewrite.consumers.consumer import Consumer
-from tierewrite.consumers.dry_load import LoaderMode, LoaderOptions, dry_load, interpreter
+from tierewrite.consumers.dry_load import LoaderMode, LoaderOptions, dry_load, interpreter, reason_for_people
 from tierewrite.consumers.findings import SCHEMA, Finding, ReadinessReport, in_order
 from tierewrite.consumers.sglang import SGLANG
 from tierewrite.consumers.sparse_copy import as_local_folder
@@ -135,8 +135,8 @@ def ask_loader(consumer: Consumer[Any], subject: Subject, name: str, options: Lo
         subject.loaded = done
         return
     if options.mode == "require":
-        raise SystemFailure(f"{loader.title}'s own loader could not be asked: {done.reason}")
-    subject.notes.append(f"{loader.title}'s own loader was not asked, rules decided alone: {done.reason}")
+        raise SystemFailure(f"{loader.title}'s own loader could not be asked: {reason_for_people(done)}")
+    subject.notes.append(f"{loader.title}'s own loader was not asked, rules decided alone: {reason_for_people(done)}")
 
 
 def corrected_configs(

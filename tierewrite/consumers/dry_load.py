@@ -29,6 +29,11 @@ LoaderMode = Literal["auto", "require", "off"]
 TIMEOUT_SECONDS = 1800.0
 _LOOK_SECONDS = 0.2
 _TAIL = 4000  # bytes of standard error that are looked at
+_KNOWN_REASONS = (
+    ("trust_remote_code", "the checkpoint brings model code of its own, which is not run without --trust-remote-code"),
+    ("speculative_config", "its class is a draft model's, which is loaded only beside the model that it drafts for"),
+)
+"""Words of a reason why a loader could not be asked, and what they mean."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,13 @@ def dry_load(loader: DryLoader, folders: Mapping[Path, str], options: LoaderOpti
         missing = len(folders) - len(found)
         reason = f"{status or 'it ended early'}{_last_words(err)}"
         return [*found[: len(folders)], *([DryLoad.not_run(loader.package, reason)] * missing)]
+
+
+def reason_for_people(facts: DryLoad) -> str:
+    """Why the loader did not run, in one line."""
+    known = (meaning for words, meaning in _KNOWN_REASONS if words in facts.reason)
+    text = next(known, " ".join(facts.reason.split()))
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def _run(command: Sequence[str], home: Path, out: IO[bytes], err: IO[bytes], timeout: float) -> str:
