@@ -14,7 +14,8 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Collection, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,11 +127,13 @@ KINDS = (
 )
 
 
-def all_classes() -> dict[str, str]:
-    """Every exported PreTrainedModel class but the abstract ones of each family: name -> module."""
+def all_classes(names: Collection[str] = ()) -> dict[str, str]:
+    """Every exported PreTrainedModel class but the abstract ones of each family, or `names`: name -> module."""
     import transformers
     import transformers.models
 
+    if names:
+        return {name: getattr(transformers, name).__module__ for name in names}
     found: dict[str, str] = {}
     with zoo.quiet():
         for package in pkgutil.iter_modules(transformers.models.__path__):
@@ -183,6 +186,7 @@ def judge(name: str, module: str, folder: Path) -> list[dict[str, str]]:
             except Exception:
                 continue  # transformers takes no such config
             outcome, detail = _outcome(right, kind.prefix, config, at)
+            shutil.rmtree(at)
             records.append({"class": name, "kind": kind.name, "outcome": outcome, "detail": detail})
     return records
 
