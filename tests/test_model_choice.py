@@ -200,6 +200,13 @@ def test_a_class_that_leaves_names_over_does_not_stay_where_the_one_that_takes_t
     assert "T5EncoderModel has no parameter for 'decoder." in ties.warnings[0]
 
 
+def test_a_class_that_neither_takes_the_names_nor_finds_its_own_is_doubted_aloud() -> None:
+    keys = [*(key for key in QWEN_KEYS if key != "lm_head.weight"), "other_head.weight"]
+    ties = asked({**QWEN, "architectures": ["Qwen3ForSequenceClassification"]}, keys)
+    assert ties.detail == "Qwen3ForSequenceClassification"
+    assert "has no parameter for 'other_head.weight', and no other class of its model_type" in ties.warnings[0]
+
+
 def test_architectures_may_be_a_text() -> None:
     ties = asked({**QWEN, "architectures": "Qwen3ForCausalLM"}, QWEN_KEYS)
     assert pairs(ties) == HEAD

@@ -42,6 +42,11 @@ class Fit:
     ignored: tuple[str, ...] = ()
 
     @property
+    def strange(self) -> tuple[str, ...]:
+        """Names of the checkpoint that are loaded into nothing."""
+        return (*self.unexpected, *self.ignored)
+
+    @property
     def whole(self) -> bool:
         """The class takes every name of the checkpoint, and lacks none of its own."""
         return not self.unexpected and not self.missing

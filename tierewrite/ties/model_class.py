@@ -23,7 +23,7 @@ from tierewrite.errors import ConfigError, shown
 from tierewrite.ties import candidates, meta_model, remote_class
 from tierewrite.ties.candidates import Candidate
 from tierewrite.ties.config_limits import CONFIG_FIX
-from tierewrite.ties.fit import all_loaded, fit_of
+from tierewrite.ties.fit import Fit, all_loaded, fit_of
 from tierewrite.ties.patterns import is_regex
 from tierewrite.ties.tie import Declared, ModelNames, rooted
 from tierewrite.ties.tied_in_code import tied_in_code
@@ -148,17 +148,16 @@ def _of_transformers(
     try:
         chosen = _first_choice(config, names, registered, file)
         first = _asked(chosen, config, file)
-        why, problem = _doubt(first, keys, config), None
+        why, fit, problem = *_doubt(first, keys, config), None
         if not why:
             return first
     except ConfigError as error:
-        why, problem = _unusable(config, names, registered, chosen), error
+        why, fit, problem = _unusable(config, names, registered, chosen), None, error
     for other in _others(config, names, registered, file) if len(keys) else ():
         if chosen is not None and other.model_class is chosen.model_class:
             continue
         found = _if_built(other, config, file)
-        fit = None if found is None else fit_of(found, keys, config)
-        if found is not None and fit is not None and fit.whole and (first is None or not fit.ignored):
+        if found is not None and _takes(found, keys, config, all_of_it=first is not None):
             if first is not None and _pairs(found) == _pairs(first):
                 return first  # a head more or less, and the same ties
             said = (
@@ -170,10 +169,17 @@ def _of_transformers(
         raise problem
     assert first is not None
     assert chosen is not None
-    if not chosen.base:
-        return first
+    assert fit is not None
+    if not (fit.strange and (chosen.base or fit.missing)):
+        return first  # a head that leaves names over, or a part of a checkpoint
     said = f"{why}, and no other class of its model_type takes all names of the checkpoint: a tie may be missed"
     return replace(first, warnings=(*first.warnings, said))
+
+
+def _takes(declared: Declared, keys: Collection[str], config: Mapping[str, Any], all_of_it: bool) -> bool:
+    """Whether the class takes the keys; `all_of_it`: it does not even pass over any, as a T5EncoderModel a decoder."""
+    fit = fit_of(declared, keys, config)
+    return fit.whole and not (all_of_it and fit.ignored)
 
 
 def _pairs(declared: Declared) -> set[tuple[str, str]]:
@@ -210,17 +216,16 @@ def _if_built(candidate: Candidate, config: dict[str, Any], file: Path) -> Decla
     return found if found.model is not None and found.model.shapes else None
 
 
-def _doubt(declared: Declared, keys: Collection[str], config: Mapping[str, Any]) -> str:
+def _doubt(declared: Declared, keys: Collection[str], config: Mapping[str, Any]) -> tuple[str, Fit]:
     """Why the class may not be the one that wrote the file, in words; "" if nothing speaks against it."""
     if not len(keys) or declared.model is None or not declared.model.shapes:
-        return ""
+        return "", Fit((), ())
     fit = fit_of(declared, keys, config)
-    strange = (*fit.unexpected, *fit.ignored)
-    if strange:
-        return f"{declared.detail} has no parameter for '{shown(strange[0])}'"
+    if fit.strange:
+        return f"{declared.detail} has no parameter for '{shown(fit.strange[0])}'", fit
     if fit.missing:
-        return f"the checkpoint holds nothing for '{shown(fit.missing[0])}' of {declared.detail}"
-    return ""
+        return f"the checkpoint holds nothing for '{shown(fit.missing[0])}' of {declared.detail}", fit
+    return "", fit
 
 
 def _unusable(config: Mapping[str, Any], names: Sequence[str], registered: Any, chosen: Candidate | None) -> str:
