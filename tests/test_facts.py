@@ -984,6 +984,16 @@ def test_torchaos_description_goes_and_is_renamed_with_the_tensors(tmp_path: Pat
     assert tierewrite.verify(source, dst, ties=ties).ok
 
 
+@pytest.mark.parametrize("names", ["", "{", "3", '["a", 3]', "[" * 100_000], ids=["empty", "half", "number", "mixed", "deep"])
+def test_a_list_of_names_that_is_none_is_carried_over(tmp_path: Path, names: str) -> None:
+    source, ties = tied_linears(tmp_path, {"dec.proj": TORCHAO, "enc.proj": TORCHAO})
+    tensors, _ = read_shard(source / "model.safetensors")
+    write_shard(source / "model.safetensors", tensors, {"format": "pt", "tensor_names": names})
+    tierewrite.rewrite(source, tmp_path / "dst", ties=ties, device="cpu")
+    assert read_shard(tmp_path / "dst" / "model.safetensors")[1] == {"format": "pt", "tensor_names": names}
+    assert tierewrite.verify(source, tmp_path / "dst", ties=ties).ok
+
+
 def test_exl3s_list_of_tensors_follows_them(tmp_path: Path) -> None:
     exl3 = {name: t for name, (t, _) in FAMILIES["exl3"].items()}
     source, ties = tied_linears(tmp_path, {"dec.proj": exl3, "enc.proj": exl3})

@@ -32,7 +32,7 @@ def described_names(metadata: Mapping[str, str]) -> list[str]:
     """The parameters that a header's metadata describes; none where it is not torchao's."""
     try:
         names = json.loads(metadata.get(TENSOR_NAMES, ""))
-    except ValueError:
+    except (ValueError, RecursionError):
         return []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return []
