@@ -984,7 +984,9 @@ def test_torchaos_description_goes_and_is_renamed_with_the_tensors(tmp_path: Pat
     assert tierewrite.verify(source, dst, ties=ties).ok
 
 
-@pytest.mark.parametrize("names", ["", "{", "3", '["a", 3]', "[" * 100_000], ids=["empty", "half", "number", "mixed", "deep"])
+@pytest.mark.parametrize(
+    "names", ["", "{", "3", '["a", 3]', "[" * 100_000], ids=["empty", "half", "number", "mixed", "deep"]
+)
 def test_a_list_of_names_that_is_none_is_carried_over(tmp_path: Path, names: str) -> None:
     source, ties = tied_linears(tmp_path, {"dec.proj": TORCHAO, "enc.proj": TORCHAO})
     tensors, _ = read_shard(source / "model.safetensors")
