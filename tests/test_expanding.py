@@ -163,7 +163,7 @@ def test_a_wrong_byte_is_found_before_the_output_appears(tmp_path: Path, monkeyp
     read = content._read
     monkeypatch.setattr(content, "_read", wrong)
     src = checkpoint(tmp_path, {"a.q_proj.weight": ONE})
-    with pytest.raises(VerificationFailed, match=r"2 tensors, the first is 'b\.q_proj\.weight'"):
+    with pytest.raises(VerificationFailed, match=r"2 differ, the first is 'b\.q_proj\.weight'"):
         tierewrite.expand(src, tmp_path / "out", verify=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["src"]
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +31,7 @@ def expected_header_metadata(source: Checkpoint, stands: Mapping[str, Stand]) ->
     if listed and list(dict.fromkeys(listed)) != _list(union["tensor_names"]):
         union["tensor_names"] = json.dumps(list(dict.fromkeys(listed)))
     place = {key: name for name, stand in stands.items() for key in stand.sources}
-    # torchao stores `q_proj.weight` as `q_proj._weight_qdata` and others.
+    # A packed parameter has another name: torchao stores `q_proj.weight` as `q_proj._weight_qdata` and others.
     packed = {_parameter(key): _parameter(name) for key, name in place.items() if key != name}
 
     def called(parameter: str) -> str:
@@ -50,10 +49,8 @@ def expected_header_metadata(source: Checkpoint, stands: Mapping[str, Stand]) ->
 
 
 def _parameter(key: str) -> str:
-    """The parameter of which torchao's `key` holds the codes; `key` itself for all others."""
-    module, dot, leaf = key.rpartition(".")
-    found = re.fullmatch(r"_(.+)_(qdata|packed_weights?|qdata_and_metadata)", leaf)
-    return f"{module}{dot}{found[1]}" if found else key
+    """The parameter that the packed tensor `key` is; `key` itself for all others."""
+    return formats.main_parameter(key) or key
 
 
 def _list(text: str) -> list[str] | None:
