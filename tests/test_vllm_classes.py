@@ -96,6 +96,11 @@ def cross_attention(draft: Draft) -> Draft:
     return draft
 
 
+def targeted(draft: Draft, target: str) -> Draft:
+    draft.config["quantization_config"]["config_groups"]["group_0"]["targets"] = [target]
+    return draft
+
+
 SOUND: dict[str, Callable[[], Draft]] = {
     "llama": lambda: plain("LlamaForCausalLM"),
     "mixtral": lambda: plain("MixtralForCausalLM"),
@@ -115,6 +120,9 @@ SOUND: dict[str, Callable[[], Draft]] = {
     "llama compressed fp8": lambda: compressed_fp8(plain("LlamaForCausalLM")),
     "llama compressed fp8, a pattern": lambda: compressed_fp8(
         plain("LlamaForCausalLM"), ".0.self_attn", ignore=("re:.*lm_head", "re:model.layers.0.self_attn.*")
+    ),
+    "llama compressed fp8 of the mlp by its targets": lambda: targeted(
+        compressed_fp8(plain("LlamaForCausalLM"), "self_attn", ignore=()), "re:.*mlp.*"
     ),
     "gemma3 vision nvfp4": lambda: renamed(
         nvfp4(plain("Gemma3ForConditionalGeneration"), "vision", ignore=("language_model.lm_head", "vision_tower*")),
@@ -396,6 +404,8 @@ def test_ignore_lists_of_an_unknown_class_stay_and_are_said_to_be_unchecked(tmp_
     report = checked(draft, tmp_path, ties=None)
     assert report.errors == ()
     assert any("ignore lists were not checked" in note for note in report.notes)
+
+
 def test_ties_are_carried_to_the_check_of_the_output(tmp_path: Path) -> None:
     draft = plain("LlamaForCausalLM")
     draft.config |= {"architectures": ["InternVLChatModel"], "tie_word_embeddings": True} | REMOTE

@@ -38,6 +38,7 @@ class Quantization:
         ignore: its patterns.
         problem: why vLLM refuses the config, or None.
         scheme: what modules have on disk; None for algorithms that are not checked in detail.
+        targets: of compressed-tensors, what it quantizes: names or patterns of modules; () for every linear.
     """
 
     where: str
@@ -50,6 +51,7 @@ class Quantization:
     ignore: tuple[str, ...]
     problem: str | None = None
     scheme: Scheme | None = None
+    targets: tuple[str, ...] = ()
 
     @property
     def modelopt(self) -> bool:
@@ -59,7 +61,9 @@ class Quantization:
     @property
     def lists_known(self) -> bool:
         """Whether it is known how vLLM reads its list of modules that are not quantized."""
-        return self.modelopt or self.method in ("compressed-tensors", "fp8")
+        if self.modelopt:
+            return self.algo != "MIXED_PRECISION"  # a list of quantized layers says more
+        return self.method in ("compressed-tensors", "fp8")
 
     @property
     def quantizes_head(self) -> bool:
@@ -145,4 +149,26 @@ class Quantization:
         patterns = tuple(p for p in ignore if isinstance(p, str)) if isinstance(ignore, list) else ()
         path = f"{where}.quantization" if old is not None else where
         layout = scheme_of(method, algo, found)
-        return cls(where, method, algo, declared, group_size, kv, f"{path}.{ignore_key}", patterns, problem, layout)
+        return cls(
+            where,
+            method,
+            algo,
+            declared,
+            group_size,
+            kv,
+            f"{path}.{ignore_key}",
+            patterns,
+            problem,
+            layout,
+            _targets(method, found),
+        )
+
+
+def _targets(method: str, found: Mapping[str, Any]) -> tuple[str, ...]:
+    """compressed_tensors/utils.py `find_matched_target`: a class's name that holds a target's is targeted too."""
+    groups = found.get("config_groups")
+    if method != "compressed-tensors" or not isinstance(groups, Mapping):
+        return ()
+    listed = [group.get("targets") for group in groups.values() if isinstance(group, Mapping)]
+    targets = tuple(t for each in listed if isinstance(each, list) for t in each if isinstance(t, str))
+    return () if any(t.lower() == "linear" for t in targets) else targets

@@ -34,7 +34,10 @@ SCALE_MISSING = Rule(
 )
 INVALID = {
     which: replace(
-        SCALE_MISSING, id=which, title=title, consequence="vLLM computes with it; infinities and NaN follow",
+        SCALE_MISSING,
+        id=which,
+        title=title,
+        consequence="vLLM computes with it; infinities and NaN follow",
         decided_by_loader=False,
     )
     for which, title in (
@@ -223,7 +226,7 @@ def kv_scales(s: VllmSubject) -> Iterator[Finding]:
     serves for both; without an FP8 cache they are dropped.
     """
     q = s.quantization
-    if q is None or not q.lists_known or q.problem is not None:
+    if q is None or not (q.modelopt or q.lists_known) or q.problem is not None:
         return
     stored = _kv_stored(s)
     if not q.kv_fp8:

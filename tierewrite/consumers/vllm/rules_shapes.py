@@ -134,9 +134,16 @@ def shapes(s: VllmSubject) -> Iterator[Finding]:
 def _blocks_of_other_size(s: VllmSubject) -> list[str]:
     """Block scales of NVFP4 whose blocks are not of 16, where most are not."""
     block = s.scheme.block if s.scheme is not None else None
-    if block is None or s.group_size in (None, NVFP4_GROUP):
+    group = s.group_size
+    if block is None or group is None or group == NVFP4_GROUP:
         return []
-    return [key for m in s.sound.values() if (key := m.key(block)) is not None]
+    found = []
+    for module in s.sound.values():
+        key, weight = module.key(block), module.weight
+        columns = s.in_features(weight) if weight is not None else None
+        if key is not None and columns and s.entries[key].shape[-1:] != (columns // NVFP4_GROUP,):
+            found.append(key)
+    return found
 
 
 def _packed_of_other_shape(s: VllmSubject, scheme: Scheme, module: Module) -> Iterator[str]:

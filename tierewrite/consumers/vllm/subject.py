@@ -196,9 +196,11 @@ class VllmSubject(Subject):
         if self.never_quantized(module):
             return False
         if self.facts is not None and module in self._built:
-            kind = self.facts.kind(self._built[module])
-            q = self.quantization
-            return kind in QUANTIZABLE and not (kind == "head" and q is not None and not q.quantizes_head)
+            built = self._built[module]
+            kind = self.facts.kind(built)
+            if kind == "head" and self.quantization is not None and not self.quantization.quantizes_head:
+                return False
+            return kind in QUANTIZABLE and (self._targets is None or bool(self._targets.reasons(built)))
         if not self.backbone.linear:
             return pattern_of(module) in self._kinds or module == "lm_head"
         for row in self.backbone.linear:
@@ -207,6 +209,12 @@ class VllmSubject(Subject):
                 if all(isinstance(size, int) and size % 64 == 0 for size in sizes):
                     return True
         return False
+
+    @cached_property
+    def _targets(self) -> Ignore | None:
+        """What compressed-tensors quantizes, matched as its lists are; None where that is every linear."""
+        q = self.quantization
+        return ExactIgnore(q.targets, self.backbone) if q is not None and q.targets else None
 
     def _config_entry(self, path: str) -> Any:
         found: Any = self.config
@@ -221,10 +229,11 @@ class VllmSubject(Subject):
         if q is None or not q.quantizes_head:
             return None
         if self.facts is not None:
-            built = self.facts.head[0] or self.facts.head[1]
-            head = built or None
+            tied = any(alias.endswith(("lm_head.weight", "proj_out.weight")) for alias in self.canonical)
+            stored = any(key.endswith(("lm_head.weight", "proj_out.weight")) for key in self.entries)
+            head = self.facts.head[0 if tied and not stored else 1]
             quantized = any(self.built_as(name) == head for name in self.quantized)
-            return None if quantized else head
+            return None if quantized or not head else head
         tied_head = "lm_head.weight" in self.canonical or "lm_head" in self.modules or not self.backbone.linear
         has_head = self.model is None or any(n.rpartition(".")[0].endswith("lm_head") for n in self.model.shapes)
         return "lm_head" if tied_head and has_head and "lm_head" not in self.quantized else None
