@@ -110,26 +110,12 @@ class Quantization:
                 problem = f"quant_algo {declared} is not one that the legacy form may say ({', '.join(LEGACY_ALGOS)})"
         if not method and problem is None:
             problem = "quant_method is missing"
-        if method == "fp8":
-            ignore_key = "ignored_layers" if body.get("ignored_layers") else "modules_to_not_convert"
-        else:
-            ignore_key = "exclude_modules" if old is not None else "ignore" if "ignore" in body else "exclude_modules"
-        if method == "compressed-tensors":
-            ignore_key = "ignore"
-        ignore = body.get(ignore_key) or []
+        ignore_key = _ignore_key(method, body, old=old is not None)
+        ignore = body.get(ignore_key, []) if method.startswith("modelopt") else body.get(ignore_key) or []
         group = body.get("group_size")
         algo = declared
         if method.startswith("modelopt") and problem is None:
-            if not declared:
-                problem = "quant_algo is missing"
-            elif declared not in ALGOS:
-                problem = f"quant_algo {declared} is none that vLLM knows ({', '.join(ALGOS)})"
-            elif not isinstance(ignore, list):
-                problem = f"{ignore_key} is {type(ignore).__name__}, not a list"
-            elif old is not None and "NVFP4" in declared:
-                lacking = [k for k in ("group_size", "kv_cache_quant_algo", "exclude_modules") if k not in body]
-                if lacking:
-                    problem = f"{', '.join(lacking)} missing: the legacy form must have it for NVFP4"
+            problem = _modelopt_problem(declared, body, ignore_key, ignore, old=old is not None)
             groups = found.get("config_groups")
             if declared == "NVFP4" and isinstance(groups, Mapping) and groups:
                 silent = [isinstance(g, Mapping) and g.get("input_activations") is None for g in groups.values()]
@@ -162,6 +148,30 @@ class Quantization:
             layout,
             _targets(method, found),
         )
+
+
+def _ignore_key(method: str, body: Mapping[str, Any], *, old: bool) -> str:
+    """The entry that lists the modules that are not quantized."""
+    if method == "compressed-tensors":
+        return "ignore"
+    if method == "fp8":
+        return "ignored_layers" if body.get("ignored_layers") else "modules_to_not_convert"
+    return "ignore" if not old and "ignore" in body else "exclude_modules"
+
+
+def _modelopt_problem(declared: str, body: Mapping[str, Any], key: str, ignore: object, *, old: bool) -> str | None:
+    """Why vLLM refuses a config of ModelOpt's: `key` and `ignore` are its list; `old`: it is the legacy form."""
+    if not declared:
+        return "quant_algo is missing"
+    if declared not in ALGOS:
+        return f"quant_algo {declared} is none that vLLM knows ({', '.join(ALGOS)})"
+    if not isinstance(ignore, list):
+        return f"{key} is {type(ignore).__name__}, not a list"
+    if old and "NVFP4" in declared:
+        lacking = [k for k in ("group_size", "kv_cache_quant_algo", "exclude_modules") if k not in body]
+        if lacking:
+            return f"{', '.join(lacking)} missing: the legacy form must have it for NVFP4"
+    return None
 
 
 def _targets(method: str, found: Mapping[str, Any]) -> tuple[str, ...]:
