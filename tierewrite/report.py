@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -168,7 +168,7 @@ class Report(Summary):
     filled: tuple[Filled, ...] = ()
     readiness: Readiness | None = None
     warnings: tuple[str, ...] = ()
-    seconds: float = 0.0
+    seconds: float = field(default=0.0, compare=False)
     verified: bool = False
 
     def one_line(self) -> str:
