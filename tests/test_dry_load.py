@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -403,3 +404,21 @@ def test_a_store_s_checkpoint_becomes_a_local_one_with_holes_in_the_place_of_wei
                     assert real.get_tensor(key).tobytes() == copy.get_tensor(key).tobytes()
     assert not local.exists()
     memory.rm("/sparse", recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "of_the_environment"),
+    [
+        (ValueError("Model architectures ['Llava'] failed to be inspected. Please check the logs"), True),
+        (ModuleNotFoundError("No module named 'mistral_common'"), True),
+        (RuntimeError("Triton is not available"), True),
+        (ValueError("There is no module or parameter named 'model.layers.0.x'"), False),
+        (AssertionError("Tried to load weights of size 3"), False),
+    ],
+)
+def test_what_the_environment_lacks_is_no_verdict_on_a_checkpoint(
+    error: Exception, of_the_environment: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(consumers.__file__).parent / "loader_process")
+    dry_process = importlib.import_module("dry_process")  # as a consumer's own Python finds it
+    assert dry_process.of_the_environment(error, "folder") is of_the_environment

@@ -35,7 +35,7 @@ OF_THE_ENVIRONMENT = (
     "meta tensor", "_opnamespace", "cuda", "triton", "flashinfer", "no kernel", "failed to find a kernel",
     "on the same device", "no module named", "cannot import name", "not compiled", "compute capability",
     "could not run 'aten::", "does not recognize this architecture", "not implemented for 'meta", "out of memory",
-    "trust_remote_code", "speculative_config",
+    "trust_remote_code", "speculative_config", "failed to be inspected",
 )  # fmt: skip
 OURS = frozenset({"dry_load.py", "dry_process.py", "dry_writes.py", "dry_coverage.py"})
 NEEDS_BYTES = ("meta tensor", "on the same device", "no data")
