@@ -91,7 +91,10 @@ class Fates:
 
     def _keep_needed(self, rows: np.ndarray) -> None:
         """Those of `rows` that would be dropped stay if their names are needed, with the value that drops them."""
-        stay = np.unique(rows[self._needed[rows] & (self.action[rows] == Action.DROP.code)])
+        rows = rows[self._needed[rows] & (self.action[rows] == Action.DROP.code)]
+        if not len(rows):  # np.unique loads numpy.ma, which nothing else needs
+            return
+        stay = np.unique(rows)
         merged = self.merged[self.stands_for[stay]]
         self.action[stay] = np.where(merged, Action.MERGE.code, Action.KEEP.code)
         self.merged[stay] = merged
