@@ -159,8 +159,12 @@ def struck(tmp_path_factory: pytest.TempPathFactory, s3_servers: Store) -> Itera
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_signals_at_any_instant(command: str, struck: Field) -> None:
-    codes = {struck.strike(command, f"{command} {number}") for number in range(6)}
-    assert codes - {0}  # some of them arrived in time
+    codes: set[int | None] = set()
+    for number in range(60):  # a machine that was busy when a run was timed lets the first ones come too late
+        codes.add(struck.strike(command, f"{command} {number}"))
+        if number >= 5 and codes - {0}:
+            break
+    assert codes - {0}
 
 
 @pytest.mark.long
