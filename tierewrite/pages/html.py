@@ -14,6 +14,7 @@ from tierewrite.pages import charts, heatmaps
 from tierewrite.pages.charts import key_figures, verdict
 from tierewrite.pages.facts import WORST_SHOWN, Divergence, Facts, GroupRow, SizeRow, quantile
 from tierewrite.pages.style import change, escaped, times
+from tierewrite.tables import count
 from tierewrite.units import size
 
 ROWS_SHOWN = 40
@@ -320,10 +321,8 @@ def _readiness(report: ReadinessReport) -> str:
     if not report.findings:
         found = f'<p class="good">Nothing found that {escaped(who)} would stumble over.</p>'
     else:
-        found = (
-            f"<p>{len(report.errors):,} error{'' if len(report.errors) == 1 else 's'} and {len(report.warnings):,} "
-            f"warning{'' if len(report.warnings) == 1 else 's'} for {escaped(who)}.</p>"
-        )
+        counts = f"{count(len(report.errors), 'error')} and {count(len(report.warnings), 'warning')}"
+        found = f"<p>{counts} for {escaped(who)}.</p>"
     notes = "".join(f"<li>{escaped(note)}</li>" for note in report.notes[:20])
     return _section(
         f"Ready for {report.consumer}?",
