@@ -135,8 +135,7 @@ def made_by(finding: Finding, consumer: str) -> list[Rule]:
     return [
         rule
         for rule in CONSUMERS[consumer].rules.of_id(finding.id)
-        if (rule.severity, rule.consequence, rule.fixed_by)
-        == (finding.severity, finding.consequence, finding.mended_by)
+        if (rule.severity, rule.consequence, rule.fixed_by) == (finding.severity, finding.consequence, finding.fixed_by)
     ]
 
 
@@ -200,7 +199,7 @@ def test_naive_export_conflicts_and_rewriting_fixes_all_but_the_sides(case: str,
     before = check(FIXTURES / case / "naive", "vllm")
     conflict = only(before, "name-conflict")
     assert all(name.endswith(".input_scale") for name in conflict.where)
-    assert conflict.mended_by == "rewrite"
+    assert conflict.fixed_by == "rewrite"
     tierewrite.rewrite(FIXTURES / case / "naive", tmp_path / "out")
     after = check(tmp_path / "out", "vllm")
     assert {f.id for f in after.errors} == {"per-side-conflict"}
@@ -225,11 +224,11 @@ def test_naive_conflicts_are_exactly_the_scales_whose_bytes_differ() -> None:
 
 def test_kv_scales_of_the_sides_are_a_per_side_conflict_that_a_rewrite_merges(tmp_path: Path) -> None:
     tierewrite.rewrite(FIXTURES / "dg_nvfp4_kvfp8" / "naive", tmp_path / "kept")
-    found = [f for f in check(tmp_path / "kept", "vllm").errors if f.mended_by == "rewrite"]
+    found = [f for f in check(tmp_path / "kept", "vllm").errors if f.fixed_by == "rewrite"]
     assert [f.id for f in found] == ["per-side-conflict"]
     assert all(name.endswith("_scale") for name in found[0].where)
     tierewrite.rewrite(FIXTURES / "dg_nvfp4_kvfp8" / "naive", tmp_path / "merged", kv_scales="merge")
-    assert all(f.mended_by is None for f in check(tmp_path / "merged", "vllm").errors)
+    assert all(f.fixed_by is None for f in check(tmp_path / "merged", "vllm").errors)
 
 
 OTHERS_FOR_VLLM = {"bart_bf16": {"architectures"}, "llava_tied_bf16": {"names-not-read"}}
@@ -264,7 +263,7 @@ def test_only_input_scales_of_experts_can_be_filled(good: Good, tmp_path: Path) 
         d.drop(f"{DECODER}layers.0.experts.2.up_proj.input_scale", f"{DECODER}layers.0.mlp.down_proj.input_scale")
 
     report = check(edited(good("dg_nvfp4"), tmp_path / "v", edit), "vllm")
-    by = {f.mended_by: f.where for f in report.findings if f.id == "scale-missing"}
+    by = {f.fixed_by: f.where for f in report.findings if f.id == "scale-missing"}
     assert by == {
         "rewrite --fill-missing-scales": (f"{DECODER}layers.0.experts.2.up_proj.input_scale",),
         None: (f"{DECODER}layers.0.mlp.down_proj.input_scale",),
@@ -365,7 +364,7 @@ def test_preparing_for_vllm_fixes_what_can_be_fixed(defect: Defect, good: Good, 
 def test_what_no_rewrite_fixes_says_so(defect: Defect, good: Good, tmp_path: Path) -> None:
     defect.make(good(defect.base), tmp_path / "variant")
     report = check(tmp_path / "variant", "vllm")
-    assert None in {f.mended_by for f in report.findings if (f.id, f.severity) == (defect.finding, defect.severity)}
+    assert None in {f.fixed_by for f in report.findings if (f.id, f.severity) == (defect.finding, defect.severity)}
 
 
 # --- the report --------------------------------------------------------------------------------------------

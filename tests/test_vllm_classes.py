@@ -314,7 +314,7 @@ def test_kind_of_defect_is_found(name: str, tmp_path: Path) -> None:
     report = checked(kind.make(), tmp_path)
     assert (kind.finding, kind.severity) in {(f.id, f.severity) for f in report.findings}
     assert not kind.at or kind.at in where(report, kind.finding)
-    assert "remove" not in " ".join(finding.mend for finding in report.errors)
+    assert "remove" not in " ".join(finding.fix for finding in report.errors)
 
 
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.fixed])
@@ -354,7 +354,7 @@ def test_setting_the_group_size_to_half_the_scales_makes_no_garbage_pass(tmp_pat
     draft.config["quantization_config"]["group_size"] = 32
     report = checked(draft, tmp_path)
     assert errors(report) == {"wrong-shape"}
-    assert not any("group_size" in finding.mend for finding in report.findings)
+    assert not any("group_size" in finding.fix for finding in report.findings)
 
 
 def test_modules_that_a_rewrite_lists_are_those_that_are_plain(tmp_path: Path) -> None:

@@ -103,16 +103,23 @@ def some(names: Sequence[str], most: int = 3) -> str:
     return f"{', '.join(shown(name) for name in names[:most])}{more}"
 
 
+_DECLARERS = {
+    "class": "the model class",
+    "config": "config.json",
+    "ties-file": "the ties file",
+    "mapping": "the mapping that was given",
+    "none": "nobody: the model declares no ties",
+}
+
+
+def declarer(source: str) -> str:
+    """Who declared the ties, from the `source` of JSON's `ties`."""
+    return _DECLARERS.get(source, source)
+
+
 def ties_lines(source: str, detail: str, unpaired: Sequence[str]) -> Iterator[Text]:
     """Who declared the ties, and what is declared without a partner."""
-    who = {
-        "class": "the model class",
-        "config": "config.json",
-        "ties-file": "the ties file",
-        "mapping": "the mapping that was given",
-        "none": "nobody: the model declares no ties",
-    }.get(source, source)
-    yield text(f"Ties declared by {who}{f' ({shown(detail)})' if detail else ''}.")
+    yield text(f"Ties declared by {declarer(source)}{f' ({shown(detail)})' if detail else ''}.")
     for alias in unpaired:
         yield text(f"'{shown(alias)}' is declared tied, but nothing says to what: it is kept.", "yellow")
 

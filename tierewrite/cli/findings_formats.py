@@ -86,7 +86,7 @@ def _text(finding: Finding) -> str:
     """A finding on one line: what, where, what happens, what to do."""
     where = ", ".join(shown(name) for name in finding.where[:3])
     more = f" and {len(finding.where) - 3} more" if len(finding.where) > 3 else ""
-    fix = f". Fix: {finding.mend}" if finding.mend else ""
+    fix = f". Fix: {finding.fix}" if finding.fix else ""
     return f"{escaped(finding.found)} [{where}{more}]: {escaped(finding.consequence)}{escaped(fix)}"
 
 

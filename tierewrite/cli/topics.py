@@ -49,7 +49,7 @@ SCHEMAS = (
     Schema(
         "tierewrite/readiness/1",
         "`check --json`",
-        "`ready`, `errors`, `warnings`, `findings` (`id`, `severity`, `where`, `found`, `consequence`, `mend`, "
+        "`ready`, `errors`, `warnings`, `findings` (`id`, `severity`, `where`, `found`, `consequence`, `fix`, "
         "`source`), `notes`",
     ),
     Schema(

@@ -28,8 +28,8 @@ class Finding:
         where: the tensors (by name) or config entries (`config.json: quantization_config.ignore[3]`) concerned.
         found: what is there, one sentence.
         consequence: what the consumer does with it.
-        mend: what to do about it, one sentence; "" where nothing is known.
-        mended_by: the rewrite that fixes it, or None.
+        fix: what to do about it, one sentence; "" where nothing is known.
+        fixed_by: the rewrite that fixes it, or None.
         source: file and function of the consumer that this was read in.
     """
 
@@ -38,8 +38,8 @@ class Finding:
     where: tuple[str, ...]
     found: str
     consequence: str
-    mend: str
-    mended_by: FixingRewrite | None
+    fix: str
+    fixed_by: FixingRewrite | None
     source: str
 
     def to_json(self) -> dict[str, Any]:
@@ -90,8 +90,8 @@ class ReadinessReport(Summary):
             yield text(f"{finding.severity}: {finding.id}: {finding.found}", style)
             yield text(f"    where: {some(finding.where)}")
             yield text(f"    {self.consumer}: {finding.consequence}")
-            if finding.mend:
-                yield text(f"    fix: {finding.mend}")
+            if finding.fix:
+                yield text(f"    fix: {finding.fix}")
         for note in self.notes:
             yield text(f"note: {note}")
         yield text(self.one_line(), "red" if self.errors else "green")

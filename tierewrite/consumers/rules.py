@@ -47,8 +47,8 @@ class Rule:
             where=tuple(where),
             found=found,
             consequence=self.consequence,
-            mend=self.fix,
-            mended_by=self.fixed_by,
+            fix=self.fix,
+            fixed_by=self.fixed_by,
             source=self.source,
         )
 

@@ -14,7 +14,7 @@ from tierewrite.pages import charts, heatmaps
 from tierewrite.pages.charts import key_figures, verdict
 from tierewrite.pages.facts import WORST_SHOWN, Divergence, Facts, GroupRow, SizeRow, quantile
 from tierewrite.pages.style import change, escaped, times
-from tierewrite.tables import count
+from tierewrite.tables import count, declarer
 from tierewrite.units import size
 
 ROWS_SHOWN = 40
@@ -22,13 +22,6 @@ KEPT_SHOWN = 100
 FINDINGS_SHOWN = 100
 LAYERS_SHOWN = 256
 COLUMNS_SHOWN = 12
-
-_WHO = {
-    "class": "the model class",
-    "config": "config.json",
-    "ties-file": "a ties file",
-    "none": "nobody: the model declares no ties",
-}
 
 
 def page(facts: Facts, worst: int = WORST_SHOWN) -> str:
@@ -338,7 +331,7 @@ def _finding(found: Finding) -> str:
     places = "".join(f"<li>{_code(place)}</li>" for place in found.where[:5])
     if len(found.where) > 5:
         places += f"<li>and {len(found.where) - 5:,} more</li>"
-    fix = f"<p><b>Fix:</b> {escaped(found.mend)}</p>" if found.mend else ""
+    fix = f"<p><b>Fix:</b> {escaped(found.fix)}</p>" if found.fix else ""
     severity = "error" if found.severity == "error" else "warning"
     return (
         f'<article class="{severity}"><h3><span class="tag">{severity}</span> {escaped(found.id)}</h3>'
@@ -354,7 +347,7 @@ def _option(value: object) -> object:
 
 
 def _about(facts: Facts) -> str:
-    who = escaped(_WHO.get(facts.ties_source, facts.ties_source))
+    who = escaped(declarer(facts.ties_source))
     if facts.ties_detail:
         who += f" ({_code(facts.ties_detail)})"
     rows: list[tuple[str, str]] = [

@@ -42,7 +42,7 @@ def group_size(s: VllmSubject) -> Iterator[Finding]:
     if q is None or most is None or not q.modelopt or most == q.group_size or most != NVFP4_GROUP:
         return
     what = f"the config says blocks of {q.group_size}, the scales on disk are for blocks of {most}"
-    yield replace(GROUP_SIZE_MISMATCH.at((f"{q.where}.group_size",), what), mend=f"set group_size to {most}")
+    yield replace(GROUP_SIZE_MISMATCH.at((f"{q.where}.group_size",), what), fix=f"set group_size to {most}")
 
 
 NOT_DIVISIBLE = Rule(
