@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tierewrite import digest as digest_room
-from tierewrite.digest import DeviceFailed, Digester, Span, cut, layout, select
+from tierewrite.digest import DeviceFailed, Digester, Span, cuda_device, cuda_stream, cut, layout, select
 from tierewrite.digest import cuda as cuda_room
 from tierewrite.digest import schedule as schedule_room
 from tierewrite.digest.cpu import CpuDigester
@@ -228,7 +228,7 @@ def test_spans_may_be_an_array_and_in_any_order_within_a_buffer(digester: Digest
 def test_what_came_through_before_a_failure_can_be_salvaged(
     digester: Digester, noise: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda_room, "_SLOT", 4 * MIB)
+    monkeypatch.setattr(cuda_stream, "_SLOT", 4 * MIB)
     buffer = digester.host_buffer(2 * MIB)
     buffer[:] = np.frombuffer(noise[: 2 * MIB], np.uint8)
     with digester.stream(2 * MIB) as stream:
@@ -564,7 +564,7 @@ class TestOnTheGpu:
         self, gpu: cuda_room.CudaDigester, noise: bytes, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         cupy = pytest.importorskip("cupy")
-        monkeypatch.setattr(cuda_room, "_RESIDENT_CHUNKS", 2048)
+        monkeypatch.setattr(cuda_device, "_RESIDENT_CHUNKS", 2048)
         there = cupy.asarray(np.frombuffer(noise, np.uint8))
         lengths = [5, MIB, 2 * MIB, 2 * MIB + 1, 9 * MIB - 8, 0, 4 * MIB, 700_000, 1_500_000, 7 * MIB + 1, 3]
         spans = [(i % 8, n) for i, n in enumerate(lengths)]

@@ -113,6 +113,23 @@ def test_the_cpu_hashes_until_the_gpu_is_ready(
     assert report.device == "CPU, 1 thread, then a GPU that is late"
 
 
+@pytest.mark.parametrize(
+    ("faster", "device"),
+    [("gpu", "CPU, 1 thread, then a GPU that fails"), ("cpu", "CPU, 1 thread (faster here than a GPU that fails)")],
+)
+def test_the_faster_one_is_named(faster: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, select = Failing(0), digest.select
+    choose = lambda device, **more: gpu if device == "auto" else select(device, **more)  # noqa: E731
+    monkeypatch.setattr(digest, "select", choose)
+    with LocalEngine() as engine:
+        engine._trial.chosen = engine._cpu
+        assert engine.digester() is engine._cpu
+        engine._trial.chosen = engine._selected.result()
+        assert engine.digester() is engine._selected.result()
+        engine._trial.chosen = engine._cpu if faster == "cpu" else engine._selected.result()
+        assert engine.device == device
+
+
 def test_a_gpu_that_is_asked_for_is_waited_for(
     naive: Naive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

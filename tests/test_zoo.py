@@ -7,6 +7,7 @@ class that is skipped is listed with its reason.
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -17,7 +18,7 @@ import pytest
 
 from tests import zoo, zoo_odd
 
-WORKERS = 2
+WORKERS = os.cpu_count() or 1
 # What the default configs of transformers 5.17 to 5.23 give; a sudden fall means that the zoo itself broke.
 FEWEST_DECLARED, FEWEST_BUILT, FEWEST_ACTIVE = 340, 310, 190
 

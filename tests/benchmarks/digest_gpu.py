@@ -31,6 +31,9 @@ from tierewrite.digest.schedule import schedule
 GB = 1e9
 GIB = 1 << 30
 
+Step = tuple[int, int, Any]
+"""File offset, bytes, and what is there: tuples like `Span`, or int64 (n, 5)."""
+
 
 def mixed_lengths() -> list[int]:
     """Byte lengths like those of the experts of a 26B-A4B NVFP4 export: 46,080 tensors, half of them scalars.
@@ -122,18 +125,18 @@ def resident(digester: CudaDigester, gib: float) -> list[dict[str, Any]]:
     return rows
 
 
-def sequences(lengths: list[int], buffer_size: int) -> list[list[tuple[int, int, list[Span]]]]:
+def sequences(lengths: list[int], buffer_size: int) -> list[list[Step]]:
     """Work for threads: steps (file offset, bytes, spans), of which each fills a buffer at most.
 
     A sequence is one step with many tensors, or the steps of one tensor larger than a buffer; these come first.
     """
-    large: list[list[tuple[int, int, list[Span]]]] = []
-    small: list[list[tuple[int, int, list[Span]]]] = []
+    large: list[list[Step]] = []
+    small: list[list[Step]] = []
     spans: list[Span] = []
     at = begin = 0
     for tensor, length in enumerate([*lengths, buffer_size + 1]):  # the last one stands for the end
         if spans and at - begin + length > buffer_size:
-            small.append([(begin, at - begin, spans)])
+            small.append([(begin, at - begin, np.array(spans, np.int64))])  # as the pass hands them over
             spans = []
         if not spans:
             begin = at
@@ -160,7 +163,7 @@ def from_file(digester: CudaDigester, path: Path, threads: int, buffer_size: int
     buffers = [[digester.host_buffer(buffer_size) for _ in range(2)] for _ in range(threads)]
     file = os.open(path, os.O_RDONLY)
 
-    def passes(hand_over: Callable[[Any, list[Span]], Any]) -> None:
+    def passes(hand_over: Callable[[Any, Any], Any]) -> None:
         """Threads take sequences, and read the steps of each into their two buffers in turn."""
         lock = threading.Lock()
         upcoming = iter(work)

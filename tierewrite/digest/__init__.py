@@ -70,7 +70,7 @@ class Stream(Protocol):
             spans: Span tuples, plain ones with the same fields, or int64 (m, 5).
 
         Raises:
-            ValueError: spans that break the rules of `spans.Ledger`.
+            ValueError: spans that break the rules of `spans.Ledger`; at the latest `finish` raises it.
             DeviceFailed: see there.
         """
 
@@ -124,8 +124,8 @@ class Digester(Protocol):
     def stream(self, buffer_size: int) -> Stream:
         """A new stream for buffers of at most `buffer_size` bytes (at least PIECE).
 
-        Memory is bounded: on CUDA two slots per GPU of 32 MiB (or `buffer_size`, if that is more) and a twelfth of
-        it more, and about 12 MB of pinned memory; on the CPU nothing to speak of.
+        Memory is bounded: on CUDA three slots per GPU of 64 MiB (or `buffer_size`, if that is more) and a twelfth of
+        it more, and about 18 MB of pinned memory; on the CPU nothing to speak of.
         """
 
 

@@ -83,28 +83,28 @@ class Ledger:
         self._seen: set[int] = set()
         self._open: dict[int, tuple[int, int]] = {}  # tensor -> (bytes so far, bytes in all)
 
-    def take(self, spans: Sequence[Row] | Columns, size: int) -> tuple[list[Row], list[Row]]:
-        """Enters the spans of one buffer of `size` bytes.
+    def take(self, spans: Sequence[Row] | Columns, size: int | Columns) -> tuple[list[Row], list[Row]]:
+        """Enters spans, each of a buffer of `size` bytes (one for all of them, or int64 (n,)).
 
         Returns:
             The spans that are whole tensors, and the pieces, as tuples in the order of Span's fields.
         """
-        # a plain loop: most buffers hold a few dozen spans, for which NumPy's fixed costs are higher
-        whole, pieces = [], []
-        seen = self._seen
-        for row in spans.tolist() if isinstance(spans, np.ndarray) else spans:
-            tensor, start, length, total, position = row
-            if start < 0 or length < 0 or start + length > size or position < 0 or position + length > total:
-                raise ValueError(f"{Span(*row)} does not lie in its buffer of {size} bytes")
-            if length != total:
-                self._piece(Span(*row))
-                pieces.append(row)
-                continue
-            if tensor in seen:
-                raise ValueError(f"tensor {tensor} was handed over twice")
-            seen.add(tensor)
-            whole.append(row)
-        return whole, pieces
+        rows = np.asarray(spans, np.int64).reshape(-1, 5)
+        tensor, start, length, total, position = rows.T
+        outside = (rows[:, 1:] < 0).any(axis=1) | (start + length > size) | (position + length > total)
+        if outside.any():
+            first = int(outside.argmax())
+            room = np.broadcast_to(size, len(rows))[first]
+            raise ValueError(f"{Span(*rows[first].tolist())} does not lie in its buffer of {room} bytes")
+        whole = length == total
+        for number in tensor[whole].tolist():
+            if number in self._seen:
+                raise ValueError(f"tensor {number} was handed over twice")
+            self._seen.add(number)
+        pieces = rows[~whole].tolist()
+        for piece in pieces:
+            self._piece(Span(*piece))
+        return rows[whole].tolist(), pieces
 
     def _piece(self, piece: Span) -> None:
         if piece.tensor not in self._open:

@@ -9,6 +9,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 from tierewrite import digest, interrupts
 from tierewrite.engines.progress import Progress
+from tierewrite.engines.trial import Trial
 from tierewrite.output.files import PartFiles
 from tierewrite.output.jobs import Job, run_job
 from tierewrite.output.one_pass import Transfer
@@ -24,7 +25,7 @@ class LocalEngine:
     """See `tierewrite.engines.Engine`. What it learns of a failing GPU it keeps from one pass to the next.
 
     Importing CuPy and preparing the GPUs takes a second or two, in which headers are read and the plan is made; with
-    "auto" the CPU hashes until they are ready.
+    "auto" the CPU hashes until they are ready, and whichever turns out faster after that (see `Trial`).
     """
 
     def __init__(self, device: str = "auto", threads: int | None = None, progress: Progress | None = None) -> None:
@@ -38,13 +39,16 @@ class LocalEngine:
         if self._digester is None:
             self._selecting = ThreadPoolExecutor(1, thread_name_prefix="tierewrite-device")
             self._selected = self._selecting.submit(digest.select, device, threads=1)
+        self._trial = Trial(self._cpu, lambda: self._selected.result() if self._selected.done() else None)
 
     def _now(self) -> digest.Digester:
-        if self._digester is None:
-            if not (self._wait or self._selected.done()):
-                return self._cpu
+        if self._digester is None and self._wait:
             self._digester = self._selected.result()
-        return self._digester
+        return self._digester or self._trial.next()
+
+    def _advance(self, nbytes: int) -> None:
+        self._trial.moved(nbytes)
+        self.progress.advance(nbytes)
 
     def digester(self) -> digest.Digester:
         """Where hashing happens now. Raises what `digest.select` raises."""
@@ -57,8 +61,11 @@ class LocalEngine:
     @property
     def device(self) -> str:
         """See `Engine`."""
-        now = self._now()
-        return now.description if now.device == "cpu" or not self._used else ", then ".join(self._used)
+        now, cpu = self._now(), self._cpu.description
+        others = [name for name in self._used if name != cpu]
+        if now.device != "cpu":
+            return ", then ".join(self._used) or now.description
+        return f"{cpu} (faster here than {', '.join(others)})" if others and self._trial.chosen is now else cpu
 
     def __enter__(self) -> LocalEngine:
         return self
@@ -75,7 +82,8 @@ class LocalEngine:
         """Carries out `work` in one pass. Raises what `Transfer.run` raises."""
         self.progress.start(phase, work.nbytes)
         interrupts.check()
-        transfer = Transfer(work, self.digester, outputs, self.threads, self.progress.advance)
+        self._trial.begin()
+        transfer = Transfer(work, self.digester, outputs, self.threads, self._advance)
         try:
             return transfer.run()
         finally:
