@@ -35,9 +35,10 @@ class Request(NamedTuple):
     """What was asked.
 
     Attributes:
-        op: "list", "get", "head", "put", "part", "create" (a multipart upload), "complete", "abort" or "delete".
+        op: "list", "get", "head", "put", "part", "copy" (a part, of an object that is there), "create" (a multipart
+            upload), "complete", "abort" or "delete".
         name: key, without the bucket.
-        range: as the client wrote it, or "".
+        range: as the client wrote it, or ""; of a copy, of what is copied.
         received, sent: bytes of body, from and to the client.
         status: what was answered; 0: the connection was cut.
     """
@@ -51,7 +52,7 @@ class Request(NamedTuple):
 
     @property
     def writes(self) -> bool:
-        return self.op in ("put", "part", "create", "complete", "delete")
+        return self.op in ("put", "part", "copy", "create", "complete", "delete")
 
 
 @dataclass
@@ -199,7 +200,7 @@ class _Handler(BaseHTTPRequestHandler):
         if op == "get" and ("list-type" in query or "prefix" in query):
             op = "list"
         elif op == "put" and "partNumber" in query:
-            op = "part"
+            op = "copy" if "x-amz-copy-source" in self.headers else "part"
         elif op == "post":
             op = "create" if "uploads" in query else "complete"
         elif op == "delete" and "uploadId" in query:
@@ -207,7 +208,7 @@ class _Handler(BaseHTTPRequestHandler):
         name = unquote(url.path).strip("/").partition("/")[2]
         if op == "list":
             name = query.get("prefix", [""])[0].rstrip("/")
-        return Request(op, name, self.headers.get("Range", ""))
+        return Request(op, name, self.headers.get("x-amz-copy-source-range" if op == "copy" else "Range", ""))
 
     def _fault(self, request: Request) -> str | tuple[int, str] | None:
         found = re.search(r"Credential=([^/]*)/", self.headers.get("Authorization", ""))
@@ -236,6 +237,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._note(request, len(body), 0, 0)
             self._cut()
             return
+        if request.op == "copy" and self._source_changed():
+            self._refuse(request, len(body), 412, "PreconditionFailed")
+            return
         upstream = http.client.HTTPConnection(*self.state.upstream, timeout=HOLD_SECONDS)
         headers = {name: value for name, value in self.headers.items() if name not in ("Expect", "Connection")}
         if body and "Content-Length" not in self.headers:
@@ -262,6 +266,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(part)
         if fault == "cut":
             self._cut()
+
+    def _source_changed(self) -> bool:
+        """Whether a copy's condition does not hold, which S3 looks at and moto does not."""
+        bucket, _, key = unquote(self.headers["x-amz-copy-source"]).lstrip("/").partition("/")
+        now = self.state.client.list_objects_v2(Bucket=bucket, Prefix=key).get("Contents", ())
+        found = [entry["ETag"] for entry in now if entry["Key"] == key]
+        wanted = self.headers.get("x-amz-copy-source-if-match")
+        return wanted is not None and bool(found) and found != [wanted]
 
     def _body(self, length: int) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":

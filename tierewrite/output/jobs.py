@@ -19,15 +19,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from tierewrite.digest import DeviceFailed, Digester, select
+from tierewrite.digest import DeviceFailed, Digester, Stream, select
 from tierewrite.digest import Span as DigestSpan
 from tierewrite.digest.spans import Bytes
+from tierewrite.output.copied import CopiedRun
 from tierewrite.output.files import open_sink
 from tierewrite.output.result import BUFFER_BYTES, Result
 from tierewrite.source.bytes import open_source, runs_of
 from tierewrite.source.table import Checkpoint, Shard
-from tierewrite.stores.base import Sink, SourceFile
-from tierewrite.stores.places import FilePath
+from tierewrite.stores.base import CopyingSink, Sink, SourceFile
+from tierewrite.stores.places import FilePath, store_of
 from tierewrite.values.content import COPY, Content, Maker, needs_source
 
 _AHEAD = 3  # buffers: one being written, the others being read
@@ -73,6 +74,7 @@ class Job:
         header: what stands before the tensors.
         contents: output key -> what is written, where that is no copy.
         token: of the run; see `open_sink`.
+        copied: the neighbours that the store copies by itself; they are not hashed.
     """
 
     shards: Mapping[int, Shard]
@@ -81,6 +83,7 @@ class Job:
     header: bytes = b""
     contents: Mapping[str, Content] = field(default_factory=dict)
     token: str = ""
+    copied: tuple[CopiedRun, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -146,12 +149,18 @@ class _Segment(NamedTuple):
     length: int
 
 
+class _Piece(NamedTuple):
+    """A range of a source shard that the store copies by itself."""
+
+    shard: int
+    start: int
+    end: int
+
+
 class _Attempt:
     """One go at a job."""
 
-    def __init__(
-        self, job: Job, digester: Digester, advance: Callable[[int], None], stop: threading.Event
-    ) -> None:
+    def __init__(self, job: Job, digester: Digester, advance: Callable[[int], None], stop: threading.Event) -> None:
         self.job = job
         self.digester = digester
         self.advance = advance
@@ -159,6 +168,8 @@ class _Attempt:
         self.result = Result()
         self.sources: dict[int, SourceFile] = {}
         self.makers: dict[int, Maker] = {}
+        self.free: deque[Bytes] = deque()  # buffers
+        self.copying: CopyingSink | None = None
 
     def run(self) -> Result:
         job = self.job
@@ -168,7 +179,7 @@ class _Attempt:
                 cleanup.callback(source.close)
             sink = None
             if job.out is not None:
-                sink = open_sink(job.out, len(job.header) + job.nbytes, job.token)
+                sink = self._sink(job.out, len(job.header) + job.nbytes)
             try:
                 if sink is not None:
                     sink.write(memoryview(job.header))
@@ -183,45 +194,70 @@ class _Attempt:
                 raise
         return self.result
 
+    def _sink(self, out: FilePath, size: int) -> Sink:
+        if not self.job.copied:
+            return open_sink(out, size, self.job.token)
+        sources = [self.job.shards[run.shard] for run in self.job.copied]
+        self.copying = store_of(out).copying(sources, out, size)
+        assert self.copying is not None, "whoever made the job asked"
+        return self.copying
+
     def _copy(self, sink: Sink | None) -> None:
-        """Reads ahead, hashes and writes."""
-        reader = ThreadPoolExecutor(_AHEAD - 1, thread_name_prefix="tierewrite-read")
-        free: deque[Bytes] = deque()
-        waiting: deque[tuple[list[_Segment], Bytes, Future[None]]] = deque()
-        loads = self._loads()
+        """Everything after the header, in the order of the output."""
+        at = 0
         with self.digester.stream(BUFFER_BYTES) as stream:
-            try:
-                while True:
-                    while len(waiting) < _AHEAD and (load := next(loads, None)) is not None:
-                        buffer = free.popleft() if free else self.digester.host_buffer(BUFFER_BYTES)
-                        waiting.append((load, buffer, reader.submit(self._read, load, buffer)))
-                    if not waiting:
-                        break
-                    load, buffer, read = waiting.popleft()
-                    read.result()
-                    if self.stop.is_set():
-                        raise Stopped
-                    size = sum(segment.length for segment in load)
-                    spans = self._spans(load)
-                    ticket = stream.update(buffer, spans) if spans else None
-                    if sink is not None:
-                        self._make(load, buffer.data, ticket.wait if ticket is not None else lambda: None)
-                        sink.write(buffer.data[:size])
-                    if ticket is not None:
-                        ticket.wait()
-                    self.advance(size)
-                    free.append(buffer)
-                found = stream.finish()
-            finally:
-                reader.shutdown(wait=True, cancel_futures=True)
+            for run in self.job.copied:
+                self._pass_on(range(at, run.first), stream, sink)
+                self._let_copy(run)
+                at = run.stop
+            self._pass_on(range(at, len(self.job.tensors)), stream, sink)
+            found = stream.finish()
         self.result.digests.update((self.job.tensors[number].key, digest) for number, digest in found.items())
 
-    def _loads(self) -> Iterator[list[_Segment]]:
+    def _let_copy(self, run: CopiedRun) -> None:
+        """The store copies a run by itself."""
+        assert self.copying is not None
+        for start, end in run.pieces():
+            if self.stop.is_set():
+                raise Stopped
+            self.result.copied += self.copying.copy(self.sources[run.shard], start, end)
+            self.advance(end - start)
+
+    def _pass_on(self, numbers: range, stream: Stream, sink: Sink | None) -> None:
+        """Tensors by number: reads ahead, hashes and writes."""
+        reader = ThreadPoolExecutor(_AHEAD - 1, thread_name_prefix="tierewrite-read")
+        waiting: deque[tuple[list[_Segment], Bytes, Future[None]]] = deque()
+        loads = self._loads(numbers)
+        try:
+            while True:
+                while len(waiting) < _AHEAD and (load := next(loads, None)) is not None:
+                    buffer = self.free.popleft() if self.free else self.digester.host_buffer(BUFFER_BYTES)
+                    waiting.append((load, buffer, reader.submit(self._read, load, buffer)))
+                if not waiting:
+                    break
+                load, buffer, read = waiting.popleft()
+                read.result()
+                if self.stop.is_set():
+                    raise Stopped
+                size = sum(segment.length for segment in load)
+                spans = self._spans(load)
+                ticket = stream.update(buffer, spans) if spans else None
+                if sink is not None:
+                    self._make(load, buffer.data, ticket.wait if ticket is not None else lambda: None)
+                    sink.write(buffer.data[:size])
+                if ticket is not None:
+                    ticket.wait()
+                self.advance(size)
+                self.free.append(buffer)
+        finally:
+            reader.shutdown(wait=True, cancel_futures=True)
+
+    def _loads(self, numbers: range) -> Iterator[list[_Segment]]:
         """What goes through one buffer: neighbouring tensors, or a part of a large one."""
         load: list[_Segment] = []
         size = 0
-        for number, tensor in enumerate(self.job.tensors):
-            total = tensor.nbytes
+        for number in numbers:
+            total = self.job.tensors[number].nbytes
             if load and (size + total > BUFFER_BYTES or len(load) >= _TENSORS):
                 yield load
                 load, size = [], 0
@@ -259,9 +295,7 @@ class _Attempt:
         for segment in load:
             tensor = self.job.tensors[segment.number]
             if tensor.hashed:
-                spans.append(
-                    DigestSpan(segment.number, place, segment.length, tensor.nbytes, segment.position)
-                )
+                spans.append(DigestSpan(segment.number, place, segment.length, tensor.nbytes, segment.position))
             place += segment.length
         return spans
 

@@ -19,7 +19,9 @@ class Result:
     Attributes:
         digests: source key -> BLAKE3 of the source's bytes, where it was wanted.
         made: output key -> what was written, where that is no plain copy.
+        copied: bytes that a store copied by itself.
     """
 
     digests: dict[str, bytes] = field(default_factory=dict)
     made: dict[str, Made] = field(default_factory=dict)
+    copied: int = 0

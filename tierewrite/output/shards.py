@@ -7,7 +7,10 @@ import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
+
 from tierewrite.errors import SourceError, system_errors
+from tierewrite.output.copied import CopiedRun, copied_runs
 from tierewrite.output.engine import Engine, Meter, RunPass
 from tierewrite.output.files import PartFiles
 from tierewrite.output.jobs import Job, JobTensor
@@ -20,7 +23,7 @@ from tierewrite.source.bytes import open_source
 from tierewrite.source.open import header_of
 from tierewrite.source.table import Checkpoint
 from tierewrite.stores.local import create, part_path, write_all
-from tierewrite.stores.places import FilePath, is_local
+from tierewrite.stores.places import FilePath, is_local, store_of
 from tierewrite.values.content import COPY, Content, Copy, Duplicate, Encode, Made, made_of
 
 
@@ -81,7 +84,7 @@ class Output:
         if engine.run_pass is not None and is_local(self.staging.folder):
             known.update(self._in_one_pass(engine.run_pass, wanted))
         else:
-            known.update(self._by_jobs(engine, wanted))
+            self._by_jobs(engine, wanted, known)
 
     def _in_one_pass(self, run_pass: RunPass, wanted: set[str]) -> dict[str, bytes]:
         """Each byte of the source is read once, in its order, and goes to its place in any of the shards."""
@@ -105,18 +108,45 @@ class Output:
         self.made.update(result.made)
         return result.digests
 
-    def _by_jobs(self, engine: Engine, wanted: set[str]) -> dict[str, bytes]:
-        """Each shard is a job by itself; what is in none of them is hashed first."""
+    def _by_jobs(self, engine: Engine, wanted: set[str], known: dict[str, bytes]) -> None:
+        """Each shard is a job by itself; what is in none of them is hashed first.
+
+        So is what a store is to copy by itself, with all of its tie: it is copied only once that is confirmed.
+        """
         token = secrets.token_hex(4)
-        jobs = [self._job(index, wanted, token) for index in range(len(self.plan.shards)) if index not in self.finished]
-        read = {tensor.key for job in jobs for tensor in job.tensors}
-        digests = engine.hash(self.checkpoint, wanted - read, "hashing")
+        copied = self._copied()
+        rows = np.zeros(len(self.plan.source), bool)
+        for index, runs in copied.items():
+            for run in runs:
+                rows[self.plan.shards[index].rows[run.first : run.stop]] = True
+        ties = [group for group in self.plan.planned() if rows[group.checks.present_rows()].any()]
+        for group in ties:
+            rows[group.checks.present_rows()] = True
+        first = set(map(self.plan.source.names.__getitem__, np.flatnonzero(rows).tolist()))
+        jobs = [self._job(index, wanted - first, token, runs) for index, runs in copied.items()]
+        read = {tensor.key for job in jobs for tensor in job.tensors if tensor.hashed}
+        known.update(engine.hash(self.checkpoint, wanted - read, "hashing"))
+        if not all(known[key] == known[keys[0]] for group in ties for keys in group.checks for key in keys[1:]):
+            # The plan does not hold: nothing is written for it, and the rest is hashed to say all that differs.
+            known.update(engine.hash(self.checkpoint, read, "hashing"))
+            return
         results = engine.run_jobs(jobs, "rewriting")
         self._tidy()
         for result in results:
-            digests.update(result.digests)
+            known.update(result.digests)
             self.made.update(result.made)
-        return digests
+
+    def _copied(self) -> dict[int, tuple[CopiedRun, ...]]:
+        """For each shard that is not finished, the runs that the store copies by itself."""
+        folder = self.staging.folder
+        store = store_of(folder)
+        shards = enumerate(self.checkpoint.shards)
+        sources = [number for number, shard in shards if store.copying([shard], folder, 0) is not None]
+        return {
+            index: copied_runs(shard, self.contents, sources)
+            for index, shard in enumerate(self.plan.shards)
+            if index not in self.finished
+        }
 
     def _tidy(self) -> None:
         """Removes from the folder what is no shard of the plan: parts, by workers that died."""
@@ -130,7 +160,7 @@ class Output:
                 with system_errors("removing what a killed run left", path):
                     path.unlink()
 
-    def _job(self, index: int, wanted: set[str], token: str) -> Job:
+    def _job(self, index: int, wanted: set[str], token: str, copied: tuple[CopiedRun, ...]) -> Job:
         """One output shard as a piece of work that any process can carry out."""
         tensors: list[JobTensor] = []
         contents: dict[str, Content] = {}
@@ -149,7 +179,7 @@ class Output:
             numbers.add(entry.shard)
             tensors.append(JobTensor(name, source, entry.shard, entry.start, entry.end, source in wanted))
         shards = {number: self.checkpoint.shards[number] for number in sorted(numbers)}
-        return Job(shards, tuple(tensors), self.paths[index], self.headers[index], contents, token)
+        return Job(shards, tuple(tensors), self.paths[index], self.headers[index], contents, token, copied)
 
     def keep_finished(self, engine: Engine, known: dict[str, bytes]) -> None:
         """Takes over the shards that a killed run finished, if they are what this plan would write.

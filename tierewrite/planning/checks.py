@@ -64,7 +64,12 @@ class Checks(Sequence[tuple[str, ...]]):
 
     def all_keys(self) -> list[str]:
         """All keys, as often as they occur."""
-        return list(map(self._names.__getitem__, self.rows[self.rows >= 0].tolist()))
+        return list(map(self._names.__getitem__, self.present_rows().tolist()))
+
+    def present_rows(self) -> np.ndarray:
+        """int64, the rows of all keys, as often as they occur."""
+        found: np.ndarray = self.rows[self.rows >= 0]
+        return found
 
     def where(self, chosen: slice | np.ndarray) -> Checks:
         """Those of a slice, a mask or an array of positions."""

@@ -81,6 +81,20 @@ class Sink(Protocol):
         """Leaves nothing of it."""
 
 
+class CopyingSink(Sink, Protocol):
+    """A new file that takes ranges of other files too, which the store copies by itself."""
+
+    def copy(self, source: SourceFile, start: int, end: int) -> int:
+        """The next bytes are those of a range of `source`.
+
+        Returns:
+            How many of them the store copied; the others passed through this machine.
+
+        Raises:
+            SourceChanged: `source` is not what was looked at. SystemFailure.
+        """
+
+
 class Store(Protocol[P]):
     """Files by path. Every error is of the family in errors.py and names the file.
 
@@ -110,6 +124,13 @@ class Store(Protocol[P]):
         With a `token` nothing is under its name before `Sink.commit`, where the store streams (all but fsspec's
         memory:// do); what an output must not be without comes last in any case.
         """
+
+    def copying(self, sources: Sequence[Stamped], path: P, size: int) -> CopyingSink | None:
+        """As `create`, for a file that takes ranges of `sources`; None: this store cannot copy them by itself.
+
+        No request is made before the first byte.
+        """
+        return None
 
     def read(self, path: P) -> bytes:
         """The whole of a small file."""

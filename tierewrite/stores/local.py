@@ -301,6 +301,9 @@ class LocalStore:
         """With a `token` the file has the name of a part until it is complete: two that write the same do not meet."""
         return LocalSink(path, part_path(path, token) if token else None)
 
+    def copying(self, sources: Sequence[Stamped], path: Path, size: int) -> None:
+        """See `Store`; folders have nothing of the kind."""
+
     def read(self, path: Path) -> bytes:
         """See `Store`."""
         with system_errors("reading", path):

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from tierewrite.errors import TierewriteError, UsageError
 from tierewrite.stores.base import PathLike, Store
 from tierewrite.stores.local import LocalStore
-from tierewrite.stores.remote import RemotePath, RemoteStore, redacted
+from tierewrite.stores.remote import RemotePath, redacted
+from tierewrite.stores.remote_store import RemoteStore
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs

@@ -21,7 +21,6 @@ from typing import Any
 from urllib.parse import unquote
 
 from tierewrite.errors import SourceChanged, SourceError, SystemFailure, TierewriteError, UsageError, first_line, shown
-from tierewrite.stores.base import FileStamp, Sink, SourceFile, Stamped
 
 _USER = re.compile(r"(://)[^/@\s]*@")
 _QUERY = re.compile(r"(://[^\s?'\"]*)\?[^\s'\"]*")
@@ -29,7 +28,8 @@ _SECRET = re.compile(r"secret|token|passw|credential|(?:^|_)key(?:$|_id$)|signat
 
 _GAP_BYTES = 256 << 10  # read and thrown away where that saves a request
 _WASTE_BYTES = 4 << 20  # of such bytes in one request, at most
-_PART_BYTES = 16 << 20  # of an upload; stores want at least 5 MiB
+_PART_BYTES = 16 << 20  # of an upload
+_LEAST_PART_BYTES = 5 << 20  # that stores take, but for the last part
 _MAX_PARTS = 9_000  # S3 takes 10,000
 _CLEANUP_SECONDS = 20  # that a store which does not answer is waited for, once a run has failed
 _SECRET_CHARACTERS = 6  # a shorter value is as likely a word of the message
@@ -329,6 +329,16 @@ class RemoteFile:
         return None
 
 
+def part_bytes(size: int) -> int:
+    """Bytes of a part in the upload of a file of `size` bytes."""
+    return max(_PART_BYTES, least_part_bytes(size))
+
+
+def least_part_bytes(size: int) -> int:
+    """Bytes that every part but the last has at least."""
+    return max(_LEAST_PART_BYTES, -(-size // _MAX_PARTS))
+
+
 class Upload:
     """One new file, written from its first byte to its last, in parts; it exists once `commit` returns.
 
@@ -338,9 +348,8 @@ class Upload:
     def __init__(self, path: RemotePath, size: int) -> None:
         self.path = path
         fs, target = path.opened()
-        part = max(_PART_BYTES, -(-size // _MAX_PARTS))
         with remote_errors("beginning", path, writes=True):
-            self._file: Any = fs.open(target, "wb", block_size=part)
+            self._file: Any = fs.open(target, "wb", block_size=part_bytes(size))
 
     def write(self, data: memoryview) -> None:
         """The next bytes.
@@ -388,57 +397,3 @@ def with_timeout(act: Callable[[], object]) -> bool:
     else:
         thread.join(_CLEANUP_SECONDS)
     return done.is_set()
-
-
-_CHUNK_BYTES = 8 << 20  # a request
-
-
-class RemoteStore:
-    """Files of an fsspec file system; see `base.Store`."""
-
-    read_gap_bytes = 1 << 20
-    read_most_bytes = 2 * _CHUNK_BYTES
-
-    def names(self, folder: RemotePath) -> list[str]:
-        """See `Store`."""
-        return list(listing(folder))
-
-    def stamp(self, path: RemotePath) -> FileStamp:
-        """See `Store`."""
-        info = path.info()
-        return FileStamp(path, info.get("size") or 0, version=identity(info))
-
-    def open(self, file: Stamped) -> SourceFile:
-        """See `Store`."""
-        return RemoteFile(_remote(file), file.size, file.version)
-
-    def chunks(self, file: Stamped) -> Iterator[bytes]:
-        """See `Store`."""
-        remote = RemoteFile(_remote(file), file.size, file.version)
-        for start in range(0, file.size, _CHUNK_BYTES):
-            yield remote.read(start, min(file.size, start + _CHUNK_BYTES))
-        remote.finish()
-
-    def create(self, path: RemotePath, size: int, token: str = "") -> Sink:
-        """`token` is not needed: no object is there before it is complete."""
-        return Upload(path, size)
-
-    def read(self, path: RemotePath) -> bytes:
-        """See `Store`."""
-        return path.read_bytes()
-
-    def put(self, path: RemotePath, data: bytes) -> None:
-        """See `Store`."""
-        path.write_bytes(data)
-
-    def remove(self, path: RemotePath, missing_ok: bool = False) -> None:
-        """See `Store`."""
-        path.unlink(missing_ok)
-
-    def make_folder(self, path: RemotePath) -> None:
-        """Nothing: a store has no folders but in names."""
-
-
-def _remote(file: Stamped) -> RemotePath:
-    assert isinstance(file.path, RemotePath)
-    return file.path
