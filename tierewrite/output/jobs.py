@@ -149,14 +149,6 @@ class _Segment(NamedTuple):
     length: int
 
 
-class _Piece(NamedTuple):
-    """A range of a source shard that the store copies by itself."""
-
-    shard: int
-    start: int
-    end: int
-
-
 class _Attempt:
     """One go at a job."""
 
@@ -195,32 +187,30 @@ class _Attempt:
         return self.result
 
     def _sink(self, out: FilePath, size: int) -> Sink:
-        if not self.job.copied:
-            return open_sink(out, size, self.job.token)
-        sources = [self.job.shards[run.shard] for run in self.job.copied]
-        self.copying = store_of(out).copying(sources, out, size)
-        assert self.copying is not None, "whoever made the job asked"
-        return self.copying
+        if self.job.copied:
+            sources = [self.job.shards[run.shard] for run in self.job.copied]
+            self.copying = store_of(out).copying(sources, out, size)  # None: the settings differ on this machine
+        return self.copying or open_sink(out, size, self.job.token)
 
     def _copy(self, sink: Sink | None) -> None:
         """Everything after the header, in the order of the output."""
         at = 0
         with self.digester.stream(BUFFER_BYTES) as stream:
-            for run in self.job.copied:
-                self._pass_on(range(at, run.first), stream, sink)
-                self._let_copy(run)
-                at = run.stop
+            if self.copying is not None:
+                for run in self.job.copied:
+                    self._pass_on(range(at, run.first), stream, sink)
+                    self._let_copy(self.copying, run)
+                    at = run.stop
             self._pass_on(range(at, len(self.job.tensors)), stream, sink)
             found = stream.finish()
         self.result.digests.update((self.job.tensors[number].key, digest) for number, digest in found.items())
 
-    def _let_copy(self, run: CopiedRun) -> None:
+    def _let_copy(self, sink: CopyingSink, run: CopiedRun) -> None:
         """The store copies a run by itself."""
-        assert self.copying is not None
         for start, end in run.pieces():
             if self.stop.is_set():
                 raise Stopped
-            self.result.copied += self.copying.copy(self.sources[run.shard], start, end)
+            self.result.copied += sink.copy(self.sources[run.shard], start, end)
             self.advance(end - start)
 
     def _pass_on(self, numbers: range, stream: Stream, sink: Sink | None) -> None:
