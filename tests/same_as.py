@@ -62,6 +62,9 @@ def one_side(fixtures: Path, only: str) -> dict[str, Any]:
                 if path.name == MANIFEST:
                     manifest = json.loads(data)
                     del manifest["tool"]
+                    manifest.pop("output", None)  # an older version's lacks it, and the headers' digests
+                    for shard in manifest["source"]["shards"]:
+                        shard.pop("header", None)
                     for option in SINCE_ADDED:
                         manifest["options"].pop(option, None)
                     result[path.name] = manifest

@@ -819,7 +819,7 @@ def _broken_manifest(src: Path, dst: Path) -> None:
     [
         (_newer_config, "'config.json' of SRC is newer"),
         (_other_weights, "from other weights"),
-        (_other_sizes, "shards of other names or sizes"),
+        (_other_sizes, "shards of other names, sizes or headers"),
         (_other_side_files, "side files"),
         (_missing_side_file, "side files"),
         (_other_version, "tierewrite 0.0.1 made it"),

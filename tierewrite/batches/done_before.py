@@ -1,7 +1,7 @@
 """Whether a DST is what a rewrite of SRC would make: asked before a batch does again what it has done.
 
 Cheap, from headers, manifest and a few tensors; `tierewrite verify` is the proof. DST must have been written by this
-version, from shards of the same names and sizes, with the same options and ties; nothing in SRC may be newer
+version, from shards of the same names, sizes and headers, with the same options and ties; nothing in SRC may be newer
 than it, every side file must be there in the same size, and the bytes of a few tensors must agree (two models of one
 kind have the same names and sizes).
 """
@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 import tierewrite
 from tierewrite.errors import shown
-from tierewrite.output.manifest import ties_on_disk
+from tierewrite.output.manifest import source_of, ties_on_disk
 from tierewrite.planning.policy import Policy
 from tierewrite.proof.files import manifest_or_problem
 from tierewrite.source.bytes import read_tensors
@@ -63,6 +65,7 @@ def made(
     ties: TiesGiven | None = None,
     trust_remote_code: bool = False,
     ignore_unindexed: bool = False,
+    digests: bool = False,
 ) -> Made | str:
     """What is in `dst`, if a rewrite of `src` would make just that; else why it is not that.
 
@@ -70,7 +73,7 @@ def made(
         src: the folder or URL (of a hub id: its snapshot).
         dst: a folder or URL with a manifest.
         policy: the options of the rewrite.
-        ties, trust_remote_code, ignore_unindexed: as for `rewrite`.
+        ties, trust_remote_code, ignore_unindexed, digests: as for `rewrite`.
 
     Raises:
         What `Opened.open` raises for either of them.
@@ -84,11 +87,13 @@ def made(
         return f"tierewrite {shown(version)} made it, and this is {tierewrite.__version__}"
     if manifest["options"] != policy.to_json():
         return "it was made with other options"
+    if digests and "tensors" not in manifest.get("output", ()):
+        return "it was made without a digest of every tensor"
     opened = Opened.open(src, ties=ties, trust_remote_code=trust_remote_code, ignore_unindexed=ignore_unindexed)
     opened = opened.under(policy)
     source = opened.checkpoint
-    if manifest["source"]["shards"] != [{"name": shard.name, "size": shard.size} for shard in source.shards]:
-        return "it was made from shards of other names or sizes"
+    if manifest["source"]["shards"] != msgspec.to_builtins(source_of(source).shards):
+        return "it was made from shards of other names, sizes or headers"
     if manifest["ties"]["map"] != ties_on_disk(opened.disk):
         return "it was made with other ties"
     changed = _newer(source, target)

@@ -285,7 +285,7 @@ class _Batch:
         if options.get("overwrite") or not done_before.has_manifest(target):
             return None
         place = fetched(item.src, revision=options.get("revision"))
-        made = done_before.made(place, target, item.policy, **_chosen(item, _READING))
+        made = done_before.made(place, target, item.policy, **_chosen(item, (*_READING, "digests")))
         if isinstance(made, str):
             raise UsageError(
                 f"DST is not empty, and no run with these options would make what it holds: {made}; choose another "

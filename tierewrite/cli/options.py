@@ -205,6 +205,13 @@ output_options: Decorator[Any] = together(
     *asked_loader_options,
     option("--force", heading=OUTPUT, is_flag=True, help="With --for: let DST appear whatever errors are left."),
     option(
+        "--digests",
+        heading=OUTPUT,
+        is_flag=True,
+        help="Let tierewrite.json hold a digest of every tensor, so that `verify DST` alone checks all bytes; else of "
+        "those that are read for their ties.",
+    ),
+    option(
         "--overwrite",
         heading=OUTPUT,
         is_flag=True,

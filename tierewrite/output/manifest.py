@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import msgspec
 import numpy as np
+from blake3 import blake3
 from msgspec import UNSET, UnsetType
 
 from tierewrite.errors import SourceError, SystemFailure, UsageError, shown
@@ -21,7 +22,9 @@ from tierewrite.json_text import dumps
 from tierewrite.planning.plan import ACTIONS, Action, RewritePlan
 from tierewrite.planning.policy import Policy
 from tierewrite.report import Report, Status
+from tierewrite.source.hub import commit_of
 from tierewrite.source.strict_json import unique_members
+from tierewrite.source.table import Checkpoint
 from tierewrite.ties.on_disk import DiskTies
 from tierewrite.values.content import Made
 from tierewrite.values.merged import MergedScale
@@ -82,16 +85,56 @@ class ManifestTool(msgspec.Struct):
 
 
 class ManifestShard(msgspec.Struct):
-    """A shard of the source; its size in bytes."""
+    """A shard.
+
+    Attributes:
+        size: of the file, in bytes.
+        header: BLAKE3 of its length field and header, in hex. Earlier versions did not say it.
+    """
 
     name: str
     size: int
+    header: str | UnsetType = UNSET
+
+
+class ManifestHub(msgspec.Struct):
+    """Where on the Hugging Face Hub the source is: `org/name`, and the commit's hash."""
+
+    id: str
+    commit: str
 
 
 class ManifestSource(msgspec.Struct):
-    """The source."""
+    """The source; `hub` only where it is a snapshot in huggingface_hub's cache."""
 
     shards: list[ManifestShard]
+    hub: ManifestHub | UnsetType = UNSET
+
+
+class ManifestFile(msgspec.Struct):
+    """A file of the output: its size in bytes, and BLAKE3 of its bytes, in hex."""
+
+    size: int
+    blake3: str
+
+    @classmethod
+    def of(cls, data: bytes) -> ManifestFile:
+        """The file that holds `data`."""
+        return cls(len(data), blake3(data).hexdigest())
+
+
+class ManifestOutput(msgspec.Struct):
+    """The files of the output.
+
+    Attributes:
+        shards: in the order of their names.
+        files: every other file but the manifest, by name.
+        tensors: key -> BLAKE3 of its bytes, in hex, for every tensor; only with `digests`.
+    """
+
+    shards: list[ManifestShard]
+    files: dict[str, ManifestFile]
+    tensors: dict[str, str] | UnsetType = UNSET
 
 
 class ManifestTies(msgspec.Struct):
@@ -103,7 +146,12 @@ class ManifestTies(msgspec.Struct):
 
 
 class Manifest(msgspec.Struct):
-    """All of it; `options` are the fields of `Policy`."""
+    """All of it.
+
+    Attributes:
+        options: the fields of `Policy`.
+        output: what was written; earlier versions did not say it.
+    """
 
     schema: str
     tool: ManifestTool
@@ -111,6 +159,7 @@ class Manifest(msgspec.Struct):
     options: dict[str, Any]
     ties: ManifestTies
     groups: list[ManifestGroup]
+    output: ManifestOutput | UnsetType = UNSET
 
 
 def written_tensors(
@@ -153,6 +202,44 @@ def written_tensors(
     return result
 
 
+def tensor_digests(plan: RewritePlan, made: Mapping[str, Made], known: Mapping[str, bytes]) -> dict[str, str]:
+    """Key -> BLAKE3 of its bytes, in hex, for every tensor of the output, in the order of the files.
+
+    Args:
+        made: output key -> what was written, where that is no copy.
+        known: source key -> digest, for all that are copied.
+    """
+    return {
+        tensor.name: (made[tensor.name].digest if tensor.name in made else known[tensor.source]).hex()
+        for shard in plan.shards
+        for tensor in shard.tensors
+    }
+
+
+def source_of(checkpoint: Checkpoint) -> ManifestSource:
+    """What the manifest says of the source."""
+    shards = [ManifestShard(shard.name, shard.size, shard.header_digest or UNSET) for shard in checkpoint.shards]
+    hub = commit_of(checkpoint.root) if checkpoint.origin is None else None
+    return ManifestSource(shards, ManifestHub(hub.repo, hub.commit) if hub else UNSET)
+
+
+def output_of(
+    plan: RewritePlan, headers: Sequence[bytes], files: Mapping[str, ManifestFile], tensors: Mapping[str, str] | None
+) -> ManifestOutput:
+    """What the manifest says of the output.
+
+    Args:
+        headers: what stands before the data of each shard of the plan.
+        files: every other file but the manifest, by name.
+        tensors: what `tensor_digests` gives; None where not all of them are known.
+    """
+    shards = [
+        ManifestShard(shard.name, len(header) + shard.nbytes, blake3(header).hexdigest())
+        for shard, header in zip(plan.shards, headers, strict=True)
+    ]
+    return ManifestOutput(shards, dict(sorted(files.items())), UNSET if tensors is None else dict(tensors))
+
+
 def ties_on_disk(disk: DiskTies) -> dict[str, str]:
     """Alias -> canonical, as the manifest has it."""
     ties: dict[str, str] = {}
@@ -164,19 +251,25 @@ def ties_on_disk(disk: DiskTies) -> dict[str, str]:
 
 
 def build_manifest(
-    report: Report, disk: DiskTies, written: Mapping[str, dict[str, ManifestTensor]], version: str
+    report: Report,
+    disk: DiskTies,
+    written: Mapping[str, dict[str, ManifestTensor]],
+    version: str,
+    source: ManifestSource,
+    output: ManifestOutput,
 ) -> bytes:
     """The manifest's JSON text.
 
     Args:
         written: what `written_tensors` gives.
+        source, output: what `source_of` and `output_of` give.
     """
     # A ties file's name is the user's, and no part of the content.
     detail = report.ties_detail if report.ties_source == "class" else ""
     manifest = Manifest(
         MANIFEST_SCHEMA,
         ManifestTool("tierewrite", version),
-        ManifestSource([ManifestShard(shard.name, shard.nbytes) for shard in report.before_shards]),
+        source,
         report.policy.to_json(),
         ManifestTies(cast(TieSource, report.ties_source), detail, ties_on_disk(disk)),
         [
@@ -192,6 +285,7 @@ def build_manifest(
             )
             for entry in report.groups
         ],
+        output,
     )
     return dumps(msgspec.structs.asdict(manifest)).encode()
 

@@ -36,6 +36,7 @@ class Output:
         contents: output key -> what is written, where that is no copy.
         staging: where.
         metadata: `__metadata__` of every shard.
+        digests: hash every tensor, and not only those that confirm the groups.
 
     Attributes:
         made: output key -> what was written, for all of `contents`, once it is.
@@ -48,12 +49,14 @@ class Output:
         contents: Mapping[str, Content],
         staging: Staged,
         metadata: Mapping[str, str],
+        digests: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.plan = plan
         self.contents = contents
         self.made: dict[str, Made] = {}
         self.headers = [shard_header(shard, metadata) for shard in plan.shards]
+        self.digests = digests
         self.staging = staging
         self.paths: list[FilePath] = [staging.folder / shard.name for shard in plan.shards]
         self.finished: set[int] = set()
@@ -73,18 +76,25 @@ class Output:
             self._files.durable(progress.advance)
 
     def write(self, engine: Engine, known: dict[str, bytes]) -> None:
-        """Writes what is not finished; the digests that confirm the groups go into `known`.
+        """Writes what is not finished; the digests that confirm the groups, or all of them, go into `known`.
 
         The disk may still be at it afterwards: see `durable`.
 
         Raises:
             SourceChanged, SystemFailure: as `Engine.run_jobs`.
         """
-        wanted = set(digests_wanted(self.plan)) - known.keys()
+        wanted = set(digests_wanted(self.plan))
+        if self.digests:
+            every = (tensor for shard in self.plan.shards for tensor in shard.tensors)
+            wanted.update(tensor.source for tensor in every if self._is_copied(tensor.name))
+        wanted -= known.keys()
         if engine.run_pass is not None and is_local(self.staging.folder):
             known.update(self._in_one_pass(engine.run_pass, wanted))
         else:
             self._by_jobs(engine, wanted, known)
+
+    def _is_copied(self, name: str) -> bool:
+        return isinstance(self.contents.get(name, COPY), Copy)
 
     def _in_one_pass(self, run_pass: RunPass, wanted: set[str]) -> dict[str, bytes]:
         """Each byte of the source is read once, in its order, and goes to its place in any of the shards."""

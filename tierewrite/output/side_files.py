@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from blake3 import blake3
+
 from tierewrite.output.files import open_sink
+from tierewrite.output.manifest import ManifestFile
 from tierewrite.output.staging import Staged
 from tierewrite.source.bytes import chunks_of, read_side_file
 from tierewrite.source.table import SideFile
@@ -17,16 +20,20 @@ def copy_side_files(
     staging: Staged,
     advance: Callable[[int], None] = lambda n: None,
     contents: Mapping[str, bytes] | None = None,
-) -> None:
+) -> dict[str, ManifestFile]:
     """Copies every other file of the source, byte for byte; links arrive as files.
 
     Args:
         contents: name -> bytes to write instead of the file's own.
 
+    Returns:
+        What was written, by name.
+
     Raises:
         SourceChanged: a file is not what it was when the source was opened.
         SystemFailure: reading or writing failed.
     """
+    written: dict[str, ManifestFile] = {}
     folder = staging.folder
     store = store_of(folder)
     for name in directories:
@@ -35,18 +42,25 @@ def copy_side_files(
         if contents is not None and side.name in contents:
             read_side_file(side)  # what is written was worked out from it: it has to be that file still
             staging.put(side.name, contents[side.name])
+            written[side.name] = ManifestFile.of(contents[side.name])
             continue
         if side.name in staging.held_back:
-            staging.put(side.name, read_side_file(side))
+            data = read_side_file(side)
+            staging.put(side.name, data)
+            written[side.name] = ManifestFile.of(data)
             continue
         path = folder / side.name
         store.make_folder(path.parent)
         sink = open_sink(path, side.size)
+        hasher = blake3()
         try:
             for chunk in chunks_of(side):
+                hasher.update(chunk)
                 sink.write(memoryview(chunk))
                 advance(len(chunk))
             sink.commit()
         except BaseException:
             sink.abort()
             raise
+        written[side.name] = ManifestFile(side.size, hasher.hexdigest())
+    return written

@@ -188,9 +188,14 @@ def check_statements(proof: Proof, manifest: Mapping[str, Any]) -> list[Problem]
     def say(message: str) -> None:
         problems.append(Problem("manifest", MANIFEST_NAME, message))
 
-    expected_shards = [{"name": shard.name, "size": shard.size} for shard in proof.source.shards]
+    expected_shards = [
+        {"name": shard.name, "size": shard.size, "header": shard.header_digest} for shard in proof.source.shards
+    ]
     if manifest["source"]["shards"] != expected_shards:
-        say("names other source shards, or other sizes, than SRC has")
+        say("names other source shards, sizes or headers than SRC has")
+    listed = manifest.get("output", {}).get("tensors")
+    if listed is not None and listed != {name: digest.hex() for name, digest in proof.after.digests.items()}:
+        say("lists other digests of all tensors than DST's bytes have")
     told: dict[str, Mapping[str, Any]] = {}
     statuses: dict[str, str] = {}
     names: dict[str, list[str]] = {}

@@ -12,21 +12,34 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+from msgspec import UNSET
+
 import tierewrite
 from tierewrite.errors import Refused, shown
 from tierewrite.output.configs import configs_of
-from tierewrite.output.manifest import build_manifest, written_tensors
+from tierewrite.output.manifest import (
+    ManifestFile,
+    ManifestHub,
+    ManifestTensor,
+    build_manifest,
+    output_of,
+    source_of,
+    tensor_digests,
+    written_tensors,
+)
 from tierewrite.output.metadata import header_metadata, index_metadata
 from tierewrite.output.safetensors import index_bytes, shard_header
 from tierewrite.planning.plan import RewritePlan
 from tierewrite.planning.policy import Policy
 from tierewrite.proof import Problem
-from tierewrite.report import ShardSize, build_report
+from tierewrite.report import Report, ShardSize, build_report
 from tierewrite.source.bytes import open_source
 from tierewrite.source.strict_json import strict_json
 from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME, Checkpoint
+from tierewrite.ties.on_disk import DiskTies
 from tierewrite.values.confirm import refuted
-from tierewrite.values.content import Copy, made_of
+from tierewrite.values.content import Copy, Made, made_of
 from tierewrite.values.decide import CannotBe, Values, decide
 from tierewrite.values.opened import Evidence, Opened
 
@@ -41,13 +54,41 @@ class ExactFiles:
         headers: shard -> its header, length field included, and the bytes of data behind it.
         index: the bytes of the index.
         configs: configurations whose ignore lists are corrected, by name; the others are SRC's.
-        manifest: the bytes of tierewrite.json.
+        plan, made, written, report, disk, digests: what the manifest is made from.
     """
 
     headers: Mapping[str, tuple[bytes, int]]
     index: bytes
     configs: Mapping[str, bytes]
-    manifest: bytes
+    plan: RewritePlan
+    made: Mapping[str, Made]
+    written: Mapping[str, dict[str, ManifestTensor]]
+    report: Report
+    disk: DiskTies
+    digests: Mapping[str, bytes]
+
+    def manifest(
+        self, source: Checkpoint, sides: Mapping[str, bytes], configs: Mapping[str, bytes], found: Mapping[str, Any]
+    ) -> bytes:
+        """The bytes of tierewrite.json.
+
+        Args:
+            sides: name -> BLAKE3 of each other file of SRC.
+            configs: the configurations that a rewrite changes, with the bytes that it writes.
+            found: the manifest of DST. It says whether the digests of all tensors are in it, and, where SRC is no
+                snapshot of the hub's, which commit it was; its other members are not asked.
+        """
+        files = {side.name: ManifestFile(side.size, sides[side.name].hex()) for side in source.side_files}
+        files.update((name, ManifestFile.of(data)) for name, data in configs.items())
+        files[INDEX_NAME] = ManifestFile.of(self.index)
+        every = "tensors" in found.get("output", ())
+        tensors = tensor_digests(self.plan, self.made, self.digests) if every else None
+        headers = [self.headers[shard.name][0] for shard in self.plan.shards]
+        told = source_of(source)
+        if told.hub is UNSET or "hub" not in found["source"]:
+            told.hub = msgspec.convert(found["source"]["hub"], ManifestHub) if "hub" in found["source"] else UNSET
+        output = output_of(self.plan, headers, files, tensors)
+        return build_manifest(self.report, self.disk, self.written, tierewrite.__version__, told, output)
 
 
 def exact_files(opened: Opened, policy: Policy, digests: Mapping[str, bytes]) -> ExactFiles | None:
@@ -87,12 +128,16 @@ def exact_files(opened: Opened, policy: Policy, digests: Mapping[str, bytes]) ->
         filled=values.filled,
     )
     configs, _ = configs_of(checkpoint, plan, opened.disk, opened.ties)
-    listed = written_tensors(plan, made, values.merged, digests)
     return ExactFiles(
         headers,
         index_bytes(plan.shards, index_metadata(checkpoint, plan)),
         configs,
-        build_manifest(report, opened.disk, listed, tierewrite.__version__),
+        plan,
+        made,
+        written_tensors(plan, made, values.merged, digests),
+        report,
+        opened.disk,
+        digests,
     )
 
 
@@ -118,7 +163,7 @@ def _settled(opened: Opened, policy: Policy, digests: Mapping[str, bytes]) -> tu
 
 
 def check_files(exact: ExactFiles, target: Checkpoint) -> Iterator[Problem]:
-    """Headers, index and manifest of DST against `exact`."""
+    """Headers and index of DST against `exact`."""
     there = {shard.name: shard for shard in target.shards}
     for name in sorted(exact.headers.keys() ^ there.keys()):
         yield Problem("shard-name", name, "missing" if name in exact.headers else "no rewrite of SRC writes this file")
@@ -133,17 +178,34 @@ def check_files(exact: ExactFiles, target: Checkpoint) -> Iterator[Problem]:
             file.read_runs([(0, len(header))], memoryview(found))
         if found != header:
             yield Problem("layout", name, "its header has another order, other offsets or other text than expected")
-    for kind, name, expected in (
-        ("index", INDEX_NAME, exact.index),
-        ("manifest", MANIFEST_NAME, exact.manifest),
-    ):
-        try:
-            data = (target.root / name).read_bytes()
-        except OSError as error:
-            yield Problem(kind, name, f"cannot be read: {error.strerror}")
-            continue
-        if data != expected:
-            yield from (Problem(kind, name, said) for said in _differences(expected, data))
+    yield from _same_json("index", INDEX_NAME, exact.index, target)
+
+
+def check_manifest(expected: bytes, target: Checkpoint) -> list[Problem]:
+    """DST's manifest against the bytes that it has to hold."""
+    return list(_same_json("manifest", MANIFEST_NAME, expected, target))
+
+
+def unchecked_commit(source: Checkpoint, manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    """A note where a manifest says which commit SRC was, and SRC is not here as huggingface_hub keeps one."""
+    hub = manifest["source"].get("hub")
+    if hub is None or source_of(source).hub is not UNSET:
+        return ()
+    return (
+        f"{MANIFEST_NAME} says that SRC was {shown(hub['id'])} at commit {shown(hub['commit'])}; that is not checked, "
+        "because SRC is no snapshot in huggingface_hub's cache",
+    )
+
+
+def _same_json(kind: str, name: str, expected: bytes, target: Checkpoint) -> Iterator[Problem]:
+    """A JSON file of DST against the bytes that it has to hold; problems are of `kind`."""
+    try:
+        data = (target.root / name).read_bytes()
+    except OSError as error:
+        yield Problem(kind, name, f"cannot be read: {error.strerror}")
+        return
+    if data != expected:
+        yield from (Problem(kind, name, said) for said in _differences(expected, data))
 
 
 def _differences(expected: bytes, found: bytes) -> list[str]:

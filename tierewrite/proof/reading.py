@@ -190,6 +190,17 @@ def hash_file(side: SideFile, advance: Callable[[int], None] | None) -> bytes:
     return hasher.digest()
 
 
+def hash_files(sides: Sequence[SideFile], advance: Callable[[int], None] | None) -> dict[str, bytes]:
+    """BLAKE3 of whole files, by name.
+
+    Raises:
+        SourceChanged: one is not what was listed. SystemFailure: it cannot be read.
+    """
+    with ThreadPoolExecutor(max_workers=io_threads()) as pool:
+        digests = pool.map(lambda side: hash_file(side, advance), sides)
+        return dict(zip([side.name for side in sides], digests, strict=True))
+
+
 def read_array(checkpoint: Checkpoint, key: str) -> npt.NDArray[Any]:
     """The bytes of one tensor in its shape; E4M3 as bytes."""
     entry = checkpoint.tensors[key]

@@ -54,7 +54,7 @@ from tierewrite.errors import SourceError, SystemFailure, shown
 from tierewrite.planning.policy import ConsumerName, Policy, PolicyOptions
 from tierewrite.proof import Problem
 from tierewrite.proof.compare import Proof, check_statements
-from tierewrite.proof.exact import check_files, exact_files
+from tierewrite.proof.exact import check_files, check_manifest, exact_files, unchecked_commit
 from tierewrite.proof.files import (
     check_claims,
     check_finished,
@@ -66,7 +66,7 @@ from tierewrite.proof.files import (
     manifest_or_problem,
 )
 from tierewrite.proof.flags import check_flags
-from tierewrite.proof.reading import hash_tensors, is_scale
+from tierewrite.proof.reading import hash_files, hash_tensors, is_scale
 from tierewrite.proof.stripped import check_stripped
 from tierewrite.source.open import fetched, name_in_messages, open_checkpoint
 from tierewrite.source.table import MANIFEST_NAME, Checkpoint
@@ -186,10 +186,9 @@ def verify(
         SourceError: something is wrong in `src`, or its class cannot be asked. UsageError: the ties file is broken.
         SystemFailure: `src` cannot be read. SourceChanged: it changed meanwhile.
     """
-    policy, watched = Policy.of(consumer, **options), progress_of(progress)
+    policy, watched, dst_name = Policy.of(consumer, **options), progress_of(progress), name_in_messages(dst)
     if isinstance(src, (str, os.PathLike)):
         src = fetched(src, revision=revision)
-    dst_name = name_in_messages(dst)
     source = open_checkpoint(src, ignore_unindexed=ignore_unindexed, trust_remote_code=trust_remote_code)
     try:
         target = open_checkpoint(dst, plain=True)
@@ -197,9 +196,7 @@ def verify(
         return Verification(False, (Problem("unreadable", str(e.file or dst_name), str(e)),))
     problems: list[Problem] = []
     manifest = manifest_or_problem(target.root / MANIFEST_NAME, problems)
-
-    others = sum(side.size for side in (*source.side_files, *target.side_files))
-    watched.start("proving", source.total_bytes + target.total_bytes + others)
+    watched.start("proving", sum(map(_nbytes, (source, target))))
     advance = watched.advance
     tie_map, note = _declared(source, manifest, ties, trust_remote_code)
     opened = Opened(source, tie_map, on_disk(tie_map, source.tensors, source.tensors)).under(policy)
@@ -224,7 +221,8 @@ def verify(
     exact = None
     if policy.fix_ignore or policy.fix_config or (manifest is not None and not problems):
         exact = exact_files(replace(opened, ties=_as_told(tie_map, manifest)), policy, before.digests)
-    if exact is not None and manifest is not None and not problems:  # else it was said already what differs
+    told = None if problems else manifest  # where something differs, it was said already
+    if exact is not None and told is not None:
         problems += check_files(exact, target)
     problems += check_index_file(target)
     if isinstance(dst, (str, os.PathLike)):  # a rewrite proves its output before it takes its marker away
@@ -233,7 +231,11 @@ def verify(
     configs = exact.configs if exact is not None else {}
     if consumer is not None and policy.fix_ignore:
         configs = corrected_for(consumer, source, dst, configs, ties, trust_remote_code)
-    problems += check_side_files(source, target, configs, advance)
+    sides = hash_files(source.side_files, advance)
+    problems += check_side_files(source, target, configs, sides, advance)
+    if exact is not None and told is not None:
+        problems += check_manifest(exact.manifest(source, sides, configs, told), target)
+        note += unchecked_commit(source, told)
     problems += check_with_safetensors(target)
     return Verification(
         ok=not problems,
@@ -243,6 +245,11 @@ def verify(
         notes=tuple(dict.fromkeys((*note, *source.warnings, *tie_map.warnings, *disk.warnings, *proof.notes))),
         **proof.counts,
     )
+
+
+def _nbytes(checkpoint: Checkpoint) -> int:
+    """Bytes of its tensors and of its other files."""
+    return checkpoint.total_bytes + sum(side.size for side in checkpoint.side_files)
 
 
 def _as_told(ties: TieMap, manifest: Mapping[str, Any] | None) -> TieMap:

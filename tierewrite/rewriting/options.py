@@ -42,6 +42,7 @@ class ItemOptions(PlanOptions, total=False):
     loader: LoaderMode
     consumer_python: PathLike | None
     manifest: bool
+    digests: bool
 
 
 class EngineOptions(TypedDict, total=False):
@@ -70,6 +71,6 @@ ITEM_TYPES: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("revision", "consumer", "loader", "consumer_python"), (str,)),
     "ties": (str, dict),
     **dict.fromkeys(("trust_remote_code", "ignore_unindexed"), (bool,)),
-    **dict.fromkeys(("overwrite", "resume", "verify", "force", "manifest"), (bool,)),
+    **dict.fromkeys(("overwrite", "resume", "verify", "force", "manifest", "digests"), (bool,)),
 }
 """The types that JSON may give each of `ItemOptions`."""

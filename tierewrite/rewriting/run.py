@@ -113,6 +113,7 @@ def rewrite(
     loader: LoaderMode = "auto",
     consumer_python: PathLike | None = None,
     manifest: bool = True,
+    digests: bool = False,
     progress: ProgressLike = None,
     **options: Unpack[PolicyOptions],
 ) -> Report:
@@ -143,7 +144,9 @@ def rewrite(
             no `dst`.
         force: with `consumer`, let the output appear all the same.
         loader, consumer_python: with `consumer`, whether its own loader is asked, and by which Python; as for `check`.
-        manifest: write `tierewrite.json` with what was done and the digests.
+        manifest: write `tierewrite.json` with what was done, and what each file of the output is.
+        digests: let the manifest hold the digest of every tensor, for `verify_integrity`; else of those that were read
+            for their ties.
         progress: a `Progress`, or a bar such as tqdm's: called with how many bytes have moved. What its `start` or
             `advance` raises stops the rewrite, which then leaves nothing behind.
         options: what decides content, the fields of `planning.policy.Policy`: on_mismatch, kv_scales, max_shard_size
@@ -163,6 +166,8 @@ def rewrite(
     """
     started = time.monotonic()
     policy = Policy.of(consumer, **options)
+    if digests and not manifest:
+        raise UsageError("digests stand in the manifest: leave out digests, or let the manifest be written")
     if consumer is not None:
         refuse_unusable_loader(consumer, loader, consumer_python)
     watched = progress_of(progress)
@@ -189,7 +194,7 @@ def rewrite(
         side_bytes = sum(side.size for side in opened.checkpoint.side_files)
         route.check_space(planned.total_bytes + side_bytes, watched)
         with route.staging(resume) as staging, ExitStack() as outputs:
-            run = Pass(opened, policy, workers, staging, outputs, resume)
+            run = Pass(opened, policy, workers, staging, outputs, resume, digests)
             written = write_shards(run, planned)
             report = finish(
                 run,

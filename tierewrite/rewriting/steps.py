@@ -17,7 +17,14 @@ from tierewrite.engines.progress import Progress
 from tierewrite.errors import NotReady, VerificationFailed, shown
 from tierewrite.output.configs import configs_of
 from tierewrite.output.engine import Hasher
-from tierewrite.output.manifest import build_manifest, written_tensors
+from tierewrite.output.manifest import (
+    ManifestFile,
+    build_manifest,
+    output_of,
+    source_of,
+    tensor_digests,
+    written_tensors,
+)
 from tierewrite.output.metadata import header_metadata, index_metadata
 from tierewrite.output.safetensors import index_bytes
 from tierewrite.output.shards import Output
@@ -52,6 +59,7 @@ class Pass:
     Attributes:
         outputs: closes what an attempt leaves open.
         resume: use what a killed run finished.
+        every_digest: hash every tensor, for the manifest.
         digests: source key -> BLAKE3 of its bytes; each attempt adds to it.
     """
 
@@ -61,6 +69,7 @@ class Pass:
     staging: Staged
     outputs: ExitStack
     resume: bool
+    every_digest: bool = False
     digests: dict[str, bytes] = field(default_factory=dict)
 
 
@@ -117,7 +126,8 @@ def attempt(run: Pass, plan: RewritePlan, evidence: Evidence) -> Written | Evide
     if isinstance(values, CannotBe):
         return evidence.without(values)
     metadata, _ = header_metadata(checkpoint, plan)
-    output = run.outputs.enter_context(Output(checkpoint, plan, values.contents, run.staging, metadata))
+    output = Output(checkpoint, plan, values.contents, run.staging, metadata, run.every_digest)
+    run.outputs.enter_context(output)
     if run.resume:
         output.keep_finished(run.workers, run.digests)
     output.write(run.workers, run.digests)
@@ -173,7 +183,8 @@ def finish(
     sides = {side.name: side.size for side in checkpoint.side_files}
     staging.expect({**sides, **{shard.name: shard.nbytes for shard in output.sizes()}})
     progress.start("copying other files", sum(side.size for side in checkpoint.side_files))
-    copy_side_files(checkpoint.side_files, checkpoint.directories, staging, progress.advance, configs)
+    files = copy_side_files(checkpoint.side_files, checkpoint.directories, staging, progress.advance, configs)
+    files[INDEX_NAME] = ManifestFile.of(index)
     if consumer is not None and run.policy.fix_ignore:
         from tierewrite.consumers import corrected_configs
 
@@ -182,6 +193,7 @@ def finish(
         )
         for name, data in corrected.items():
             staging.put(name, data)
+            files[name] = ManifestFile.of(data)
         config_warnings = (*config_warnings, *sentences)
     _, metadata_warnings = header_metadata(checkpoint, plan)
     report = build_report(
@@ -198,7 +210,10 @@ def finish(
         warnings=(*metadata_warnings, *written.warnings, *config_warnings),
     )
     if manifest:
-        staging.put(MANIFEST_NAME, build_manifest(report, opened.disk, listed, tierewrite.__version__))
+        every = tensor_digests(plan, output.made, run.digests) if run.every_digest else None
+        described = output_of(plan, output.headers, files, every)
+        text = build_manifest(report, opened.disk, listed, tierewrite.__version__, source_of(checkpoint), described)
+        staging.put(MANIFEST_NAME, text)
     return report
 
 

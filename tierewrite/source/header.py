@@ -25,6 +25,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from blake3 import blake3
 
 from tierewrite.errors import HeaderError, SourceChanged, shown
 from tierewrite.source.regular_files import opened, read_from, resolved_path
@@ -72,8 +73,14 @@ def read_header(path: PathLike, *, shard: int = 0, name: str | None = None) -> t
         base,
         metadata,
         info.st_ctime_ns,
+        header_digest=digest_of(header),
     )
     return found, tensors
+
+
+def digest_of(header: bytes) -> str:
+    """BLAKE3, in hex, of what stands before a file's data: the length field and `header`, the JSON."""
+    return blake3(len(header).to_bytes(8, "little")).update(header).hexdigest()
 
 
 def header_length(prefix: bytes, size: int, file: object) -> int:

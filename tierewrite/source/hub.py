@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tierewrite.errors import (
     HeaderError,
@@ -55,6 +55,22 @@ def repo_id(src: PathLike) -> str | None:
     if len(text) > 96 or not _REPO_ID.fullmatch(text) or "--" in text or ".." in text or text.endswith(".git"):
         return None
     return None if os.path.lexists(text) else text
+
+
+class HubCommit(NamedTuple):
+    """One commit of a repository: its id (`org/name`) and the commit's hash."""
+
+    repo: str
+    commit: str
+
+
+_SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/([0-9a-f]{40})\Z")
+
+
+def commit_of(folder: Path) -> HubCommit | None:
+    """Which commit a folder is the snapshot of, as huggingface_hub's cache names it; None for any other folder."""
+    found = _SNAPSHOT.search(folder.as_posix())
+    return HubCommit(found[1].replace("--", "/"), found[2]) if found else None
 
 
 def fetched(src: PathLike, *, revision: str | None = None, bars: bool = False) -> Path:

@@ -16,7 +16,7 @@ from typing import Any
 from tierewrite.errors import HeaderError, ShardIndexError, TierewriteError, UsageError, shown
 from tierewrite.source import hub
 from tierewrite.source.folder import assembled, open_folder
-from tierewrite.source.header import header_length, parse_header, read_header
+from tierewrite.source.header import digest_of, header_length, parse_header, read_header
 from tierewrite.source.index import MAX_INDEX_BYTES
 from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME, Checkpoint, Header, Shard, SideFile
 from tierewrite.stores.base import PathLike
@@ -166,7 +166,10 @@ def remote_header(path: RemotePath, info: Mapping[str, Any], shard: int = 0) -> 
     base = 8 + length
     header = start[8:base] if len(start) >= base else start[8:] + file.read(len(start), base)
     metadata, tensors = parse_header(header, size - base, file=path, shard=shard, base=base)
-    return Shard(path.name, path, size, 0, 0, base, metadata, version=identity(info)), tensors
+    found = Shard(
+        path.name, path, size, 0, 0, base, metadata, version=identity(info), header_digest=digest_of(header)
+    )
+    return found, tensors
 
 
 def header_of(path: FilePath) -> Header:

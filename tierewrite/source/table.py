@@ -248,6 +248,8 @@ class Shard:
         version: of a remote file, for the same.
         data_start: offset of the first data byte.
         metadata: its `__metadata__`.
+        header_digest: BLAKE3 of its first `data_start` bytes (length and JSON), in hex; "" where only huggingface_hub
+            has seen them.
     """
 
     name: str
@@ -259,6 +261,7 @@ class Shard:
     metadata: Mapping[str, str]
     ctime_ns: int = 0
     version: str = ""
+    header_digest: str = ""
 
 
 Header = tuple[Shard, Tensors]
