@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tests.s3_server import Store
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TIEREWRITE_CACHE"] = ""  # classes are asked themselves, unless a test wants it otherwise
 
 
 Snapshot = dict[str, tuple[int, int, int, str]]

@@ -18,6 +18,7 @@ ROOMS = (
     "json_text",
     "tables",
     "bounded_regex",
+    "kept_files",
     "stores",
     "source",
     "formats",

@@ -13,6 +13,7 @@ import pytest
 
 from tests.checkpoints import FIXTURES, read_shapes
 from tierewrite.ties.on_disk import DiskTies, TieGroup, on_disk, places
+from tierewrite.ties.renames import Renames
 from tierewrite.ties.tie import Tie
 from tierewrite.ties.tie_map import TieMap
 from tierewrite.ties.translator import _expert_of
@@ -316,7 +317,9 @@ def test_a_pattern_with_several_wildcards_counts_experts_and_not_layers() -> Non
     assert [_expert_of(p, "enc.layers.7.experts.3.w2.weight") for p in transform.source_patterns] == [3]
     assert _expert_of(r"\.experts.*.w2.weight", "enc.layers.7.experts.12.w2.weight") == 12
     plain = WeightConverter(".experts.*.w2.weight", ".experts.down_proj", [MergeModulelist(dim=0)])
-    model = ModelNames("Any", "", {"a.experts.down_proj": (2,), "b.experts.down_proj": (2,)}, (plain,), (plain,))
+    model = ModelNames(
+        "Any", "", {"a.experts.down_proj": (2,), "b.experts.down_proj": (2,)}, Renames.of((plain,), (plain,))
+    )
     ties = TieMap((Tie("a.experts.down_proj", "b.experts.down_proj", "test"),), "class", model=model)
     keys = [f"{side}.experts.{e}.w2.weight" for side in "ab" for e in range(12)]
     assert on_disk(ties, keys).groups[0].slots == tuple((keys[12 + e], keys[e]) for e in range(12))
@@ -332,7 +335,7 @@ def test_a_tensor_that_also_holds_an_untied_parameter_is_a_problem() -> None:
 
     transform = WeightConverter("attn.qkv.weight", ["attn.q.weight", "attn.k.weight", "attn.v.weight"], [Chunk(dim=0)])
     shapes = {f"{side}.attn.{p}.weight": (4, 4) for side in ("a", "b") for p in "qkv"}
-    model = ModelNames("Any", "", shapes, (transform,), (transform,))
+    model = ModelNames("Any", "", shapes, Renames.of((transform,), (transform,)))
     keys = ["a.attn.qkv.weight", "b.attn.qkv.weight"]
 
     def tied(parts: str) -> TieMap:

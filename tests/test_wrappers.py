@@ -15,6 +15,7 @@ from tests.checkpoints import FIXTURES, edit_tensors, read_tensors, write_checkp
 from tierewrite import cli
 from tierewrite.errors import EXIT_SOURCE, ConfigError, TieFileError
 from tierewrite.ties.on_disk import on_disk, wrappers_of
+from tierewrite.ties.renames import Renames
 from tierewrite.ties.tie import ModelNames, Tie
 from tierewrite.ties.tie_map import TieMap
 from tierewrite.ties.wrappers import unwrapped
@@ -138,7 +139,7 @@ def test_a_ties_file_may_speak_of_the_names_with_or_without_wrappers(spelled: st
 
 def test_what_a_class_calls_its_parts_is_no_wrapper() -> None:
     keys = ["module.head.weight", "module.embed.weight"]
-    model = ModelNames("Own", "", dict.fromkeys(keys, (4, 4)), (), ())
+    model = ModelNames("Own", "", dict.fromkeys(keys, (4, 4)), Renames.of((), ()))
     ties = TieMap((Tie(*keys, "test"),), "class", model=model)
     assert wrappers_of(ties, keys) is None
     assert on_disk(ties, keys).groups[0].slots == (("module.embed.weight", "module.head.weight"),)

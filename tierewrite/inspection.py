@@ -69,6 +69,8 @@ class Inspection(Summary):
         yield dtypes
         if self.ties is not None and self.disk is not None:
             yield from ties_lines(self.ties.source, self.ties.detail, self.ties.unpaired)
+            if self.ties.remembered:
+                yield text("The class was not asked now: its answer is remembered.")
             ties = table("alias", "canonical", "declared by", left=3)
             for group in self.disk.groups:
                 for alias, origin in zip(group.aliases, group.origins, strict=True):
@@ -153,6 +155,7 @@ def _ties_json(ties: TieMap, disk: DiskTies) -> dict[str, Any]:
     return {
         "source": ties.source,
         "detail": ties.detail,
+        "remembered": ties.remembered,
         "unpaired": list(ties.unpaired),
         "idle": list(disk.idle),
         "groups": [

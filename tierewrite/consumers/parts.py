@@ -86,8 +86,7 @@ def _tails(parts: Mapping[Part, str], model: ModelNames, parameter: str) -> tupl
 
 def _sources(model: ModelNames, pattern: str) -> Iterator[str]:
     """The source patterns of the conversion that `pattern` is one of."""
-    for transform in model.transforms:
-        found = list(getattr(transform, "source_patterns", ()))
-        if pattern in found:
-            yield from found
+    for transform in model.renames.transforms:
+        if pattern in transform.sources:
+            yield from transform.sources
             return

@@ -202,6 +202,7 @@ class Subject:
             plain[formats.main_parameter(key) or key] = key
         translator = Translator(self.model, {})
         located = {name: translator.locate(name) for name in translator.in_loading_order(plain)}
+        self.model.renames.settled()
         places = {plain[name]: place for name, place in located.items() if place is not None}
         return places, {plain[name]: all_of_it for name, all_of_it in translator.covers.items()}
 

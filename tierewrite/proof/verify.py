@@ -72,6 +72,7 @@ from tierewrite.source.open import fetched, name_in_messages, open_checkpoint
 from tierewrite.source.table import MANIFEST_NAME, Checkpoint
 from tierewrite.stores.mirror import Place
 from tierewrite.tables import Summary, count, text
+from tierewrite.ties import class_memory
 from tierewrite.ties.on_disk import on_disk
 from tierewrite.ties.tie import Tie, TiesGiven
 from tierewrite.ties.tie_map import TieMap
@@ -150,6 +151,7 @@ class Verification(Summary):
         }
 
 
+@class_memory.not_believed()
 def verify(
     src: Place,
     dst: Place,

@@ -12,8 +12,6 @@ import contextlib
 import fcntl
 import logging
 import os
-import stat
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +19,7 @@ from pathlib import Path
 import msgspec
 from blake3 import blake3
 
+from tierewrite.kept_files import KeptFiles
 from tierewrite.output.engine import Hasher
 from tierewrite.source.table import Checkpoint
 
@@ -31,6 +30,7 @@ _KEPT = 32
 """Checkpoints that are remembered; the one that was used longest ago goes first."""
 _MOST_BYTES = 64 << 20
 """Of one file: half a million digests."""
+_ALL_BYTES = 512 << 20
 _SETTLED_NS = 2 * 10**9
 """A file that was changed so short a time ago may change again within the resolution of its times."""
 
@@ -41,15 +41,6 @@ class _Kept(msgspec.Struct):
     schema: str
     source: str
     digests: dict[str, str]
-
-
-def cache_folder() -> Path | None:
-    """Where digests are kept: below TIEREWRITE_CACHE, else XDG_CACHE_HOME/tierewrite; None: nowhere, if it is empty."""
-    given = os.environ.get("TIEREWRITE_CACHE")
-    if given is None:
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        given = os.path.join(home, "tierewrite")
-    return Path(given) / "digests" if os.path.isabs(given) else None
 
 
 def identity_of(source: Checkpoint) -> str:
@@ -91,13 +82,13 @@ class Digests:
         if self._folder is None or not wanted:
             return self._hashed(source, wanted, phase)
         name = identity_of(source)
-        path = self._folder / f"{name}.json"
-        with _locked(path):
-            known = _read(path, name)
+        files = KeptFiles(self._folder, _KEPT, _MOST_BYTES, _ALL_BYTES)
+        with _locked(files, name):
+            known = _read(files, name)
             found = {key: known[key] for key in wanted & known.keys()}
             new = self._hashed(source, wanted - known.keys(), phase)
             if new and _is_settled(source):
-                _write(path, name, {**known, **new})
+                _write(files, name, {**known, **new})
         return {**found, **new}
 
     def _hashed(self, source: Checkpoint, keys: set[str], phase: str) -> dict[str, bytes]:
@@ -114,12 +105,14 @@ def _is_settled(source: Checkpoint) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(files: KeptFiles, name: str) -> Iterator[None]:
     """One process of the host at a time; where no lock can be had, each works for itself."""
     fd = -1
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        files.make_folder()
+        fd = os.open(
+            files.path(name).with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+        )
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -134,16 +127,12 @@ def _locked(path: Path) -> Iterator[None]:
             os.close(fd)
 
 
-def _read(path: Path, name: str) -> Mapping[str, bytes]:
+def _read(files: KeptFiles, name: str) -> Mapping[str, bytes]:
     """The digests that are kept for a source; {} where there are none that can be trusted."""
-    try:
-        data = _trusted(path)
-    except OSError:
+    text = files.read(name)
+    if not text:
         return {}
-    check, _, text = data.partition(b"\n")
     try:
-        if check != blake3(text).hexdigest().encode():
-            raise ValueError("it is not as it was written")
         kept = msgspec.json.decode(text, type=_Kept)
         if (kept.schema, kept.source) != (SCHEMA, name):
             raise ValueError("it is of another source or version")
@@ -151,50 +140,12 @@ def _read(path: Path, name: str) -> Mapping[str, bytes]:
         if any(len(value) != blake3.digest_size for value in digests.values()):
             raise ValueError("a digest has another length")
     except (ValueError, msgspec.MsgspecError) as error:
-        log.warning("%s is ignored: %s", path, error)
+        files.ignored(name, error)
         return {}
     return digests
 
 
-def _trusted(path: Path) -> bytes:
-    """A file that only this user can have written; empty where it is none. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    try:
-        status = os.fstat(fd)
-        ours = status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        if not (stat.S_ISREG(status.st_mode) and ours and status.st_size <= _MOST_BYTES):
-            log.warning("%s is ignored: it is no file that only this user can write", path)
-            return b""
-        os.utime(fd)  # used now: others go first
-        with open(fd, "rb", closefd=False) as file:
-            return file.read()
-    finally:
-        os.close(fd)
-
-
-def _write(path: Path, name: str, digests: Mapping[str, bytes]) -> None:
+def _write(files: KeptFiles, name: str, digests: Mapping[str, bytes]) -> None:
     """Keeps digests, whole or not at all; that it cannot is no error."""
-    text = msgspec.json.encode(_Kept(SCHEMA, name, {key: value.hex() for key, value in digests.items()}))
-    data = blake3(text).hexdigest().encode() + b"\n" + text
-    if len(data) > _MOST_BYTES:
-        return
-    try:
-        fd, part = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-        try:
-            with open(fd, "wb") as file:
-                file.write(data)
-            os.replace(part, path)
-        except BaseException:
-            os.unlink(part)
-            raise
-        _forget(path.parent)
-    except OSError as error:
-        log.info("digests are not kept: %s", error)
-
-
-def _forget(folder: Path) -> None:
-    """Leaves the `_KEPT` files that were used last."""
-    files = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    for path in files[_KEPT:]:
-        path.unlink(missing_ok=True)
-        path.with_suffix(".lock").unlink(missing_ok=True)
+    kept = _Kept(SCHEMA, name, {key: value.hex() for key, value in digests.items()})
+    files.keep(name, msgspec.json.encode(kept))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from tierewrite.engines import open_engine
 from tierewrite.engines.progress import ProgressLike, progress_of
 from tierewrite.errors import UsageError
+from tierewrite.kept_files import cache_folder
 from tierewrite.output.configs import configs_of
 from tierewrite.output.unwritten import UnwrittenOutput
 from tierewrite.planning.plan import Action, RewritePlan
@@ -22,7 +23,7 @@ from tierewrite.source.open import fetched, name_in_messages
 from tierewrite.source.table import Checkpoint
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.mirror import RemoteFolder
-from tierewrite.streaming.remembered import Digests, cache_folder
+from tierewrite.streaming.remembered import Digests
 from tierewrite.streaming.tensors import as_tensor, tensors_of, unknown_to_torch
 from tierewrite.ties.tie import TiesGiven
 from tierewrite.values.content import COPY, Content
@@ -201,7 +202,7 @@ def stream(
             meanwhile=partial(asking, watched, ahead=True),
         )
         opened = with_needed(opened.under(policy), policy, consumer)
-        hasher = Digests(workers, cache_folder() if remember else None)
+        hasher = Digests(workers, cache_folder("digests") if remember else None)
         found = confirmed(opened, policy, hasher)
     if missing := unknown_to_torch(opened.checkpoint.tensors.kinds):
         raise UsageError(f"the installed torch has no dtype for {', '.join(missing)}; update torch", file=src)

@@ -7,6 +7,7 @@ transformers gives some types another family's class (EXAONE is a LlamaForCausal
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -59,6 +60,21 @@ def registered_config_class(config: Mapping[str, Any], file: Path) -> Any:
         raise ConfigError(
             f"model_type '{shown(model_type)}': {meta_model.in_one_line(exc)}; {versions(config)}", file=file
         ) from exc
+
+
+def registered_here(config: Mapping[str, Any]) -> bool:
+    """Whether this process gave transformers classes of its own (`AutoModel.register`) that the config may mean.
+
+    Imports nothing of transformers that is not imported already.
+    """
+    if "transformers.models.auto.modeling_auto" in sys.modules:
+        mappings = [auto._model_mapping for auto in _auto_classes().values()]
+        if any(getattr(mapping, "_extra_content", None) for mapping in mappings):
+            return True
+    auto = sys.modules.get("transformers.models.auto.configuration_auto")
+    extra = getattr(auto.CONFIG_MAPPING, "_extra_content", {}) if auto is not None else {}
+    parts = (config, *(part for part in config.values() if isinstance(part, dict)))
+    return any(isinstance(part.get("model_type"), str) and part["model_type"] in extra for part in parts)
 
 
 def named(config: Mapping[str, Any], wanted: str, registered: Any, file: Path) -> Candidate:

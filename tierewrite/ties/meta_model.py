@@ -18,6 +18,7 @@ from typing import Any
 from tierewrite.errors import Interrupted, shown
 from tierewrite.ties.flags import flag_places
 from tierewrite.ties.patterns import safe_pattern
+from tierewrite.ties.renames import Renames
 from tierewrite.ties.tie import ModelNames
 
 # Both bounds are far above what the largest class of transformers needs.
@@ -277,13 +278,17 @@ def names_of(model: Any) -> ModelNames:
         type(model).__name__,
         str(model.base_model_prefix or ""),
         existing,
-        every,
-        hub,
+        Renames.of(every, hub),
         flag_places(model),
         frozenset(optional),
         tuple(model._keys_to_ignore_on_load_unexpected or ()),
         None if any(_declares(module) for module in model.modules()) else _embeddings(model, existing),
+        {_package(part) for part in (*model.modules(), model.config)} <= {"transformers", "torch"},
     )
+
+
+def _package(of: Any) -> str:
+    return type(of).__module__.partition(".")[0]
 
 
 def _declares(module: Any) -> bool:

@@ -16,15 +16,17 @@ import json
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tierewrite.errors import ConfigError, shown
-from tierewrite.ties import candidates, meta_model, remote_class
+from tierewrite.ties import candidates, class_memory, meta_model, remote_class
 from tierewrite.ties.candidates import Candidate
 from tierewrite.ties.config_limits import CONFIG_FIX
 from tierewrite.ties.fit import Fit, all_loaded, fit_of
 from tierewrite.ties.patterns import is_regex
+from tierewrite.ties.renames import Renames
 from tierewrite.ties.tie import Declared, ModelNames, rooted
 from tierewrite.ties.tied_in_code import tied_in_code
 
@@ -50,6 +52,8 @@ _BUILD_LOCK = threading.Lock()
 def from_class(root: Path, config: dict[str, Any], trust_remote_code: bool, keys: Collection[str] = ()) -> Declared:
     """What the class that config.json names declares; where it names none that fits, the one that takes the keys.
 
+    What a class of the installed transformers answered before is remembered (`class_memory`).
+
     Args:
         root: the checkpoint's folder; remote code is read from it.
         config: its config.json, parsed.
@@ -60,6 +64,13 @@ def from_class(root: Path, config: dict[str, Any], trust_remote_code: bool, keys
         ConfigError: config.json is malformed, or its class is unknown, cannot be built, or is remote code, and no class
             of its model_type takes the keys.
     """
+    asked = partial(_asked_now, root, config, trust_remote_code, keys)
+    entry = class_memory.entry_of(config, keys, trust_remote_code)
+    return asked() if entry is None else entry.answer(asked)
+
+
+def _asked_now(root: Path, config: dict[str, Any], trust_remote_code: bool, keys: Collection[str]) -> Declared:
+    """What `from_class` gives, asked of the class itself."""
     file = root / "config.json"
     names, warned = _classes_named(config, file)
     config = {**config, "architectures": list(names)} if names else config
@@ -333,7 +344,8 @@ def _class_level(
         ) from cause
     hub = get_checkpoint_conversion_mapping(name) or get_checkpoint_conversion_mapping(config.get("model_type")) or []
     every = (*hub, *(get_checkpoint_conversion_mapping("legacy") or []))
-    names = ModelNames(name, str(getattr(model_class, "base_model_prefix", "") or ""), {}, every, tuple(hub))
+    prefix = str(getattr(model_class, "base_model_prefix", "") or "")
+    names = ModelNames(name, prefix, {}, Renames.of(every, hub))
     origins = dict.fromkeys(declared, f"class {name} (not built)")
     note = f"{name} cannot be built here ({why}); only its own class-level declarations are used"
     return Declared(rooted(declared, origins, ConfigError, file), "class", name, (), (note,), names)

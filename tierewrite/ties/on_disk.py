@@ -3,7 +3,7 @@
 A tie speaks of parameters in memory; a checkpoint may write them under those names, under the hub's names (transformers
 renames and fuses on load), with the base model's prefix missing or added, with fused experts unpacked into one module
 per expert, or any mixture. Every key is translated the way `from_pretrained` translates it, with transformers' own
-conversion mapping for the class (`transformers.conversion_mapping` and `rename_source_key` of `core_model_loading`);
+conversion mapping for the class (`renames`: `rename_source_key` of transformers' `core_model_loading`);
 this room holds no table of names. Names are translated as if nothing were quantized: `...w1.weight_packed` counts as
 `...w1.weight`; which tensors a module then has is for the formats to say.
 
@@ -47,6 +47,8 @@ def on_disk(ties: Declared, keys: Collection[str], entries: Mapping[str, TensorE
         entries: their headers; without them, ties of tensors in formats that nobody knows cannot be told.
     """
     disk = _through_wrappers(ties, keys)
+    if ties.model is not None:
+        ties.model.renames.settled()
     groups = disk.groups if entries is None else with_unknown_formats_refused(disk.groups, entries, disk.owned)
     return replace(disk, groups=tuple(groups), warnings=(*disk.warnings, *_idle_warnings(ties, keys, disk)))
 
@@ -136,7 +138,7 @@ def _under_these_names(ties: Declared, keys: Collection[str]) -> DiskTies:
     groups: list[TieGroup] = []
     idle: list[str] = []
     covered: set[str] = set()
-    speller = Speller(ties.model, translator, Scopes(keys))
+    speller = Speller(translator, Scopes(keys))
     for root, names in sides.items():
         if not any(found[name] for name in names):
             idle.append(root)
@@ -218,6 +220,7 @@ def places(model: ModelNames, names: Iterable[str]) -> dict[str, tuple[str, Part
         place = translator.locate(name)
         if place is not None:
             found[name] = place
+    model.renames.settled()
     return found
 
 

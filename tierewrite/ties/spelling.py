@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from tierewrite.ties.scopes import Scopes
-from tierewrite.ties.tie import ModelNames
 from tierewrite.ties.tie_group import WHOLE, Part
-from tierewrite.ties.translator import Translator, fresh
+from tierewrite.ties.translator import Translator
 
 
 class Speller:
     """Spells parameters of one model as one checkpoint would."""
 
-    def __init__(self, model: ModelNames | None, translator: Translator, scopes: Scopes) -> None:
-        self._model, self._translator, self._scopes = model, translator, scopes
-        self._reverse: tuple[list[Any], list[Any]] | None = None
+    def __init__(self, translator: Translator, scopes: Scopes) -> None:
+        self._translator, self._scopes = translator, scopes
         self._prefix_differs: bool | None = None
 
     def spell(self, parameter: str, part: Part, beside: Mapping[str, str]) -> str:
@@ -73,46 +70,10 @@ class Speller:
         yield from from_hub
         yield parameter
 
-    def _hub_names(self, parameter: str, part: Part) -> Iterator[str]:
-        """Names that `save_pretrained` would write (transformers' transforms reversed), prefix changes both ways."""
-        if self._model is None or self._translator.rename is None:
-            return
-        from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming
-
-        if self._reverse is None:
-            reversed_transforms = []
-            for transform in reversed(self._model.hub_transforms):
-                try:
-                    reversed_transforms.append(fresh(transform).reverse_transform())
-                except Exception:
-                    # A transform that transformers cannot reverse names nothing on save.
-                    continue
-            self._reverse = (
-                [t for t in reversed_transforms if isinstance(t, WeightRenaming)],
-                [t for t in reversed_transforms if isinstance(t, WeightConverter)],
-            )
-        renamings, converters = self._reverse
-        without = [t for t in renamings if not isinstance(t, PrefixChange)]
-        for chosen in (without, renamings) if len(without) != len(renamings) else (renamings,):
-            for converted in self._unconverted(parameter, part, converters):
-                yield self._translator.rename(converted, chosen, [], None, None)[0]
-        if part and part[0] == "converter":
-            # Hub layout under memory paths.
-            yield from self._unconverted(parameter, part, converters)
-
-    def _unconverted(self, parameter: str, part: Part, converters: list[Any]) -> Iterator[str]:
-        """`parameter` before the converter that makes it on load: the name of `part`, paths still as in memory."""
-        for converter in converters:
-            renamed, pattern = converter.rename_source_key(parameter)
-            if pattern is None:
-                continue
-            targets = converter.target_patterns
-            index = part[2] if part and part[0] == "converter" else 0
-            if index < len(targets):
-                name = renamed.replace(targets[0], targets[index])
-                yield name.replace("*", str(part[3]) if part and part[0] == "converter" else "0")
-            return
-        yield parameter
+    def _hub_names(self, parameter: str, part: Part) -> tuple[str, ...]:
+        """Names that `save_pretrained` would write; none where no class says how."""
+        session = self._translator.session
+        return () if session is None else session.saved(parameter, part)
 
 
 def _strange(name: str, scopes: Scopes) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tierewrite.errors import ConfigError, TieFileError, shown
 from tierewrite.stores.base import PathLike
+from tierewrite.ties.renames import Renames
 
 TiesGiven = PathLike | Mapping[str, str]
 """Ties that a caller gives: a JSON file {alias: canonical}, or the same as a mapping; {} says that nothing is tied."""
@@ -44,25 +44,24 @@ class ModelNames:
         base_model_prefix: transformers' attribute of that name ("" if none).
         shapes: every parameter and persistent buffer by its name in memory, with its shape; empty where the class could
             not be built.
-        transforms: transformers' conversion mapping for the class (`WeightRenaming`, `WeightConverter`, ...), in the
-            order of loading, legacy names included.
-        hub_transforms: the same without the legacy names, which nothing writes any more.
+        renames: transformers' conversion mapping for the class.
         flags: alias -> places of the (sub)configs whose `tie_word_embeddings` switches its tie.
         optional: names in `shapes` that a checkpoint may lack: buffers, and what the class says it can do without.
         ignored: patterns of names in a checkpoint that the class passes over when it is loaded.
         embeddings: the weights of input and output embedding, where the class has both, of one shape, and neither it
             nor a part of it declares any tie.
+        of_transformers: no part of the class is from elsewhere than the installed transformers and torch.
     """
 
     class_name: str
     base_model_prefix: str
     shapes: Mapping[str, tuple[int, ...]]
-    transforms: tuple[Any, ...]
-    hub_transforms: tuple[Any, ...]
+    renames: Renames
     flags: Mapping[str, tuple[ConfigPath, ...]] = field(default_factory=dict)
     optional: frozenset[str] = frozenset()
     ignored: tuple[str, ...] = ()
     embeddings: tuple[str, str] | None = None
+    of_transformers: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,7 @@ class Declared:
         warnings: what a reader of the report should know.
         model: names of the model's parameters for `on_disk`; None when no class was asked.
         instead_of: why the class that config.json names could not be asked, where another one was; else "".
+        remembered: the class was not asked now; this is what it answered before.
     """
 
     ties: tuple[Tie, ...]
@@ -86,6 +86,7 @@ class Declared:
     warnings: tuple[str, ...] = ()
     model: ModelNames | None = field(default=None, repr=False, compare=False)
     instead_of: str = ""
+    remembered: bool = field(default=False, compare=False)
 
 
 def rooted(

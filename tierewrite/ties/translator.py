@@ -1,19 +1,19 @@
 """Disk -> memory: which parameter a name on disk is loaded into, as `from_pretrained` has it.
 
-Every name is translated with transformers' own conversion mapping for the class
-(`transformers.conversion_mapping` and `rename_source_key` of `core_model_loading`); no table of names is held here.
+Every name is translated with transformers' own conversion mapping for the class (`renames`); no table of names is held
+here.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from copy import deepcopy
 from typing import Any
 
 import numpy as np
 
 from tierewrite.source.table import Names
+from tierewrite.ties.renames import Session, Transform
 from tierewrite.ties.tie import ModelNames
 from tierewrite.ties.tie_group import WHOLE, Part
 from tierewrite.ties.unpacked import ENDINGS, FusedParameters
@@ -29,26 +29,23 @@ class Translator:
         self._memo: dict[str, tuple[str, tuple[Any, ...]] | None] = {}
         # Name on disk -> all parameters that it is loaded into, where it is several (a fused q/k/v).
         self.covers: dict[str, tuple[str, ...]] = {}
-        self._renamings: list[Any] = []
-        self._converters: list[Any] = []
+        self._converters: list[Transform] = []
         self._fused = FusedParameters(self.known)
-        self._stateful = False
-        self.rename: Any = None
+        self._in_order = False
+        self.session: Session | None = None
+        """How transformers renames; None where names on disk are those in memory."""
         if model is not None:
-            from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-            self.rename = rename_source_key
-            transforms = [fresh(t) for t in model.transforms]
-            self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-            self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
+            transforms = model.renames.transforms
+            self.session = Session(model.renames, self.prefix, self.known, own=bool(model.shapes))
+            self._converters = [t for t in transforms if t.converts]
             # A renaming that keeps state must meet the keys in transformers' order.
-            self._stateful = any(type(t).__name__ == "GroupWeightRename" for t in transforms)
-            texts = [_required_text(p) for t in transforms for p in t.source_patterns]
+            self._in_order = model.renames.in_order
+            texts = [_required_text(p) for t in transforms for p in t.sources]
             self._texts = None if None in texts else tuple(dict.fromkeys(t for t in texts if t is not None))
 
     def in_loading_order(self, keys: Collection[str]) -> Collection[str]:
         """The keys in the order in which transformers meets them, where that makes a difference."""
-        if not self._stateful:
+        if not self._in_order:
             return keys
         from transformers.core_model_loading import dot_natural_key
 
@@ -56,13 +53,13 @@ class Translator:
 
     def loading_order(self, keys: Names) -> np.ndarray:
         """int64 [keys], the rows of `keys` in the order in which they are loaded."""
-        if not self._stateful:
+        if not self._in_order:
             return np.arange(len(keys))
         return np.array([keys.row[key] for key in self.in_loading_order(keys)], np.int64)
 
     def may_be_located(self, keys: Names) -> np.ndarray:
         """bool [keys], false for keys that `locate` has no place for, as far as their last words tell."""
-        if self.rename is not None:
+        if self.session is not None:
             return np.ones(len(keys), bool)
         # Names on disk are those in memory: only these, and parts of fused parameters, have a place.
         possible: np.ndarray = np.array([f".{leaf}" in ENDINGS for leaf in keys.leaves], bool)[keys.leaf]
@@ -71,7 +68,7 @@ class Translator:
 
     def locate(self, name: str) -> tuple[str, Part] | None:
         """The parameter that the unquantized name `name` is loaded into, and which part of it; None if none."""
-        if self.rename is None:  # names on disk are those in memory: a look-up is cheaper than remembering it
+        if self.session is None:  # names on disk are those in memory: a look-up is cheaper than remembering it
             if name in self.known:
                 return name, WHOLE
             return self._fused.part(name) if name.endswith(ENDINGS) else None
@@ -89,44 +86,43 @@ class Translator:
 
     def _forward(self, name: str) -> tuple[str, str | None]:
         """transformers' `rename_source_key`, with the fallback that loading makes for names that are right already."""
-        prefix = self.prefix or None
         texts = self._texts
         if texts is not None:
             for text in texts:
                 if text in name:
                     break
             else:
-                # No transform can match. What is left of transformers' function is the base model's prefix.
-                if prefix is None:
-                    return name, None
-                if name.startswith(prefix) and name[len(prefix) + 1 :] in self.known:
-                    return name[len(prefix) + 1 :], None
-                added = f"{prefix}.{name}"
-                return (added if added in self.known else name), None
-        renamed, pattern = self.rename(name, self._renamings, self._converters, prefix, self.known)
+                return self._with_prefix(name), None
+        assert self.session is not None
+        renamed, pattern = self.session.loaded(name)
         if renamed not in self.known:
             if name in self.known:
                 return name, None
-            plain, _ = self.rename(name, [], [], prefix, self.known)
+            plain = self._with_prefix(name)
             if plain in self.known:
                 return plain, None
         return renamed, pattern
 
+    def _with_prefix(self, name: str) -> str:
+        """What transformers' function does where no transform matches: the base model's prefix comes or goes."""
+        prefix = self.prefix
+        if not prefix:
+            return name
+        if name.startswith(prefix) and name[len(prefix) + 1 :] in self.known:
+            return name[len(prefix) + 1 :]
+        added = f"{prefix}.{name}"
+        return added if added in self.known else name
+
     def _converted_part(self, name: str, renamed: str, pattern: str) -> Part:
         """Which part of the parameter a name is that a `WeightConverter` matched."""
-        converter = next(c for c in self._converters if pattern in c.source_patterns)
-        index = converter.source_patterns.index(pattern)
-        if len(converter.target_patterns) > 1:
-            first = converter.target_patterns[0]
-            self.covers[name] = tuple(renamed.replace(first, t) for t in converter.target_patterns)
-        if len(converter.source_patterns) == 1 and "*" not in pattern:
+        converter = next(c for c in self._converters if pattern in c.sources)
+        index = converter.sources.index(pattern)
+        if len(converter.targets) > 1:
+            first = converter.targets[0]
+            self.covers[name] = tuple(renamed.replace(first, t) for t in converter.targets)
+        if len(converter.sources) == 1 and "*" not in pattern:
             return WHOLE
         return ("converter", pattern, index, _expert_of(pattern, name) if "*" in pattern else 0)
-
-
-def fresh(transform: Any) -> Any:
-    """A copy of a transform: matching sets flags in it that must not outlive one checkpoint."""
-    return deepcopy(transform)
 
 
 def _expert_of(pattern: str, name: str) -> int:
