@@ -20,8 +20,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 import tierewrite
 from tests.checkpoints import FIXTURES, write_checkpoint
-from tests.s3_server import KEY_ID, SECRET, Fault, Request, Store, wait_until
-from tests.test_stores import Files, files
+from tests.s3_server import KEY_ID, SECRET, Fault, Request, Store
+from tests.test_stores import Files, files, kept
+from tierewrite.errors import Interrupted
 from tierewrite.output import store_staging
 from tierewrite.source.folder import open_folder
 from tierewrite.source.table import INCOMPLETE_NAME, INDEX_NAME
@@ -451,8 +452,26 @@ def test_signal_leaves_nothing(number: int, signum: int, case: Case, store: Stor
 @pytest.mark.parametrize("number", [len(WRITES) - 1, len(WRITES)], ids=["index", "marker"])
 def test_signal_once_the_index_is_being_written_comes_too_late(number: int, case: Case, store: Store) -> None:
     assert run_until(case, store, number, signal.SIGTERM).returncode == 128 + signal.SIGTERM
-    wait_until(lambda: INCOMPLETE_NAME not in store.objects())
     assert store.objects() == case.expected
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize(("method", "name"), [("pipe_file", INDEX_NAME), ("rm_file", INCOMPLETE_NAME)])
+def test_signal_right_after_the_index_or_the_marker_changes_nothing(
+    method: str, name: str, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the main thread is: with another process, only one that waits in a lock would be met."""
+    do = getattr(MemoryFileSystem, method)
+
+    def do_and_send(fs: MemoryFileSystem, path: str, *args: Any, **kwargs: Any) -> None:
+        do(fs, path, *args, **kwargs)
+        if path.endswith(name):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(MemoryFileSystem, method, do_and_send)
+    with pytest.raises(Interrupted, match="the rewrite is complete"):
+        tierewrite.rewrite(case.src, f"memory://late-{method}/out", **case.options)
+    assert kept(f"memory://late-{method}/out") == case.expected
 
 
 # --- what nobody may see

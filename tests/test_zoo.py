@@ -23,18 +23,19 @@ WORKERS = os.cpu_count() or 1
 FEWEST_DECLARED, FEWEST_BUILT, FEWEST_ACTIVE = 340, 310, 190
 
 
-def _share(index: int, classes: list[tuple[str, str]], folder: str) -> list[dict[str, Any]]:
+def _share(index: int, folder: str) -> list[dict[str, Any]]:
+    """Of every WORKERS-th package, so that each process imports only its own."""
     with zoo.quiet():
-        return [zoo.judge(name, module, Path(folder)) for name, module in classes[index::WORKERS]]
+        classes = sorted(zoo.declared_classes(index, WORKERS).items())
+        return [zoo.judge(name, module, Path(folder)) for name, module in classes]
 
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Any]]]:
-    classes = sorted(zoo.declared_classes().items())
     folder = str(tmp_path_factory.mktemp("zoo"))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(WORKERS, mp_context=context) as pool:
-        shares = [pool.submit(_share, i, classes, folder) for i in range(WORKERS)]
+        shares = [pool.submit(_share, i, folder) for i in range(WORKERS)]
         yield sorted((r for share in shares for r in share.result()), key=lambda r: str(r["name"]))
 
 

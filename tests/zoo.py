@@ -66,14 +66,14 @@ class Case:
     active: bool = False
 
 
-def declared_classes() -> dict[str, str]:
-    """Exported classes with a `_tied_weights_keys` declaration: name -> module."""
+def declared_classes(first: int = 0, step: int = 1) -> dict[str, str]:
+    """Exported classes with a `_tied_weights_keys` declaration, of each `step`-th package: name -> module."""
     import transformers
     import transformers.models
 
     found: dict[str, str] = {}
     with quiet():
-        for package in pkgutil.iter_modules(transformers.models.__path__):
+        for package in list(pkgutil.iter_modules(transformers.models.__path__))[first::step]:
             base = f"transformers.models.{package.name}"
             for module in pkgutil.iter_modules(importlib.import_module(base).__path__):
                 if not module.name.startswith("modeling_"):
@@ -212,6 +212,7 @@ def write_headers(folder: Path, naive: Naive, config: dict[str, Any]) -> None:
 
 def judge(name: str, module: str, folder: Path) -> dict[str, Any]:
     """Plan every naive checkpoint of one class and compare with the right answer; a JSON-like record."""
+    from tierewrite.planning.policy import Policy
     from tierewrite.values.opened import Opened
 
     case = make_case(name, module)
@@ -222,13 +223,14 @@ def judge(name: str, module: str, folder: Path) -> dict[str, Any]:
         for naive in case.naive:
             at = folder / f"{name}-{naive.style}"
             write_headers(at, naive, case.config)
-            wrong += differences(naive, at)
+            opened = Opened.open(at)
+            wrong += differences(naive, opened.plan(Policy()))
             plans += 1
             if naive.drops:
                 only = without_canonicals(naive)
                 write_headers(folder / f"{name}-{naive.style}-only", only, case.config)
-                # The ties depend on the config alone: asked once for both styles.
-                ties = ties or Opened.open(at).ties
+                # The ties depend on the config alone: those of the first style are taken for both.
+                ties = ties or opened.ties
                 wrong += renaming_differences(only, folder / f"{name}-{naive.style}-only", ties)
                 plans += 1
     except Exception as exc:
@@ -236,11 +238,8 @@ def judge(name: str, module: str, folder: Path) -> dict[str, Any]:
     return {"name": name, "skipped": case.skipped, "active": case.active, "plans": plans, "wrong": wrong}
 
 
-def differences(naive: Naive, folder: Path) -> list[str]:
-    """Where `tierewrite.plan` is not: drop exactly the aliases, keep every other key."""
-    import tierewrite
-
-    plan = tierewrite.plan(folder)
+def differences(naive: Naive, plan: Any) -> list[str]:
+    """Where `plan` is not: drop exactly the aliases, keep every other key."""
     wrong = [f"{naive.style}: {g.id} is unconfirmed: {g.reason}" for g in plan.groups if g.status == "unconfirmed"]
     for key, planned in plan.tensors.items():
         want = ("drop", naive.drops[key]) if key in naive.drops else ("keep", key)

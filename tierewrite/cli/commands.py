@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -36,7 +38,22 @@ from tierewrite.cli.terminal import console, print_json, said_of
 from tierewrite.errors import EXIT_CODES, EXIT_FINDINGS
 from tierewrite.planning.policy import ConsumerName
 
+if TYPE_CHECKING:
+    from tierewrite.engines.progress import Progress
+
 _EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:>3}  {text}" for code, text in EXIT_CODES.items())
+
+
+@contextlib.contextmanager
+def watched(shown: bool) -> Iterator[Progress]:
+    """Progress for people. Where nobody looks, Rich is not loaded."""
+    if not shown:
+        yield tierewrite.Progress()
+        return
+    from tierewrite.cli.progress_bar import Bar
+
+    with Bar(console(stderr=True)) as bar:
+        yield bar
 
 
 @click.group(cls=HelpfulGroup, context_settings=CONTEXT, epilog=_EPILOG)
@@ -111,9 +128,7 @@ def rewrite(
         raise click.UsageError("--force goes with --for; leave it out, or add that")
     if consumer is not None:
         options["consumer"] = consumer
-    from tierewrite.cli.progress_bar import Bar
-
-    with Bar(console(stderr=True), shown=not (quiet or as_json)) as bar:
+    with watched(not (quiet or as_json)) as bar:
         report = tierewrite.rewrite(src, dst, manifest=not no_manifest, backup=not no_backup, progress=bar, **options)
     with said_of("the rewrite in place is complete" if "in_place" in options else "DST is complete"):
         if as_json:
@@ -143,9 +158,7 @@ def expand(src: str, dst: str, as_json: bool, quiet: bool, **options: Any) -> No
       tierewrite expand canonical/ expanded/
       tierewrite expand canonical/ expanded/ --for transformers
     """
-    from tierewrite.cli.progress_bar import Bar
-
-    with Bar(console(stderr=True), shown=not (quiet or as_json)) as bar:
+    with watched(not (quiet or as_json)) as bar:
         made = tierewrite.expand(src, dst, progress=bar, **given(options))
     with said_of("DST is complete"):
         if as_json:
@@ -280,9 +293,7 @@ def plan(src: str, as_json: bool, **options: Any) -> None:
       tierewrite plan s3://bucket/exported
       tierewrite plan exported/ --json | jq '.tensors[] | select(.action == "drop") | .name'
     """
-    from tierewrite.cli.progress_bar import Bar
-
-    with Bar(console(stderr=True), shown=not as_json) as bar:
+    with watched(not as_json) as bar:
         result = tierewrite.plan(src, progress=bar, **given(options))
     if as_json:
         print_json(result.to_structs())

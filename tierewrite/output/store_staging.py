@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from tierewrite import interrupts
-from tierewrite.errors import Interrupted, SourceError, SystemFailure, TierewriteError, UsageError, shown
+from tierewrite.errors import SourceError, SystemFailure, TierewriteError, UsageError, shown
 from tierewrite.source.folder import is_half_written
 from tierewrite.source.table import INCOMPLETE_NAME, INDEX_NAME
 from tierewrite.stores.mirror import RemoteFolder
@@ -30,7 +30,8 @@ from tierewrite.stores.remote import RemotePath, listing, with_timeout
 
 log = logging.getLogger(__name__)
 
-_LATE = ("config.json", "hf_quant_config.json", INDEX_NAME)
+_CONFIGS = ("config.json", "hf_quant_config.json")
+_LATE = (*_CONFIGS, INDEX_NAME)
 """Without them no loader begins: they are written once all else is there, in this order."""
 
 INCOMPLETE_SCHEMA = "tierewrite/incomplete/1"
@@ -156,22 +157,28 @@ class RemoteStaging:
     def commit(self, done: Callable[[], None] = lambda: None) -> None:
         """Writes the configurations and then the index, which makes it a checkpoint.
 
+        A signal that arrives from the index on is held back until the marker is gone.
+
         Raises:
             SystemFailure: the store does not take them. UsageError: another run writes there.
         """
         interrupts.check()
         self.still_ours()
         self._refuse_changed()
-        for name in _LATE:
+        for name in _CONFIGS:
             if name in self._late:
-                interrupts.check()  # the last moment at which nothing is a checkpoint yet
+                interrupts.check()
                 (self.folder / name).write_bytes(self._late[name])
-        self._committed = True
-        done()
-        try:
-            self._marker.unlink(missing_ok=True)
-        except (SystemFailure, Interrupted) as error:
-            log.warning("the checkpoint is complete, but its %s may be left: %s", INCOMPLETE_NAME, error)
+        interrupts.check()  # the last moment at which nothing is a checkpoint yet
+        # A signal that left this half-way would clean up while the store still carries out what it was asked.
+        with interrupts.held():
+            (self.folder / INDEX_NAME).write_bytes(self._late[INDEX_NAME])
+            self._committed = True
+            done()
+            try:
+                self._marker.unlink(missing_ok=True)
+            except SystemFailure as error:
+                log.warning("the checkpoint is complete, but its %s may be left: %s", INCOMPLETE_NAME, error)
 
     def _refuse_changed(self) -> None:
         """Raises SystemFailure: an object that was written is not there any more, or has another size."""

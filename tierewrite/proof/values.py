@@ -29,6 +29,9 @@ _SCALARS: Mapping[str, tuple[str, float]] = {
     "F8_E8M0": ("u1", 2.0**-126),
 }
 
+_FLOATS: Mapping[str, str] = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+"""dtype -> NumPy's name, where NumPy has it."""
+
 
 @lru_cache(maxsize=4)
 def _float8(dtype: str) -> _F64:
@@ -61,7 +64,7 @@ def _numbers(dtype: str, bits: npt.NDArray[Any]) -> _F64:
         values: _F64 = _float8(dtype)[bits]
         return values
     with np.errstate(invalid="ignore"):
-        return bits.view({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]).astype(np.float64)
+        return bits.view(_FLOATS[dtype]).astype(np.float64)
 
 
 def _bits(dtype: str, data: bytes) -> npt.NDArray[Any]:
@@ -137,19 +140,27 @@ def covering(companion: Companion, sides: Sequence[tuple[TensorEntry, bytes]]) -
 def _nearest(dtype: str, wanted: _F64, up: bool) -> npt.NDArray[Any]:
     """Bits of the values of `dtype` next to `wanted` (positive), from above or from below.
 
-    Of positive floats of one dtype the bit patterns have the order of the values, so this is a bisection over them.
+    Of positive floats of one dtype the bit patterns have the order of the values: the next value has the next pattern.
     """
-    raw = np.dtype(_SCALARS[dtype][0])
-    low = np.zeros(wanted.shape, np.uint64)  # the greatest pattern known to be at most `wanted`: that of 0
-    high = np.full(wanted.shape, 1 << (8 * raw.itemsize - (dtype != "F8_E8M0")), np.uint64)  # and one beyond all
-    with np.errstate(invalid="ignore"):
-        for _ in range(8 * raw.itemsize + 1):
-            middle = (low + high) // 2
-            at_most = _numbers(dtype, middle.astype(raw)) <= wanted  # of NaN and infinity: no
-            low, high = np.where(at_most, middle, low), np.where(at_most, high, middle)
-    below = low.astype(raw)
-    reached = _numbers(dtype, below) >= wanted
-    return np.where(reached, below, below + raw.type(1)) if up else below
+    below = _at_most(dtype, wanted)
+    if not up:
+        return below
+    return np.where(_numbers(dtype, below) >= wanted, below, below + below.dtype.type(1))
+
+
+def _at_most(dtype: str, wanted: _F64) -> npt.NDArray[Any]:
+    """Bits of the largest values of `dtype` that are at most `wanted` (positive); where there is none, the bits 0."""
+    if dtype.startswith("F8_"):
+        positive = _float8(dtype)[: 256 if dtype == "F8_E8M0" else 128]
+        count = np.searchsorted(positive[np.isfinite(positive)], wanted, side="right")
+        return np.maximum(count - 1, 0).astype(np.uint8)
+    if dtype == "BF16":  # the upper half of an F32
+        return (_at_most("F32", wanted) >> 16).astype(np.uint16)
+    with np.errstate(over="ignore", under="ignore"):
+        rounded = wanted.astype(_FLOATS[dtype])
+    bits: npt.NDArray[Any] = rounded.view(_SCALARS[dtype][0])
+    beyond = rounded.astype(np.float64) > wanted
+    return np.where(beyond, bits - bits.dtype.type(1), bits)
 
 
 # The three tensors of an encoded weight: ModelOpt's, and compressed-tensors', whose last one is the reciprocal.
