@@ -29,6 +29,8 @@ from .numbers import nvfp4 as nvfp4
 from .pages import Page as Page
 from .pages import report_page as report_page
 from .planning.plan import RewritePlan as RewritePlan
+from .proof.integrity import Integrity as Integrity
+from .proof.integrity import verify_integrity as verify_integrity
 from .proof.verify import Verification as Verification
 from .proof.verify import verify as verify
 from .report import Report as Report

@@ -20,6 +20,7 @@ from tierewrite.cli.options import (
     backbone_option,
     check_loader_options,
     expand_options,
+    flag_of,
     given,
     json_option,
     loader_option,
@@ -302,28 +303,39 @@ def plan(src: str, as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("src", type=SOURCE)
-@click.argument("dst", type=SOURCE)
+@click.argument("src", type=SOURCE, metavar="[SRC]")
+@click.argument("dst", type=SOURCE, metavar="DST", required=False)
 @source_options
 @policy_options
 @rewritten_for_option
 @json_option
 @verbose_option
-def verify(src: str, dst: str, as_json: bool, **options: Any) -> None:
-    """Prove that DST is what rewriting SRC with these options makes.
+def verify(src: str, dst: str | None, as_json: bool, **options: Any) -> None:
+    """Prove that DST is what rewriting SRC with these options makes; or, without SRC, that DST is as it was written.
 
     Every expected value comes from SRC, from the options given here and from whoever declares the ties: give the
     options that the rewrite was given. Every tensor of SRC is accounted for, every tensor of DST has its origin; index,
     other files and manifest are right. Exit code 6 if anything is wrong, an unreadable DST included.
 
+    DST alone (a folder, URL or hub id) is compared with its own manifest: files, headers, and the digests that are in
+    it (of every tensor after `rewrite --digests`). That finds what changed since; whether it was right, SRC shows.
+
     \b
     Examples:
       tierewrite verify exported/ canonical/
+      tierewrite verify org/canonical
       tierewrite verify exported/ served/ --for vllm
       tierewrite verify s3://bucket/exported s3://bucket/canonical
       tierewrite verify exported/ canonical/ --json | jq '.problems[] | [.id, .where]'
     """
-    result = tierewrite.verify(src, dst, **given(options))
+    options = given(options)
+    result: tierewrite.Integrity | tierewrite.Verification
+    if dst is None:
+        if others := sorted(options.keys() - {"revision"}):
+            raise click.UsageError(f"{flag_of(others[0])} needs SRC: DST alone is compared with its own manifest")
+        result = tierewrite.verify_integrity(src, **options)
+    else:
+        result = tierewrite.verify(src, dst, **options)
     if as_json:
         print_json(result.to_json())
     else:

@@ -47,6 +47,12 @@ SCHEMAS = (
         "`ok`, `problems` (`id`, `where`, `message`), `counts`, `ties` (`source`, `detail`), `notes`",
     ),
     Schema(
+        "tierewrite/integrity/1",
+        "`verify --json` without SRC",
+        "`ok`, `version` (of the tierewrite that wrote it), `source` (`id` and `commit` on the hub, or null), `counts` "
+        "(`files`, `tensors`, and `digests`: of how many tensors the bytes were compared), `problems`, `notes`",
+    ),
+    Schema(
         "tierewrite/readiness/1",
         "`check --json`",
         "`ready`, `errors`, `warnings`, `findings` (`id`, `severity`, `where`, `found`, `consequence`, `fix`, "
@@ -86,8 +92,10 @@ SCHEMAS = (
     Schema(
         "tierewrite/manifest/1",
         "`tierewrite.json` in DST",
-        "`tool`, `source` (shards and sizes), `options`, `ties` (`map`: alias to canonical), `groups` (per output "
-        "tensor: `from`, `action`, `merged`, `blake3`, `ratio`, `calibrated`)",
+        "`tool`, `source` (`shards` with `size` and `header`, the BLAKE3 of length and header; `hub` with `id` and "
+        "`commit`), `options`, `ties` (`map`: alias to canonical), `groups` (per output tensor: `from`, `action`, "
+        "`merged`, `blake3`, `ratio`, `calibrated`), `output` (`shards` as above, other `files` with `size` and "
+        "`blake3`, with `--digests` `tensors`: the BLAKE3 of each)",
     ),
 )
 
