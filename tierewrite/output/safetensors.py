@@ -10,8 +10,11 @@ from typing import Any
 import msgspec
 
 from tierewrite.errors import UsageError
+from tierewrite.planning.alignment import BLOCK_BYTES
 from tierewrite.planning.plan import OutShard
 from tierewrite.source.header import MAX_HEADER_BYTES
+
+_LENGTH = struct.Struct("<Q")
 
 
 class HeaderEntry(msgspec.Struct, gc=False):
@@ -23,7 +26,9 @@ class HeaderEntry(msgspec.Struct, gc=False):
 
 
 def shard_header(shard: OutShard, metadata: Mapping[str, str]) -> bytes:
-    """The length field and JSON header of an output shard, padded to 8 bytes as safetensors' serializer pads.
+    """The length field and JSON header of an output shard, padded with spaces.
+
+    It is a multiple of 8 bytes, as from safetensors' serializer, or ends where the plan wants the data to start.
 
     Raises:
         UsageError: the header would be longer than the format allows.
@@ -34,13 +39,14 @@ def shard_header(shard: OutShard, metadata: Mapping[str, str]) -> bytes:
     for name, (dtype, shape), place in zip(shard.names, kinds, offsets, strict=True):
         header[name] = HeaderEntry(dtype, shape, place)
     text = msgspec.json.encode(header)
-    text += b" " * (-len(text) % 8)
+    size = _LENGTH.size + len(text)
+    text += b" " * (-size % 8 if shard.data_start is None else (shard.data_start - size) % BLOCK_BYTES)
     if len(text) > MAX_HEADER_BYTES:
         raise UsageError(
             f"the header of '{shard.name}' would be {len(text):,} bytes, more than the {MAX_HEADER_BYTES:,} that the "
             "format allows; use a smaller --max-shard-size"
         )
-    return struct.pack("<Q", len(text)) + text
+    return _LENGTH.pack(len(text)) + text
 
 
 def index_bytes(shards: Sequence[OutShard], metadata: Mapping[str, Any]) -> bytes:

@@ -15,6 +15,7 @@ import numpy as np
 
 from tierewrite import formats
 from tierewrite.errors import Refused, shown
+from tierewrite.planning.alignment import data_start_of
 from tierewrite.planning.groups import canonical_key
 from tierewrite.planning.kv_scales import Attentions, common_sides, kv_tensors
 from tierewrite.planning.layout import fullest, shards
@@ -134,18 +135,19 @@ def expansion(
     order = np.lexsort((tensors.start, tensors.shard))
     names = [tensors.names[row] for row in order.tolist()]
     added = [(alias.name, alias.row) for alias in aliases]
+    count = len(tensors)
+    unmerged = np.zeros(count, bool)
     if max_shard_size is None:
         nothing = np.empty(0, np.int64)
-        copied = shards(tensors, nothing, [], added, fullest(tensors)) if added else ()
+        copied = shards(tensors, nothing, [], unmerged, added, fullest(tensors)) if added else ()
         files = _numbered([*_as_they_are(tensors, order, len(checkpoint.shards)), *copied])
     else:
-        files = shards(tensors, order, names, added, max_shard_size)
-    count = len(tensors)
+        files = shards(tensors, order, names, unmerged, added, max_shard_size)
     return RewritePlan(
         source=tensors,
         action=np.full(count, Action.KEEP.code, np.int8),
         stands_for=np.arange(count, dtype=np.int64),
-        merged=np.zeros(count, bool),
+        merged=unmerged,
         group=np.full(count, -1, np.int32),
         new_names={},
         groups=(),
@@ -162,7 +164,8 @@ def _as_they_are(tensors: Tensors, order: np.ndarray, count: int) -> Iterator[Ou
     for number in range(count):
         rows = order[tensors.shard[order] == number]
         names = [tensors.names[row] for row in rows.tolist()]
-        yield OutShard("", tensors, names, rows, np.cumsum(tensors.nbytes[rows]), np.zeros(len(rows), bool))
+        place = data_start_of(tensors, rows)
+        yield OutShard("", tensors, names, rows, np.cumsum(tensors.nbytes[rows]), np.zeros(len(rows), bool), place)
 
 
 def _numbered(files: Sequence[OutShard]) -> tuple[OutShard, ...]:

@@ -7,41 +7,54 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tierewrite.planning.alignment import arranged, has_runs
 from tierewrite.planning.plan import OutShard
 from tierewrite.source.table import Tensors
 
 
 def shards(
-    tensors: Tensors, rows: np.ndarray, names: Sequence[str], added: Sequence[tuple[str, int]], limit: int | None
+    tensors: Tensors,
+    rows: np.ndarray,
+    names: Sequence[str],
+    merged: np.ndarray,
+    added: Sequence[tuple[str, int]],
+    limit: int | None,
 ) -> tuple[OutShard, ...]:
     """The output's files.
 
     Where nothing is renamed or added, and each file of the source that is written at all is written whole, these files
-    stay as they are: a canonical checkpoint comes out as it went in.
+    stay as they are: a canonical checkpoint comes out as it went in. Where large runs are copied unchanged, a file of
+    the output has the tensors of one file of the source if that makes no more files: then fewer runs meet in a file.
 
     Args:
         tensors: the source.
         rows: int64, what is written of it, ascending.
         names: their keys in the output.
+        merged: bool [tensors of the source], where other bytes are written.
         added: key in the output, and the row whose header it gets, of tensors that the source does not have.
         limit: most tensor bytes in a file; a larger tensor has one for itself. None: the fullest file of the source.
     """
     rows = np.concatenate([rows, np.array([row for _, row in added], np.int64)])
     names = [*names, *(name for name, _ in added)]
     is_added = np.arange(len(rows)) >= len(rows) - len(added)
-    width = _element_sizes(tensors, rows)[tensors.kind[rows]]
+    copied = ~is_added & ~merged[rows]
+    width = element_sizes(tensors, rows)[tensors.kind[rows]]
     sizes = tensors.nbytes[rows]
     most = fullest(tensors) if limit is None else limit
     files = split(sizes, most) or [np.arange(0)]
     unchanged = not added and all(name == tensors.names[row] for name, row in zip(names, rows.tolist(), strict=True))
-    whole = _whole_files(tensors, rows, width) if unchanged else []
+    whole = _whole_files(tensors, rows, width, copied) if unchanged else []
     if whole and (limit is None or (len(whole) <= len(files) and all(_fits(sizes[at], most) for at in whole))):
         files = whole
+    else:
+        apart = [np.flatnonzero(tensors.shard[rows] == number) for number in np.unique(tensors.shard[rows])]
+        no_more = len(apart) == len(files) and all(_fits(sizes[at], most) for at in apart)
+        if no_more and any(has_runs(tensors, rows[at], width[at], copied[at]) for at in apart):
+            files = apart
     made = []
     for number, members in enumerate(files):
-        # Wide dtypes first keeps every tensor aligned to its element, as safetensors' own serializer does; within a
-        # width the source's order makes neighbours of neighbours, so that runs are copied in one piece.
-        order = members[np.argsort(-width[members], kind="stable")]
+        within = arranged(tensors, rows[members], width[members], copied[members])
+        order = members[within.order]
         suffix = "" if len(files) == 1 else f"-{number + 1:05d}-of-{len(files):05d}"
         made.append(
             OutShard(
@@ -51,6 +64,7 @@ def shards(
                 rows[order],
                 np.cumsum(sizes[order]),
                 is_added[order],
+                within.data_start,
             )
         )
     return tuple(made)
@@ -61,8 +75,8 @@ def fullest(tensors: Tensors) -> int:
     return int(np.bincount(tensors.shard, weights=tensors.nbytes).max(initial=0))
 
 
-def _whole_files(tensors: Tensors, rows: np.ndarray, width: np.ndarray) -> list[np.ndarray]:
-    """Positions in `rows` of each file's tensors, if files are written whole or not at all, else []."""
+def _whole_files(tensors: Tensors, rows: np.ndarray, width: np.ndarray, copied: np.ndarray) -> list[np.ndarray]:
+    """Positions in `rows` of each file's tensors, if all files are written whole or not at all, else []."""
     shard = tensors.shard[rows]
     written, there = (
         np.bincount(some, minlength=int(tensors.shard.max(initial=0)) + 1) for some in (shard, tensors.shard)
@@ -70,7 +84,12 @@ def _whole_files(tensors: Tensors, rows: np.ndarray, width: np.ndarray) -> list[
     if (written[written > 0] != there[written > 0]).any():
         return []
     files = [np.flatnonzero(shard == number) for number in np.flatnonzero(written)]
-    return files if all((np.diff(width[at]) <= 0).all() for at in files) else []
+    kept = (
+        (np.diff(width[at]) <= 0).all()
+        or (np.diff(arranged(tensors, rows[at], width[at], copied[at]).order) == 1).all()
+        for at in files
+    )
+    return files if all(kept) else []
 
 
 def _fits(sizes: np.ndarray, limit: int) -> bool:
@@ -100,7 +119,7 @@ def split(sizes: np.ndarray, limit: int) -> list[np.ndarray]:
     return [members for _, members in closed]
 
 
-def _element_sizes(tensors: Tensors, rows: np.ndarray) -> np.ndarray:
+def element_sizes(tensors: Tensors, rows: np.ndarray) -> np.ndarray:
     """int64 [kinds], bytes an element of each kind of `rows` (0 for less than one): a new dtype needs no table."""
     kinds, where = np.unique(tensors.kind[rows], return_index=True)
     nbytes = tensors.nbytes[rows[where]]

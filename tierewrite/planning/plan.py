@@ -146,7 +146,7 @@ class OutTensor(NamedTuple):
         name: its key in the output.
         source: the key in the source whose header it has.
         start, end: byte range in the data section of its shard, end exclusive.
-        added: the source has no such tensor; only the header of `source` is taken.
+        added: see `OutShard`.
     """
 
     name: str
@@ -161,12 +161,11 @@ class OutShard:
     """One file of the output, as columns: tensors in file order, offsets without holes.
 
     Attributes:
-        name: of the file.
-        source: the tensors of the source.
-        names: the keys in the output.
+        name, names, source: of the file; the keys in the output; the tensors of the source.
         rows: int64 [tensors], the row of the source that each tensor is of.
         end: int64 [tensors], end of each tensor in the data section; each starts where the one before ends.
         added: bool [tensors], whether the source has no such tensor: only the header of its row is taken.
+        data_start: offset of the data section in the file, modulo `alignment.BLOCK_BYTES`; None: where the header ends.
     """
 
     name: str
@@ -175,6 +174,7 @@ class OutShard:
     rows: np.ndarray = field(repr=False)
     end: np.ndarray = field(repr=False)
     added: np.ndarray = field(repr=False)
+    data_start: int | None = None
 
     @classmethod
     def of(cls, name: str, source: Tensors, tensors: Sequence[OutTensor]) -> OutShard:
