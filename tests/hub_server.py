@@ -3,10 +3,20 @@
     GET  /api/models/{repo}[/revision/{rev}]?blobs=true   the commit and the files with their sizes
     GET  /api/models/{repo}/tree/{commit}?recursive=true  the same, as snapshot_download wants it
     HEAD, GET /{repo}/resolve/{rev}/{file}                a file, whole or a range, with commit and ETag
+
+and, for uploads with `Hub.uploads`, what huggingface_hub asks of a hub without Xet:
+
+    GET  /api/whoami-v2                                   whose token it is
+    POST /api/repos/create                                a repository, empty
+    POST /api/models/{repo}/preupload/main                which files go as LFS objects: safetensors
+    POST /{repo}.git/info/lfs/objects/batch               where to put them
+    PUT  /lfs/{sha256}                                    one of them
+    POST /api/models/{repo}/commit/main                   all files at once
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -35,11 +45,13 @@ class Repo:
     Attributes:
         error: (status, X-Error-Code, X-Error-Message) for every request, instead of an answer.
         drops: how many GETs of safetensors files break off after half of their bytes.
+        private: what the hub says of it.
     """
 
     revisions: dict[str, Path]
     error: tuple[int, str, str] | None = None
     drops: int = 0
+    private: bool = False
 
     def commit(self, revision: str) -> str | None:
         for name in self.revisions:
@@ -54,10 +66,22 @@ class Repo:
 
 @dataclass
 class Hub:
-    """The server. `log` holds every request, in order of their ends."""
+    """The server.
+
+    Attributes:
+        log: every request, in order of their ends.
+        uploads: where repositories are made that are uploaded to.
+        token: the one that may write.
+        refuses: a part of a path -> (status, X-Error-Code, X-Error-Message) for each POST or PUT to it.
+        objects: sha256 -> bytes that were put.
+    """
 
     repos: dict[str, Repo] = field(default_factory=dict)
     log: list[Request] = field(default_factory=list)
+    uploads: Path | None = None
+    token: str = "hf_writer"
+    refuses: dict[str, tuple[int, str, str]] = field(default_factory=dict)
+    objects: dict[str, bytes] = field(default_factory=dict)
 
     def __enter__(self) -> Hub:
         hub = self
@@ -96,7 +120,88 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def do_GET(self) -> None:
+        if self.path == "/api/whoami-v2":
+            if self._token() == self.state.token:
+                self._json({"type": "user", "name": "writer", "orgs": []})
+            else:
+                self._fail(401, "", "Invalid credentials")
+            return
         self._answer()
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        path = urlsplit(self.path).path
+        if self._is_refused(path):
+            return
+        repo = re.fullmatch(r"/(?:api/models/)?([^/]+/[^/.]+)(?:\.git)?/.*", path)
+        if path == "/api/repos/create":
+            self._create(json.loads(body))
+        elif path == "/api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
+        elif repo and path.endswith("/preupload/main"):
+            names = [file["path"] for file in json.loads(body)["files"]]
+            modes = [("lfs" if name.endswith(".safetensors") else "regular") for name in names]
+            files = [{"path": n, "uploadMode": m, "shouldIgnore": False} for n, m in zip(names, modes, strict=True)]
+            self._json({"files": files})
+        elif repo and path.endswith("/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            for one in objects:
+                if one["oid"] not in self.state.objects:
+                    one["actions"] = {"upload": {"href": f"{self.state.endpoint}/lfs/{one['oid']}"}}
+            self._json({"transfer": "basic", "objects": objects})
+        elif repo and path.endswith("/commit/main"):
+            self._commit(repo[1], [json.loads(line) for line in body.splitlines()])
+        else:
+            self._fail(404, "", "no such endpoint")
+
+    def do_PUT(self) -> None:
+        size = int(self.headers["Content-Length"])
+        if self._is_refused(self.path):
+            self.close_connection = True
+            return
+        data = self.rfile.read(size)
+        sha256 = self.path.rpartition("/")[2]
+        assert hashlib.sha256(data).hexdigest() == sha256
+        self.state.objects[sha256] = data
+        self._json({})
+
+    def _is_refused(self, path: str) -> bool:
+        refusal = next((said for part, said in self.state.refuses.items() if part in path), None)
+        if refusal is None and self._token() != self.state.token and not path.startswith("/lfs/"):
+            refusal = 403, "", "this token may not write"
+        if refusal is not None:
+            self._fail(*refusal)
+        return refusal is not None
+
+    def _create(self, asked: dict[str, Any]) -> None:
+        name = f"{asked['organization']}/{asked['name']}"
+        if name in self.state.repos:
+            self._send(409, json.dumps({"url": f"{self.state.endpoint}/{name}"}).encode(), {})
+            return
+        assert self.state.uploads is not None
+        folder = self.state.uploads / name
+        folder.mkdir(parents=True)
+        private = asked.get("private") is True or asked.get("visibility") == "private"
+        self.state.repos[name] = Repo({"main": folder}, private=private)
+        self._json({"url": f"{self.state.endpoint}/{name}"})
+
+    def _commit(self, name: str, lines: list[dict[str, Any]]) -> None:
+        repo = self.state.repos[name]
+        commit = repo.commit("main")
+        assert commit is not None
+        for line in lines[1:]:
+            value = line["value"]
+            data = self.state.objects[value["oid"]] if line["key"] == "lfsFile" else base64.b64decode(value["content"])
+            path = repo.folder(commit) / value["path"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        self._json({"commitUrl": f"{self.state.endpoint}/{name}/commit/{commit}", "commitOid": commit})
+
+    def _json(self, value: Any) -> None:
+        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _token(self) -> str:
+        return self.headers.get("Authorization", "").removeprefix("Bearer ")
 
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
@@ -130,7 +235,14 @@ class _Handler(BaseHTTPRequestHandler):
             body: Any = [{"type": "file", "path": n, "size": s, "oid": _etag(folder / n)} for n, s in sizes.items()]
         else:
             siblings = [{"rfilename": n, "size": s, "blobId": _etag(folder / n)} for n, s in sizes.items()]
-            body = {"id": name, "modelId": name, "sha": commit, "private": False, "siblings": siblings, "tags": []}
+            body = {
+                "id": name,
+                "modelId": name,
+                "sha": commit,
+                "private": repo.private,
+                "siblings": siblings,
+                "tags": [],
+            }
         self._send(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
 
     def _file(self, repo: Repo, commit: str, file: str) -> None:
@@ -161,12 +273,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         sent = 0
-        if self.command == "GET":
+        if self.command != "HEAD":
             part = body[: len(body) // 2] if drop else body
             self.wfile.write(part)
             sent = len(part)
-        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        self.state.log.append(Request(self.command, self.path, self.headers.get("Range", ""), token, sent))
+        request = Request(self.command, self.path, self.headers.get("Range", ""), self._token(), sent)
+        self.state.log.append(request)
         if drop:
             self.wfile.flush()
             self.close_connection = True

@@ -26,6 +26,7 @@ from .in_memory import dedupe_state_dict as dedupe_state_dict
 from .inspection import Inspection as Inspection
 from .inspection import inspect as inspect
 from .numbers import nvfp4 as nvfp4
+from .output.push import push as push
 from .pages import Page as Page
 from .pages import report_page as report_page
 from .planning.plan import RewritePlan as RewritePlan

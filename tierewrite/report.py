@@ -128,6 +128,19 @@ class ShardSize:
     nbytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """Where an output was uploaded: the hub's id, the commit's hash and its page."""
+
+    id: str
+    commit: str
+    url: str
+
+    def to_json(self) -> dict[str, str]:
+        """All attributes, by name."""
+        return {"id": self.id, "commit": self.commit, "url": self.url}
+
+
 @dataclass(frozen=True, repr=False)
 class Report(Summary):
     """The outcome of a rewrite.
@@ -147,6 +160,7 @@ class Report(Summary):
         warnings: what a person should look at; none of them changes the exit code.
         seconds: how long it took, from opening the source to the appearance of the output.
         verified: whether the output was proved from the source before it appeared.
+        pushed: where it was uploaded, if it was.
     """
 
     src: str
@@ -170,6 +184,7 @@ class Report(Summary):
     warnings: tuple[str, ...] = ()
     seconds: float = field(default=0.0, compare=False)
     verified: bool = False
+    pushed: Pushed | None = None
 
     def one_line(self) -> str:
         """See `Summary`."""
@@ -200,6 +215,8 @@ class Report(Summary):
         took = f"{size(self.before_bytes)} -> {size(self.after_bytes)} in {seconds(self.seconds)}{rate}"
         proved = "verified" if self.verified else "not verified"
         yield text(f"{shown(self.dst)} is written: {took}; {proved}; hashed on {self.device}.", "green")
+        if self.pushed is not None:
+            yield text(f"It is uploaded to {self.pushed.id}: {shown(self.pushed.url)}", "green")
 
     def _group_lines(self) -> Iterator[RenderableType]:
         """What was done with which kind of parameter, and which names went or stayed."""
@@ -278,6 +295,7 @@ class Report(Summary):
             "warnings": list(self.warnings),
             "seconds": round(self.seconds, 3),
             "verified": self.verified,
+            "pushed": None if self.pushed is None else self.pushed.to_json(),
         }
 
 

@@ -219,6 +219,17 @@ output_options: Decorator[Any] = together(
     ),
 )
 
+push_options: Decorator[Any] = together(
+    option(
+        "--push",
+        heading=OUTPUT,
+        metavar="ORG/NAME",
+        help="Upload DST to the Hugging Face Hub once it is complete, as one commit, with --digests. If that fails, "
+        "DST stays (exit 5).",
+    ),
+    option("--private", heading=OUTPUT, is_flag=True, help="With --push: make the repository private."),
+)
+
 expand_options: Decorator[Any] = together(
     option(
         "--for",

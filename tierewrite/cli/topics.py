@@ -33,7 +33,8 @@ SCHEMAS = (
         "`rewrite --json`",
         "`src`, `dst`, `options`, `ties`, `formats`, `device`, `before`, `after`, `counts`, `ratios`, `groups` "
         "(with `status` `rewritten`, `canonical` or `kept`, `reason`, and `scales` with the `ratio` between the "
-        "sides), `reencoded`, `filled`, `readiness`, `warnings`, `seconds`, `verified`",
+        "sides), `reencoded`, `filled`, `readiness`, `warnings`, `seconds`, `verified`, `pushed` "
+        "(`id`, `commit`, `url`; null without `--push`)",
     ),
     Schema(
         "tierewrite/inspection/1",

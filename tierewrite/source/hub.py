@@ -52,9 +52,14 @@ _REPO_ID = re.compile(rf"{_WORD}/{_WORD}")
 def repo_id(src: PathLike) -> str | None:
     """`src` as a hub id, if it looks like one and nothing on disk has that path; else None."""
     text = os.fspath(src)
-    if len(text) > 96 or not _REPO_ID.fullmatch(text) or "--" in text or ".." in text or text.endswith(".git"):
-        return None
-    return None if os.path.lexists(text) else text
+    return text if is_repo_id(text) and not os.path.lexists(text) else None
+
+
+def is_repo_id(text: str) -> bool:
+    """Whether `text` has the form of a hub id, `org/name`."""
+    if len(text) > 96 or "--" in text or ".." in text or text.endswith(".git"):
+        return False
+    return _REPO_ID.fullmatch(text) is not None
 
 
 class HubCommit(NamedTuple):
@@ -319,11 +324,9 @@ def _translated(error: Exception, repo: str, revision: str | None) -> Tierewrite
             f"{here} {what} is not (completely) in the cache {constants.HF_HUB_CACHE}, while HF_HUB_OFFLINE forbids to "
             f"ask {constants.ENDPOINT}. Unset it, or run `hf download {repo}` where there is a network"
         )
-    network = ("httpx", "httpx2", "httpcore", "httpcore2", "requests")
-    failed = (ConnectionError, TimeoutError, errors.LocalEntryNotFoundError)
-    if isinstance(error, failed) or any(type(e).__module__.partition(".")[0] in network for e in _chain(error)):
+    if isinstance(error, errors.LocalEntryNotFoundError) or is_of_the_network(error):
         return SystemFailure(
-            f"{here} {what} cannot be fetched from {constants.ENDPOINT}: {_cause(error)}. Check the network and try "
+            f"{here} {what} cannot be fetched from {constants.ENDPOINT}: {cause(error)}. Check the network and try "
             "again (what has arrived is kept); HF_HUB_OFFLINE=1 takes what is in the cache"
         )
     if isinstance(error, OSError):
@@ -345,6 +348,15 @@ def _of_status(error: Any, what: str, here: str, log_in: str) -> TierewriteError
     )
 
 
+_NETWORK = ("httpx", "httpx2", "httpcore", "httpcore2", "requests")
+
+
+def is_of_the_network(error: BaseException) -> bool:
+    """Whether it, or what it came from, says that a connection failed."""
+    failed = isinstance(error, (ConnectionError, TimeoutError))
+    return failed or any(type(e).__module__.partition(".")[0] in _NETWORK for e in _chain(error))
+
+
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
@@ -353,7 +365,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _cause(error: BaseException) -> str:
+def cause(error: BaseException) -> str:
     """The innermost reason that says something."""
     texts = [_shown_line(e) for e in _chain(error)]
     return texts[-1] if texts else _shown_line(error)
