@@ -26,6 +26,17 @@ os.environ["TIEREWRITE_CACHE"] = ""  # classes are asked themselves, unless a te
 # Hundreds of tests start a Python, which would compile all of our modules each time (0.25 s of CPU).
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+_LONGEST = (
+    "test_zoo.py", "test_ray.py", "test_stores_faults.py", "test_stores.py", "test_verify.py", "test_adversary.py",
+    "test_smoke.py", "test_crashes.py", "test_hub.py", "test_families.py", "test_streaming.py", "test_faults.py",
+)  # fmt: skip
+"""Files that take longest begin first, so that no process waits for another at the end (bin/test)."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {name: rank for rank, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+
 
 Snapshot = dict[str, tuple[int, int, int, str]]
 

@@ -5,17 +5,67 @@ In a README a table stands between two comments, `<!-- table: NAME -->` and `<!-
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+from tests.defects import DEFECTS
+from tests.vllm_loader.behaviour import RECORD
 from tierewrite.cli.topics import exit_codes_table, formats_table, schemas_table
+from tierewrite.consumers.explain import holders, table
+from tierewrite.consumers.vllm import VLLM
 
 ROOT = Path(__file__).parent.parent
+
+
+def rules_tables() -> list[str]:
+    """The rules of every consumer from their records, a heading and a table each."""
+    titled = [(f"### {holder.name} {holder.version}".rstrip(), table(holder.records)) for holder in holders()]
+    return [line for title, lines in titled for line in (title, "", *lines, "")][:-1]
+
+
+def does(facts: dict[str, Any]) -> str:
+    """What the real loader did, in a few words."""
+    outcome = facts["outcome"]
+    if outcome == "refused":
+        return "refuses to load"
+    if outcome == "aborts":
+        return "aborts the load"
+    if outcome == "fails":
+        return "fails after loading"
+    if outcome == "unfilled":
+        after = ", then fails" if facts.get("fails") else ", without a warning"
+        return f"leaves parameters unfilled{after}"
+    if facts.get("sampler"):
+        return "loads, fails when served"
+    if facts.get("ignored"):
+        return "ignores it, without a warning"
+    if outcome == "changed":
+        return "loads other numbers" + (", with a warning" if facts.get("warns") else ", without a warning")
+    return "loads it right" + (", with a warning" if facts.get("warns") else "")
+
+
+def defects_table() -> list[str]:
+    """Each defect, with what the real loader did with it (tests/vllm_behaviour.json) and what `check` says."""
+    recorded = json.loads(RECORD.read_text(encoding="utf-8"))["variants"]
+    lines = [f"| defect | vLLM {VLLM.version} | check says | rewrite --for vllm fixes it |", "|---|---|---|---|"]
+    for defect in DEFECTS:
+        fixed = "yes" if defect.fixed else "no"
+        if defect.fixed and defect.fix_options:
+            fixed = "with --" + ", --".join(name.replace("_", "-") for name in defect.fix_options)
+        name = defect.name.replace("-", " ")
+        lines.append(f"| {name} | {does(recorded[defect.name])} | {defect.severity} `{defect.finding}` | {fixed} |")
+    return lines
+
+
 TABLES: Mapping[str, tuple[str, Callable[[], list[str]]]] = {
     "formats": ("tierewrite/formats/README.md", formats_table),
     "schemas": ("tierewrite/cli/README.md", schemas_table),
     "exit codes": ("tierewrite/cli/README.md", exit_codes_table),
+    "rules": ("tierewrite/consumers/README.md", rules_tables),
+    "defects": ("tierewrite/consumers/README.md", defects_table),
 }
 """Name -> the README that it stands in, and what makes it."""
 

@@ -408,9 +408,9 @@ def test_no_forgery_is_accepted(case: str, tmp_path: Path) -> None:
 
 
 def test_no_forgery_of_a_random_checkpoint_is_accepted(tmp_path: Path) -> None:
-    made = attack_random(range(112), 20, tmp_path)
-    assert made.total() >= 1500, made
-    assert len(made) >= 15, made
+    made = attack_random(range(40), 20, tmp_path)
+    assert made.total() >= 500, made
+    assert len(made) == len(CHANGES), made
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -15,8 +15,7 @@ import tierewrite
 from tests.checkpoints import FIXTURES, count_calls
 from tests.defects import CONTROLS, DECODER, DEFECTS, ENCODER, Defect, Draft, Raw, make_good
 from tests.test_vllm_classes import KINDS
-from tests.vllm_loader.table import tables
-from tierewrite import cli, consumers
+from tierewrite import cli
 from tierewrite.consumers import CONSUMERS, Finding, ReadinessReport, check, corrected_configs
 from tierewrite.consumers.rules import Rule
 from tierewrite.consumers.value_rules import VALUE_RULES
@@ -156,11 +155,6 @@ def test_records_of_one_id_say_which_case_each_is_for(consumer: str) -> None:
         assert len({rule.when for rule in cases}) == len(cases)
         assert len({rule.title for rule in cases}) == 1
         assert len(cases) == 1 or all(rule.when for rule in cases)
-
-
-def test_tables_of_the_readme_are_those_of_the_records() -> None:
-    readme = Path(consumers.__file__).parent / "README.md"
-    assert readme.read_text(encoding="utf-8").endswith("\n\n" + tables()), "python -m tests.vllm_loader.table --write"
 
 
 @pytest.mark.parametrize("which", sorted({rule.id for _, rule in RECORDS}))

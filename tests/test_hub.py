@@ -51,6 +51,7 @@ class Client:
         self.server = server
         self.folder = folder
         self.cache = folder / "cache"
+        self.answers = folder.parent / "answers"  # of model classes: asked once for all tests of a process
 
     def __call__(self, *commands: str, **settings: str) -> list[Done]:
         """Runs commands, given as lines, one after the other in one process; `settings` are environment variables."""
@@ -59,6 +60,7 @@ class Client:
             "HF_ENDPOINT": self.server.endpoint,
             "HF_HOME": str(self.folder / "home"),
             "HF_HUB_CACHE": str(self.cache),
+            "TIEREWRITE_CACHE": str(self.answers),
             "PYTHONPATH": str(ROOT),
             **settings,
         }

@@ -279,7 +279,10 @@ def test_every_command_takes_urls(naive: Naive, store: Store, tmp_path: Path) ->
     assert [problem.where for problem in tierewrite.verify(src, out, **options).problems] == ["tokenizer.json"]
 
 
-def test_command_line_takes_urls(naive: Naive, store: Store, tmp_path: Path) -> None:
+def test_command_line_takes_urls(
+    naive: Naive, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIEREWRITE_CACHE", str(tmp_path / "answers"))
     src, out = store.upload(naive("qwen3_tied_bf16")), store.url("out")
     written = client(store, "rewrite", src, out, "--json", "--verify")
     assert (written.returncode, written.stderr) == (0, "")

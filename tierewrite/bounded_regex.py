@@ -21,9 +21,10 @@ SECONDS = 10.0
 SECONDS_MORE_A_NAME = 50e-6
 """All names together may take `SECONDS`, and this for each."""
 
-# No choice, no repetition of a group and two repetitions at most: n characters take at most n^2 steps.
+# No choice, no repetition of a group and two repetitions at most: n characters take at most n^2 steps. One group may be
+# repeated, `(?:[^.]+\.)*`, the modules on the way to a parameter: since only its end matches a dot, it has one way through.
 _SIMPLE = re.compile(
-    r"\^?(?:(?:[A-Za-z0-9_\-.]|\\[.dDwW]|\[\^?(?:[A-Za-z0-9_.]|\\[.dDwW])+\])(?:[*+]\??|\?)?"
+    r"\^?(?:\(\?:\[\^\.\]\+\\\.\)\*|(?:[A-Za-z0-9_\-.]|\\[.dDwW]|\[\^?(?:[A-Za-z0-9_.]|\\[.dDwW])+\])(?:[*+]\??|\?)?"
     r"|\((?:\?:)?|\)(?![*+?{]))*\$?"
 )
 _REPETITIONS = 2
