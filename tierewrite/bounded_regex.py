@@ -22,7 +22,7 @@ SECONDS_MORE_A_NAME = 50e-6
 """All names together may take `SECONDS`, and this for each."""
 
 # No choice, no repetition of a group and two repetitions at most: n characters take at most n^2 steps. One group may be
-# repeated, `(?:[^.]+\.)*`, the modules on the way to a parameter: only its end matches a dot, so it has one way through.
+# repeated, `(?:[^.]+\.)*`, the modules on the way to a parameter: only its end matches a dot, so there is one way.
 _SIMPLE = re.compile(
     r"\^?(?:\(\?:\[\^\.\]\+\\\.\)\*|(?:[A-Za-z0-9_\-.]|\\[.dDwW]|\[\^?(?:[A-Za-z0-9_.]|\\[.dDwW])+\])(?:[*+]\??|\?)?"
     r"|\((?:\?:)?|\)(?![*+?{]))*\$?"
