@@ -100,6 +100,7 @@ def test_a_snapshot_of_the_hubs_is_named_and_a_copy_of_it_proves_the_rest(tmp_pa
     tierewrite.rewrite(src, tmp_path / "out", verify=True)
     assert manifest_of(tmp_path / "out")["source"]["hub"] == {"id": "org/some/name", "commit": "0a" * 20}
     assert tierewrite.verify(src, tmp_path / "out").ok
+    assert f"Made from `org/some/name` at commit `{'0a' * 20}`." in tierewrite.report_page(tmp_path / "out").card()
     elsewhere = tierewrite.verify(FIXTURES / "qwen3_tied_bf16" / "naive", tmp_path / "out")
     assert elsewhere.ok
     assert any("org/some/name at commit" in note and "not checked" in note for note in elsewhere.notes)
@@ -142,6 +143,20 @@ def test_a_proof_from_src_finds_each_statement_that_is_not_true(
     (dst / MANIFEST).write_text(json.dumps(manifest))
     found = tierewrite.verify(FIXTURES / CASE / "naive", dst)
     assert {problem.id for problem in found.problems} == {"manifest"}
+
+
+def test_a_batch_that_wants_digests_does_not_take_an_output_without_them_for_done(tmp_path: Path) -> None:
+    item: dict[str, Any] = {"src": FIXTURES / "qwen3_tied_bf16" / "naive", "dst": tmp_path / "out"}
+    item["ties"] = {"lm_head.weight": "model.embed_tokens.weight"}
+    (first,) = tierewrite.batch([item]).results
+    (again,) = tierewrite.batch([item]).results
+    (wanted,) = tierewrite.batch([item], digests=True).results
+    assert (first.status, again.status, wanted.status) == ("rewritten", "already-done", "failed")
+    assert wanted.error is not None
+    assert "without a digest of every tensor" in str(wanted.error)
+    (made,) = tierewrite.batch([item], digests=True, overwrite=True).results
+    (done,) = tierewrite.batch([item], digests=True).results
+    assert (made.status, done.status) == ("rewritten", "already-done")
 
 
 # ------------------------------------------------------------------------------------------------------- DST alone

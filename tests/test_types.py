@@ -29,8 +29,12 @@ import tierewrite
 from tqdm import tqdm
 
 report = tierewrite.rewrite("a", "b", on_mismatch="keep", max_shard_size="5GB", consumer="vllm", progress=tqdm())
+tierewrite.rewrite("a", "b", digests=True)
 saved: int = report.before_bytes - report.after_bytes
 ok: bool = tierewrite.verify("a", "b", on_mismatch="keep", progress=tierewrite.Progress()).ok
+alone: bool = tierewrite.verify_integrity("b", revision="main").ok
+url: str = tierewrite.push("b", "org/name", private=True).url
+fix: str = tierewrite.check("b", "vllm").findings[0].fix
 ties: tierewrite.TieMap | None = tierewrite.inspect("a").ties
 print(tierewrite.batch(["a"], into="b", device="cpu").failed)
 """

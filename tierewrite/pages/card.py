@@ -30,6 +30,8 @@ def card(facts: Facts) -> str:
         lines.append(f"{count(len(facts.scales), 'activation scale')} merged{differ if overall.ratios else ''}.")
     if facts.kept:
         lines.append(f"Not confirmed, and kept on every side: {count(len(facts.kept), 'tie')}.")
+    if facts.hub is not None:
+        lines.append(f"Made from {_code(facts.hub[0])} at commit {_code(facts.hub[1])}.")
     lines += ["", f"Written by tierewrite {shown(facts.version)}; `tierewrite.json` records what was done."]
     options = ", ".join(f"{name}={value}" for name, value in facts.options.items() if value not in (None, False, []))
     if options:

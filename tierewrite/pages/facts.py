@@ -199,6 +199,7 @@ class Facts:
         groups: per kind of tied parameter, most dropped tensors first.
         kept: the groups that were left alone.
         consumers: what a check for each consumer found; () where none was asked for.
+        hub: hub id and commit of the source, where the manifest has them.
     """
 
     name: str
@@ -212,6 +213,7 @@ class Facts:
     groups: tuple[GroupRow, ...]
     kept: tuple[KeptGroup, ...]
     consumers: tuple[ReadinessReport, ...] = ()
+    hub: tuple[str, str] | None = None
 
     @property
     def readiness(self) -> ReadinessReport | None:
@@ -254,6 +256,7 @@ class Facts:
             "tool": {"name": "tierewrite", "version": self.version},
             "options": dict(self.options),
             "ties": {"source": self.ties_source, "detail": self.ties_detail},
+            "hub": None if self.hub is None else {"id": self.hub[0], "commit": self.hub[1]},
             "sizes": None
             if sizes is None
             else {
@@ -406,6 +409,7 @@ def read_facts(
         groups=_group_rows(manifest["groups"]),
         kept=tuple(sorted(kept, key=lambda k: natural_key(k.canonical))),
         consumers=consumers,
+        hub=(hub["id"], hub["commit"]) if (hub := manifest["source"].get("hub")) else None,
     )
 
 

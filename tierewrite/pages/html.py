@@ -355,6 +355,7 @@ def _about(facts: Facts) -> str:
         ("Ties declared by", who),
         *((f"Option {escaped(name)}", escaped(_option(v))) for name, v in facts.options.items()),
         ("Source", f"{facts.source_shards} safetensors file{'' if facts.source_shards == 1 else 's'}"),
+        *([("Made from", f"{_code(facts.hub[0])} at commit {_code(facts.hub[1])}")] if facts.hub else []),
     ]
     facts_ = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows)
     return (
