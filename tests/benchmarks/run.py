@@ -68,6 +68,8 @@ class Case:
     ours: bool = False
     of_output: bool = False
     """Its input is the output of our rewrite."""
+    remembered: bool = False
+    """What the model class answered is remembered, by a command that is not timed; otherwise nothing is."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,14 @@ def cases(devices: Sequence[str], writers: Sequence[str] = ("save_torch_state_di
                 ours=True,
             )
         )
+        made.append(
+            Case(
+                f"tierewrite, class remembered{label}",
+                lambda s, out, options=options: [tierewrite("rewrite", str(s.path), str(out), *options)],  # type: ignore[misc]
+                ours=True,
+                remembered=True,
+            )
+        )
     made.append(Case("imports", lambda s, out: [[sys.executable, str(HERE / "build_model.py"), str(s.path)]]))
     made.append(Case("cp -r input", lambda s, out: flushed(["cp", "-r", str(s.path), str(out)], out)))
     made.append(
@@ -169,10 +179,14 @@ class Bench:
         out = self.work / "output"
         warm(source or subject.path)
         subprocess.run(["sync", "-f", str(self.work)], check=True)
-        busy = quiet(self.patience)
         given = subject if source is None else _moved(subject, source)
         log = self.work / "stderr.txt"
-        environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "HF_HUB_OFFLINE": "1", "TIEREWRITE_CACHE": ""}
+        if case.remembered:
+            environment["TIEREWRITE_CACHE"] = str(self.work / "cache")
+            look = tierewrite("inspect", str(given.path))
+            subprocess.run(look, stdout=subprocess.DEVNULL, check=True, env=environment)
+        busy = quiet(self.patience)
         answer = subprocess.run(
             [sys.executable, "-I", "-S", str(HERE / "measure.py"), json.dumps(case.steps(given, out)), str(log)],
             stdout=subprocess.PIPE,
@@ -342,7 +356,8 @@ def findings(subject: Generated, results: Results) -> list[Finding]:
             continue
         seconds = figures.median("wall")
         label = name
-        if "--ties" not in name and imports:
+        asks = "--ties" not in name and "remembered" not in name
+        if asks and imports:
             # peak memory: of the whole process, against a process that does nothing but the imports
             found.append(
                 Finding(
@@ -356,7 +371,7 @@ def findings(subject: Generated, results: Results) -> list[Finding]:
             label = f"{name} beyond importing and building the model"
             found.append(Finding(label, seconds, "s"))
         if copy and rate and seconds > 0:
-            goal = GOAL_BEYOND_IMPORTS if "--ties" not in name else None
+            goal = GOAL_BEYOND_IMPORTS if asks else None
             found.append(Finding(f"{label}: times cp -r input", seconds / copy.median("wall"), "x", goal))
             floor = figures.median("written") / rate
             found.append(Finding(f"{label}: floor (bytes written at the copy's rate)", floor, "s"))

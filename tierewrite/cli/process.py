@@ -24,6 +24,8 @@ def exit_code(arguments: list[str]) -> int:
 
         code = run(arguments)
         interrupts.end()
+        # What torch and transformers made goes with the process: a last search for garbage takes half a second.
+        gc.freeze()
     except Interrupted as stopped:  # while modules were imported, or a message was printed
         interrupts.end()
         with contextlib.suppress(OSError):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tierewrite.errors import ConfigError, shown
+from tierewrite.source.header import gc_paused
 from tierewrite.ties import candidates, class_memory, meta_model, remote_class
 from tierewrite.ties.candidates import Candidate
 from tierewrite.ties.config_limits import CONFIG_FIX
@@ -74,7 +75,8 @@ def _asked_now(root: Path, config: dict[str, Any], trust_remote_code: bool, keys
     file = root / "config.json"
     names, warned = _classes_named(config, file)
     config = {**config, "architectures": list(names)} if names else config
-    with _BUILD_LOCK, meta_model.quiet(), meta_model.offline():
+    # Imports make a million objects that stay: collecting garbage meanwhile is a quarter of the time, and finds none.
+    with _BUILD_LOCK, gc_paused(), meta_model.quiet(), meta_model.offline():
         registered = candidates.registered_config_class(config, file)
         if trust_remote_code and remote_class.is_named(config):
             remote = remote_class.imported(root, config, names, registered, file)
