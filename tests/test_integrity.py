@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -224,6 +226,20 @@ def test_what_changed_since_is_found_without_src(damage: str, written: dict[str,
     change(dst)
     found = tierewrite.verify_integrity(dst)
     assert {problem.id for problem in found.problems} == expected
+    assert run("verify", dst) == 6
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS takes only names in UTF-8")
+def test_names_of_files_may_be_anything(tmp_path: Path) -> None:
+    src = shutil.copytree(FIXTURES / "qwen3_tied_bf16" / "naive", tmp_path / "src")
+    (src / "inner" / "empty").mkdir(parents=True)
+    for name in (b"no \xff utf-8.txt", b"two\nlines.txt", b"inner/\xe2\x98\x83", b"\\udcff.txt"):
+        Path(os.fsdecode(os.fsencode(src) + b"/" + name)).write_bytes(name)
+    dst = tmp_path / "dst"
+    tierewrite.rewrite(src, dst, ties={"lm_head.weight": "model.embed_tokens.weight"}, verify=True)
+    assert tierewrite.verify_integrity(dst).ok
+    assert "no \\udcff utf-8.txt" in manifest_of(dst)["output"]["files"]
+    Path(os.fsdecode(os.fsencode(dst) + b"/no \xff utf-8.txt")).write_bytes(b"no \xfe utf-8.txt")
     assert run("verify", dst) == 6
 
 

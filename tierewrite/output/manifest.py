@@ -237,7 +237,13 @@ def output_of(
         ManifestShard(shard.name, len(header) + shard.nbytes, blake3(header).hexdigest())
         for shard, header in zip(plan.shards, headers, strict=True)
     ]
-    return ManifestOutput(shards, dict(sorted(files.items())), UNSET if tensors is None else dict(tensors))
+    named = {name_of_file(name): file for name, file in sorted(files.items())}
+    return ManifestOutput(shards, named, UNSET if tensors is None else dict(tensors))
+
+
+def name_of_file(name: str) -> str:
+    r"""A file's name as the manifest has it: bytes that are no UTF-8, which JSON cannot hold, as in "\udcff.txt"."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def ties_on_disk(disk: DiskTies) -> dict[str, str]:

@@ -25,6 +25,7 @@ from blake3 import blake3
 
 from tierewrite.engines.progress import ProgressLike, progress_of
 from tierewrite.errors import SourceChanged, SourceError, SystemFailure, shown, system_errors
+from tierewrite.output.manifest import name_of_file
 from tierewrite.proof import Problem
 from tierewrite.proof.files import manifest_or_problem
 from tierewrite.proof.reading import hash_files, hash_tensors
@@ -220,9 +221,9 @@ def _files(
 ) -> tuple[list[Problem], list[str]]:
     """Every other file, and notes about those that the hub may add or change."""
     problems: list[Problem] = []
-    sides = {side.name: side for side in target.side_files}
+    sides = {name_of_file(side.name): side for side in target.side_files}
     compared = [side for name, side in sides.items() if name in listed and side.size == listed[name]["size"]]
-    digests = {name: digest.hex() for name, digest in hash_files(compared, advance).items()}
+    digests = {name_of_file(name): digest.hex() for name, digest in hash_files(compared, advance).items()}
     there = {name: (side.size, digests.get(name, "")) for name, side in sides.items()}
     index = target.root / INDEX_NAME
     if target.index_metadata is not None:
