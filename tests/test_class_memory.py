@@ -227,7 +227,7 @@ def test_it_is_asked_again_if_a_file_of_transformers_changed(
     assert not resolve(QWEN).remembered
 
 
-@pytest.mark.parametrize("how", ["auto_map", "leave", "off", "registered", "relative"])
+@pytest.mark.parametrize("how", ["auto_map", "leave", "off", "registered config", "registered model", "relative"])
 def test_it_is_not_remembered(how: str, cache: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     config = json.loads((FIXTURES / QWEN / "naive" / "config.json").read_text())
     options = {}
@@ -239,10 +239,14 @@ def test_it_is_not_remembered(how: str, cache: Path, asked: list[str], monkeypat
         monkeypatch.setenv("TIEREWRITE_CACHE", "")
     elif how == "relative":
         monkeypatch.setenv("TIEREWRITE_CACHE", "cache")
-    else:
+    elif how == "registered config":
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
         monkeypatch.setitem(CONFIG_MAPPING._extra_content, "qwen3", CONFIG_MAPPING["qwen3"])
+    else:
+        from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+        monkeypatch.setitem(MODEL_MAPPING._extra_content, dict, dict)
     for _ in range(2):
         assert not resolve(QWEN, config, **options).remembered
     assert len(asked) == 2

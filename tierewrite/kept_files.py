@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from blake3 import blake3
@@ -103,7 +104,7 @@ class KeptFiles:
         fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             if not _is_ours(os.fstat(fd)):
-                log.warning("%s is ignored: it is no folder that only this user can write to", self.folder)
+                _say_not_ours(self.folder)
                 raise PermissionError(f"others can write to {self.folder}")
             yield fd
         finally:
@@ -140,6 +141,12 @@ class KeptFiles:
             if number >= self.most or total > self.all_bytes:
                 path.unlink(missing_ok=True)
                 path.with_suffix(".lock").unlink(missing_ok=True)
+
+
+@lru_cache
+def _say_not_ours(folder: Path) -> None:
+    """Says it once in a process."""
+    log.warning("%s is not used: others can write to it; with `chmod 700` it is, if it is yours", folder)
 
 
 def _is_ours(status: os.stat_result) -> bool:

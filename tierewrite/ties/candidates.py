@@ -67,12 +67,12 @@ def registered_here(config: Mapping[str, Any]) -> bool:
 
     Imports nothing of transformers that is not imported already.
     """
-    if "transformers.models.auto.modeling_auto" in sys.modules:
-        mappings = [auto._model_mapping for auto in _auto_classes().values()]
-        if any(getattr(mapping, "_extra_content", None) for mapping in mappings):
-            return True
-    auto = sys.modules.get("transformers.models.auto.configuration_auto")
-    extra = getattr(auto.CONFIG_MAPPING, "_extra_content", {}) if auto is not None else {}
+    auto = sys.modules.get("transformers.models.auto.modeling_auto")
+    members = list(vars(auto).values()) if auto is not None else []
+    if any(getattr(getattr(member, "_model_mapping", None), "_extra_content", None) for member in members):
+        return True
+    configs = sys.modules.get("transformers.models.auto.configuration_auto")
+    extra = getattr(getattr(configs, "CONFIG_MAPPING", None), "_extra_content", {})
     parts = (config, *(part for part in config.values() if isinstance(part, dict)))
     return any(isinstance(part.get("model_type"), str) and part["model_type"] in extra for part in parts)
 
