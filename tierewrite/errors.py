@@ -274,6 +274,8 @@ def system_errors(what: str, file: object) -> Iterator[None]:
             errno.EPERM: "check the permissions of the file and of its folder",
             errno.EROFS: "the file system is read-only: choose another one",
             errno.EFBIG: "a file may not grow this large here: raise the limit, or use a smaller --max-shard-size",
+            errno.ENOTDIR: "a part of its path is a file, not a folder: choose another path",
+            errno.ENAMETOOLONG: "choose a shorter name",
             errno.EIO: "the device reports an I/O error: check the disk",
             errno.EMFILE: "raise the limit of open files (ulimit -n)",
         }.get(error.errno or 0, "see the system's message")

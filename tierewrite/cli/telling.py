@@ -9,6 +9,7 @@ import click
 import tierewrite
 from tierewrite.cli.options import FILE, SOURCE, backbone_option, json_option, report_consumer_option, verbose_option
 from tierewrite.cli.terminal import console, print_json
+from tierewrite.errors import shown
 from tierewrite.planning.policy import ConsumerName
 
 
@@ -89,7 +90,7 @@ def report_command(
         page.write_png(png)
     for written in (html, png):
         if written is not None and not as_json:
-            click.echo(f"{written} is written.")
+            click.echo(f"{shown(str(written))} is written.")
     if as_json:
         print_json(page.to_json())
     elif card:

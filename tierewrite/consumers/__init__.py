@@ -85,8 +85,10 @@ def check(
         SourceError: the folder's headers, index or configs cannot be read.
         SystemFailure: the system does not let us read it, or the loader is required and could not be asked.
     """
-    if sample is not None and (not values or sample < 1):
-        raise UsageError(f"sample is {sample}; expected a number of weights from 1 on, with values")
+    if sample is not None and not values:
+        raise UsageError("--sample goes with --values; leave it out, or add that")
+    if sample is not None and sample < 1:
+        raise UsageError(f"sample is {sample}; expected a number of weights from 1 on")
     asked = consumer_named(consumer)
     called = name_in_messages(path) if name is None else str(name)
     chosen = LoaderOptions(loader, consumer_python, tensor_parallel_size, trust_remote_code)

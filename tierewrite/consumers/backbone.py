@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from tierewrite.consumers.class_facts import ClassFacts, ClassTable
-from tierewrite.errors import UsageError
+from tierewrite.errors import UsageError, shown
+from tierewrite.source.regular_files import read_bounded
+from tierewrite.source.strict_json import strict_json
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.places import local_file
+
+_MAX_FILE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -114,11 +118,14 @@ class BackboneTable:
             UsageError: the file is unreadable or not of that form.
         """
         try:
-            given = json.loads(local_file(file, "a description of a backbone").read_text(encoding="utf-8"))
+            text = read_bounded(local_file(file, "a description of a backbone"), _MAX_FILE_BYTES).decode()
+            given = strict_json(text)
             entries = tuple(map(Backbone.from_json, given.get("backbones", [given])))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            why = f"{error} is missing" if isinstance(error, KeyError) else getattr(error, "strerror", None) or error
             raise UsageError(
-                f"is no description of a backbone: {e!r}; expected the form of consumers/vllm/backbones.json",
+                f"is no description of a backbone: {shown(str(why))}; expected the form of "
+                "consumers/vllm/backbones.json",
                 file=file,
             ) from None
         return replace(self, known=(*entries, *self.known))

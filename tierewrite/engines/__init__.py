@@ -59,6 +59,8 @@ def open_engine(
         UsageError: no such engine, Ray is not installed, or an option of another engine.
         SystemFailure: there is no cluster at that address.
     """
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise UsageError(f"threads is {threads!r}; expected a whole number of workers, at least 1")
     if engine == "local":
         if ray_address is not None:
             raise UsageError("--ray-address belongs to --engine ray; leave one of them out, or add the other")

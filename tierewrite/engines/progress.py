@@ -74,6 +74,6 @@ def progress_of(given: ProgressLike) -> Progress:
         return given or Progress()
     if not callable(getattr(given, "update", None)):
         raise UsageError(
-            f"progress is a {type(given).__name__}; expected a tierewrite.Progress, or a bar such as tqdm's"
+            f"progress is of type {type(given).__name__}; expected a tierewrite.Progress, or a bar such as tqdm's"
         )
     return _OnTqdm(given)

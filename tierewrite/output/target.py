@@ -14,6 +14,8 @@ from tierewrite.planning.plan import OutShard
 from tierewrite.source.table import INDEX_NAME, Checkpoint
 from tierewrite.stores.places import FilePath, chain, is_local
 
+_LONGEST_NAME = 255
+"""Bytes, in the file systems of Linux and macOS."""
 _MOST_FOLDERS = 10_000
 """Below SRC or DST that are looked at for mounts."""
 
@@ -80,6 +82,10 @@ class Target:
                 _refuse_overlap(src, dst, real)
             if not real.name:
                 raise UsageError("DST is the root of the file system; name a folder in it", file=dst)
+            if (longest := max(len(os.fsencode(path.name)) for path in staging_names(real))) > _LONGEST_NAME:
+                most = len(os.fsencode(real.name)) - (longest - _LONGEST_NAME)
+                what = f"the name of DST has {len(os.fsencode(real.name))} bytes; it may have {most}"
+                raise UsageError(what, file=dst, advice="hidden folders with longer names are made beside it")
             if real.exists():
                 if not real.is_dir():
                     raise UsageError("DST exists and is not a folder; choose another name", file=dst)

@@ -40,7 +40,7 @@ def shards(
     copied = ~is_added & ~merged[rows]
     width = element_sizes(tensors, rows)[tensors.kind[rows]]
     sizes = tensors.nbytes[rows]
-    most = fullest(tensors) if limit is None else limit
+    most = fullest(tensors) if limit is None else min(limit, int(sizes.sum()))  # a limit may be beyond 64 bits
     files = split(sizes, most) or [np.arange(0)]
     unchanged = not added and all(name == tensors.names[row] for name, row in zip(names, rows.tolist(), strict=True))
     whole = _whole_files(tensors, rows, width, copied) if unchanged else []

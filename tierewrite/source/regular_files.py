@@ -106,6 +106,19 @@ def read_from(fd: int, count: int, path: Path) -> bytes:
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
+def read_bounded(path: Path, limit: int) -> bytes:
+    """A whole file that the user names, which may be a pipe (`<(jq ...)`).
+
+    Raises:
+        OSError, ValueError: it cannot be read, or has more than `limit` bytes (/dev/zero has no end).
+    """
+    with open(path, "rb") as file:
+        raw = file.read(limit + 1)
+    if len(raw) > limit:
+        raise ValueError(f"it has more than {limit:,} bytes")
+    return raw
+
+
 def read_small(path: Path, limit: int, error: type[SourceError]) -> bytes:
     """A whole file of at most `limit` bytes."""
     with opened(resolved_path(path), path) as fd:

@@ -22,6 +22,7 @@ import numpy as np
 from tierewrite import formats
 from tierewrite.bounded_regex import LONGEST, BadPattern, BoundedRegex
 from tierewrite.errors import ConfigError, TieFileError, shown
+from tierewrite.source.regular_files import read_bounded
 from tierewrite.source.strict_json import BadJson, kind_of_json, strict_json
 from tierewrite.source.table import as_names
 from tierewrite.ties.scopes import Scopes
@@ -29,6 +30,7 @@ from tierewrite.ties.tie import Declared, rooted
 from tierewrite.ties.wrappers import unwrapped
 
 TIES_WANTED = "expected a JSON object {alias: canonical}"
+_MAX_TIES_BYTES = 1 << 30  # a million ties have 50 MB
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\Z")
 
 
@@ -285,7 +287,7 @@ def _pair(alias: str, canonical: str, targets: Sequence[str], sources: Sequence[
 def read_ties(path: Path) -> dict[str, str]:
     """The object of a ties file: alias -> canonical, names or patterns. Raises TieFileError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bounded(path, _MAX_TIES_BYTES).decode()
     except (OSError, ValueError) as exc:  # ValueError: it is not UTF-8, or its name holds a NUL
         why = exc.strerror if isinstance(exc, OSError) and exc.strerror else exc
         raise TieFileError(f"the ties file cannot be read: {why}; {TIES_WANTED}", file=path) from exc
@@ -304,9 +306,12 @@ def checked_mapping(
     if not isinstance(data, dict):
         raise error(f"{what} holds {kind_of_json(data)}; expected an object {{alias: canonical}}", file=file)
     for alias, canonical in data.items():
+        if not isinstance(alias, str):  # a mapping of Python's
+            raise error(f"{what} has the key {shown(repr(alias))}; expected the name of a parameter", file=file)
         if not isinstance(canonical, str) or not canonical or not alias:
+            found = json.dumps(canonical, default=repr)
             raise error(
-                f"{what} ties '{shown(alias)}' to {shown(json.dumps(canonical))}; expected the name of a parameter",
+                f"{what} ties '{shown(alias)}' to {shown(found)}; expected the name of a parameter",
                 file=file,
             )
         if alias == canonical:

@@ -1,0 +1,135 @@
+"""Calls and files that nobody thought of: an error of ours that says what to do, no internal one, no endless read."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tierewrite
+from tests.checkpoints import FIXTURES
+from tierewrite import cli
+from tierewrite.consumers import backbone
+from tierewrite.errors import shown
+from tierewrite.ties import patterns
+
+SRC = FIXTURES / "qwen3_tied_bf16" / "naive"
+TIES = {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+@pytest.mark.parametrize("size", [2**63 - 1, 2**63, "99999999999999999999GB"])
+def test_size_beyond_64_bits_is_no_limit(size: Any) -> None:
+    case = FIXTURES / "dg_nvfp4_sharded" / "naive"
+    (shard,) = tierewrite.plan(case, max_shard_size=size).shards
+    assert shard.names == tierewrite.plan(case, max_shard_size="1GB").shards[0].names
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, True, "2"])
+def test_threads_are_a_number_of_workers(threads: Any, tmp_path: Path) -> None:
+    for call in (
+        lambda: tierewrite.rewrite(SRC, tmp_path / "out", ties=TIES, threads=threads),
+        lambda: tierewrite.plan(SRC, ties=TIES, threads=threads, confirm=True),
+        lambda: list(tierewrite.stream(SRC, ties=TIES, threads=threads)),
+    ):
+        with pytest.raises(tierewrite.UsageError, match=r"threads is .*; expected a whole number"):
+            call()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("ties", "said"),
+    [
+        ({1: "a"}, "has the key 1"),
+        ({None: "a"}, "has the key None"),
+        ({"a": b"b"}, "ties 'a' to"),
+        ({"a": Path("b")}, "ties 'a' to"),
+        ({"a": None}, "ties 'a' to null"),
+    ],
+)
+def test_mapping_of_ties_holds_names(ties: Any, said: str) -> None:
+    with pytest.raises(tierewrite.TieFileError, match=said):
+        tierewrite.plan(SRC, ties=ties)
+
+
+@pytest.mark.parametrize(
+    ("module", "limit", "call"),
+    [
+        (patterns, "_MAX_TIES_BYTES", lambda file: tierewrite.plan(SRC, ties=file)),
+        (backbone, "_MAX_FILE_BYTES", lambda file: tierewrite.check(SRC, ties=TIES, backbone=file)),
+    ],
+    ids=["ties", "backbone"],
+)
+def test_file_without_an_end_is_not_read_to_its_end(
+    module: Any, limit: str, call: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, limit, 4096)
+    with pytest.raises(tierewrite.UsageError, match="it has more than 4,096 bytes"):
+        call(Path("/dev/zero"))
+
+
+def test_ties_may_come_through_a_pipe(tmp_path: Path) -> None:
+    """What a shell makes of `--ties <(jq ...)`."""
+    pipe = tmp_path / "pipe"
+    subprocess.run(["mkfifo", str(pipe)], check=True)
+    writer = threading.Thread(target=pipe.write_text, args=('{"lm_head.weight": "model.embed_tokens.weight"}',))
+    writer.start()
+    assert tierewrite.plan(SRC, ties=pipe).total_tensors == 24
+    writer.join()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[" * 100_000, "nested more than 127 deep"),
+        ('{"prefixes": [], "prefixes": []}', "'prefixes' comes twice"),
+        ("{}", "'prefixes' is missing"),
+        ("{} x", "Extra data"),
+        ("\ud800", "surrogates not allowed|can't decode"),
+    ],
+)
+def test_backbone_that_is_none_is_wrong_usage(text: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "backbone.json"
+    file.write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(tierewrite.UsageError, match=f"is no description of a backbone: .*({said})"):
+        tierewrite.check(SRC, ties=TIES, backbone=file)
+
+
+@pytest.mark.parametrize("words", [["--loader", "require"], ["--consumer-python", "/bin/true"], ["--force"]])
+def test_option_for_a_consumer_is_not_passed_over_where_there_is_none(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ties = tmp_path / "ties.json"
+    ties.write_text("{}")
+    assert cli.run(["rewrite", str(SRC), str(tmp_path / "out"), "--ties", str(ties), *words]) == 2
+    assert not (tmp_path / "out").exists()
+    assert f"{words[0]} goes with --for" in capsys.readouterr().err
+
+
+def test_sample_goes_with_values() -> None:
+    with pytest.raises(tierewrite.UsageError, match="--sample goes with --values"):
+        tierewrite.check(SRC, ties=TIES, sample=3)
+
+
+def test_name_that_leaves_no_room_for_the_staging_folders_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(tierewrite.UsageError, match=r"has 255 bytes; it may have 238; hidden folders"):
+        tierewrite.rewrite(SRC, tmp_path / ("a" * 255), ties=TIES)
+    tierewrite.rewrite(SRC, tmp_path / ("a" * 238), ties=TIES)
+    assert [path.name for path in tmp_path.iterdir()] == ["a" * 238]
+
+
+def test_place_below_a_file_is_an_error_that_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(tierewrite.SystemFailure, match="a part of its path is a file, not a folder"):
+        tierewrite.rewrite(SRC, tmp_path / "file" / "out", ties=TIES)
+
+
+def test_name_of_a_page_is_shown_on_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tierewrite.rewrite(SRC, tmp_path / "out", ties=TIES)
+    page = tmp_path / "a\n\x1b[31mpage.html"
+    assert cli.run(["report", str(tmp_path / "out"), "--html", str(page)]) == 0
+    assert capsys.readouterr().out == f"{shown(str(page))} is written.\n"
+    assert page.exists()
