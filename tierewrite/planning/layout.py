@@ -47,7 +47,8 @@ def shards(
     if whole and (limit is None or (len(whole) <= len(files) and all(_fits(sizes[at], most) for at in whole))):
         files = whole
     else:
-        apart = [np.flatnonzero(tensors.shard[rows] == number) for number in np.unique(tensors.shard[rows])]
+        shard = tensors.shard[rows]
+        apart = [np.flatnonzero(shard == number) for number in np.flatnonzero(np.bincount(shard))]
         no_more = len(apart) == len(files) and all(_fits(sizes[at], most) for at in apart)
         if no_more and any(has_runs(tensors, rows[at], width[at], copied[at]) for at in apart):
             files = apart
