@@ -291,7 +291,7 @@ def test_command_line_takes_urls(
     assert store.objects() == files(tmp_path / "out")
     proved = client(store, "verify", src, out)
     assert proved.returncode == 0, proved
-    shown = client(store, "report", out, "--html", str(tmp_path / "report.html"), "--for", "transformers")
+    shown = client(store, "report", out, "--html", str(tmp_path / "report.html"), "--for", "vllm")
     assert shown.returncode == 0, shown
     assert "<html" in (tmp_path / "report.html").read_text()
 
