@@ -253,6 +253,20 @@ def test_it_is_not_remembered(how: str, cache: Path, asked: list[str], monkeypat
     assert not cache.exists()
 
 
+@pytest.mark.parametrize("package", ["transformers", "torch", "a file"])
+def test_nothing_is_remembered_if_packages_changed_while_the_process_runs(
+    package: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolve(QWEN)
+    only_file(cache).unlink()
+    if package == "a file":
+        monkeypatch.setattr(installed, "_IMPORTED_NS", 0)
+    else:
+        monkeypatch.setattr(sys.modules[package], "__version__", "4.99.9")
+    resolve(QWEN)
+    assert not list(cache.iterdir())
+
+
 def test_a_class_with_parts_from_other_packages_is_not_remembered(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     from transformers.models.qwen3 import modeling_qwen3
 

@@ -134,7 +134,7 @@ class Entry:
         """Writes it down, with what other processes learned of the same answer."""
         files = installed.files_of_transformers()
         content = installed.content_of_transformers(files or ())
-        if files is None or content is None:
+        if files is None or content is None or not installed.is_as_imported(files):
             return
         assert declared.model is not None
         answers = declared.model.renames.answers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from blake3 import blake3
 
 _OWN = Path(__file__).parent.parent
 _OWN_ROOMS = ("ties", "formats", "source")
+_IMPORTED_NS = time.time_ns()
 _ALWAYS = frozenset({"__init__.py", "configuration_utils.py", "conversion_mapping.py", "core_model_loading.py"})
 """Files of transformers that every answer depends on."""
 
@@ -28,8 +30,7 @@ def digest() -> bytes | None:
     rows = [sys.version, str(transformers), str(torch), *map(repr, _package_folders())]
     hasher = blake3("\n".join(rows).encode("utf-8", "surrogateescape"))
     try:
-        own = sorted(path for room in _OWN_ROOMS for path in (_OWN / room).iterdir() if path.suffix in (".py", ".json"))
-        for path in (torch / "version.py", *own):
+        for path in (torch / "version.py", *_own_files()):
             hasher.update(blake3(path.read_bytes()).digest())
     except OSError:
         return None
@@ -68,6 +69,30 @@ def files_of_transformers() -> tuple[str, ...] | None:
             return None
         found.add(Path(file).relative_to(root).as_posix())
     return tuple(sorted(found)) if found >= _ALWAYS else None
+
+
+def is_as_imported(files: Iterable[str]) -> bool:
+    """Whether this process imported what is on disk now: somebody may upgrade or edit packages while it runs.
+
+    Args:
+        files: as `files_of_transformers` has them.
+    """
+    transformers, torch = folder_of("transformers"), folder_of("torch")
+    if transformers is None or torch is None:
+        return False
+    try:
+        newest = max(os.stat(path).st_ctime_ns for path in (*(transformers / name for name in files), *_own_files()))
+        versions = ((transformers / "__init__.py", "transformers"), (torch / "version.py", "torch"))
+        said = all(str(sys.modules[name].__version__) in file.read_text(encoding="utf-8") for file, name in versions)
+    except (OSError, KeyError, AttributeError, UnicodeDecodeError):
+        return False
+    return said and newest < _IMPORTED_NS
+
+
+def _own_files() -> list[Path]:
+    """The files of tierewrite that say how a class is asked and how its answer is understood."""
+    paths = (path for room in _OWN_ROOMS for path in (_OWN / room).iterdir())
+    return sorted(path for path in paths if path.suffix in (".py", ".json"))
 
 
 def content_of_transformers(files: Iterable[str]) -> str | None:
