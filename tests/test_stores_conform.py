@@ -150,16 +150,18 @@ def test_a_store_copies_ranges_by_itself_or_says_that_it_cannot(
     MiB = 1 << 20
     ranges = [(3, 3 + 6 * MiB), (0, 11 * MiB), (7, 8)]
     expected = b"header" + b"".join(large[start:end] for start, end in ranges) + b"end"
-    sink = store.copying([stamp], folder / "new", len(expected))
-    assert (sink is not None) == ("s3" in request.node.callspec.id)
+    sink = store.copying([stamp], folder / "new", len(expected), "token")
+    where = request.node.callspec.id
+    assert (sink is not None) == ("s3" in where or "folder" in where)
     if sink is None:
         return
     sink.write(memoryview(b"header"))
     with store.open(stamp) as source:
         # S3 takes no part below 5 MiB but the last: what is too short to be one passes through this machine.
-        assert [sink.copy(source, start, end) for start, end in ranges] == [0, 11 * MiB, 0]
+        copied = [sink.copy(source, start, end) for start, end in ranges]
+    assert [part.by_store for part in copied] == ([0, 11 * MiB, 0] if "s3" in where else [0, 0, 0])
     sink.write(memoryview(b"end"))
-    assert store.names(folder) == ["large", "other"]
+    assert "new" not in store.names(folder)
     sink.commit()
     assert store.read(folder / "new") == expected
 

@@ -191,7 +191,7 @@ def expand(
         notes = needed.notes if needed is not None else ()
         plan = expansion(checkpoint, aliases, limit, (*checkpoint.warnings, *opened.ties.warnings, *notes))
         side_file_clashes(checkpoint, plan.shards)
-        route.check_space(plan.total_bytes + sum(side.size for side in checkpoint.side_files), watched)
+        route.check_space(plan.total_bytes + sum(side.size for side in checkpoint.side_files), watched, checkpoint)
         with route.staging(False) as staging:
             _write(checkpoint, plan, aliases, staging, workers)
             if verify:
@@ -277,6 +277,7 @@ def _write(
     described = with_descriptions(metadata, _modules(checkpoint.tensors, aliases))
     with Output(checkpoint, plan, contents, staging, described) as output:
         output.write(workers, {})
+        output.share(progress)
         output.durable(progress)
     staging.put(INDEX_NAME, index_bytes(plan.shards, index_metadata(checkpoint, plan)))
     sides = {side.name: side.size for side in checkpoint.side_files}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -141,6 +141,33 @@ class Pushed:
         return {"id": self.id, "commit": self.commit, "url": self.url}
 
 
+@dataclass(frozen=True, slots=True)
+class Means:
+    """How the bytes of the shards came into the output; shards that `resume` took over are in none of these.
+
+    Attributes:
+        shared: blocks of the disk that SRC and the output have in common, until one of them is written to.
+        copied_in_kernel: copied by the kernel, or by the server of a network file system, without being read here.
+        copied_by_store: copied by an object store.
+        written: all others, headers included.
+    """
+
+    shared: int = 0
+    copied_in_kernel: int = 0
+    copied_by_store: int = 0
+    written: int = 0
+
+    def sentence(self) -> str:
+        """For people; "" where all bytes were written."""
+        parts = [
+            f"{size(self.shared)} shared with SRC" if self.shared else "",
+            f"{size(self.copied_in_kernel)} copied in the kernel" if self.copied_in_kernel else "",
+            f"{size(self.copied_by_store)} copied by the store" if self.copied_by_store else "",
+        ]
+        said = [part for part in parts if part]
+        return f"{', '.join(said)}, {size(self.written)} written" if said else ""
+
+
 @dataclass(frozen=True, repr=False)
 class Report(Summary):
     """The outcome of a rewrite.
@@ -161,6 +188,7 @@ class Report(Summary):
         seconds: how long it took, from opening the source to the appearance of the output.
         verified: whether the output was proved from the source before it appeared.
         pushed: where it was uploaded, if it was.
+        means: how the bytes of the shards came there; None where nothing was written.
     """
 
     src: str
@@ -185,6 +213,7 @@ class Report(Summary):
     seconds: float = field(default=0.0, compare=False)
     verified: bool = False
     pushed: Pushed | None = None
+    means: Means | None = field(default=None, compare=False)
 
     def one_line(self) -> str:
         """See `Summary`."""
@@ -213,6 +242,8 @@ class Report(Summary):
             yield text(NOTHING_TO_DO, "green")
         rate = f", {size(round(self.after_bytes / self.seconds))}/s" if self.seconds else ""
         took = f"{size(self.before_bytes)} -> {size(self.after_bytes)} in {seconds(self.seconds)}{rate}"
+        if self.means is not None and self.means.sentence():
+            yield text(f"Shards: {self.means.sentence()}.")
         proved = "verified" if self.verified else "not verified"
         yield text(f"{shown(self.dst)} is written: {took}; {proved}; hashed on {self.device}.", "green")
         if self.pushed is not None:
@@ -296,6 +327,7 @@ class Report(Summary):
             "seconds": round(self.seconds, 3),
             "verified": self.verified,
             "pushed": None if self.pushed is None else self.pushed.to_json(),
+            "means": None if self.means is None else asdict(self.means),
         }
 
 

@@ -23,7 +23,10 @@ HERE = Path(__file__).parent
 REPOSITORY = HERE.parent.parent
 
 # What writes, creates, renames, removes or flushes: the instants at which a crash can leave something else behind.
-CHANGES = ("create", "write", "pwrite", "mkdir", "rename", "exchange", "unlink", "rmdir", "fsync", "ftruncate", "flock")
+CHANGES = (
+    "create", "write", "pwrite", "clone", "copy_range", "mkdir", "rename", "exchange", "unlink", "rmdir", "fsync",
+    "ftruncate", "flock",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

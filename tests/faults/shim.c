@@ -8,6 +8,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/fs.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -262,6 +263,34 @@ static ssize_t writing(int fd, const void *from, size_t n, off_t offset)
 
 ssize_t pwrite(int fd, const void *from, size_t n, off_t offset) { return writing(fd, from, n, offset); }
 ssize_t pwrite64(int fd, const void *from, size_t n, off_t offset) { return writing(fd, from, n, offset); }
+
+/* Of the ioctls only FICLONERANGE counts: one file shares blocks with another. */
+int ioctl(int fd, unsigned long request, ...)
+{
+    va_list rest;
+    va_start(rest, request);
+    void *argument_ = va_arg(rest, void *);
+    va_end(rest);
+    struct call c = {.name = "clone"};
+    if (request != FICLONERANGE)
+        return (int)syscall(SYS_ioctl, fd, request, argument_);
+    of_fd(fd, c.path);
+    of_fd((int)((struct file_clone_range *)argument_)->src_fd, c.other);
+    if (begin(&c) == FAIL)
+        return -1;
+    return (int)end(&c, syscall(SYS_ioctl, fd, request, argument_));
+}
+
+ssize_t copy_file_range(int from, off64_t *start, int fd, off64_t *position, size_t n, unsigned flags)
+{
+    struct call c = {.name = "copy_range"};
+    of_fd(fd, c.path);
+    of_fd(from, c.other);
+    int how = begin(&c);
+    if (how == FAIL)
+        return -1;
+    return end(&c, how == END ? 0 : syscall(SYS_copy_file_range, from, start, fd, position, less(how, n), flags));
+}
 
 static int flushing(int fd, long number)
 {

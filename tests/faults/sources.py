@@ -49,6 +49,25 @@ def real(folder: Path) -> Source:
     return Source(src, ties, ("--ties", str(ties), "--max-shard-size", "50KB", "--threads", "2", "-q"))
 
 
+def shareable(folder: Path) -> Source:
+    """Runs of 1.5 MB that a file system can share: tied weights, one that is not, and scales, in two files."""
+    chance = random.Random(11)
+    tensors: dict[str, Tensor] = {}
+    declared: dict[str, str] = {}
+    for layer in range(2):
+        alias, canonical = f"encoder.{layer}.weight", f"decoder.{layer}.weight"
+        tensors[canonical] = tensors[alias] = Tensor("U8", [3 << 19], chance.randbytes(3 << 19))
+        tensors[f"own.{layer}.weight"] = Tensor("BF16", [3 << 18], chance.randbytes(3 << 19))
+        for number in range(700):
+            tensors[f"norms.{layer}.{number}.weight"] = Tensor("F32", [], chance.randbytes(4))
+        declared[alias] = canonical
+    src = write_checkpoint(folder / "shareable", tensors, {"model_type": "none"}, shards=2)
+    age(src)
+    ties = folder / "ties.json"
+    ties.write_text(json.dumps(declared))
+    return Source(src, ties, ("--ties", str(ties), "--threads", "2", "-q"))
+
+
 def synthetic(folder: Path, megabytes: int) -> Source:
     """Random BF16 weights under two names each, of 4 KB to 12 MB (more than a worker's buffer), in 5 shards."""
     chance = random.Random(7)

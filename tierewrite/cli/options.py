@@ -11,6 +11,7 @@ from tierewrite.cli.help import option
 from tierewrite.cli.logs import say_more
 from tierewrite.planning.policy import FOR_CONSUMER, OPTIONS, Option
 from tierewrite.rewriting.options import ITEM_TYPES
+from tierewrite.stores.base import COPY_MODES
 
 F = TypeVar("F", bound=Callable[..., Any])
 Decorator = Callable[[F], F]
@@ -126,6 +127,15 @@ run_options: Decorator[Any] = together(
         help="Where the hashing happens; the output is the same. auto: a GPU that works, the CPU until it is ready.",
     ),
     option("--threads", heading=WORK, type=click.IntRange(1, 256), help="Workers. Default: one a core, at most 8."),
+    option(
+        "--copy",
+        heading=WORK,
+        type=click.Choice(COPY_MODES),
+        default="auto",
+        show_default=True,
+        help="auto: large parts that stay as they are share their blocks with SRC, or are copied by the kernel or the "
+        "object store, where those can. never: all is written by this program. The output is the same.",
+    ),
     option(
         "--engine",
         heading=WORK,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -9,6 +10,7 @@ from typing import Protocol
 from tierewrite.output.staging import Staged, Staging
 from tierewrite.output.store_staging import RemoteStaging, RemoteTarget
 from tierewrite.output.target import Target, check_space
+from tierewrite.source.table import Shard
 from tierewrite.stores.places import FilePath, is_local
 
 
@@ -19,8 +21,12 @@ class Destination(Protocol):
     def backup(self) -> Path | None:
         """Where what was there stays once the new one is in its place; None: nowhere."""
 
-    def check_space(self, needed: int) -> None:
-        """Raises SystemFailure: `needed` bytes do not fit. (A store does not say.)"""
+    def check_space(self, needed: int, sources: Sequence[Shard], shareable: Mapping[int, int]) -> int:
+        """How many of `needed` bytes take space; see `target.check_space`. (A store does not say what it has left.)
+
+        Raises:
+            SystemFailure: they do not fit.
+        """
 
     def staging(self, resume: bool, source: str = "") -> Staged:
         """Where the output of `source` grows until it is complete; `resume` keeps what a killed run finished."""
@@ -37,9 +43,9 @@ class FolderDestination:
         """See `Destination`."""
         return self.target.backup
 
-    def check_space(self, needed: int) -> None:
+    def check_space(self, needed: int, sources: Sequence[Shard], shareable: Mapping[int, int]) -> int:
         """See `Destination`."""
-        check_space(self.target.path, needed)
+        return check_space(self.target.path, needed, sources, shareable)
 
     def staging(self, resume: bool, source: str = "") -> Staged:
         """See `Destination`."""
@@ -53,8 +59,9 @@ class StoreDestination:
     target: RemoteTarget
     backup: Path | None = None
 
-    def check_space(self, needed: int) -> None:
-        """A store does not say what it has left."""
+    def check_space(self, needed: int, sources: Sequence[Shard], shareable: Mapping[int, int]) -> int:
+        """See `Destination`."""
+        return needed
 
     def staging(self, resume: bool, source: str = "") -> Staged:
         """See `Destination`."""

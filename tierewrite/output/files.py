@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tierewrite.errors import system_errors
 from tierewrite.stores import local
-from tierewrite.stores.base import Sink
+from tierewrite.stores.base import Copied, Sink, SourceFile
 from tierewrite.stores.local import flush, part_path, write_all
 from tierewrite.stores.places import FilePath, store_of
 
+_READ_BYTES = 8 << 20
 _FLUSHERS = 2
 """Threads that wait for the disk."""
 
@@ -43,12 +44,15 @@ class PartFiles:
 
     Args:
         paths: by number; the parts exist already.
+        held: numbers of files that `complete` leaves as they are until they are let go: bytes are to come that wait
+            for something else.
 
     Raises:
         SystemFailure: one cannot be opened.
     """
 
-    def __init__(self, paths: Mapping[int, Path]) -> None:
+    def __init__(self, paths: Mapping[int, Path], held: Iterable[int] = ()) -> None:
+        self._held = set(held)
         self._files: dict[int, _Growing] = {}
         self._lock = threading.Lock()
         self._finishing: list[Future[int]] = []
@@ -73,17 +77,51 @@ class PartFiles:
         # The kernel lets one writer at a time into a file, and the others spin: here they sleep.
         with file.writing, system_errors("writing", file.path):
             write_all(file.fd, data, position)
+        self._begin_writeback(file, len(data))
+
+    def take(self, number: int, source: SourceFile, start: int, end: int, position: int) -> Copied:
+        """Puts a range of a source file into one that is not complete, without reading it; see `SourceFile.give`.
+
+        Raises:
+            SourceChanged: it is shorter. SystemFailure.
+        """
+        file = self._files[number]
+        with file.writing, system_errors("writing", file.path):
+            copied = source.give(file.fd, start, end, position)
+        self._begin_writeback(file, copied.in_kernel)
+        return copied
+
+    def put(self, number: int, source: SourceFile, start: int, end: int, position: int) -> Copied:
+        """As `take`, but what cannot be done so is read and written."""
+        copied = self.take(number, source, start, end, position)
+        if not copied:
+            piece = memoryview(bytearray(min(_READ_BYTES, end - start)))
+            for at in range(start, end, _READ_BYTES):
+                part = piece[: end - at]
+                source.read_runs([(at, at + len(part))], part)
+                self.write(number, part, at - start + position)
+        return copied
+
+    def _begin_writeback(self, file: _Growing, nbytes: int) -> None:
+        """`nbytes` more wait for the disk, which begins once they are many."""
         with self._lock:
-            file.gathered += len(data)
+            file.gathered += nbytes
             if file.gathered < local.WRITEBACK_BYTES or not (file.waiting is None or file.waiting.done()):
                 return
             file.gathered = 0
             file.waiting = self._pool.submit(local.start_writeback, file.fd)
 
     def complete(self, number: int) -> None:
-        """All of a file is written: it is flushed, and gets its own name, while others go on."""
+        """All of a file is written: it is flushed, and gets its own name, while others go on. Not if it is held."""
+        if number in self._held:
+            return
         file = self._files.pop(number)
         self._finishing.append(self._pool.submit(self._finish, file))
+
+    def let_go(self, number: int) -> None:
+        """What a held file waited for is written, and so it is complete."""
+        self._held.remove(number)
+        self.complete(number)
 
     def _finish(self, file: _Growing) -> int:
         """Returns the bytes of the file."""

@@ -74,7 +74,7 @@ class Job:
         header: what stands before the tensors.
         contents: output key -> what is written, where that is no copy.
         token: of the run; see `open_sink`.
-        copied: the neighbours that the store copies by itself; they are not hashed.
+        copied: the neighbours that are copied without being read; they are not hashed.
     """
 
     shards: Mapping[int, Shard]
@@ -189,7 +189,8 @@ class _Attempt:
     def _sink(self, out: FilePath, size: int) -> Sink:
         if self.job.copied:
             sources = [self.job.shards[run.shard] for run in self.job.copied]
-            self.copying = store_of(out).copying(sources, out, size)  # None: the settings differ on this machine
+            # None: the settings differ on this machine.
+            self.copying = store_of(out).copying(sources, out, size, self.job.token)
         return self.copying or open_sink(out, size, self.job.token)
 
     def _copy(self, sink: Sink | None) -> None:

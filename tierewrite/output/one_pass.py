@@ -15,7 +15,7 @@ from tierewrite.digest import DeviceFailed, Digester, Stream, select
 from tierewrite.digest.spans import Bytes
 from tierewrite.output.files import PartFiles
 from tierewrite.output.result import BUFFER_BYTES, Result
-from tierewrite.output.work import AnyTask, MadeTask, Task, Work
+from tierewrite.output.work import AnyTask, CopyTask, MadeTask, Task, Work
 from tierewrite.source.bytes import open_source
 from tierewrite.source.threads import io_threads
 from tierewrite.stores.base import SourceFile
@@ -99,7 +99,7 @@ class Transfer:
 
     def _is_left(self, task: AnyTask) -> bool:
         """Whether a task has to be carried out again; if it is done it only lacks digests: its file may be complete."""
-        if task not in self._done or isinstance(task, MadeTask):
+        if task not in self._done or not isinstance(task, Task):
             return task not in self._done
         columns = self.work.columns
         rows = columns.row[task.first : task.stop][columns.hashed[task.first : task.stop]]
@@ -128,6 +128,8 @@ class Transfer:
                 stream, buffer = lanes.mine()
                 if isinstance(task, MadeTask):
                     self._make(task, buffer.data, stop)
+                elif isinstance(task, CopyTask):
+                    self._copy(task, buffer.data, stop)
                 elif task.nbytes > BUFFER_BYTES:
                     self._large(task, buffer, stream, stop)
                 else:
@@ -195,6 +197,28 @@ class Transfer:
             self.advance(length)
         if maker is not None:
             self._result.made[name] = maker.made()
+
+    def _copy(self, task: CopyTask, buffer: memoryview, stop: threading.Event) -> None:
+        """A range that is not hashed, piece by piece: copied by the kernel, or read and written where it does not.
+
+        On one local disk that takes half to two thirds of the time: each byte moves once and not twice (ext4, Linux
+        6.18). What is hashed lies in a buffer already, and is written from there.
+        """
+        assert self.outputs is not None
+        source = self._sources[task.shard]
+        for start in range(task.start, task.end, BUFFER_BYTES):
+            if stop.is_set():
+                return
+            end = min(task.end, start + BUFFER_BYTES)
+            position = start - task.start + task.position
+            copied = self.outputs.take(task.out, source, start, end, position)
+            if not copied:
+                piece = buffer[: end - start]
+                source.read_runs([(start, end)], piece)
+                self.outputs.write(task.out, piece, position)
+            with self._lock:
+                self._result.copied += copied
+            self.advance(end - start)
 
     def _make(self, task: MadeTask, buffer: memoryview, stop: threading.Event) -> None:
         """One tensor that is made without the source's bytes of that range, piece by piece."""

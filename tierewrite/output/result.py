@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tierewrite.digest import PIECE
+from tierewrite.stores.base import Copied
 from tierewrite.values.content import Made
 
 BUFFER_BYTES = 8 << 20
@@ -19,9 +20,9 @@ class Result:
     Attributes:
         digests: source key -> BLAKE3 of the source's bytes, where it was wanted.
         made: output key -> what was written, where that is no plain copy.
-        copied: bytes that a store copied by itself.
+        copied: bytes that did not pass through this process.
     """
 
     digests: dict[str, bytes] = field(default_factory=dict)
     made: dict[str, Made] = field(default_factory=dict)
-    copied: int = 0
+    copied: Copied = field(default_factory=Copied)

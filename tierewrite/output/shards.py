@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
 from tierewrite.errors import SourceError, system_errors
-from tierewrite.output.copied import CopiedRun, copied_runs
+from tierewrite.output.copied import STORE_RUN_BYTES, CopiedRun, copied_runs, rows_of
 from tierewrite.output.engine import Engine, Meter, RunPass
 from tierewrite.output.files import PartFiles
 from tierewrite.output.jobs import Job, JobTensor
 from tierewrite.output.safetensors import shard_header
 from tierewrite.output.staging import Staged
 from tierewrite.output.work import work_of
+from tierewrite.planning import alignment
 from tierewrite.planning.plan import OutShard, RewritePlan, digests_wanted
-from tierewrite.report import ShardSize
+from tierewrite.report import Means, ShardSize
 from tierewrite.source.bytes import open_source
 from tierewrite.source.open import header_of
 from tierewrite.source.table import Checkpoint
-from tierewrite.stores.local import create, part_path, write_all
+from tierewrite.stores.base import Copied, CopyMode
+from tierewrite.stores.local import can_share, create, part_path, write_all
 from tierewrite.stores.places import FilePath, is_local, store_of
 from tierewrite.values.content import COPY, Content, Copy, Duplicate, Encode, Made, made_of
 
@@ -37,9 +40,11 @@ class Output:
         staging: where.
         metadata: `__metadata__` of every shard.
         digests: hash every tensor, and not only those that confirm the groups.
+        copy: "auto": bytes that need not pass through this process do not, where system or store can; "never".
 
     Attributes:
         made: output key -> what was written, for all of `contents`, once it is.
+        copied: bytes that did not pass through this process.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class Output:
         staging: Staged,
         metadata: Mapping[str, str],
         digests: bool = False,
+        copy: CopyMode = "auto",
     ) -> None:
         self.checkpoint = checkpoint
         self.plan = plan
@@ -57,10 +63,13 @@ class Output:
         self.made: dict[str, Made] = {}
         self.headers = [shard_header(shard, metadata) for shard in plan.shards]
         self.digests = digests
+        self.copy = copy
+        self.copied = Copied()
         self.staging = staging
         self.paths: list[FilePath] = [staging.folder / shard.name for shard in plan.shards]
         self.finished: set[int] = set()
         self._files: PartFiles | None = None
+        self._left: dict[int, tuple[CopiedRun, ...]] = {}  # what `share` has to do
 
     def __enter__(self) -> Output:
         return self
@@ -78,7 +87,7 @@ class Output:
     def write(self, engine: Engine, known: dict[str, bytes]) -> None:
         """Writes what is not finished; the digests that confirm the groups, or all of them, go into `known`.
 
-        The disk may still be at it afterwards: see `durable`.
+        What is shared with the source is left to `share`. The disk may still be at it afterwards: see `durable`.
 
         Raises:
             SourceChanged, SystemFailure: as `Engine.run_jobs`.
@@ -92,6 +101,29 @@ class Output:
             known.update(self._in_one_pass(engine.run_pass, wanted))
         else:
             self._by_jobs(engine, wanted, known)
+
+    def share(self, progress: Meter) -> None:
+        """The ties are confirmed: what can be shared with the source is, and with that all shards are complete.
+
+        Raises:
+            SourceChanged: a file of the source is not the one whose header was read. SystemFailure.
+        """
+        files = self._files
+        if files is None or not self._left:
+            return
+        progress.start("sharing with SRC", sum(run.nbytes for runs in self._left.values() for run in runs))
+        with ExitStack() as opened:
+            numbers = sorted({run.shard for runs in self._left.values() for run in runs})
+            sources = {number: opened.enter_context(open_source(self.checkpoint.shards[number])) for number in numbers}
+            for index, runs in self._left.items():
+                for run in runs:
+                    self.copied += files.put(index, sources[run.shard], run.start, run.end, run.position)
+                    progress.advance(run.nbytes)
+            for source in sources.values():
+                source.finish()
+        for index in self._left:
+            files.let_go(index)
+        self._left = {}
 
     def _is_copied(self, name: str) -> bool:
         return isinstance(self.contents.get(name, COPY), Copy)
@@ -111,24 +143,32 @@ class Output:
                 finally:
                     os.close(fd)
             paths[index] = path
+        self._left = self._shared()
         starts = [len(header) for header in self.headers]
-        work = work_of(self.checkpoint, wanted, self.plan.shards, starts, self.finished, self.contents)
-        self._files = PartFiles(paths)
+        work = work_of(
+            self.checkpoint,
+            wanted,
+            self.plan.shards,
+            starts,
+            self.finished,
+            self.contents,
+            self._copied(wanted, self._left),
+            self._left,
+        )
+        self._files = PartFiles(paths, self._left)
         result = run_pass(work, "rewriting", self._files)
         self.made.update(result.made)
+        self.copied += result.copied
         return result.digests
 
     def _by_jobs(self, engine: Engine, wanted: set[str], known: dict[str, bytes]) -> None:
         """Each shard is a job by itself; what is in none of them is hashed first.
 
-        So is what a store is to copy by itself, with all of its tie: it is copied only once that is confirmed.
+        So is what is to be copied without being read, with all of its tie: it is copied only once that is confirmed.
         """
         token = secrets.token_hex(4)
-        copied = self._copied()
-        rows = np.zeros(len(self.plan.source), bool)
-        for index, runs in copied.items():
-            for run in runs:
-                rows[self.plan.shards[index].rows[run.first : run.stop]] = True
+        copied = self._copied_by_jobs(wanted)
+        rows = rows_of(self.plan, copied)
         ties = [group for group in self.plan.planned() if rows[group.checks.present_rows()].any()]
         for group in ties:
             rows[group.checks.present_rows()] = True
@@ -145,18 +185,64 @@ class Output:
         for result in results:
             known.update(result.digests)
             self.made.update(result.made)
+            self.copied += result.copied
 
-    def _copied(self) -> dict[int, tuple[CopiedRun, ...]]:
-        """For each shard that is not finished, the runs that the store copies by itself."""
-        folder = self.staging.folder
-        store = store_of(folder)
-        shards = enumerate(self.checkpoint.shards)
-        sources = [number for number, shard in shards if store.copying([shard], folder, 0) is not None]
+    def _runs(self, allowed: np.ndarray, least: int) -> dict[int, tuple[CopiedRun, ...]]:
+        """For each shard that is not finished, its runs; see `copied_runs`."""
         return {
-            index: copied_runs(shard, self.contents, sources)
+            index: copied_runs(shard, self.contents, allowed, len(self.headers[index]), least)
             for index, shard in enumerate(self.plan.shards)
             if index not in self.finished
         }
+
+    def _of(self, numbers: Collection[int]) -> np.ndarray:
+        """bool [tensors of the source], which are in the source's shards of these numbers."""
+        found: np.ndarray = np.isin(self.plan.source.shard, list(numbers))
+        return found
+
+    def _shared(self) -> dict[int, tuple[CopiedRun, ...]]:
+        """For each shard that has any, the runs that its file can share with the source."""
+        folder = self.staging.folder
+        local = {number: shard for number, shard in enumerate(self.checkpoint.shards) if is_local(shard.path)}
+        if self.copy == "never" or not is_local(folder):
+            return {}
+        runs = {
+            index: [run for run in found if run.can_be_shared]
+            for index, found in self._runs(self._of(local), alignment.RUN_BYTES).items()
+        }
+        asked = {run.shard for found in runs.values() for run in found}
+        if not asked:
+            return {}
+        can = can_share({number: local[number] for number in asked}, folder)
+        kept = {index: tuple(run for run in found if run.shard in can) for index, found in runs.items()}
+        return {index: found for index, found in kept.items() if found}
+
+    def _copied(
+        self, wanted: Collection[str], shared: Mapping[int, tuple[CopiedRun, ...]]
+    ) -> dict[int, tuple[CopiedRun, ...]]:
+        """For each shard, the runs that are neither hashed nor shared: the kernel copies them."""
+        if self.copy == "never":
+            return {}
+        local = [number for number, shard in enumerate(self.checkpoint.shards) if is_local(shard.path)]
+        allowed = self._of(local) & ~rows_of(self.plan, shared)
+        allowed[[self.plan.source.row[key] for key in wanted]] = False
+        return self._runs(allowed, alignment.RUN_BYTES)
+
+    def _copied_by_jobs(self, wanted: Collection[str]) -> dict[int, tuple[CopiedRun, ...]]:
+        """For each shard that is not finished, the runs that are copied without being read, in their order."""
+        folder = self.staging.folder
+        if self.copy == "never":
+            return self._runs(self._of(()), 0)
+        if is_local(folder):
+            shared = self._shared()
+            return {
+                index: tuple(sorted((*runs, *shared.get(index, ()))))
+                for index, runs in self._copied(wanted, shared).items()
+            }
+        store = store_of(folder)
+        shards = enumerate(self.checkpoint.shards)
+        sources = [number for number, shard in shards if store.copying([shard], folder, 0) is not None]
+        return self._runs(self._of(sources), STORE_RUN_BYTES)
 
     def _tidy(self) -> None:
         """Removes from the folder what is no shard of the plan: parts, by workers that died."""
@@ -247,6 +333,13 @@ class Output:
             if is_local(path):
                 part_path(path).unlink(missing_ok=True)
             path.unlink(missing_ok=True)
+
+    def means(self) -> Means:
+        """How the shards that this run wrote came there."""
+        sizes = (shard.nbytes for index, shard in enumerate(self.sizes()) if index not in self.finished)
+        copied = self.copied
+        written = sum(sizes) - copied.shared - copied.in_kernel - copied.by_store
+        return Means(copied.shared, copied.in_kernel, copied.by_store, written)
 
     def sizes(self) -> list[ShardSize]:
         """Names and sizes of the files, header included."""

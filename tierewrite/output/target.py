@@ -11,7 +11,8 @@ from pathlib import Path
 
 from tierewrite.errors import SourceChanged, SourceError, SystemFailure, UsageError, shown, system_errors
 from tierewrite.planning.plan import OutShard
-from tierewrite.source.table import INDEX_NAME, Checkpoint
+from tierewrite.source.table import INDEX_NAME, Checkpoint, Shard
+from tierewrite.stores.local import can_share
 from tierewrite.stores.places import FilePath, chain, is_local
 
 _LONGEST_NAME = 255
@@ -195,10 +196,18 @@ def still_as_listed(folder: Path, before: Mapping[str, tuple[int, int, int, int]
             )
 
 
-def check_space(target: Path, needed: int) -> None:
-    """Refuses before the first byte when the disk of `target` cannot hold `needed` bytes.
+def check_space(target: Path, needed: int, sources: Sequence[Shard], shareable: Mapping[int, int]) -> int:
+    """Refuses before the first byte when the disk of `target` cannot hold what is to be written.
 
     What a killed run left beside it counts as free: it is used (--resume) or removed.
+
+    Args:
+        needed: bytes of the output.
+        sources: the shards of the source.
+        shareable: number of one of them -> bytes of it that take no space if the file system shares them.
+
+    Returns:
+        How many bytes take space.
 
     Raises:
         SystemFailure: too little space.
@@ -210,8 +219,12 @@ def check_space(target: Path, needed: int) -> None:
         free = shutil.disk_usage(folder).free
         for place, _, names in os.walk(staging_of(target)):
             free += sum(os.lstat(os.path.join(place, name)).st_blocks * 512 for name in names)
+        local = {number: sources[number] for number in shareable if is_local(sources[number].path)}
+        if local:
+            needed -= sum(shareable[number] for number in can_share(local, folder))
     if needed > free:
         raise SystemFailure(
             f"the output needs {needed:,} bytes and the disk has {free:,} free; make room, or choose another disk",
             file=folder,
         )
+    return needed

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tierewrite.output.copied import CopiedRun
 from tierewrite.output.result import BUFFER_BYTES
 from tierewrite.planning.plan import OutShard
 from tierewrite.source.table import Checkpoint
@@ -69,7 +70,35 @@ class MadeTask:
         return frozenset((self.out,))
 
 
-AnyTask = Task | MadeTask
+@dataclass(frozen=True, slots=True, eq=False)
+class CopyTask:
+    """A range of a source shard that is copied without being hashed.
+
+    Attributes:
+        shard: index of the source shard.
+        start, end: absolute byte range there.
+        out: index of the output shard.
+        position: absolute byte offset in that file.
+    """
+
+    shard: int
+    start: int
+    end: int
+    out: int
+    position: int
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return self.end - self.start
+
+    @property
+    def outs(self) -> frozenset[int]:
+        """Indices of the output shards that it writes to: one."""
+        return frozenset((self.out,))
+
+
+AnyTask = Task | MadeTask | CopyTask
 
 
 class ReadColumns(NamedTuple):
@@ -122,7 +151,7 @@ class Work:
         checkpoint: Checkpoint,
         columns: ReadColumns,
         patches: Mapping[int, tuple[str, Content]],
-        made: Iterable[MadeTask] = (),
+        made: Iterable[MadeTask | CopyTask] = (),
     ) -> None:
         self.checkpoint = checkpoint
         self.columns = columns
@@ -154,7 +183,7 @@ class Work:
         before: np.ndarray,
         shard: np.ndarray,
         batch: np.ndarray,
-        made: Iterable[MadeTask],
+        made: Iterable[MadeTask | CopyTask],
     ) -> list[AnyTask]:
         outs: list[set[int]] = [set() for _ in first]
         pairs = np.stack([batch, self.columns.out], axis=1)[self.columns.out >= 0]
@@ -210,6 +239,8 @@ def work_of(
     data_starts: Sequence[int] = (),
     finished: Collection[int] = (),
     contents: Mapping[str, Content] | None = None,
+    copied: Mapping[int, Sequence[CopiedRun]] | None = None,
+    shared: Mapping[int, Sequence[CopiedRun]] | None = None,
 ) -> Work:
     """The pass that hashes `hashed` and writes everything that `shards` hold.
 
@@ -220,6 +251,8 @@ def work_of(
         data_starts: for each output shard, the absolute offset of its data section.
         finished: indices of output shards that need no writing.
         contents: output key -> what is written, where that is no copy.
+        copied: index of an output shard -> runs of it that are not hashed: whoever can copies them without reading.
+        shared: index of an output shard -> runs of it that are not written in this pass.
 
     Raises:
         KeyError: a key that the source does not have.
@@ -229,22 +262,28 @@ def work_of(
     out = np.full(len(tensors), -1, np.int32)
     position = np.zeros(len(tensors), np.int64)
     patches: dict[int, tuple[str, Content]] = {}
-    made: list[MadeTask] = []
+    made: list[MadeTask | CopyTask] = []
     for index, shard in enumerate(shards):
         if index in finished:
             continue
         begin = data_starts[index]
-        copied = np.ones(len(shard.names), bool)
+        plain = np.ones(len(shard.names), bool)
         start, end = begin + shard.start, begin + shard.end
         for at in [at for at, name in enumerate(shard.names) if name in contents]:
             name = shard.names[at]
             if needs_source(contents[name]):
                 patches[int(shard.rows[at])] = name, contents[name]
             else:
-                copied[at] = False
+                plain[at] = False
                 made.append(MadeTask(name, contents[name], index, int(start[at]), int(end[at] - start[at])))
-        out[shard.rows[copied]] = index
-        position[shard.rows[copied]] = start[copied]
+        for run in (shared or {}).get(index, ()):
+            plain[run.first : run.stop] = False
+        for run in (copied or {}).get(index, ()):
+            plain[run.first : run.stop] = False
+            pieces = run.pieces()
+            made += [CopyTask(run.shard, low, high, index, low - run.start + run.position) for low, high in pieces]
+        out[shard.rows[plain]] = index
+        position[shard.rows[plain]] = start[plain]
     wanted = np.zeros(len(tensors), bool)
     wanted[[tensors.row[key] for key in hashed]] = True
     row = np.flatnonzero(wanted | (out >= 0))

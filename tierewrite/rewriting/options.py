@@ -10,7 +10,7 @@ from tierewrite.planning.policy import OPTIONS, ConsumerName, PolicyOptions
 if TYPE_CHECKING:
     from tierewrite.consumers.dry_load import LoaderMode
     from tierewrite.engines.progress import ProgressLike
-    from tierewrite.stores.base import PathLike
+    from tierewrite.stores.base import CopyMode, PathLike
     from tierewrite.ties.tie import TiesGiven
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -43,6 +43,7 @@ class ItemOptions(PlanOptions, total=False):
     consumer_python: PathLike | None
     manifest: bool
     digests: bool
+    copy: CopyMode
 
 
 class EngineOptions(TypedDict, total=False):
@@ -68,7 +69,7 @@ class RewriteOptions(BatchOptions, total=False):
 
 ITEM_TYPES: Mapping[str, tuple[type, ...]] = {
     **{name: option.types for name, option in OPTIONS.items()},
-    **dict.fromkeys(("revision", "consumer", "loader", "consumer_python"), (str,)),
+    **dict.fromkeys(("revision", "consumer", "loader", "consumer_python", "copy"), (str,)),
     "ties": (str, dict),
     **dict.fromkeys(("trust_remote_code", "ignore_unindexed"), (bool,)),
     **dict.fromkeys(("overwrite", "resume", "verify", "force", "manifest", "digests"), (bool,)),

@@ -14,6 +14,7 @@ from tierewrite import interrupts
 from tierewrite.engines import open_engine
 from tierewrite.engines.progress import Progress, ProgressLike, progress_of
 from tierewrite.errors import UsageError, shown
+from tierewrite.output.copied import shareable_runs
 from tierewrite.output.destination import Destination, destination, destination_in_place
 from tierewrite.output.staging import Staged
 from tierewrite.output.target import listing, still_as_listed
@@ -36,7 +37,7 @@ from tierewrite.rewriting.steps import (
 from tierewrite.source import read_ahead
 from tierewrite.source.open import fetched, local_only, name_in_messages
 from tierewrite.source.table import Checkpoint
-from tierewrite.stores.base import PathLike
+from tierewrite.stores.base import COPY_MODES, CopyMode, PathLike
 from tierewrite.stores.places import FilePath, is_local, located
 from tierewrite.ties.tie import TiesGiven
 from tierewrite.values.opened import Opened
@@ -108,6 +109,7 @@ def rewrite(
     verify: bool = False,
     engine: EngineName = "local",
     ray_address: str | None = None,
+    copy: CopyMode = "auto",
     consumer: ConsumerName | None = None,
     force: bool = False,
     loader: LoaderMode = "auto",
@@ -139,6 +141,9 @@ def rewrite(
         verify: prove the output from the source before it appears.
         engine: "local", or "ray": hashing and writing are tasks on a Ray cluster whose nodes all see `src` and `dst`.
         ray_address: the cluster, as `ray.init` takes it; None: RAY_ADDRESS, else one on this machine.
+        copy: "auto": large parts that stay as they are share their blocks with `src` where the file system can, and
+            are copied by the kernel, or within an object store by the store, where that can; "never": all is written.
+            The output is the same.
         consumer: make the choices that it needs (`FOR_CONSUMER`; "vllm", ...), where `options` does not, and
             check the output before it appears; errors other than per-side conflicts, which no rewrite can merge, leave
             no `dst`.
@@ -166,8 +171,7 @@ def rewrite(
     """
     started = time.monotonic()
     policy = Policy.of(consumer, **options)
-    if digests and not manifest:
-        raise UsageError("digests stand in the manifest: leave out digests, or let the manifest be written")
+    _refuse(copy, digests, manifest)
     if consumer is not None:
         refuse_unusable_loader(consumer, loader, consumer_python)
     watched = progress_of(progress)
@@ -192,9 +196,10 @@ def rewrite(
         planned = opened.plan(policy)
         refuse_unconfirmed(opened, planned, workers)
         side_bytes = sum(side.size for side in opened.checkpoint.side_files)
-        route.check_space(planned.total_bytes + side_bytes, watched)
+        shared = planned if copy == "auto" else None
+        route.check_space(planned.total_bytes + side_bytes, watched, opened.checkpoint, shared)
         with route.staging(resume) as staging, ExitStack() as outputs:
-            run = Pass(opened, policy, workers, staging, outputs, resume, digests)
+            run = Pass(opened, policy, workers, staging, outputs, resume, digests, copy)
             written = write_shards(run, planned)
             report = finish(
                 run,
@@ -224,6 +229,14 @@ def rewrite(
                 still_as_listed(route.swapped, before)
             staging.commit(lambda: said.append("the rewrite is complete"))
     return replace(report, seconds=time.monotonic() - started, verified=verify)
+
+
+def _refuse(copy: str, digests: bool, manifest: bool) -> None:
+    """Raises UsageError: these options cannot be."""
+    if copy not in COPY_MODES:
+        raise UsageError(f"there is no copy '{shown(copy)}'; expected one of {', '.join(COPY_MODES)}")
+    if digests and not manifest:
+        raise UsageError("digests stand in the manifest: leave out digests, or let the manifest be written")
 
 
 def prepare_for_vllm(src: PathLike, dst: PathLike | None = None, **options: Unpack[RewriteOptions]) -> Report:
@@ -312,9 +325,20 @@ class Route:
             target = destination(place, where, overwrite, resume)
         return cls(place, where, target)
 
-    def check_space(self, needed: int, progress: Progress) -> None:
-        """Raises SystemFailure: the disk cannot hold `needed` bytes. (A store does not say.)"""
-        self.target.check_space(needed)
+    def check_space(
+        self, needed: int, progress: Progress, source: Checkpoint, shared: RewritePlan | None = None
+    ) -> None:
+        """Whether the disk can hold `needed` bytes. (A store does not say.)
+
+        Args:
+            source: the checkpoint that the output may share blocks with.
+            shared: the plan whose output does that, where it can.
+
+        Raises:
+            SystemFailure: it cannot.
+        """
+        shareable = shareable_runs(shared) if shared is not None else {}
+        needed = self.target.check_space(needed, source.shards, shareable)
         if self.swapped is not None:
             kept = f", and the original stays as '{self.target.backup}'" if self.target.backup else ""
             progress.note(f"in place: {needed:,} bytes are needed beside SRC until the swap{kept}")

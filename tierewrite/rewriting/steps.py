@@ -7,7 +7,7 @@ digests say otherwise is there another attempt (`--on-mismatch keep`), or the st
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +36,7 @@ from tierewrite.planning.policy import ConsumerName, Policy
 from tierewrite.report import Report, build_report
 from tierewrite.rewriting.options import SourceOptions
 from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME
-from tierewrite.stores.base import PathLike
+from tierewrite.stores.base import CopyMode, PathLike
 from tierewrite.stores.mirror import RemoteFolder
 from tierewrite.stores.places import FilePath
 from tierewrite.tables import count
@@ -60,6 +60,7 @@ class Pass:
         outputs: closes what an attempt leaves open.
         resume: use what a killed run finished.
         every_digest: hash every tensor, for the manifest.
+        copy: as for `rewrite`.
         digests: source key -> BLAKE3 of its bytes; each attempt adds to it.
     """
 
@@ -70,6 +71,7 @@ class Pass:
     outputs: ExitStack
     resume: bool
     every_digest: bool = False
+    copy: CopyMode = "auto"
     digests: dict[str, bytes] = field(default_factory=dict)
 
 
@@ -126,7 +128,7 @@ def attempt(run: Pass, plan: RewritePlan, evidence: Evidence) -> Written | Evide
     if isinstance(values, CannotBe):
         return evidence.without(values)
     metadata, _ = header_metadata(checkpoint, plan)
-    output = Output(checkpoint, plan, values.contents, run.staging, metadata, run.every_digest)
+    output = Output(checkpoint, plan, values.contents, run.staging, metadata, run.every_digest, run.copy)
     run.outputs.enter_context(output)
     if run.resume:
         output.keep_finished(run.workers, run.digests)
@@ -136,6 +138,7 @@ def attempt(run: Pass, plan: RewritePlan, evidence: Evidence) -> Written | Evide
         evidence = evidence.with_refuted(checkpoint, plan, run.digests, found)
         output.remove()
         return evidence
+    output.share(run.workers.progress)
     return Written(plan, output, evidence, values)
 
 
@@ -214,7 +217,7 @@ def finish(
         described = output_of(plan, output.headers, files, every)
         text = build_manifest(report, opened.disk, listed, tierewrite.__version__, source_of(checkpoint), described)
         staging.put(MANIFEST_NAME, text)
-    return report
+    return replace(report, means=output.means())
 
 
 def prove(

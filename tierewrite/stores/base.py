@@ -8,10 +8,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, Union
+from typing import Any, Literal, Protocol, TypeVar, Union, get_args
 
 PathLike = Union[str, "os.PathLike[str]"]
 P = TypeVar("P", contravariant=True)
+CopyMode = Literal["auto", "never"]
+"""Whether bytes that need not pass through this process are shared or copied by system or store."""
+COPY_MODES: tuple[CopyMode, ...] = get_args(CopyMode)
 
 
 class Stamped(Protocol):
@@ -46,6 +49,27 @@ class FileStamp:
     version: str = ""
 
 
+@dataclass(frozen=True)
+class Copied:
+    """Bytes of new files that did not pass through this process, by means.
+
+    Attributes:
+        shared: both files have the same blocks of a disk.
+        in_kernel: copied by the kernel, or by the server of a network file system.
+        by_store: copied by an object store.
+    """
+
+    shared: int = 0
+    in_kernel: int = 0
+    by_store: int = 0
+
+    def __add__(self, other: Copied) -> Copied:
+        return Copied(self.shared + other.shared, self.in_kernel + other.in_kernel, self.by_store + other.by_store)
+
+    def __bool__(self) -> bool:
+        return self.shared + self.in_kernel + self.by_store > 0
+
+
 class SourceFile(Protocol):
     """An open file that must not change; any thread may read."""
 
@@ -55,6 +79,17 @@ class SourceFile(Protocol):
         Raises:
             SourceChanged: the file ends before that.
             SystemFailure: reading failed.
+        """
+
+    def give(self, fd: int, start: int, end: int, position: int) -> Copied:
+        """Puts a range at `position` of a new file of this machine without reading it: shared, else copied.
+
+        Returns:
+            How many bytes by which means; what is shared has up to a block at each end that is written. None by any
+            means: it cannot be done, and whoever asked has to read and write the range.
+
+        Raises:
+            SourceChanged: the file ends before that. OSError: something is wrong with file or disk.
         """
 
     def finish(self) -> None:
@@ -84,11 +119,11 @@ class Sink(Protocol):
 class CopyingSink(Sink, Protocol):
     """A new file that takes ranges of other files too, which the store copies by itself."""
 
-    def copy(self, source: SourceFile, start: int, end: int) -> int:
+    def copy(self, source: SourceFile, start: int, end: int) -> Copied:
         """The next bytes are those of a range of `source`.
 
         Returns:
-            How many of them the store copied; the others passed through this machine.
+            How many of them were copied, and by what; the others passed through this process.
 
         Raises:
             SourceChanged: `source` is not what was looked at. SystemFailure.
@@ -125,7 +160,7 @@ class Store(Protocol[P]):
         memory:// do); what an output must not be without comes last in any case.
         """
 
-    def copying(self, sources: Sequence[Stamped], path: P, size: int) -> CopyingSink | None:
+    def copying(self, sources: Sequence[Stamped], path: P, size: int, token: str = "") -> CopyingSink | None:
         """As `create`, for a file that takes ranges of `sources`; None: this store cannot copy them by itself.
 
         No request is made before the first byte.

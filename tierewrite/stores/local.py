@@ -10,12 +10,13 @@ import functools
 import mmap
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from tierewrite.errors import SourceChanged, system_errors
-from tierewrite.stores.base import FileStamp, Sink, SourceFile, Stamped
+from tierewrite.stores.base import Copied, CopyingSink, FileStamp, Sink, SourceFile, Stamped
+from tierewrite.stores.sharing import BLOCK_BYTES, clone, copy_range, nameless, whole_blocks
 
 _WRITE_BYTES = 256 << 10
 """Of one system call, at most. The page cache takes pages as large as the call, up to megabytes, and these are the ones
@@ -24,6 +25,7 @@ WRITEBACK_BYTES = 128 << 20
 """Writing to the disk is begun whenever so many bytes of a file are waiting: few large requests are the fastest."""
 _SYNC_FILE_RANGE_WRITE = 2
 _CHUNK_BYTES = 1 << 20
+_COPY_BYTES = 8 << 20
 
 
 def part_path(path: Path, token: str = "") -> Path:
@@ -168,13 +170,40 @@ class LocalFile:
         while into:
             done = _pread_into(self.fd, into, offset)
             if done == 0:
-                raise SourceChanged(
-                    f"the file ends at byte {offset:,}, before the data that its header promises; it was cut while it "
-                    "was being read; run again when it is whole",
-                    file=self.shard.path,
-                )
+                raise self._cut(offset)
             into = into[done:]
             offset += done
+
+    def _cut(self, offset: int) -> SourceChanged:
+        return SourceChanged(
+            f"the file ends at byte {offset:,}, before the data that its header promises; it was cut while it was "
+            "being read; run again when it is whole",
+            file=self.shard.path,
+        )
+
+    def give(self, fd: int, start: int, end: int, position: int) -> Copied:
+        """See `SourceFile`."""
+        return Copied(shared=self._share(fd, start, end, position)) or self._copy(fd, start, end, position)
+
+    def _share(self, fd: int, start: int, end: int, position: int) -> int:
+        """Shares whole blocks and writes what is left at both ends: how many bytes are shared, 0: nothing was done."""
+        first, last = whole_blocks(start, end)
+        shift = position - start
+        if shift % BLOCK_BYTES or first == last or not clone(self.fd, fd, first, last, first + shift):
+            return 0
+        for low, high in ((start, first), (last, end)):
+            edge = bytearray(high - low)
+            self.read_runs([(low, high)], memoryview(edge))
+            write_all(fd, bytes(edge), low + shift)
+        return last - first
+
+    def _copy(self, fd: int, start: int, end: int, position: int) -> Copied:
+        stopped = copy_range(self.fd, fd, start, end, position)
+        if stopped is None:
+            return Copied()
+        if stopped < end:
+            raise self._cut(stopped)
+        return Copied(in_kernel=end - start)
 
     def mapped(self) -> mmap.mmap:
         """The whole file in memory, privately: what is written there never reaches the file. Outlives `close`.
@@ -204,6 +233,26 @@ def _pread_into(fd: int, into: memoryview, offset: int) -> int:
     return len(data)
 
 
+def can_share(sources: Mapping[int, LocalStamped], folder: Path) -> frozenset[int]:
+    """Which of `sources`, by number, a new file in `folder` can share blocks with: one block of each is tried.
+
+    Raises:
+        SourceChanged: one is not what it was when it was looked at. SystemFailure: no file can be made there.
+    """
+    found = set()
+    with system_errors("trying what can be shared with a new file", folder):
+        fd = nameless(folder)
+        try:
+            for number, source in sources.items():
+                with LocalFile(source) as file:
+                    # The second block: a file system whose blocks are larger refuses it.
+                    if clone(file.fd, fd, BLOCK_BYTES, 2 * BLOCK_BYTES, BLOCK_BYTES):
+                        found.add(number)
+        finally:
+            os.close(fd)
+    return frozenset(found)
+
+
 class LocalSink:
     """A new file of this machine's, flushed before it is complete.
 
@@ -227,6 +276,20 @@ class LocalSink:
         if self._gathered >= WRITEBACK_BYTES:
             start_writeback(self._fd)
             self._gathered = 0
+
+    def copy(self, source: SourceFile, start: int, end: int) -> Copied:
+        """See `CopyingSink`."""
+        with system_errors("writing", self.path):
+            copied = source.give(self._fd, start, end, self._size)
+        if copied:
+            self._size += end - start
+            return copied
+        piece = memoryview(bytearray(min(_COPY_BYTES, end - start)))
+        for at in range(start, end, _COPY_BYTES):
+            part = piece[: end - at]
+            source.read_runs([(at, at + len(part))], part)
+            self.write(part)
+        return copied
 
     def commit(self) -> None:
         """See `Sink`."""
@@ -301,8 +364,9 @@ class LocalStore:
         """With a `token` the file has the name of a part until it is complete: two that write the same do not meet."""
         return LocalSink(path, part_path(path, token) if token else None)
 
-    def copying(self, sources: Sequence[Stamped], path: Path, size: int) -> None:
-        """See `Store`; folders have nothing of the kind."""
+    def copying(self, sources: Sequence[Stamped], path: Path, size: int, token: str = "") -> CopyingSink:
+        """See `Store`; what the kernel neither shares nor copies is read and written."""
+        return LocalSink(path, part_path(path, token) if token else None)
 
     def read(self, path: Path) -> bytes:
         """See `Store`."""

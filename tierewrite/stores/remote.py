@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from tierewrite.errors import SourceChanged, SourceError, SystemFailure, TierewriteError, UsageError, first_line, shown
+from tierewrite.stores.base import Copied
 
 _USER = re.compile(r"(://)[^/@\s]*@")
 _QUERY = re.compile(r"(://[^\s?'\"]*)\?[^\s'\"]*")
@@ -270,6 +271,10 @@ class RemoteFile:
                 file=self.path,
             )
         return bytes(data)
+
+    def give(self, fd: int, start: int, end: int, position: int) -> Copied:
+        """See `SourceFile`; a store has nothing of the kind."""
+        return Copied()
 
     def read_runs(self, runs: Sequence[tuple[int, int]], into: memoryview) -> None:
         """Fills `into` with the ranges `runs` (start, end), one after the other.

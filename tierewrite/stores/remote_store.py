@@ -41,7 +41,7 @@ class RemoteStore:
         """`token` is not needed: no object is there before it is complete."""
         return Upload(path, size)
 
-    def copying(self, sources: Sequence[Stamped], path: RemotePath, size: int) -> CopyingSink | None:
+    def copying(self, sources: Sequence[Stamped], path: RemotePath, size: int, token: str = "") -> CopyingSink | None:
         """See `Store`; S3 can, from what the same credentials read at the same endpoint."""
         return CopyingUpload(path, size) if can_copy(sources, path) else None
 

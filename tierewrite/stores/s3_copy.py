@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from tierewrite.errors import SourceChanged, SystemFailure
-from tierewrite.stores.base import SourceFile, Stamped
+from tierewrite.stores.base import Copied, SourceFile, Stamped
 from tierewrite.stores.remote import (
     RemoteFile,
     RemotePath,
@@ -78,13 +78,13 @@ class CopyingUpload:
         if len(self._waiting) >= self._part_bytes:
             self._upload()
 
-    def copy(self, source: SourceFile, start: int, end: int) -> int:
+    def copy(self, source: SourceFile, start: int, end: int) -> Copied:
         """See `CopyingSink`; one request, so `end - start` is at most 5 GiB."""
         assert isinstance(source, RemoteFile)
         first = start + max(0, self._least_bytes - len(self._waiting)) if self._waiting else start
         if self._copies is False or end - first < self._least_bytes:
             self._read_and_write(source, start, end)
-            return 0
+            return Copied()
         self._read_and_write(source, start, first)
         if self._waiting:
             self._upload()
@@ -92,12 +92,12 @@ class CopyingUpload:
             self._copies = self._try_to_copy(source, first, end)
             if not self._copies:
                 self._read_and_write(source, first, end)
-                return 0
+                return Copied()
         else:
             while len(self._under_way) >= _COPIES:
                 self._under_way.popleft().result()
             self._under_way.append(self._pool.submit(self._copy_part, self._next(), source, first, end))
-        return end - first
+        return Copied(by_store=end - first)
 
     def commit(self) -> None:
         """See `Sink`."""
