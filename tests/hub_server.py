@@ -74,6 +74,8 @@ class Hub:
         token: the one that may write.
         refuses: a part of a path -> (status, X-Error-Code, X-Error-Message) for each POST or PUT to it.
         objects: sha256 -> bytes that were put.
+        hold: until it is set, no PUT is answered.
+        held: set once a PUT waits.
     """
 
     repos: dict[str, Repo] = field(default_factory=dict)
@@ -82,6 +84,8 @@ class Hub:
     token: str = "hf_writer"
     refuses: dict[str, tuple[int, str, str]] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
+    hold: threading.Event | None = None
+    held: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> Hub:
         hub = self
@@ -160,6 +164,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         data = self.rfile.read(size)
+        if self.state.hold is not None:
+            self.state.held.set()
+            self.state.hold.wait()
         sha256 = self.path.rpartition("/")[2]
         assert hashlib.sha256(data).hexdigest() == sha256
         self.state.objects[sha256] = data

@@ -53,9 +53,8 @@ class Client:
         self.cache = folder / "cache"
         self.answers = folder.parent / "answers"  # of model classes: asked once for all tests of a process
 
-    def __call__(self, *commands: str, **settings: str) -> list[Done]:
-        """Runs commands, given as lines, one after the other in one process; `settings` are environment variables."""
-        environment = {
+    def environment(self, **settings: str) -> dict[str, str]:
+        return {
             **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))},
             "HF_ENDPOINT": self.server.endpoint,
             "HF_HOME": str(self.folder / "home"),
@@ -64,6 +63,10 @@ class Client:
             "PYTHONPATH": str(ROOT),
             **settings,
         }
+
+    def __call__(self, *commands: str, **settings: str) -> list[Done]:
+        """Runs commands, given as lines, one after the other in one process; `settings` are environment variables."""
+        environment = self.environment(**settings)
         lines = [line.split() for line in commands]
         found = subprocess.run(
             [sys.executable, "-c", DRIVER, json.dumps(lines)],

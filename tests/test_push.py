@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import tierewrite
 from tests.checkpoints import FIXTURES
 from tests.hub_server import Hub, Repo
 from tests.test_hub import Client
+from tierewrite.cli.pushing import pushed
+from tierewrite.consumers.vllm.rules_scales import SCALE_MISSING
+from tierewrite.output.push import Push
+from tierewrite.report import Pushed
 
 SRC = FIXTURES / "qwen3_tied_bf16" / "naive"
 PUSH = f"rewrite {SRC} out --ties ties.json -q --push org/new"
@@ -117,12 +127,9 @@ def test_an_upload_that_fails_leaves_dst_and_says_how_to_go_on(
     assert f"hf upload org/new {tmp_path / 'out'} ." in done.err or "hf upload org/new out ." in done.err
     assert "model.safetensors" in os.listdir(tmp_path / "out")
     assert not list((tmp_path / "uploads").rglob("*.safetensors"))
-    checked, again = client("verify out", PUSH.replace("-q", "-q --overwrite"), **TOKEN)
-    assert checked.code == 0
-    assert again.code == 5
     server.refuses.clear()
-    (last,) = client(PUSH.replace("-q", "-q --overwrite"), **TOKEN)
-    assert last.code == 0
+    checked, again = client("verify out", PUSH.replace("-q", "-q --overwrite"), **TOKEN)
+    assert (checked.code, again.code) == (0, 0)
     assert files(tmp_path / "uploads" / "org" / "new") == files(tmp_path / "out")
 
 
@@ -135,3 +142,36 @@ def test_weights_that_would_stay_beside_ours_are_refused(client: Client, server:
     assert "holds 'model-00001-of-00002.safetensors', which DST does not have" in done.err
     assert commits(server) == 0
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_an_interrupt_does_not_wait_until_files_are_sent(client: Client, server: Hub, tmp_path: Path) -> None:
+    server.hold = threading.Event()
+    command = [sys.executable, "-m", "tierewrite", *PUSH.split(), "--max-shard-size", "20KB"]
+    settings = client.environment(**TOKEN)
+    run = subprocess.Popen(command, cwd=tmp_path, env=settings, stderr=subprocess.PIPE, text=True)
+    try:
+        while not server.held.wait(0.2):
+            assert run.poll() is None
+        run.send_signal(signal.SIGINT)
+        err = run.communicate(timeout=120)[1]  # the hub has not answered
+    finally:
+        run.kill()
+        server.hold.set()
+    assert run.returncode == 130
+    assert "DST is complete, and the upload to org/new is not" in err
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    assert commits(server) == 0
+
+
+def test_what_a_consumer_cannot_use_is_not_uploaded_unless_forced(tmp_path: Path) -> None:
+    class Pushing(Push):
+        def upload_in_child(self, folder: Path) -> Pushed:
+            return Pushed(self.repo, "c0ffee", f"page of {folder.name}")
+
+    report = tierewrite.rewrite(SRC, tmp_path / "out", ties={"lm_head.weight": "model.embed_tokens.weight"})
+    broken = tierewrite.check(tmp_path / "out", "vllm", loader="off")
+    broken = replace(broken, findings=(SCALE_MISSING.at(["a.weight_scale"], "is not there"),))
+    for found, forced, uploaded in ((None, False, True), (broken, False, False), (broken, True, True)):
+        after = pushed(replace(report, readiness=found), Pushing("org/new"), forced)
+        assert (after.pushed is not None) is uploaded
+        assert any("not uploaded to org/new" in warning for warning in after.warnings) is not uploaded

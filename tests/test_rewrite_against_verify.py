@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import tierewrite
-from tests.checkpoints import Tensor, write_checkpoint
+from tests.checkpoints import Tensor, read_tensors, write_checkpoint
 from tierewrite.errors import Refused, TieFileError
 from tierewrite.numbers import nvfp4
 
@@ -150,17 +150,21 @@ def attempt(seed: int, folder: Path) -> str:
         "manifest": rng.random() < 0.6,
         "max_shard_size": rng.choice([None, None, 100]),
     }
+    options["digests"] = options["manifest"] and rng.random() < 0.5
     dst = folder / f"dst{seed}"
     try:
         tierewrite.rewrite(src, dst, ties=ties_file, **options)
     except (Refused, TieFileError) as e:
         assert not dst.exists()
         return type(e).__name__
-    decisive = {name: value for name, value in options.items() if name not in ("manifest", "verify")}
+    decisive = {name: value for name, value in options.items() if name not in ("manifest", "digests")}
     result = tierewrite.verify(src, dst, ties=ties_file, **decisive)
     if options["manifest"] and "differing_aliases" in (dst / "tierewrite.json").read_text():
         SPLIT.append(seed)
     assert result.problems == (), f"seed {seed}, {options}"
+    alone = tierewrite.verify_integrity(dst)
+    assert alone.ok is options["manifest"], f"seed {seed}, {options}"
+    assert not options["digests"] or alone.digests == alone.tensors == len(read_tensors(dst))
     changed = result.dropped or result.renamed or result.merged or result.repacked
     return "rewritten" if changed else "kept"
 

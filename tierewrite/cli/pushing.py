@@ -36,7 +36,7 @@ def pushed(report: Report, push: Push, forced: bool) -> Report:
     """Uploads what a rewrite wrote. Not where the consumer's check found errors, unless it is `forced`.
 
     Raises:
-        UsageError, SystemFailure: as `Push.upload`.
+        UsageError, SystemFailure: as `Push.upload_in_child`.
     """
     if report.readiness is not None and report.readiness.errors and not forced:
         said = f"not uploaded to {push.repo}: errors are left for {report.readiness.consumer} (--force uploads it)"
@@ -45,4 +45,4 @@ def pushed(report: Report, push: Push, forced: bool) -> Report:
     assert is_local(place)
     with interrupts.standing() as said_of_dst:
         said_of_dst.append(f"DST is complete, and the upload to {push.repo} is not")
-        return replace(report, pushed=push.upload(Path(place)))
+        return replace(report, pushed=push.upload_in_child(Path(place)))

@@ -7,7 +7,11 @@ of uploading. It is imported only when something is to be uploaded.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +28,15 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
+
+
+_CHILD = """
+import json, sys
+sys.path[:], *asked = json.loads(sys.argv[1])
+from tierewrite.output.push import answer
+print(answer(*asked))
+"""
+"""What the process that uploads runs: it finds modules where this one does."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +83,7 @@ class Push:
             UsageError: the repository is public though `private` is wanted, or holds other weights, too.
             SystemFailure: the hub or the network failed; the message says how to go on.
         """
-        how = f"hf upload {self.repo} {_quoted(folder)} . --repo-type model{' --private' if self.private else ''}"
-        state = f"DST is complete, and nothing of it is to be seen there; to go on: {how}"
+        state = self._state(folder)
         with _errors(self.repo, state):
             api = _api()
             api.create_repo(self.repo, private=self.private or None, exist_ok=True)
@@ -83,6 +95,35 @@ class Push:
                 commit_message=f"Every tied weight stored once (tierewrite {tierewrite.__version__})",
             )
         return Pushed(self.repo, str(done.oid), str(done.commit_url))
+
+    def upload_in_child(self, folder: Path) -> Pushed:
+        """`upload`, in a process of its own: whoever interrupts it does not wait until files of many GiB are sent.
+
+        Raises:
+            UsageError, SystemFailure: as `upload`.
+        """
+        arguments = json.dumps([[*map(str, sys.path)], self.repo, self.private, os.fspath(folder)])
+        child = subprocess.Popen(
+            [sys.executable, "-I", "-c", _CHILD, arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+        )
+        try:
+            answer = child.communicate()[0]
+        finally:
+            child.kill()
+            child.wait()
+        if child.returncode != 0:
+            raise SystemFailure(f"the upload ended with {child.returncode}; {self._state(folder)}")
+        found = json.loads(answer)
+        if "message" in found:
+            kind = UsageError if found["type"] == "UsageError" else SystemFailure
+            raise kind(found["message"])
+        return Pushed(**found)
+
+    def _state(self, folder: Path) -> str:
+        """How things stand while it is not uploaded, and how to go on."""
+        private = " --private" if self.private else ""
+        how = f"hf upload {self.repo} {shlex.quote(os.fspath(folder))} . --repo-type model{private}"
+        return f"DST is complete, and nothing of it is to be seen there; to go on: {how}"
 
     def _refuse_public(self, api: HfApi, state: str) -> None:
         from huggingface_hub import errors
@@ -103,6 +144,14 @@ class Push:
                 f"'{self.repo}' holds '{shown(others[0])}', which DST does not have, and a loader may read both: push "
                 f"to a new repository, or delete it there. {state}"
             )
+
+
+def answer(repo: str, private: bool, folder: str) -> str:
+    """What the process that uploads says at its end: a `Pushed`, or an error, as JSON."""
+    try:
+        return json.dumps(Push(repo, private).upload(Path(folder)).to_json())
+    except TierewriteError as error:
+        return json.dumps({"type": type(error).__name__, "message": str(error)})
 
 
 def push(folder: PathLike, repo: str, *, private: bool = False) -> Pushed:
@@ -127,12 +176,6 @@ def _api() -> HfApi:
     from huggingface_hub import HfApi
 
     return HfApi(library_name="tierewrite", library_version=tierewrite.__version__)
-
-
-def _quoted(folder: Path) -> str:
-    import shlex
-
-    return shlex.quote(os.fspath(folder))
 
 
 @contextlib.contextmanager
