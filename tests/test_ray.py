@@ -440,7 +440,7 @@ def test_our_own_error_arrives_as_it_was_raised(cluster: Cluster, copied: Naive,
             if phase == "rewriting":
                 os.utime(shard, ns=(1, 1))
 
-    with pytest.raises(SourceChanged, match="run again when nothing writes to SRC") as changed:
+    with pytest.raises(SourceChanged, match="run again when nothing writes to it") as changed:
         tierewrite.rewrite(src, tmp_path / "out", engine="ray", ray_address=cluster.address, progress=Touch())
     assert (changed.value.exit_code, changed.value.file) == (5, str(shard))
     assert names_in(tmp_path) == [src.name]

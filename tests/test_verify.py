@@ -30,6 +30,7 @@ from tests.checkpoints import (
 from tierewrite.errors import SourceChanged, SourceError, SystemFailure, TierewriteError
 from tierewrite.numbers import nvfp4
 from tierewrite.proof.verify import Verification, verify
+from tierewrite.stores import local
 
 INDEX = "model.safetensors.index.json"
 MANIFEST = "tierewrite.json"
@@ -612,18 +613,18 @@ def test_short_reads_are_continued_and_io_errors_of_src_and_dst_differ(
     rewritten: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     src, dst = source("dg_nvfp4_sharded"), rewritten("dg_nvfp4_sharded")
-    real = os.pread
-    monkeypatch.setattr(os, "pread", lambda fd, count, at: real(fd, min(count, 4099), at))
+    real = local._pread_into
+    monkeypatch.setattr(local, "_pread_into", lambda fd, into, at: real(fd, into[:4099], at))
     assert verify(src, dst).ok
     for folder in (src, dst):
         inodes = {path.stat().st_ino for path in folder.glob("*.safetensors")}
 
-        def failing(fd: int, count: int, at: int, inodes: set[int] = inodes) -> bytes:
+        def failing(fd: int, into: memoryview, at: int, inodes: set[int] = inodes) -> int:
             if os.fstat(fd).st_ino in inodes:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
-            return real(fd, count, at)
+            return real(fd, into, at)
 
-        monkeypatch.setattr(os, "pread", failing)
+        monkeypatch.setattr(local, "_pread_into", failing)
         if folder == dst:
             assert ids(verify(src, dst)) == {"unreadable"}
         else:

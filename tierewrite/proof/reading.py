@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import stat
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,13 +13,12 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from tierewrite import formats
-from tierewrite.errors import SourceChanged, SystemFailure
+from tierewrite.errors import SourceChanged
 from tierewrite.formats import Role
 from tierewrite.proof.values import BLOBS
 from tierewrite.source.table import Checkpoint, Shard, SideFile, TensorEntry
 from tierewrite.source.threads import io_threads
-from tierewrite.stores.places import is_remote
-from tierewrite.stores.remote import RemoteFile
+from tierewrite.stores.places import store_of
 
 _READ_BYTES = 8 << 20  # bytes read at once
 _RUN = 64 << 20  # bytes that one thread takes at a time; a larger tensor is a run of its own
@@ -111,46 +108,21 @@ class Reader:
     """A file that must not change, read once from one offset to another in bounded pieces."""
 
     def __init__(self, file: Shard | SideFile, advance: Callable[[int], None] | None = None) -> None:
-        self.path, self.size, self.mtime_ns = file.path, file.size, file.mtime_ns
-        self.remote = RemoteFile(file.path, file.size, file.version) if is_remote(file.path) else None
+        self.path = file.path
+        self.source = store_of(file.path).open(file)
         self.advance = advance
         self.piece = memoryview(b"")
         self.position = self.end = 0
 
     def __enter__(self) -> Reader:
-        if is_remote(self.path):
-            return self
-        try:
-            self.fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError as e:
-            raise SystemFailure(f"cannot be opened again: {e.strerror}", file=self.path) from None
-        try:
-            self.finish()
-        except BaseException:
-            os.close(self.fd)
-            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.remote is None:
-            os.close(self.fd)
+        self.source.close()
 
     def finish(self) -> None:
         """Raises SourceChanged: the file is not what it was when its header or folder was read."""
-        if self.remote is not None:
-            self.remote.finish()
-            return
-        info = os.fstat(self.fd)
-        if not stat.S_ISREG(info.st_mode) or (info.st_size, info.st_mtime_ns) != (self.size, self.mtime_ns):
-            raise SourceChanged("changed while it was verified; run again when nothing writes to it", file=self.path)
-
-    def _read(self, count: int) -> bytes:
-        if self.remote is not None:
-            return self.remote.read(self.position, self.position + count)
-        try:
-            return os.pread(self.fd, count, self.position)
-        except OSError as e:
-            raise SystemFailure(f"cannot be read: {e.strerror}", file=self.path) from None
+        self.source.finish()
 
     def seek(self, start: int, end: int) -> None:
         """Goes on from `start`, and no further than `end`."""
@@ -166,13 +138,14 @@ class Reader:
         """The next `count` bytes."""
         while count:
             if not self.piece:
-                read = self._read(min(_READ_BYTES, self.end - self.position))
-                if not read:
+                size = min(_READ_BYTES, self.end - self.position)
+                if not size:
                     raise SourceChanged("shrank while it was verified", file=self.path)
-                self.position += len(read)
-                self.piece = memoryview(read)
+                self.piece = memoryview(bytearray(size))
+                self.source.read_runs([(self.position, self.position + size)], self.piece)
+                self.position += size
                 if self.advance is not None:
-                    self.advance(len(read))
+                    self.advance(size)
             part = self.piece[:count]
             self.piece = self.piece[len(part) :]
             count -= len(part)

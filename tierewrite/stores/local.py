@@ -136,7 +136,7 @@ def refuse_changed(file: LocalStamped, fd: int) -> None:
         }
         first = next(what[name] for name in ("size", "inode", "modified", "touched") if was[name] != now[name])
         raise SourceChanged(
-            f"the file changed while it was being read ({first}); run again when nothing writes to SRC",
+            f"the file changed while it was being read ({first}); run again when nothing writes to it",
             file=file.path,
         )
 
@@ -356,7 +356,7 @@ class LocalStore:
         if size != file.size:
             raise SourceChanged(
                 f"changed while the run was working (it had {file.size:,} bytes then, {size:,} were copied); run again "
-                "when nothing writes to SRC",
+                "when nothing writes to it",
                 file=file.path,
             )
 

@@ -305,7 +305,7 @@ class RemoteFile:
             now = identity(self._fs.info(self._path))
         if now != self.version:
             raise SourceChanged(
-                "the object changed while it was being read; run again when nothing writes to SRC", file=self.path
+                "the object changed while it was being read; run again when nothing writes to it", file=self.path
             )
 
     @contextlib.contextmanager

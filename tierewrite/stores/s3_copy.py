@@ -193,7 +193,7 @@ def _tell_refusals(error: OSError, source: RemoteFile) -> None:
     status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     if status in _CHANGED and answer["Error"]["Code"] not in ("NoSuchUpload", "NoSuchBucket"):
         raise SourceChanged(
-            f"the object {_CHANGED[status]} while it was being read; run again when nothing writes to SRC",
+            f"the object {_CHANGED[status]} while it was being read; run again when nothing writes to it",
             file=source.path,
         ) from None
     if status == 501 or (400 <= status < 500 and status not in _TRY_AGAIN):
