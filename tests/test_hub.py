@@ -225,6 +225,11 @@ def test_output_is_proved_from_the_hub_id(client: Client, tmp_path: Path) -> Non
         "verify org/name out --ties ties.json --revision nowhere",
     )
     assert (written.code, proved.code, other.code) == (0, 0, 4), (written, proved, other)
+    commit = client.server.repos["org/name"].commit("main")
+    assert json.loads((tmp_path / "out" / "tierewrite.json").read_text())["source"]["hub"] == {
+        "id": "org/name",
+        "commit": commit,
+    }
 
 
 def test_snapshot_whose_blobs_are_shared_between_repositories_is_read(tmp_path: Path) -> None:

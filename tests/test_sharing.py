@@ -107,6 +107,16 @@ def test_copy_never_writes_every_byte(source: Source, work: Path, plain: dict[st
     assert contents(work / "out") == plain
 
 
+def test_digests_of_every_tensor_do_not_depend_on_what_is_shared(source: Source, work: Path, tmp_path: Path) -> None:
+    means = means_of(rewritten(source, work / "out", digests=True))
+    assert means.shared >= MERGED - 8 * 4096
+    rewritten(source, tmp_path / "out", digests=True)
+    assert contents(work / "out") == contents(tmp_path / "out")
+    alone = tierewrite.verify_integrity(work / "out")
+    assert alone.ok
+    assert alone.digests == alone.tensors
+
+
 def test_jobs_of_other_processes_share_too(
     source: Source, work: Path, plain: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
