@@ -292,10 +292,6 @@ def tie_unknown(said: dict[str, Any]) -> None:
     said["ties"].append(["a.weight", "b.weight", "class"])
 
 
-def tie_other_shape(said: dict[str, Any]) -> None:
-    said["ties"].append(["model.norm.weight", "model.embed_tokens.weight", "class"])
-
-
 def tie_in_chain(said: dict[str, Any]) -> None:
     said["ties"].append(["model.embed_tokens.weight", "lm_head.weight", "class"])
 
@@ -308,7 +304,6 @@ LIES: dict[str, Callable[[dict[str, Any]], object]] = {
     "no ties": drop_ties,
     "a companion": tie_companion,
     "an unknown parameter": tie_unknown,
-    "another shape": tie_other_shape,
     "a chain": tie_in_chain,
     "a tie twice": tie_twice,
     "a number for a name": lambda said: said["ties"][0].__setitem__(0, 3),

@@ -142,7 +142,10 @@ class Entry:
         if before is not None and before.model is not None and _same(before, declared):
             old = before.model.renames.answers
             answers = Answers({**old.loaded, **answers.loaded}, {**old.saved, **answers.saved})
-        self.files.keep(self.key, msgspec.json.encode(_as_kept(self.key, files, content, declared, answers)))
+        kept = _as_kept(self.key, files, content, declared, answers)
+        with contextlib.suppress(ValueError):  # else no later command would believe it
+            _checked(kept)
+            self.files.keep(self.key, msgspec.json.encode(kept))
 
 
 def entry_of(config: Mapping[str, Any], keys: Collection[str], trust_remote_code: bool) -> Entry | None:
@@ -252,8 +255,6 @@ def _check_ties(kept: _Kept) -> None:
             raise ValueError(f"it ties '{alias}' to '{canonical}', and the class does not have both")
         if canonical in aliases:
             raise ValueError(f"it ties '{alias}' to '{canonical}', which is itself tied")
-        if kept.shapes[alias] != kept.shapes[canonical]:
-            raise ValueError(f"it ties '{alias}' to '{canonical}', which is of another shape")
         if _is_companion(alias, kept.shapes) or _is_companion(canonical, kept.shapes):
             raise ValueError(f"it ties '{alias}' to '{canonical}': these are no parameters but belong to others")
 
