@@ -109,6 +109,27 @@ def test_option_for_a_consumer_is_not_passed_over_where_there_is_none(
     assert f"{words[0]} goes with --for" in capsys.readouterr().err
 
 
+def test_loader_that_is_no_loader_is_told_with_what_to_do(tmp_path: Path) -> None:
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nprintf 'garbage \\033[31m' >&2; exit 3\n")
+    program.chmod(0o755)
+    with pytest.raises(tierewrite.SystemFailure) as error:
+        tierewrite.check(SRC, "vllm", ties=TIES, loader="require", consumer_python=program)
+    assert str(error.value) == (
+        "vLLM's own loader could not be asked: its process ended with status 3: garbage \\x1b[31m; name a Python in "
+        "which vLLM works (--consumer-python), or leave out --loader require"
+    )
+
+
+def test_scan_counts_a_checkpoint_once_by_whatever_names(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(SRC)
+    report = tierewrite.batch([SRC, f"{SRC}/", tmp_path / "link", tmp_path], plan_only=True, ties={})
+    assert [result.src for result in report.results] == [str(SRC)]
+    (tmp_path / "list.txt").write_text(f'{SRC}\n{{"src": "{SRC}", "kv_scales": "merge"}}\n')
+    report = tierewrite.batch([tmp_path / "list.txt", SRC], plan_only=True, ties={})
+    assert [result.src for result in report.results] == [str(SRC), str(SRC)]  # two plans
+
+
 def test_sample_goes_with_values() -> None:
     with pytest.raises(tierewrite.UsageError, match="--sample goes with --values"):
         tierewrite.check(SRC, ties=TIES, sample=3)

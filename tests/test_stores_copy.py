@@ -104,6 +104,24 @@ def read_header_bytes(shard: bytes) -> int:
     return 8 + int.from_bytes(shard[:8], "little")
 
 
+def test_report_counts_what_the_store_copied_and_never_uploads_all(case: Case, store: Store) -> None:
+    report = tierewrite.rewrite(store.url("src"), store.url("out"), **case.options)
+    assert report.means is not None
+    assert report.means.copied_by_store == sum(end - start for start, end in copied_ranges(store))
+    store.log.clear()
+    report = tierewrite.rewrite(store.url("src"), store.url("other"), **case.options, copy="never")
+    assert store.objects("other") == case.expected
+    assert store.asked("copy") == []
+    assert report.means is not None
+    assert report.means.copied_by_store == 0
+
+
+def test_digests_of_all_tensors_are_those_of_a_local_rewrite(case: Case, store: Store, tmp_path: Path) -> None:
+    tierewrite.rewrite(case.src, tmp_path / "expected", **case.options, digests=True)
+    assert across(case, store, digests=True) == files(tmp_path / "expected")
+    assert store.asked("copy")
+
+
 def test_bytes_that_need_no_digest_are_not_read(case: Case, store: Store) -> None:
     across(case, store)
     read = spans(store, f"src/{SHARD}")

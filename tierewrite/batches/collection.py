@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tierewrite.rewriting.options import ITEM_TYPES
 from tierewrite.source import hub
 from tierewrite.source.strict_json import unique_members
 from tierewrite.stores.base import PathLike
-from tierewrite.stores.places import is_local, is_remote, located
+from tierewrite.stores.places import chain, is_local, is_remote, located
 
 MAX_LIST_BYTES = 64 << 20
 
@@ -59,8 +59,9 @@ class Gatherer:
                 items += self._named(one)
         if not items:
             raise UsageError("there is nothing to do; name folders, or files that list checkpoints")
-        if not self.plan_only:
-            refuse_clashes([item for item in items if item.skipped is None])
+        if self.plan_only:
+            return _each_once(items)
+        refuse_clashes([item for item in items if item.skipped is None])
         return items
 
     def _named(self, one: PathLike) -> list[Item]:
@@ -144,6 +145,19 @@ class Gatherer:
         if dst is None and not self.plan_only:
             raise UsageError(f"{origin}: nothing says where '{shown(src)}' goes; give --into OUT, or a `dst` in a list")
         return Item(src, None if self.plan_only else dst, options, policy, name or src, origin)
+
+
+def _each_once(items: Iterable[Item]) -> list[Item]:
+    """`items`, each checkpoint once for the same options, by whatever names: else its savings would count twice."""
+    seen: dict[Hashable, list[Mapping[str, Any]]] = {}
+    found: list[Item] = []
+    for item in items:
+        place = item.src if hub.repo_id(item.src) is not None else chain(located(item.src))[0]
+        others = seen.setdefault(place, [])
+        if item.options not in others:
+            others.append(item.options)
+            found.append(item)
+    return found
 
 
 def policy_of(options: Mapping[str, Any]) -> Policy:

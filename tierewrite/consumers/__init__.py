@@ -137,7 +137,10 @@ def ask_loader(consumer: Consumer[Any], subject: Subject, name: str, options: Lo
         subject.loaded = done
         return
     if options.mode == "require":
-        raise SystemFailure(f"{loader.title}'s own loader could not be asked: {reason_for_people(done)}")
+        raise SystemFailure(
+            f"{loader.title}'s own loader could not be asked: {reason_for_people(done)}",
+            advice=f"name a Python in which {loader.title} works (--consumer-python), or leave out --loader require",
+        )
     subject.notes.append(f"{loader.title}'s own loader was not asked, rules decided alone: {reason_for_people(done)}")
 
 
