@@ -74,6 +74,7 @@ class Hub:
         token: the one that may write.
         refuses: a part of a path -> (status, X-Error-Code, X-Error-Message) for each POST or PUT to it.
         objects: sha256 -> bytes that were put.
+        ignores: files that are left out, as if a .gitignore named them.
         hold: until it is set, no PUT is answered.
         held: set once a PUT waits.
     """
@@ -84,6 +85,7 @@ class Hub:
     token: str = "hf_writer"
     refuses: dict[str, tuple[int, str, str]] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
+    ignores: tuple[str, ...] = ()
     hold: threading.Event | None = None
     held: threading.Event = field(default_factory=threading.Event)
 
@@ -144,8 +146,14 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"errors": [], "warnings": []})
         elif repo and path.endswith("/preupload/main"):
             names = [file["path"] for file in json.loads(body)["files"]]
-            modes = [("lfs" if name.endswith(".safetensors") else "regular") for name in names]
-            files = [{"path": n, "uploadMode": m, "shouldIgnore": False} for n, m in zip(names, modes, strict=True)]
+            files = [
+                {
+                    "path": name,
+                    "uploadMode": "lfs" if name.endswith(".safetensors") else "regular",
+                    "shouldIgnore": name in self.state.ignores,
+                }
+                for name in names
+            ]
             self._json({"files": files})
         elif repo and path.endswith("/info/lfs/objects/batch"):
             objects = json.loads(body)["objects"]

@@ -144,6 +144,14 @@ def test_weights_that_would_stay_beside_ours_are_refused(client: Client, server:
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_what_the_hub_leaves_out_without_an_error_is_noticed(client: Client, server: Hub, tmp_path: Path) -> None:
+    server.ignores = ("model.safetensors",)
+    (done,) = client(PUSH, **TOKEN)
+    assert done.code == 5
+    assert "lacks 'model.safetensors' of" in done.err
+    assert "DST is complete" in done.err
+
+
 def test_an_interrupt_does_not_wait_until_files_are_sent(client: Client, server: Hub, tmp_path: Path) -> None:
     server.hold = threading.Event()
     command = [sys.executable, "-m", "tierewrite", *PUSH.split(), "--max-shard-size", "20KB"]

@@ -94,6 +94,7 @@ class Push:
                 folder_path=folder,
                 commit_message=f"Every tied weight stored once (tierewrite {tierewrite.__version__})",
             )
+            self._refuse_incomplete(api, folder, str(done.oid))
         return Pushed(self.repo, str(done.oid), str(done.commit_url))
 
     def upload_in_child(self, folder: Path) -> Pushed:
@@ -135,6 +136,18 @@ class Push:
         if self.private and not info.private:
             raise UsageError(f"'{self.repo}' exists and is public, while --private is wanted: name another; {state}")
 
+    def _refuse_incomplete(self, api: HfApi, folder: Path, commit: str) -> None:
+        """The hub leaves out, without an error, what a .gitignore among the files names."""
+        info = api.model_info(self.repo, revision=commit, files_metadata=True)
+        there = {file.rfilename: file.size for file in info.siblings or ()}
+        for name, size in _uploaded(folder).items():
+            if there.get(name) != size:
+                raise SystemFailure(
+                    f"'{self.repo}' at commit {commit} lacks '{shown(name)}' of {size:,} bytes, though the upload "
+                    "ended without an error. DST is complete: see whether its .gitignore names this file, and upload "
+                    "it again"
+                )
+
     def _refuse_other_weights(self, api: HfApi, folder: Path, state: str) -> None:
         """Weights that stay beside ours would be read by some loaders."""
         there = [name for name in api.list_repo_files(self.repo) if "/" not in name]
@@ -170,6 +183,13 @@ def push(folder: PathLike, repo: str, *, private: bool = False) -> Pushed:
     checked = Push.checked(repo, private, place)
     assert is_local(place)
     return checked.upload(place)
+
+
+def _uploaded(folder: Path) -> dict[str, int]:
+    """The files of `folder` that huggingface_hub uploads, with their sizes."""
+    names = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    own = (".git/", ".cache/huggingface/")
+    return {name: path.stat().st_size for name, path in names.items() if not name.startswith(own)}
 
 
 def _api() -> HfApi:
