@@ -25,6 +25,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TIEREWRITE_CACHE"] = ""  # classes are asked themselves, unless a test wants it otherwise
 # Hundreds of tests start a Python, which would compile all of our modules each time (0.25 s of CPU).
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup; all that tests start would ignore it too
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 _LONGEST = (
     "test_zoo.py", "test_ray.py", "test_stores_faults.py", "test_stores.py", "test_verify.py", "test_adversary.py",

@@ -86,5 +86,5 @@ def test_a_bar_such_as_tqdms_is_told_of_each_phase_and_byte(tmp_path: Path) -> N
 
 def test_what_is_no_bar_is_refused(tmp_path: Path) -> None:
     for function in (tierewrite.rewrite, tierewrite.verify):
-        with pytest.raises(UsageError, match=r"progress is a int; expected a tierewrite\.Progress, or a bar"):
+        with pytest.raises(UsageError, match=r"progress is of type int; expected a tierewrite\.Progress, or a bar"):
             function(FIXTURES / "qwen3_tied_bf16" / "naive", tmp_path / "out", progress=3)  # type: ignore[arg-type]

@@ -7,6 +7,8 @@ deleted before the next run. Copies and the user's script are followed by `sync 
 
     bin/bench                     the main comparison, on the 2-layer 26B-A4B shape
     bin/bench --preset full       the whole 26B-A4B checkpoint (28.4 GiB in; 62 GiB of disk)
+    bin/bench --image xfs         the same on an XFS (or btrfs) in a file, as root: what sharing blocks saves
+    bin/bench --other CHECKOUT    with another checkout of tierewrite beside this one
     bin/bench --growth            the same bytes in 10 times the tensors; 0.5, 1, 2 and 4 GB
     bin/bench --plan              planning a checkpoint of 500,000 tensors from its headers
     bin/bench --quick             all of these in a small way: does it work?
@@ -17,6 +19,7 @@ Nothing is asserted about times. Exit 1 if one of our own runs failed, and only 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -38,6 +41,7 @@ from rich.table import Table
 
 from tests.benchmarks import generate as generator
 from tests.benchmarks.generate import Generated, generate
+from tests.images import MKFS, Unavailable, mounted
 
 HERE = Path(__file__).resolve().parent
 SCHEMA = "tierewrite/bench/1"
@@ -55,8 +59,10 @@ BUSY = 0.15
 """Share of the CPUs in use by others above which times mean little."""
 
 
-def tierewrite(*arguments: str) -> list[str]:
-    return [sys.executable, "-c", "from tierewrite.cli import main; main()", *arguments]
+def tierewrite(*arguments: str, checkout: Path | None = None) -> list[str]:
+    """A command line of this checkout's, or of another one."""
+    first = f"import sys; sys.path.insert(0, {str(checkout)!r}); " if checkout is not None else ""
+    return [sys.executable, "-c", f"{first}from tierewrite.cli import main; main()", *arguments]
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,11 @@ def flushed(command: list[str], target: Path) -> list[list[str]]:
     return [command, ["sync", "-f", str(target)]]
 
 
-def cases(devices: Sequence[str], writers: Sequence[str] = ("save_torch_state_dict", "save_file")) -> list[Case]:
+def cases(
+    devices: Sequence[str],
+    writers: Sequence[str] = ("save_torch_state_dict", "save_file"),
+    other: Path | None = None,
+) -> list[Case]:
     """The main comparison. The first case makes the output that `cp -r output` copies."""
     made: list[Case] = []
     for device in devices:
@@ -143,14 +153,37 @@ def cases(devices: Sequence[str], writers: Sequence[str] = ("save_torch_state_di
             )
         )
     made.append(Case("imports", lambda s, out: [[sys.executable, str(HERE / "build_model.py"), str(s.path)]]))
-    made.append(Case("cp -r input", lambda s, out: flushed(["cp", "-r", str(s.path), str(out)], out)))
+    # a durable copy moves the bytes: cp shares them by itself where the file system can
+    made.append(
+        Case("cp -r input", lambda s, out: flushed(["cp", "-r", "--reflink=never", str(s.path), str(out)], out)),
+    )
     made.append(
         Case(
             "cp -r output",
-            lambda s, out: flushed(["cp", "-r", str(s.path), str(out)], out),
+            lambda s, out: flushed(["cp", "-r", "--reflink=never", str(s.path), str(out)], out),
             of_output=True,
         )
     )
+    made.append(
+        Case(
+            "cp --reflink=always output",
+            lambda s, out: flushed(["cp", "-r", "--reflink=always", str(s.path), str(out)], out),
+            of_output=True,
+        )
+    )
+    ways: list[tuple[str, list[str], Path | None]] = [("--copy never", ["--copy", "never"], None)]
+    if other is not None:
+        ways.append((f"of {other.name}", [], other.resolve()))
+    for label, extra, checkout in ways:
+        made.append(
+            Case(
+                f"tierewrite --ties {label}",
+                lambda s, out, extra=extra, checkout=checkout: [  # type: ignore[misc]
+                    tierewrite("rewrite", str(s.path), str(out), "--ties", str(s.ties_file), *extra, checkout=checkout)
+                ],
+                ours=True,
+            )
+        )
     for writer in writers:
         made.append(
             Case(
@@ -216,7 +249,8 @@ class Bench:
         elif out.exists():
             shutil.rmtree(out)
         if failed:
-            self.console.print(f"[red]{case.name} on {name}: exit {sample.exit}[/red]\n{sample.error.strip()}")
+            colour = "red" if case.ours else "yellow"  # not every file system clones
+            self.console.print(f"[{colour}]{case.name} on {name}: exit {sample.exit}[/{colour}]\n{sample.error.strip()}")
         else:
             self.console.print(f"  {name}: {case.name}: {sample.wall:.2f} s", highlight=False)
         return sample
@@ -458,7 +492,7 @@ def make(work: Path, preset: str, console: Console) -> Generated:
 
 def compare(bench: Bench, preset: str, options: argparse.Namespace) -> dict[str, Any]:
     subject = make(bench.work, preset, bench.console)
-    chosen = cases(options.devices.split(","))
+    chosen = cases(options.devices.split(","), other=options.other)
     if options.cases:
         chosen = [case for case in chosen if any(part in case.name for part in options.cases.split(","))]
     results = bench.rounds({preset: subject}, chosen, options.repeats)[preset]
@@ -533,14 +567,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--devices", default="auto", help="our --device values, comma-separated (default: auto)")
     parser.add_argument("--work", type=Path, help="folder on the disk to measure (default: a temporary folder)")
     parser.add_argument(
+        "--image", choices=sorted(MKFS), help="measure on a file system of this kind in a file in --work"
+    )
+    parser.add_argument("--image-gb", type=int, default=16, help="size of that file system (default: 16)")
+    parser.add_argument("--other", type=Path, help="another checkout of tierewrite, to compare with")
+    parser.add_argument(
         "--patience", type=float, default=0, help="before each run, wait at most this long for an idle machine (s)"
     )
     parser.add_argument("--json", type=Path, help="write every sample and figure here")
     options = parser.parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 140)
-    done: list[dict[str, Any]] = []
     if options.work is not None:
         options.work.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as kept:
+        if options.image is not None:
+            try:
+                options.work = kept.enter_context(mounted(options.image, options.image_gb << 10, options.work))
+            except Unavailable as why:
+                parser.error(f"--image {options.image}: {why}")
+        return _run(options, console)
+
+
+def _run(options: argparse.Namespace, console: Console) -> int:
+    """What the options ask for; returns the exit status."""
+    done: list[dict[str, Any]] = []
     # gigabytes are not left behind when somebody loses patience
     previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="tierewrite-bench-", dir=options.work) as folder:

@@ -176,7 +176,7 @@ class LocalFile:
 
     def _cut(self, offset: int) -> SourceChanged:
         return SourceChanged(
-            f"the file ends at byte {offset:,}, before the data that its header promises; it was cut while it was "
+            f"the file ends at byte {offset:,} or before, and its header promises more; it was cut while it was "
             "being read; run again when it is whole",
             file=self.shard.path,
         )
