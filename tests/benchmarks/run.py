@@ -249,8 +249,9 @@ class Bench:
         elif out.exists():
             shutil.rmtree(out)
         if failed:
-            colour = "red" if case.ours else "yellow"  # not every file system clones
-            self.console.print(f"[{colour}]{case.name} on {name}: exit {sample.exit}[/{colour}]\n{sample.error.strip()}")
+            style = "red" if case.ours else "yellow"  # not every file system clones
+            said = f"{case.name} on {name}: exit {sample.exit}\n{sample.error.strip()}"
+            self.console.print(said, style=style, markup=False)
         else:
             self.console.print(f"  {name}: {case.name}: {sample.wall:.2f} s", highlight=False)
         return sample
