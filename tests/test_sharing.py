@@ -308,11 +308,12 @@ def killed_at(
     shutil.rmtree(out, ignore_errors=True)
     fault = Fault(work, how, number, None, 0, CHANGES)
     code = machine.run("rewrite", source.path, out, *source.options, fault=fault).code
-    assert code in (-signal.SIGKILL, 0)
+    assert code == -signal.SIGKILL, number
     assert contents(out) in (None, plain), number
     if not out.exists():
         machine.run("rewrite", source.path, out, *source.options, *more)
         assert contents(out) == plain, number
+        assert [name for name in names_in(work) if "out" in name] == ["out"], number
 
 
 KILLS = ("kill_before", "kill_after", "kill_torn")
