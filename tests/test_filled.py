@@ -103,3 +103,39 @@ def test_prepared_for_vllm_with_the_gap_filled_is_ready(copied: Naive, tmp_path:
     report = tierewrite.prepare_for_vllm(src, tmp_path / "out", fill_missing_scales=True)
     assert report.readiness is not None
     assert report.readiness.only_per_side_conflicts()
+
+
+def test_every_scale_is_filled_in_its_own_dtype(copied: Naive, tmp_path: Path) -> None:
+    src = copied("dg_nvfp4")
+    scales: list[tuple[str, list[int], bytes]] = [
+        ("BF16", [], struct.pack("<f", 0.75)[2:]),
+        ("F32", [1], struct.pack("<f", -1.0)),
+        ("F16", [], struct.pack("<e", 0.0)),
+        ("F64", [], struct.pack("<d", 3 / 256)),
+    ]
+    names = [f"layers.1.experts.{e}.down_proj.input_scale" for e in range(4)]
+    edit_tensors(
+        src, {f"{s}.{name}": scale for s in (ENCODER, DECODER) for name, scale in zip(names, scales, strict=True)}
+    )
+    report = tierewrite.rewrite(src, tmp_path / "out", fill_missing_scales=True)
+    after = read_tensors(tmp_path / "out")
+    filled = {name: after[f"{DECODER}.{name}"] for name in names[1:3]}
+    assert filled == {
+        names[1]: ("F32", [1], struct.pack("<f", 0.75)),
+        names[2]: ("F16", [], struct.pack("<e", 0.75)),
+    }
+    assert [entry.target for entry in report.filled] == [f"{DECODER}.{name}" for name in names[1:3]]
+    assert tierewrite.verify(src, tmp_path / "out", fill_missing_scales=True).ok
+
+
+def test_a_value_that_one_of_the_dtypes_cannot_hold_fills_nothing(copied: Naive, tmp_path: Path) -> None:
+    src = copied("dg_nvfp4")
+    names = [f"{s}.layers.1.experts.{e}.down_proj.input_scale" for e in (0, 1) for s in (ENCODER, DECODER)]
+    edit_tensors(src, {name: ("F32", [], struct.pack("<f", 1e6)) for name in names[:2]})
+    edit_tensors(src, {name: ("F16", [], struct.pack("<e", 0.0)) for name in names[2:]})
+    report = tierewrite.rewrite(src, tmp_path / "out", fill_missing_scales=True)
+    assert report.filled == ()
+    assert any(
+        "no one value fits the scales of all experts of the layer (F32 [], F16 [])" in w for w in report.warnings
+    )
+    assert tierewrite.verify(src, tmp_path / "out", fill_missing_scales=True).ok

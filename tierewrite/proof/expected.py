@@ -120,16 +120,44 @@ def _filled(source: Checkpoint, before: Contents, found: Expected, families: tup
             like = found.wants[name].like
             data = found.merged[name].data if name in found.merged else before.values[like.name]
             sides.append((like._replace(name=name), data))
-        value = covering(companions[suffix], sides) if why_no_value([entry for entry, _ in sides]) is None else None
-        if value is None or not value.calibrated:
-            found.notes.append(f"'{container}.*.{projection}.{suffix}': no expert has a valid scale to fill in from")
+        where = f"'{container}.*.{projection}.{suffix}'"
+        try:
+            value, own = _widest(companions[suffix], sides)
+        except ValueError as error:
+            found.notes.append(f"{where}: {error}, so that nothing is filled in")
             continue
         because = f"the widest of the layer's experts ({value.said})"
         lacking = [number for number in weights.get((container, projection), ()) if number not in members]
-        names = [f"{container}.{number}.{projection}.{suffix}" for number in lacking]
-        for name in (*names, *sorted(value.invalid)):
-            like = found.wants[name].like if name in found.wants else sides[0][0]
-            found.wants[name] = Want(like, blake3(value.data).digest(), "fill", because)
+        for name in (f"{container}.{number}.{projection}.{suffix}" for number in lacking):
+            found.wants[name] = Want(sides[0][0], blake3(value.data).digest(), "fill", because)
+        for name, data in own.items():
+            found.wants[name] = Want(found.wants[name].like, blake3(data).digest(), "fill", because)
+
+
+def _widest(companion: Companion, sides: Sequence[tuple[TensorEntry, bytes]]) -> tuple[Value, dict[str, bytes]]:
+    """The value that covers all experts, and the bytes of each that has no valid one, in its own dtype.
+
+    Raises:
+        ValueError: there is none.
+    """
+    value = _covering(companion, sides)
+    if not value.calibrated:
+        raise ValueError("no expert has a valid scale")
+    own: dict[str, bytes] = {}
+    for side in sides:
+        if side[0].name in value.invalid:
+            alike = side[0].dtype == sides[0][0].dtype
+            first = [side, *(other for other in sides if other is not side)]
+            own[side[0].name] = (value if alike else _covering(companion, first)).data
+    return value, own
+
+
+def _covering(companion: Companion, sides: Sequence[tuple[TensorEntry, bytes]]) -> Value:
+    """`covering`, or ValueError where there is no such value."""
+    value = covering(companion, sides) if why_no_value([entry for entry, _ in sides]) is None else None
+    if value is None:
+        raise ValueError("no one value fits the scales of all experts")
+    return value
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,12 @@ an expert that calibration never routed to sees the same activations as they do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tierewrite.errors import shown
+from tierewrite.formats import Companion
 from tierewrite.numbers import merging
 from tierewrite.planning.plan import RewritePlan
 from tierewrite.source.bytes import read_tensors
@@ -81,17 +82,51 @@ def fill_missing_scales(checkpoint: Checkpoint, plan: RewritePlan, merged: Mappi
             )
             for target, key in group.members.items()
         ]
-        reason = merging.mergeable([(side.dtype, side.shape) for side in sides])
-        (result,) = merging.merge_many([(sides, group.companion)]) if reason is None else (None,)
-        if result is None or not result.calibrated:
+        result, why = _widest(sides, group.companion)
+        if result is None:
             unfillable.update(group.missing)
-            warnings.append(f"'{shown(group.name)}': nothing to fill in: no expert of the layer has a valid scale")
+            warnings.append(f"'{shown(group.name)}': nothing to fill in: {why}")
             continue
         source = by_key.get(result.taken_from or "")
         for target in group.missing:
             contents[target] = Added(result.data)
             filled.append(Filled(target, True, source))
-        for key in result.invalid:
-            contents[by_key[key]] = Patch(result.data, data[key], key)
+        for key, own in result.own.items():
+            contents[by_key[key]] = Patch(own, data[key], key)
             filled.append(Filled(by_key[key], False, source))
     return FilledScales(contents, tuple(filled), frozenset(unfillable), tuple(warnings))
+
+
+class _Widest(NamedTuple):
+    """What the experts of a projection get.
+
+    Attributes:
+        data: for one that has no scale, in the first side's dtype.
+        own: key of each scale that calibration never set -> its new bytes, in its own dtype.
+        taken_from: as in `MergeResult`.
+    """
+
+    data: bytes
+    own: dict[str, bytes]
+    taken_from: str | None
+
+
+def _widest(sides: Sequence[merging.Side], companion: Companion) -> tuple[_Widest | None, str]:
+    """The value that covers all `sides`, or None and why there is none."""
+    kinds = ", ".join(dict.fromkeys(f"{side.dtype} {list(side.shape)}" for side in sides))
+    no_value = f"no one value fits the scales of all experts of the layer ({kinds})"
+    if merging.mergeable([(side.dtype, side.shape) for side in sides]) is not None:
+        return None, no_value
+    own: dict[str, bytes] = {}
+    try:
+        (result,) = merging.merge_many([(sides, companion)])
+        for side in sides if result.calibrated else ():
+            if side.key in result.invalid:
+                alike = side.dtype == result.dtype
+                first = [side, *(other for other in sides if other is not side)]
+                own[side.key] = result.data if alike else merging.merge_many([(first, companion)])[0].data
+    except ValueError:  # one of the dtypes cannot hold it
+        return None, no_value
+    if not result.calibrated:
+        return None, "no expert of the layer has a valid scale"
+    return _Widest(result.data, own, result.taken_from), ""
