@@ -133,6 +133,18 @@ def test_held_back_from_a_handler_of_the_callers_too() -> None:
     assert arrived == [signal.SIGTERM]
 
 
+def test_how_things_stand_is_said_also_after_the_work() -> None:
+    with interrupts.standing() as said:
+        said.append("the rewrite is complete")
+    with pytest.raises(Interrupted, match="stopped by signal 15; the rewrite is complete"):
+        send()
+    interrupts.reset()
+    with interrupts.standing(), interrupts.standing() as said:  # a rewrite in a batch
+        said.append("the rewrite is complete")
+    with pytest.raises(Interrupted, match="nothing half-done was left behind"):
+        send()
+
+
 def test_without_our_handlers_nothing_is_ever_raised() -> None:
     interrupts.reset()
     interrupts.check()
@@ -173,6 +185,26 @@ def test_a_command_ends_though_a_library_swallows_the_signal(tmp_path: Path) -> 
     assert (done.returncode, done.stdout) == (143, ""), done
     assert done.stderr == "tierewrite: stopped by signal 15; nothing half-done was left behind\n"
     assert names_in(tmp_path) == ["ties.json"]
+
+
+def test_stopped_after_the_rewrite_a_command_says_that_it_is_complete(tmp_path: Path) -> None:
+    """The signal arrives when the rewrite has returned, and the command has not yet ended."""
+    code = (
+        "import signal, tierewrite\n"
+        "from tierewrite.cli import main\n"
+        "rewrite = tierewrite.rewrite\n"
+        "def rewritten(*given, **options):\n"
+        "    report = rewrite(*given, **options)\n"
+        "    signal.raise_signal(signal.SIGTERM)\n"
+        "    return report\n"
+        "tierewrite.rewrite = rewritten\n"
+        "main()\n"
+    )
+    arguments = [sys.executable, "-c", code, "rewrite", *tied(tmp_path)]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert (done.returncode, done.stdout) == (143, ""), done
+    assert done.stderr == "tierewrite: stopped by signal 15; the rewrite is complete\n"
+    assert names_in(tmp_path) == ["out", "ties.json"]
 
 
 def test_under_nohup_a_closed_terminal_changes_nothing(tmp_path: Path) -> None:

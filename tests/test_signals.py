@@ -95,6 +95,7 @@ class Field:
         for word in ("Traceback", "Exception ignored", "internal error", "Error:"):
             assert word not in done.stderr, (seed, signals, done)
         self.nothing_is_half_done(command, done, (seed, signals, done))
+        self.what_is_said_is_true(command, done, (seed, signals, done))
         return done.code
 
     def nothing_is_half_done(self, command: str, done: Outcome, what: object) -> None:
@@ -127,6 +128,13 @@ class Field:
             assert names <= {"out"}, what
             assert out in (None, self.right), what
             assert done.code != 0 or out is not None or not command.startswith("rewrite"), what
+
+    def what_is_said_is_true(self, command: str, done: Outcome, what: object) -> None:
+        """A rewrite that was stopped says that it is complete where DST is there, and nowhere else."""
+        if command in ("rewrite", "rewrite, proved", "overwrite", "in place", "store"):
+            out = contents(self.work / "out")
+            there = bool(self.store and self.store.objects("out")) if command == "store" else out == self.right
+            assert there == (done.code == 0 or "the rewrite is complete" in done.stderr), what
 
 
 COMMANDS = (

@@ -47,6 +47,8 @@ class _State:
         held: how many `held` are open.
         looks: how often the handler looked since `pending` arrived.
         place, stayed: the instruction at the last look, and for how many looks it has been the same.
+        said: how things stand, of the work with a point of no return that began last.
+        standing: how many `standing` are open.
     """
 
     def __init__(self) -> None:
@@ -57,6 +59,8 @@ class _State:
         self.looks = 0
         self.place: tuple[int, int] | None = None
         self.stayed = 0
+        self.said: list[str] = []
+        self.standing = 0
 
 
 _state = _State()
@@ -90,14 +94,18 @@ def end() -> None:
 
 def pending() -> Interrupted | None:
     """What `check` would raise."""
-    return None if _state.pending is None else Interrupted(_state.pending)
+    return None if _state.pending is None else _interrupted(_state.pending)
+
+
+def _interrupted(signum: int) -> Interrupted:
+    return Interrupted(signum, *_state.said[-1:])
 
 
 def check() -> None:
     """A step of ours: raises Interrupted if a signal has arrived, in the main thread."""
     if _state.pending is not None and not _state.held and threading.current_thread() is threading.main_thread():
         _state.raised = True
-        raise Interrupted(_state.pending)
+        raise _interrupted(_state.pending)
 
 
 @contextlib.contextmanager
@@ -126,14 +134,28 @@ def held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def standing() -> Iterator[list[str]]:
-    """Around work with a point of no return: what is appended says how things stand to whoever is interrupted later."""
+    """Around work with a point of no return: what is appended says how things stand to whoever is interrupted later.
+
+    Later is also after this work, until other such work begins: a command that is stopped while it ends says it too.
+    Of work within work, such as a batch's, nothing is said once it is over.
+    """
     said: list[str] = []
+    outer = _state.said
+    main = threading.current_thread() is threading.main_thread()  # nothing is raised in others
+    if main:
+        _state.said = said
+        _state.standing += 1
     try:
         yield said
     except Interrupted as stopped:
         if said:
             raise Interrupted(stopped.signum, said[-1]) from None
         raise
+    finally:
+        if main:
+            _state.standing -= 1
+            if _state.standing:
+                _state.said = outer
 
 
 def _arrived(signum: int, frame: FrameType | None) -> None:
@@ -147,7 +169,7 @@ def _arrived(signum: int, frame: FrameType | None) -> None:
         return
     if _may_raise(frame):
         _state.raised = True
-        raise Interrupted(_state.pending)
+        raise _interrupted(_state.pending)
     _look_again()
 
 

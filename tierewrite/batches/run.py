@@ -190,15 +190,16 @@ class _Batch:
         self.began_at = time.monotonic()
 
     def run(self) -> BatchReport:
-        try:
-            if self.jobs == 1 or len(self.items) == 1:
-                for index in range(len(self.items)):
-                    self._run_item(index)
-            else:
-                self._at_a_time()
-            return self._report(None)
-        except Interrupted as interrupt:
-            raise BatchInterrupted(interrupt.exit_code - 128, self._report(interrupt)) from None
+        with interrupts.standing():  # what stands after one checkpoint is not said of all
+            try:
+                if self.jobs == 1 or len(self.items) == 1:
+                    for index in range(len(self.items)):
+                        self._run_item(index)
+                else:
+                    self._at_a_time()
+                return self._report(None)
+            except Interrupted as interrupt:
+                raise BatchInterrupted(interrupt.exit_code - 128, self._report(interrupt)) from None
 
     def _at_a_time(self) -> None:
         pool = ThreadPoolExecutor(self.jobs, thread_name_prefix="tierewrite-batch")

@@ -45,4 +45,6 @@ def pushed(report: Report, push: Push, forced: bool) -> Report:
     assert is_local(place)
     with interrupts.standing() as said_of_dst:
         said_of_dst.append(f"DST is complete, and the upload to {push.repo} is not")
-        return replace(report, pushed=push.upload_in_child(Path(place)))
+        report = replace(report, pushed=push.upload_in_child(Path(place)))
+        said_of_dst.append(f"DST is complete, and so is the upload to {push.repo}")
+    return report
