@@ -20,6 +20,7 @@ from tierewrite.source.table import TensorEntry, Tensors
 
 Spec = tuple[str, str, tuple[int, ...], int]
 """Name, dtype, shape and bytes of a tensor."""
+SIZES = (2 * RUN_BYTES, RUN_BYTES, 7 * RUN_BYTES, RUN_BYTES)
 WIDTHS = {"F32": 4, "I64": 8, "BF16": 2, "F8_E4M3": 1, "U8": 1}
 
 
@@ -111,6 +112,52 @@ def test_an_odd_number_of_scales_before_the_first_run_lets_one_stand_behind_it()
     whole(made)
     assert shift(made, "w") == 0
     assert list(made.names)[-1].startswith("s")
+
+
+def test_a_narrow_tensor_brings_wide_ones_to_a_place_for_them() -> None:
+    parts = [one("a", "U8", 2 * RUN_BYTES + 2), one("gone", "U8", 8186), one("b", "U8", RUN_BYTES)]
+    small = [*(one(f"scale{n}", "F32", 1) for n in range(1023)), one("scalar0", "BF16", 1), one("scalar1", "BF16", 1)]
+    (made,) = laid_out(table([*parts, *small]), lambda name: name == "gone", merged="scal")
+    whole(made)
+    assert shift(made, "a") == shift(made, "b") == 0
+    # 4090 bytes are between them: a scalar up to a multiple of four, then scales
+    assert list(made.names)[:1025] == ["a", "scalar0", *(f"scale{n}" for n in range(1022)), "b"]
+
+
+def test_a_run_without_a_place_takes_none_from_the_others() -> None:
+    large, small = one("large", "U8", 2 * RUN_BYTES), one("small", "U8", RUN_BYTES)
+    source = table([one("x", "U8", 6), large], [one("y", "U8", 3), small, one("z", "U8", 5000)])
+    (made,) = laid_out(source, limit=1 << 40, merged="z")
+    whole(made)
+    assert shift(made, "large") == 0 != shift(made, "small")
+
+
+def test_small_tensors_at_the_beginning_of_a_run_fill_gaps() -> None:
+    scales = [one(f"b.scale{n}", "F32", 1) for n in range(1024)]
+    source = table([one("a.weight", "U8", 2 * RUN_BYTES + 4)], [*scales, one("b.weight", "U8", RUN_BYTES)])
+    (made,) = laid_out(source, limit=1 << 40)
+    whole(made)
+    assert shift(made, "a.weight") == shift(made, "b.weight") == 0
+    names = list(made.names)
+    assert names.index("a.weight") < names.index("b.scale0") < names.index("b.weight")
+
+
+def test_no_file_of_the_source_is_cut_where_others_have_room_together() -> None:
+    files = [[one(f"{number}.w", "U8", size), one(f"{number}.x", "U8", RUN_BYTES)] for number, size in enumerate(SIZES)]
+    first, second = laid_out(table(*files), limit=9 * RUN_BYTES)
+    assert (set(first.names), set(second.names)) == ({"0.w", "0.x", "1.w", "1.x", "3.w", "3.x"}, {"2.w", "2.x"})
+
+
+def test_where_files_are_cut_each_gets_its_part_of_the_small_tensors_of_every_size() -> None:
+    scales = [one(f"{dtype}{n}", dtype, 1) for dtype in ("F32", "BF16") for n in range(8)]
+    weights = [one(f"w{n}", "U8", 2 * RUN_BYTES) for n in range(8)]
+    made = laid_out(table([*scales, *weights]), limit=5 * RUN_BYTES)
+    assert len(made) == 4
+    for shard in made:
+        whole(shard)
+        names = list(shard.names)
+        assert [sum(name.startswith(kind) for name in names) for kind in ("F32", "BF16", "w")] == [2, 2, 2]
+        assert all(shift(shard, name) == 0 for name in names if name.startswith("w"))
 
 
 def test_a_merged_scale_is_in_no_run_and_a_run_goes_on_behind_it() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -66,10 +67,24 @@ def arranged(tensors: Tensors, rows: np.ndarray, width: np.ndarray, copied: np.n
     if not runs:
         return Arranged(usual, None)
     sizes = tensors.nbytes[rows]
-    in_run = np.zeros(len(rows), bool)
+    by_size = sorted(runs, key=lambda run: run.end - run.start)
+    while by_size:
+        found = _placed(sorted(by_size), usual, sizes, width)
+        if found is not None:
+            return found
+        by_size = by_size[(len(by_size) + 1) // 2 :]  # fewer runs need less between them, and leave more to fill it
+    return Arranged(usual, None)
+
+
+def _placed(runs: Sequence[_Run], usual: np.ndarray, sizes: np.ndarray, width: np.ndarray) -> Arranged | None:
+    """The order with the largest of `runs` where blocks meet, and as many others as small tensors allow.
+
+    None: the header, a multiple of `_HEADER_UNIT`, cannot bring the largest there.
+    """
+    inside = np.zeros(len(usual), bool)
     for run in runs:
-        in_run[run.first : run.stop] = True
-    filler = _Filler(sizes, width, usual[~in_run[usual]])
+        inside[run.first : run.stop] = True
+    filler = _Filler(sizes, width, usual[~inside[usual]])
     largest = max(runs, key=lambda run: run.end - run.start)
     behind, end = list(range(largest.first, largest.stop)), largest.end
     for run in runs:
@@ -77,12 +92,12 @@ def arranged(tensors: Tensors, rows: np.ndarray, width: np.ndarray, copied: np.n
         if between is not None:
             behind += [*between, *range(run.first, run.stop)]
             end = run.end
-    placed = np.zeros(len(rows), bool)
+    placed = np.zeros(len(usual), bool)
     placed[behind] = True
     before = int(sizes[~placed].sum())
     last = filler.take((before - largest.start) % _HEADER_UNIT, end)
     if last is None:
-        return Arranged(usual, None)
+        return None
     placed[last] = True
     before -= int(sizes[last].sum())
     order = np.concatenate([usual[~placed[usual]], np.array([*behind, *last], np.int64)])
@@ -102,16 +117,21 @@ def has_runs(tensors: Tensors, rows: np.ndarray, width: np.ndarray, copied: np.n
 
 
 def _runs(tensors: Tensors, rows: np.ndarray, width: np.ndarray, copied: np.ndarray) -> list[_Run]:
-    """The runs of at least `RUN_BYTES`, in the order of the source."""
+    """The runs of at least `RUN_BYTES`, in the order of the source.
+
+    Small tensors with which a run would begin are left to fill gaps.
+    """
     shard, start, end = tensors.shard[rows], tensors.start[rows], tensors.end[rows]
     # At the same offset modulo a block a tensor is aligned to its element if it is so in the source.
     fit = copied & (start % np.maximum(width, 1) == 0)
     joined = np.zeros(len(rows) + 1, bool)  # with the one before
     joined[1:-1] = fit[1:] & fit[:-1] & (shard[1:] == shard[:-1]) & (start[1:] == end[:-1])
-    bounds = np.flatnonzero(~joined).tolist()
+    bounds = np.flatnonzero(~joined)
+    large = np.append(np.flatnonzero(end - start >= BLOCK_BYTES), len(rows))
+    firsts = np.minimum(large[np.searchsorted(large, bounds[:-1])], bounds[1:] - 1)
     return [
         _Run(first, stop, int(start[first]), int(end[stop - 1]))
-        for first, stop in itertools.pairwise(bounds)
+        for first, stop in zip(firsts.tolist(), bounds[1:].tolist(), strict=True)
         if fit[first] and end[stop - 1] - start[first] >= RUN_BYTES
     ]
 
@@ -135,13 +155,38 @@ class _Filler:
         """Positions of tensors that fill just `nbytes` bytes from an offset `at` on; None: there are none that do.
 
         Large ones are tried first; that does not find every way to fill a gap, but with scales of one element each way.
+        Where `at` is no place for wide elements, narrow ones bring them to one.
         """
+        for first in ({}, self._up_to_wide(at)):
+            counts = self._filling(nbytes, at, first)
+            if counts is not None:
+                return [self._left[kind].popleft() for kind, count in counts for _ in range(count)]
+        return None
+
+    def _up_to_wide(self, at: int) -> dict[tuple[int, int], int]:
+        """How many tensors of one element each, narrow ones first, lead from `at` to where a wide one can stand."""
         counts: dict[tuple[int, int], int] = {}
-        for size, wide in self._kinds:
+        widths = sorted({wide for _, wide in self._left if wide})
+        for narrow, wide in itertools.pairwise(widths):
+            count, rest = divmod(-at % wide, narrow)
+            if rest or count > len(self._left.get((narrow, narrow), ())):
+                break
+            counts[narrow, narrow] = count
+            at += count * narrow
+        return counts
+
+    def _filling(
+        self, nbytes: int, at: int, first: Mapping[tuple[int, int], int]
+    ) -> list[tuple[tuple[int, int], int]] | None:
+        """Kinds, in their order, and how many of each fill just `nbytes`, `first` before others; None: none do."""
+        taken = sum(size * count for (size, _), count in first.items())
+        nbytes, at = nbytes - taken, at + taken
+        counts: dict[tuple[int, int], int] = {}
+        for kind in self._kinds:
+            size, wide = kind
             if nbytes >= size and at % max(wide, 1) == 0:
-                counts[size, wide] = min(len(self._left[size, wide]), nbytes // size)
-                nbytes -= counts[size, wide] * size
+                counts[kind] = min(len(self._left[kind]) - first.get(kind, 0), nbytes // size)
+                nbytes -= counts[kind] * size
         if nbytes:
             return None
-        widest_first = sorted(counts, key=lambda kind: -kind[1])
-        return [self._left[kind].popleft() for kind in widest_first for _ in range(counts[kind])]
+        return [*first.items(), *sorted(counts.items(), key=lambda item: -item[0][1])]

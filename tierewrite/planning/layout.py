@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tierewrite.planning.alignment import arranged, has_runs
+from tierewrite.planning.alignment import BLOCK_BYTES, arranged, has_runs
 from tierewrite.planning.plan import OutShard
 from tierewrite.source.table import Tensors
 
@@ -23,8 +23,8 @@ def shards(
     """The output's files.
 
     Where nothing is renamed or added, and each file of the source that is written at all is written whole, these files
-    stay as they are: a canonical checkpoint comes out as it went in. Where large runs are copied unchanged, a file of
-    the output has the tensors of one file of the source if that makes no more files: then fewer runs meet in a file.
+    stay as they are: a canonical checkpoint comes out as it went in. Where large runs are copied unchanged, no file of
+    the source is cut if that makes no more files: then fewer runs meet in a file, and each has its small tensors there.
 
     Args:
         tensors: the source.
@@ -49,9 +49,8 @@ def shards(
     else:
         shard = tensors.shard[rows]
         apart = [np.flatnonzero(shard == number) for number in np.flatnonzero(np.bincount(shard))]
-        no_more = len(apart) == len(files) and all(_fits(sizes[at], most) for at in apart)
-        if no_more and any(has_runs(tensors, rows[at], width[at], copied[at]) for at in apart):
-            files = apart
+        if any(has_runs(tensors, rows[at], width[at], copied[at]) for at in apart):
+            files = _uncut(apart, sizes, most, len(files)) or _cut(sizes, most)
     made = []
     for number, members in enumerate(files):
         within = arranged(tensors, rows[members], width[members], copied[members])
@@ -91,6 +90,46 @@ def _whole_files(tensors: Tensors, rows: np.ndarray, width: np.ndarray, copied: 
         for at in files
     )
     return files if all(kept) else []
+
+
+def _uncut(apart: list[np.ndarray], sizes: np.ndarray, limit: int, count: int) -> list[np.ndarray]:
+    """At most `count` files, each with all that is written of one file of the source, or of several; [] if that fails.
+
+    Those that have to share a file are packed largest first, each into the first file that has room for it.
+    """
+    if not all(_fits(sizes[at], limit) for at in apart):
+        return []
+    if len(apart) == count:
+        return apart
+    made: list[list[np.ndarray]] = []
+    room: list[int] = []
+    for at in sorted(apart, key=lambda at: int(-sizes[at].sum())):
+        nbytes = int(sizes[at].sum())
+        into = next((number for number, left in enumerate(room) if nbytes <= left), len(made))
+        if into == len(made):
+            made.append([])
+            room.append(limit)
+        made[into].append(at)
+        room[into] -= nbytes
+    if len(made) > count:
+        return []
+    return sorted((np.sort(np.concatenate(some)) for some in made), key=lambda at: int(at[0]))
+
+
+def _cut(sizes: np.ndarray, limit: int) -> list[np.ndarray]:
+    """As `split`, but small tensors are spread over all files, those of each size alike, to fill gaps there.
+
+    In a file of the source all scales come first: cut there, most files would have none.
+    """
+    small, large = np.flatnonzero(sizes < BLOCK_BYTES), np.flatnonzero(sizes >= BLOCK_BYTES)
+    small = small[np.argsort(sizes[small], kind="stable")]
+    _, first, count = np.unique(sizes[small], return_index=True, return_counts=True)
+    among_its_size = (np.arange(len(small)) - np.repeat(first, count) + 0.5) / np.repeat(count, count)
+    before = np.cumsum(sizes[large])
+    place = 2 * np.arange(len(sizes))
+    place[small] = 2 * large[np.searchsorted(before, before[-1] * among_its_size)] + 1  # just behind it
+    order = np.argsort(place, kind="stable")
+    return [np.sort(order[members]) for members in split(sizes[order], limit)]
 
 
 def _fits(sizes: np.ndarray, limit: int) -> bool:
