@@ -42,7 +42,8 @@ class CpuDigester:
     def __init__(self, threads: int | None = None, *, why: str | None = None) -> None:
         self.threads = usable_cpus() if threads is None else max(1, threads)
         # one thread: whoever calls has threads of its own, and that many hash
-        self.description = ("CPU" if self.threads == 1 else f"CPU, {self.threads} threads") + (f" ({why})" if why else "")
+        of = f", {self.threads} threads" if self.threads > 1 else ""
+        self.description = f"CPU{of}" + (f" ({why})" if why else "")
         self._pool: ThreadPoolExecutor | None = None
 
     @property
