@@ -14,6 +14,7 @@ import fsspec
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 import tierewrite
 from tests.checkpoints import FIXTURES, Tensor, read_tensors, write_checkpoint, write_sparse_shard
@@ -132,6 +133,15 @@ def test_another_readers_tensors_become_the_same(case: str, options: str, naive:
 
     found = {name: as_stored(tensor) for name, tensor in stream.through(other())}
     assert found == {name: as_stored(tensor) for name, tensor in stream}
+
+
+def test_another_readers_tensors_have_the_names_of_the_files_where_those_of_wrappers_are_stripped(
+    tmp_path: Path,
+) -> None:
+    src = write_checkpoint(tmp_path / "src", {f"module.{name}": tensor for name, tensor in TIED.items()})
+    stream = tierewrite.stream(src, ties=with_ties(tmp_path) / "ties.json", strip_prefix=True)
+    other = load_file(src / "model.safetensors")
+    assert [name for name, _ in stream.through(other.items())] == ["embed.weight"]
 
 
 def test_transformers_verdict_is_the_one_on_a_written_output(naive: Naive, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tierewrite.rewriting.options import Device
 from tierewrite.rewriting.run import asking
 from tierewrite.rewriting.steps import check_for, refuse_unusable_loader, with_needed
 from tierewrite.source.open import fetched, name_in_messages
-from tierewrite.source.table import Checkpoint
+from tierewrite.source.table import Checkpoint, Tensors
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.mirror import RemoteFolder
 from tierewrite.streaming.remembered import Digests
@@ -57,6 +57,7 @@ class Stream(Iterable[tuple[str, "torch.Tensor"]]):
     hashed_bytes: int
     _checkpoint: Checkpoint = field(repr=False)
     _contents: Mapping[str, Content] = field(repr=False)
+    _in_files: Tensors = field(repr=False)
 
     @property
     def names(self) -> list[str]:
@@ -105,7 +106,8 @@ class Stream(Iterable[tuple[str, "torch.Tensor"]]):
         plan, made = self.plan, _Made(self._unwritten())
         with made.output:
             for name, tensor in tensors:
-                fate = plan.tensors[name]
+                # The reader gives names as they are in the files, the plan may have them without those of wrappers.
+                fate = plan.tensors[plan.source.names[self._in_files.row[name]]]
                 if fate.action is Action.DROP:
                     continue
                 if self._contents.get(fate.target, COPY) is COPY:
@@ -201,6 +203,7 @@ def stream(
             ignore_unindexed=ignore_unindexed,
             meanwhile=partial(asking, watched, ahead=True),
         )
+        in_files = opened.checkpoint.tensors
         opened = with_needed(opened.under(policy), policy, consumer)
         hasher = Digests(workers, cache_folder("digests") if remember else None)
         found = confirmed(opened, policy, hasher)
@@ -229,7 +232,9 @@ def stream(
         configs, sentences, readiness = _judged(opened.checkpoint, found, configs, correct, judge)
         config_warnings = (*config_warnings, *sentences)
     warnings = tuple(dict.fromkeys((*opened.ties.warnings, *found.warnings, *config_warnings)))
-    return Stream(found.plan, configs, readiness, warnings, hasher.nbytes, opened.checkpoint, found.values.contents)
+    return Stream(
+        found.plan, configs, readiness, warnings, hasher.nbytes, opened.checkpoint, found.values.contents, in_files
+    )
 
 
 def _judged(
