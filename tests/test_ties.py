@@ -381,8 +381,20 @@ def test_ties_in_config_json_speak_before_the_class() -> None:
     assert (pairs(ties), ties.source, ties.ties[0].origin) == (HEAD, "config", "config.json")
 
 
-def test_ties_in_config_json_are_gated_like_all_others() -> None:
-    assert pairs(resolve({**QWEN, "_tied_weights_keys": HEAD, "tie_word_embeddings": False}, keys=KEYS)) == {}
+@pytest.mark.parametrize(
+    ("said", "where"),
+    [
+        ({"tie_word_embeddings": False}, "tie_word_embeddings: false"),
+        ({"tie_word_embeddings": 0}, "tie_word_embeddings: 0"),
+        ({"tie_word_embeddings": None}, "tie_word_embeddings: null"),
+        ({"text_config": {"tie_word_embeddings": False}}, "text_config.tie_word_embeddings: false"),
+        ({"a": {"text_config": {"tie_word_embeddings": False}}}, "a.text_config.tie_word_embeddings: false"),
+    ],
+)
+def test_ties_in_config_json_are_gated_like_all_others(said: dict[str, Any], where: str) -> None:
+    ties = resolve({**QWEN, "_tied_weights_keys": HEAD, **said}, keys=KEYS)
+    assert (pairs(ties), ties.source) == ({}, "config")
+    assert [where in warning for warning in ties.warnings] == [True]
 
 
 def test_ties_in_config_json_may_speak_of_names_in_memory() -> None:

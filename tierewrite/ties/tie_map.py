@@ -11,6 +11,7 @@ A tie is `alias -> canonical`, both names of parameters in memory. The first sou
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from tierewrite.stores.places import local_file
 from tierewrite.tables import Summary, count, table, text, ties_lines, warning_lines
 from tierewrite.ties import meta_model, model_class, patterns
 from tierewrite.ties.config_limits import CONFIG_FIX, check_config
-from tierewrite.ties.tie import Declared, Tie, TiesGiven, rooted
+from tierewrite.ties.tie import FLAG, Declared, Tie, TiesGiven, rooted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -206,8 +207,10 @@ def _from_config(
         left = tuple(name for name, aliases in patterns.entries_matched(unknown, found, file) if not aliases)
         return Declared(asked.ties, asked.source, asked.detail, (*asked.unpaired, *left), asked.warnings, asked.model)
     declared = patterns.checked_mapping(declared, file, ConfigError, "_tied_weights_keys")
-    if config.get("tie_word_embeddings") is False:
-        return Declared((), "config", "config.json", warnings=("config.json declares ties and switches them off",))
+    off = next(_switched_off(config, ""), None)
+    if off is not None:
+        said = f"config.json declares ties and switches them off: it says {off}; all names are kept"
+        return Declared((), "config", "config.json", warnings=(said,))
     if not declared:
         return None
     rooted(declared, dict.fromkeys(declared, "config.json"), ConfigError, file)
@@ -227,3 +230,15 @@ def _from_config(
             pairs, _ = patterns.expand(declared, model.shapes, file, ConfigError)
     ties = rooted(pairs, dict.fromkeys(pairs, "config.json"), ConfigError, file)
     return Declared(ties, "config", "config.json", model=model)
+
+
+def _switched_off(part: Any, path: str) -> Iterator[str]:
+    """Where a config, or a (sub)model's in it, says that its embeddings are not tied. null is no yes to any loader.
+
+    Which of the ties that config.json lists a submodel's flag is about, nobody says: one that is off keeps them all.
+    """
+    if isinstance(part, dict):
+        if part.get(FLAG, True) is not True:
+            yield f"{path}{FLAG}: {shown(json.dumps(part[FLAG]))}"
+        for name, value in part.items():
+            yield from _switched_off(value, f"{path}{shown(name)}.")
