@@ -218,6 +218,31 @@ def test_any_mixture_is_laid_out_whole(seed: int, monkeypatch: pytest.MonkeyPatc
                 whole(shard)
 
 
+@pytest.mark.parametrize("seed", range(100))
+def test_what_was_laid_out_comes_out_as_it_went_in(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alignment, "RUN_BYTES", 8192)
+    chance = random.Random(seed)
+    counts = [1, 1, 1, 2, 3, 5, 33, 700, 1500, 5000, 9000]
+    files = [
+        [one(f"{number}.{n}", chance.choice(list(WIDTHS)), chance.choice(counts)) for n in range(chance.randint(1, 40))]
+        for number in range(chance.randint(1, 3))
+    ]
+    source = table(*files, data_start=chance.choice([8, 1000, 4096]))
+    gone = {name for name in source.names[1:] if chance.random() < 0.3}
+    made = laid_out(source, gone.__contains__, chance.choice([None, 20_000, 1 << 40]), merged=".3")
+    entries = []
+    for number, shard in enumerate(made):
+        starts = 8 * chance.randint(1, 500) if shard.data_start is None else shard.data_start
+        places = zip(shard.rows.tolist(), shard.start.tolist(), shard.end.tolist(), strict=True)
+        for name, (row, start, end) in zip(shard.names, places, strict=True):
+            dtype, shape = source.kinds[source.kind[row]]
+            entries.append(TensorEntry(name, dtype, shape, number, starts + start, starts + end))
+    again = laid_out(Tensors.of(entries))
+    assert [shard.names for shard in again] == [shard.names for shard in made]
+    aligned = [number for number, shard in enumerate(made) if shard.data_start is not None]
+    assert [again[number].data_start for number in aligned] == [made[number].data_start for number in aligned]
+
+
 def test_headers_are_padded_as_the_plan_says_and_verify_expects_just_that(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
