@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import itertools
 import os
@@ -17,6 +18,7 @@ import tierewrite
 from tests.checkpoints import digests, right_answer
 from tests.conftest import snapshot
 from tierewrite.output import staging, work
+from tierewrite.output.target import Target
 from tierewrite.output.work import Task, Work, work_of
 from tierewrite.planning.plan import OutShard, OutTensor
 from tierewrite.source.folder import open_folder
@@ -105,6 +107,47 @@ def test_second_run_into_the_same_dst_is_refused_and_disturbs_nothing(naive: Nai
         assert (staging / "model.safetensors.part").read_bytes() == b"the other run's"
     finally:
         os.close(lock)
+
+
+def staged(dst: Path) -> staging.Staging:
+    return staging.Staging(Target(dst, overwrite=True))
+
+
+def test_a_run_that_begins_when_dst_has_appeared_loses_nothing_to_the_one_that_ends(tmp_path: Path) -> None:
+    second = staged(tmp_path / "out")
+    with staged(tmp_path / "out") as first:
+        first.put("first", b"1")
+        first.commit(lambda: second.__enter__().put("second", b"2"))
+    assert (tmp_path / "out" / "first").read_bytes() == b"1"
+    second.commit()
+    second.__exit__(None, None, None)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["second"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_what_is_swapped_out_is_not_taken_over_by_a_second_run(
+    exchanges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exchanges:
+        monkeypatch.setattr(staging, "_exchange", lambda *_: False)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_bytes(b"0")
+    flush = staging.sync_folder
+
+    def second_run_begins(folder: Path) -> None:
+        if (tmp_path / "out" / "new").exists():
+            with pytest.raises(tierewrite.UsageError, match="another run"):
+                staged(tmp_path / "out").__enter__()
+            raise OSError(errno.EIO, "the disk fails")
+        flush(folder)
+
+    monkeypatch.setattr(staging, "sync_folder", second_run_begins)
+    with staged(tmp_path / "out") as first:
+        first.put("new", b"1")
+        with pytest.raises(tierewrite.SystemFailure):
+            first.commit()
+    assert [(path.name, path.read_bytes()) for path in (tmp_path / "out").iterdir()] == [("old", b"0")]
 
 
 def test_in_place_swaps_and_keeps_the_original(copied: Naive, tmp_path: Path) -> None:

@@ -103,6 +103,7 @@ class Staging:
         self.resume = resume
         self.path = staging_of(target.path)
         self._lock = -1
+        self._old_lock = -1  # of what is swapped out
         self._made_parents: list[Path] = []
         self._committed = False
         self._beside = False  # the mark is beside the folder
@@ -143,20 +144,16 @@ class Staging:
                     refuse_not_ours(self.target.path, self.path, aside_of(self.target.path))
                 raise
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                if not _locked(lock, self.target.path):
+                    log.warning("this file system has no locks: do not start a second run into %s", self.target.path)
+            except UsageError:
                 os.close(lock)
-                raise UsageError(
-                    "another run is writing to this DST; wait for it to end, or choose another DST",
-                    file=self.target.path,
-                ) from None
-            except OSError as error:
-                if error.errno not in (errno.ENOTSUP, errno.EBADF, errno.ENOLCK, errno.EINVAL):
-                    os.close(lock)
-                    if made:
-                        self.path.rmdir()
-                    raise
-                log.warning("this file system has no locks: do not start a second run into %s", self.target.path)
+                raise
+            except OSError:
+                os.close(lock)
+                if made:
+                    self.path.rmdir()
+                raise
             try:
                 same = os.path.samestat(os.fstat(lock), os.stat(self.path, follow_symlinks=False))
             except FileNotFoundError:
@@ -182,15 +179,20 @@ class Staging:
         """Ends a swap in two renames that a killed run began: what it had moved aside goes back, or is removed.
 
         Raises:
-            UsageError: DST is back, and may not be overwritten.
+            UsageError: DST is back, and may not be overwritten; or the run that swaps lives.
         """
         target, aside = self.target.path, aside_of(self.target.path)
         if not aside.exists():
             return
-        if target.exists():
-            remove_tree(aside)  # the swap was complete
-            return
-        os.rename(aside, target)
+        lock = os.open(aside, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            _locked(lock, target)  # a run that lives may still take its swap back
+            if target.exists():
+                remove_tree(aside)  # the swap was complete
+                return
+            os.rename(aside, target)
+        finally:
+            os.close(lock)
         log.warning("a run was killed while it swapped out %s; the old one is back in its place", target)
         if not self.target.overwrite:
             raise UsageError(
@@ -320,6 +322,9 @@ class Staging:
             return out_again
         if not self.target.overwrite:
             raise UsageError("something was put into DST while this run was working; choose another", file=target)
+        # After the swap it has the name of the staging folder: no other run may take it for what a killed one left.
+        self._old_lock = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        _locked(self._old_lock, target)
         if backup is not None:
             if os.path.lexists(backup):
                 raise UsageError(f"'{shown(backup)}' appeared while this run was working; move it away", file=target)
@@ -357,15 +362,25 @@ class Staging:
             return None
         failed = None
         with interrupts.held():
-            if not self._in_doubt and not (self._committed and self.path == self.target.backup):
+            if not self._in_doubt and not (self._committed and self.path == self.target.backup) and self._has_ours():
                 failed = self._remove()
             if self._beside and failed is None and not self._in_doubt:
                 self._remove_mark()
             if not self._committed:
                 self._remove_parents()
-            os.close(self._lock)
-            self._lock = -1
+            for lock in (self._lock, self._old_lock):
+                if lock >= 0:
+                    os.close(lock)
+            self._lock = self._old_lock = -1
         return failed
+
+    def _has_ours(self) -> bool:
+        """Whether the staging folder is the one that was locked, or what was swapped out: not a next run's."""
+        try:
+            there = os.stat(self.path, follow_symlinks=False)
+        except OSError:
+            return False
+        return any(lock >= 0 and os.path.samestat(os.fstat(lock), there) for lock in (self._lock, self._old_lock))
 
     def _remove_mark(self) -> None:
         """Removes the mark beside DST; if that fails, the next run into DST does it."""
@@ -405,6 +420,25 @@ class Staging:
             raise left
         if left is not None:
             log.warning("%s", left)
+
+
+def _locked(folder: int, target: Path) -> bool:
+    """Takes an open folder for this run; False where the file system has no locks.
+
+    Raises:
+        UsageError: another run has it. OSError: the system does not say.
+    """
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(
+            "another run is writing to this DST; wait for it to end, or choose another DST", file=target
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.EBADF, errno.ENOLCK, errno.EINVAL):
+            raise
+        return False
+    return True
 
 
 def _exchange(one: Path, other: Path) -> bool:
