@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -306,3 +308,43 @@ def test_a_result_is_one_line_in_an_interpreter_and_the_commands_table_when_prin
     page = tierewrite.report_page(tmp_path / "out")
     assert repr(page) == f"<Page: {tmp_path / 'out'}>"
     assert page._repr_html_().startswith('<iframe srcdoc="&lt;!doctype html')
+
+
+def test_no_public_result_is_long_in_an_interpreter(tmp_path: Path) -> None:
+    """Of the largest fixture, and of every class that has results: one that is new has to be looked at here."""
+    source, out = FIXTURES / "dg_nvfp4_sharded" / "naive", tmp_path / ("a long name " * 15)
+    report = tierewrite.rewrite(source, out, digests=True)
+    plan, inspection, readiness = tierewrite.plan(source), tierewrite.inspect(source), tierewrite.check(out, "vllm")
+    batch = tierewrite.batch([source], plan_only=True)
+    page = tierewrite.report_page(out, "vllm")
+    results = [plan, report, inspection, inspection.ties, readiness, batch, batch.results[0], page]
+    results += [tierewrite.verify(source, out), tierewrite.verify_integrity(out), tierewrite.stream(source)]
+    results += [tierewrite.expand(out, tmp_path / "expanded")]
+    classes = {type(result) for result in results}
+    public = {thing for name in dir(tierewrite) if inspect.isclass(thing := getattr(tierewrite, name))}
+    assert {c for c in public if not issubclass(c, BaseException)} - classes == {tierewrite.Progress}
+    parts = [*plan.groups, *plan.tensors.values(), *report.groups, *report.scales, *readiness.findings, page.facts]
+    assert len(report.scales) == 122
+    assert readiness.findings
+    for result in [*results, *parts]:
+        assert "\n" not in repr(result)
+        assert len(repr(result)) < 200, result
+    merged = report.scales[0]
+    assert repr(merged) == f"<MergedScale: 2 sides, {merged.ratio:.2f}x, {merged.target}>"
+
+
+def test_what_is_written_prints_as_the_command_does(tmp_path: Path, capsys: Printed) -> None:
+    source, out, again = FIXTURES / "dg_nvfp4" / "naive", tmp_path / "out", tmp_path / "again"
+    pairs: list[tuple[Callable[[], object], list[object]]] = [
+        (lambda: tierewrite.rewrite(source, out), ["rewrite", source, out, "--overwrite"]),
+        (lambda: tierewrite.verify_integrity(out), ["verify", out]),
+        (lambda: tierewrite.expand(out, again), ["expand", out, again, "--overwrite"]),
+        (lambda: tierewrite.batch([out], plan_only=True), ["batch", out, "--plan-only"]),
+    ]
+    for function, command in pairs:
+        made = function()
+        assert run(*command) == 0, command
+        shown = [re.sub(r"\b\d+\.\d s\b(, [\d.]+ \w+/s)?", "T", text) for text in (str(made), capsys.readouterr().out)]
+        printed = [[line.rstrip() for line in text.splitlines()] for text in shown]
+        assert printed[0] == printed[1], command
+        assert repr(made).startswith(f"<{type(made).__name__}: ")

@@ -18,7 +18,7 @@ from tierewrite.consumers.dry_load import LoaderOptions, dry_load
 from tierewrite.consumers.loaded import DryLoad, Rank, Unfilled
 from tierewrite.consumers.transformers import names
 from tierewrite.errors import Refused, UsageError
-from tierewrite.planning.plan import NeededNames
+from tierewrite.planning.needed_names import NeededNames
 
 SCALES = ("weight_scale", "input_scale")
 

@@ -201,8 +201,12 @@ def test_position_is_the_first_number_and_the_one_after_experts(
 
 
 def test_one_sided_and_never_calibrated_scales_are_counted_separately(rewritten: Callable[..., Path]) -> None:
-    facts = tierewrite.report_page(rewritten("dg_nvfp4_decoder_uncalibrated")).facts
-    assert facts.overall.one_sided > 0
+    page = tierewrite.report_page(rewritten("dg_nvfp4_decoder_uncalibrated"))
+    assert page.facts.overall.one_sided == len(page.facts.scales) > 0
+    text = Elements(page.html()).text
+    assert "no scale has two sides" in text
+    assert "– at most" not in text
+    assert "Option excludenone" in text
     path = Path(rewritten("dg_nvfp4_decoder_uncalibrated")).parent / "m.json"
     values = {(0, 0): 2.0, (0, 1): 4.0}
     page = tierewrite.report_page(write(path, experts(1, 3, lambda layer, e: values.get((layer, e)))))

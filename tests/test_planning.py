@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from tierewrite.numbers.merging import mergeable
 from tierewrite.planning.layout import split
-from tierewrite.planning.plan import NeededNames, RewritePlan
+from tierewrite.planning.needed_names import NeededNames
+from tierewrite.planning.plan import RewritePlan
 from tierewrite.planning.planner import plan
 from tierewrite.planning.policy import Policy
 from tierewrite.source.table import DTYPE_BITS, Checkpoint, Shard, TensorEntry

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
+from shutil import which
+from typing import Any
 
 import pytest
 
@@ -26,8 +29,11 @@ tierewrite.batch(["a"], into="b", devise="cpu")
 """
 RIGHT = """\
 import tierewrite
+from rich.progress import Progress
 from tqdm import tqdm
 
+with Progress() as bars:
+    print(tierewrite.rewrite("a", "b", progress=bars))
 report = tierewrite.rewrite("a", "b", on_mismatch="keep", max_shard_size="5GB", consumer="vllm", progress=tqdm())
 tierewrite.rewrite("a", "b", digests=True)
 saved: int = report.before_bytes - report.after_bytes
@@ -37,6 +43,16 @@ url: str = tierewrite.push("b", "org/name", private=True).url
 fix: str = tierewrite.check("b", "vllm").findings[0].fix
 ties: tierewrite.TieMap | None = tierewrite.inspect("a").ties
 print(tierewrite.batch(["a"], into="b", device="cpu").failed)
+planned: tierewrite.RewritePlan = tierewrite.plan("a", ties={"lm_head": "model.embed_tokens"}, confirm=True)
+expanded: tierewrite.Expansion = tierewrite.expand("b", "c", consumer="transformers")
+served: tierewrite.Report = tierewrite.prepare_for_vllm("a", "b", kv_scales="merge")
+for name, tensor in tierewrite.stream("a", consumer="vllm"):
+    print(name, tensor)
+page: bytes = tierewrite.report_page("b").png()
+try:
+    tierewrite.rewrite("a", in_place=True)
+except (tierewrite.Refused, tierewrite.SourceError, tierewrite.SystemFailure) as error:
+    print(error.exit_code, error.file, error.tensor)
 """
 
 
@@ -56,13 +72,15 @@ def test_mypy_finds_five_misspelt_options_and_nothing_wrong_in_what_is_right(tmp
     assert errors == [["misspelt.py", str(line)] for line in (3, 4, 5, 6, 7)], done.stdout
 
 
-@pytest.mark.skipif(importlib.util.find_spec("pyright") is None, reason="pyright is not installed")
+@pytest.mark.skipif(which("pyright") is None, reason="there is no pyright on the PATH")
 def test_pyright_finds_them_too(tmp_path: Path) -> None:
     (tmp_path / "misspelt.py").write_text(MISSPELT)
-    command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, str(tmp_path / "misspelt.py")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    lines = {int(line.split(":")[1]) for line in done.stdout.splitlines() if " - error: " in line}
-    assert lines == {3, 4, 5, 6, 7}, done.stdout
+    (tmp_path / "right.py").write_text(RIGHT)
+    command = ["pyright", "--pythonpath", sys.executable, "misspelt.py", "right.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    found = [line.strip().split(":")[:2] for line in done.stdout.splitlines() if " - error: " in line]
+    assert found == [[str(tmp_path / "misspelt.py"), str(line)] for line in (3, 4, 5, 6, 7)], done.stdout
 
 
 def test_a_bar_such_as_tqdms_is_told_of_each_phase_and_byte(tmp_path: Path) -> None:
@@ -84,7 +102,26 @@ def test_a_bar_such_as_tqdms_is_told_of_each_phase_and_byte(tmp_path: Path) -> N
         assert bar.n == bar.total  # the last phase has come to its end
 
 
+def test_a_display_of_richs_is_told_of_each_phase_and_byte(tmp_path: Path) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    seen: list[tuple[str, int]] = []
+
+    class Display(Progress):
+        def reset(self, *given: Any, description: str = "", total: int = 0, **options: Any) -> None:
+            seen.append((description, total))
+            super().reset(*given, description=description, total=total, **options)
+
+    with Display(console=Console(file=io.StringIO())) as bars:
+        tierewrite.rewrite(FIXTURES / "qwen3_tied_bf16" / "naive", tmp_path / "out", progress=bars, verify=True)
+        assert seen[0] == ("asking Qwen3ForCausalLM for its ties", 0)
+        assert seen[-1][0] == "proving"
+        (task,) = bars.tasks
+        assert task.completed == task.total == seen[-1][1] > 0
+
+
 def test_what_is_no_bar_is_refused(tmp_path: Path) -> None:
     for function in (tierewrite.rewrite, tierewrite.verify):
-        with pytest.raises(UsageError, match=r"progress is of type int; expected a tierewrite\.Progress, or a bar"):
+        with pytest.raises(UsageError, match=r"progress is of type int; expected a tierewrite\.Progress, a bar"):
             function(FIXTURES / "qwen3_tied_bf16" / "naive", tmp_path / "out", progress=3)  # type: ignore[arg-type]

@@ -25,7 +25,8 @@ from tierewrite.output.side_files import copy_side_files
 from tierewrite.output.staging import Staged
 from tierewrite.output.target import side_file_clashes
 from tierewrite.planning.expansion import Alias, expansion, missing_aliases
-from tierewrite.planning.plan import NeededNames, RewritePlan
+from tierewrite.planning.needed_names import NeededNames
+from tierewrite.planning.plan import RewritePlan
 from tierewrite.planning.policy import ConsumerName, KVScales, Policy, Size
 from tierewrite.report import ShardSize
 from tierewrite.rewriting.options import Device

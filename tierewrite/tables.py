@@ -37,8 +37,7 @@ class Summary:
         return self.lines()
 
     def __repr__(self) -> str:
-        line = self.one_line()
-        return f"<{type(self).__name__}: {line if len(line) <= _REPR else line[: _REPR - 3] + '...'}>"
+        return repr_of(self, self.one_line())
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -54,6 +53,11 @@ class Summary:
         console = Console(file=io.StringIO(), record=True, width=_WIDTH, highlight=False, soft_wrap=True)
         console.print(self)
         return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+
+def repr_of(result: object, line: str) -> str:
+    """What an interpreter shows of `result`: its type and what matters most of it, cut to one line."""
+    return f"<{type(result).__name__}: {line if len(line) <= _REPR else line[: _REPR - 3] + '...'}>"
 
 
 def text(line: str, style: str = "") -> Text:

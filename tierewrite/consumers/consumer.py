@@ -13,7 +13,7 @@ from tierewrite.consumers.findings import Finding
 from tierewrite.consumers.folder import Folder
 from tierewrite.consumers.rules import Rule, RuleSet
 from tierewrite.consumers.subject import Subject
-from tierewrite.planning.plan import NeededNames
+from tierewrite.planning.needed_names import NeededNames
 from tierewrite.planning.policy import PolicyOptions
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.mirror import Place
@@ -37,7 +37,7 @@ class Consumer(Generic[S]):
         corrected_configs: the configs of an output with what `fix_ignore` has to change for it: new contents by name,
             and one sentence for each. None where nothing has to be changed.
         needed_names: of a source, the names that its loader has to find though a tie makes another tensor stand for
-            them (`planning.plan.NeededNames`). None where one name of each tie is enough.
+            them (`planning.needed_names.NeededNames`). None where one name of each tie is enough.
         seen_by_loader: ids of rules that name the cause of a load that fails or leaves something out: where the
             consumer's own loader ran and has nothing to complain of, they are mistaken.
         loader_rules: what follows from what its own loader did, where that was asked.

@@ -17,8 +17,8 @@ Severity = Literal["error", "warning"]
 FixingRewrite = Literal["rewrite", "rewrite --fill-missing-scales"]
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+@dataclass(frozen=True, slots=True, repr=False)
+class Finding(Summary):
     """One thing that a consumer will stumble over.
 
     Attributes:
@@ -41,6 +41,14 @@ class Finding:
     fix: str
     fixed_by: FixingRewrite | None
     source: str
+
+    def one_line(self) -> str:
+        """See `Summary`."""
+        return f"{self.severity}: {self.id}: {self.found}"
+
+    def lines(self) -> Iterator[RenderableType]:
+        """See `Summary`."""
+        yield text(str(self))
 
     def to_json(self) -> dict[str, Any]:
         """All attributes, by name."""
@@ -87,7 +95,7 @@ class ReadinessReport(Summary):
         """See `Summary`."""
         for finding in self.findings:
             style = "red" if finding.severity == "error" else "yellow"
-            yield text(f"{finding.severity}: {finding.id}: {finding.found}", style)
+            yield text(finding.one_line(), style)
             yield text(f"    where: {some(finding.where)}")
             yield text(f"    {self.consumer}: {finding.consequence}")
             if finding.fix:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from tierewrite.consumers import CONSUMERS
 from tierewrite.consumers.transformers.names import dropped_names_warning
 from tierewrite.errors import UsageError, shown
-from tierewrite.planning.plan import NeededNames
+from tierewrite.planning.needed_names import NeededNames
 from tierewrite.planning.policy import Policy
 from tierewrite.values.opened import Opened
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 from tierewrite.errors import UsageError
+
+if TYPE_CHECKING:
+    import rich.progress
 
 
 class Progress:
@@ -40,7 +43,7 @@ class TqdmLike(Protocol):
         """`n` more bytes have moved."""
 
 
-ProgressLike: TypeAlias = Progress | TqdmLike | None
+ProgressLike: TypeAlias = "Progress | TqdmLike | rich.progress.Progress | None"
 """What functions take as `progress`."""
 
 
@@ -64,16 +67,39 @@ class _OnTqdm(Progress):
         self._bar.update(nbytes)
 
 
+class _OnRich(Progress):
+    """Shows on a `rich.progress.Progress`, as one task of it: it is begun again for each phase."""
+
+    shown = True
+
+    def __init__(self, bars: rich.progress.Progress) -> None:
+        self._bars = bars
+        self._task = bars.add_task("", total=None)
+
+    def start(self, phase: str, total: int) -> None:
+        """See `Progress`."""
+        from rich.markup import escape  # a class's name may look like markup
+
+        self._bars.reset(self._task, description=escape(phase), total=total)
+
+    def advance(self, nbytes: int) -> None:
+        """See `Progress`."""
+        self._bars.advance(self._task, nbytes)
+
+
 def progress_of(given: ProgressLike) -> Progress:
-    """What is told of a run's progress: `given` itself, a bar such as tqdm's, or nobody.
+    """What is told of a run's progress: `given` itself, a bar such as tqdm's, a display of rich's, or nobody.
 
     Raises:
         UsageError: it is neither.
     """
     if given is None or isinstance(given, Progress):
         return given or Progress()
+    if callable(getattr(given, "add_task", None)):
+        return _OnRich(cast("rich.progress.Progress", given))
     if not callable(getattr(given, "update", None)):
         raise UsageError(
-            f"progress is of type {type(given).__name__}; expected a tierewrite.Progress, or a bar such as tqdm's"
+            f"progress is of type {type(given).__name__}; expected a tierewrite.Progress, a bar such as tqdm's, or a "
+            "rich.progress.Progress"
         )
     return _OnTqdm(given)

@@ -22,12 +22,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from tierewrite.errors import SystemFailure, UsageError
+from tierewrite.errors import SystemFailure, UsageError, shown
 from tierewrite.pages.facts import WORST_SHOWN, Facts, read_facts
 from tierewrite.planning.policy import ConsumerName
 from tierewrite.source.regular_files import kind_of_file
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.places import FilePath, chain, is_local, local_file, located
+from tierewrite.tables import repr_of
 
 __all__ = ["Facts", "Page", "report_page"]
 
@@ -47,7 +48,7 @@ class Page:
     worst: int = WORST_SHOWN
 
     def __repr__(self) -> str:
-        return f"<Page: {self.source}>"
+        return repr_of(self, shown(self.source))
 
     def _repr_html_(self) -> str:
         """For notebooks: the page in a frame of its own, whose styles stay in it."""

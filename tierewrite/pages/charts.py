@@ -325,7 +325,8 @@ def key_figures(facts: Facts) -> list[tuple[str, str, str]]:
     if facts.scales:
         one = f"{overall.one_sided:,} had one side only" if overall.one_sided else "activation scales"
         found.append(("Scales merged", f"{len(facts.scales):,}", one))
-        found.append(("Sides differ by", times(overall.median), f"median; {times(overall.max)} at most"))
+        most = f"median; {times(overall.max)} at most" if overall.max is not None else "no scale has two sides"
+        found.append(("Sides differ by", times(overall.median), most))
         never = "on any side" if overall.never else "every scale has a value"
         found.append(("Never calibrated", f"{overall.never:,}", never))
     return found

@@ -32,6 +32,7 @@ from tierewrite.source.open import open_checkpoint, rename_in_errors
 from tierewrite.source.table import MANIFEST_NAME, Checkpoint
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.places import FilePath, is_local, is_remote, located
+from tierewrite.tables import count, repr_of
 
 PAGE_SCHEMA = "tierewrite/page/1"
 WORST_SHOWN = 20
@@ -184,7 +185,7 @@ class KeptGroup:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Facts:
     """Everything that a page says.
 
@@ -214,6 +215,11 @@ class Facts:
     kept: tuple[KeptGroup, ...]
     consumers: tuple[ReadinessReport, ...] = ()
     hub: tuple[str, str] | None = None
+
+    def __repr__(self) -> str:
+        return repr_of(
+            self, f"{count(len(self.groups), 'kind')} of ties, {count(len(self.scales), 'scale')}, {self.name}"
+        )
 
     @property
     def readiness(self) -> ReadinessReport | None:
@@ -341,15 +347,8 @@ def _scale(name: str, tensor: Mapping[str, Any]) -> Scale:
     if module != name and suffix not in _INPUT_SCALES:
         projection = f"{projection}: {suffix}"
     ratio = tensor["ratio"]
-    return Scale(
-        name,
-        projection,
-        layer,
-        expert,
-        None if ratio is None else float(ratio),
-        tensor["calibrated"],
-        tuple(tensor["from"]),
-    )
+    ratio = None if ratio is None else float(ratio)
+    return Scale(name, projection, layer, expert, ratio, tensor["calibrated"], tuple(tensor["from"]))
 
 
 def read_facts(

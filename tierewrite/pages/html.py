@@ -343,6 +343,8 @@ def _finding(found: Finding) -> str:
 def _option(value: object) -> object:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "none"
     return "default" if value is None else value
 
 
@@ -391,7 +393,11 @@ font-variant-numeric:tabular-nums;white-space:nowrap}
 .card p{margin:0;color:var(--muted);font-size:12.5px;line-height:1.35}
 section{background:var(--panel);border:1px solid var(--line);border-radius:10px;padding:22px 24px 20px;margin:0 0 20px}
 figure{margin:0 0 6px}
-.scroll{overflow-x:auto}
+.scroll{overflow-x:auto;--hidden:color-mix(in srgb,var(--ink) 22%,transparent);
+background:linear-gradient(90deg,var(--panel) 40%,transparent) 0/36px 100% no-repeat local,
+linear-gradient(270deg,var(--panel) 40%,transparent) 100%/36px 100% no-repeat local,
+linear-gradient(90deg,var(--hidden),transparent) 0/12px 100% no-repeat scroll,
+linear-gradient(270deg,var(--hidden),transparent) 100%/12px 100% no-repeat scroll}
 .chart{display:block;width:100%;min-width:660px;height:auto}
 .chart text{font-variant-numeric:tabular-nums}
 .chart image{image-rendering:pixelated}
@@ -405,7 +411,7 @@ tbody tr:last-child>*{border-bottom:0}
 .first tbody tr:first-child>*{font-weight:600;border-bottom:2px solid var(--line)}
 .last-text td:last-child,.last-text thead th:last-child{text-align:left;color:var(--muted)}
 .names td:nth-child(2),.names th:nth-child(2),.names td:nth-child(3),.names th:nth-child(3){text-align:left}
-.names td:nth-child(2){white-space:normal;overflow-wrap:anywhere}
+.names td:nth-child(2){white-space:normal;overflow-wrap:anywhere;min-width:20em}
 .names tbody th{font-weight:600}
 .text td,.text th{text-align:left;white-space:normal}
 .kept td,.kept th{overflow-wrap:anywhere}

@@ -17,30 +17,12 @@ from tierewrite.json_text import Compact
 from tierewrite.planning.checks import Checks, ScaleMerges
 from tierewrite.planning.policy import Policy
 from tierewrite.source.table import TensorEntry, Tensors
-from tierewrite.tables import Summary, change, count, text
+from tierewrite.tables import Summary, change, count, repr_of, text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 PLAN_SCHEMA = "tierewrite/plan/1"
-
-
-@dataclass(frozen=True)
-class NeededNames:
-    """The names that a consumer has to find, though a tie makes another tensor stand for them.
-
-    Of a confirmed tie such a name is not dropped: its tensor stays in its place, with the same value as the side that
-    stands for the others (equal bytes, or the merged scale). Names that the source does not have are not added.
-
-    Attributes:
-        consumer: who needs them, for messages; "" where nobody does.
-        names: keys of the source. Those that no tie would drop or rename may be among them, and change nothing.
-        notes: how that is known, for the report.
-    """
-
-    consumer: str = ""
-    names: frozenset[str] = frozenset()
-    notes: tuple[str, ...] = ()
 
 
 class Action(str, enum.Enum):
@@ -77,6 +59,10 @@ class TensorPlan(NamedTuple):
     target: str
     merged: bool = False
     group: str | None = None
+
+    def __repr__(self) -> str:
+        group = f", of {shown(self.group)}" if self.group is not None else ""
+        return repr_of(self, f"{self.action.value}, {shown(self.name)}{group}")
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -20,11 +20,11 @@ from tierewrite.planning.experts import expert_scales
 from tierewrite.planning.fates import Fates
 from tierewrite.planning.kv_scales import Attentions, KvScales
 from tierewrite.planning.layout import shards
+from tierewrite.planning.needed_names import NeededNames
 from tierewrite.planning.outcomes import Differing, Outcome, outcomes
 from tierewrite.planning.plan import (
     ExpertScales,
     GroupPlan,
-    NeededNames,
     RewritePlan,
     Survivors,
     kind_of,

@@ -125,7 +125,7 @@ def verify_integrity(dst: PathLike, *, revision: str | None = None, progress: Pr
     Args:
         dst: a folder that a rewrite wrote, its URL, or a hub id `org/name`, of which a snapshot is taken.
         revision: branch, tag or commit of a hub id; None: its main branch.
-        progress: a `Progress`, or a bar such as tqdm's: told of bytes as they are read, from any thread.
+        progress: a `Progress`, or a bar such as tqdm's or rich's: told of bytes as they are read, from any thread.
 
     Returns:
         What was found. A `dst` that cannot be read is a problem, not an exception.

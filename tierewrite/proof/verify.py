@@ -176,7 +176,7 @@ def verify(
         trust_remote_code: run the model code that `src` brings, if its class has to be asked.
         ignore_unindexed: leave out tensors that the index of `src` lacks, as the rewrite was told to.
         revision: branch, tag or commit of a hub id; None: its main branch.
-        progress: a `Progress`, or a bar such as tqdm's: told of bytes as they are read, from any thread.
+        progress: a `Progress`, or a bar such as tqdm's or rich's: told of bytes as they are read, from any thread.
         consumer: as the rewrite was given it; it makes the choices that `options` does not.
         options: those of the rewrite that decide content, as `rewrite` takes them. A manifest that states others is
             a problem: what it says of itself proves nothing.

@@ -152,8 +152,8 @@ def rewrite(
         manifest: write `tierewrite.json` with what was done, and what each file of the output is.
         digests: let the manifest hold the digest of every tensor, for `verify_integrity`; else of those that were read
             for their ties.
-        progress: a `Progress`, or a bar such as tqdm's: called with how many bytes have moved. What its `start` or
-            `advance` raises stops the rewrite, which then leaves nothing behind.
+        progress: a `Progress`, or a bar such as tqdm's or rich's: called with how many bytes have moved. What its
+            `start` or `advance` raises stops the rewrite, which then leaves nothing behind.
         options: what decides content, the fields of `planning.policy.Policy`: on_mismatch, kv_scales, max_shard_size
             (bytes, or a text such as "5GB"), ...; `planning.policy.OPTIONS` and `tierewrite rewrite --help` say what
             each of them does.

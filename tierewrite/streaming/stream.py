@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from tierewrite.stores.base import PathLike
 from tierewrite.stores.mirror import RemoteFolder
 from tierewrite.streaming.remembered import Digests
 from tierewrite.streaming.tensors import as_tensor, tensors_of, unknown_to_torch
+from tierewrite.tables import repr_of
 from tierewrite.ties.tie import TiesGiven
 from tierewrite.values.content import COPY, Content
 from tierewrite.values.opened import Opened
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from tierewrite.consumers.dry_load import LoaderMode
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Stream(Iterable[tuple[str, "torch.Tensor"]]):
     """The tensors that a rewrite would write, decided and confirmed. Each iteration reads the source again.
 
@@ -50,14 +51,17 @@ class Stream(Iterable[tuple[str, "torch.Tensor"]]):
         hashed_bytes: bytes of the source that were hashed to confirm ties; 0 where all was remembered.
     """
 
-    plan: RewritePlan = field(repr=False)
-    configs: Mapping[str, bytes] = field(repr=False)
-    readiness: ReadinessReport | None = field(repr=False)
-    warnings: tuple[str, ...] = field(repr=False)
+    plan: RewritePlan
+    configs: Mapping[str, bytes]
+    readiness: ReadinessReport | None
+    warnings: tuple[str, ...]
     hashed_bytes: int
-    _checkpoint: Checkpoint = field(repr=False)
-    _contents: Mapping[str, Content] = field(repr=False)
-    _in_files: Tensors = field(repr=False)
+    _checkpoint: Checkpoint
+    _contents: Mapping[str, Content]
+    _in_files: Tensors
+
+    def __repr__(self) -> str:
+        return repr_of(self, self.plan.one_line())
 
     @property
     def names(self) -> list[str]:

@@ -12,6 +12,7 @@ from tierewrite.planning.checks import ScaleMerge
 from tierewrite.planning.plan import Action, RewritePlan
 from tierewrite.source.bytes import read_tensors
 from tierewrite.source.table import Checkpoint
+from tierewrite.tables import count, repr_of
 from tierewrite.values.content import Patch
 
 
@@ -33,6 +34,10 @@ class MergedScale(NamedTuple):
     calibrated: bool
     invalid: tuple[str, ...] = ()
     kv: bool = False
+
+    def __repr__(self) -> str:
+        ratio = "" if self.ratio is None else f", {self.ratio:.2f}x"
+        return repr_of(self, f"{count(len(self.sources), 'side')}{ratio}, {shown(self.target)}")
 
     def to_json(self) -> dict[str, Any]:
         """One entry of a group's `scales` in the report's JSON."""
@@ -84,8 +89,7 @@ def merge_scales(
     separate_kv = frozenset(
         merge.target
         for _, merge in work
-        if merge.only_if_equal
-        and any(data[key] != data[row[0]] for row in merge.only_if_equal for key in row[1:])
+        if merge.only_if_equal and any(data[key] != data[row[0]] for row in merge.only_if_equal for key in row[1:])
     )
     mergeable = [
         (group, written)

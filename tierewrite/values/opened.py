@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
+from tierewrite.planning.needed_names import NeededNames
 from tierewrite.planning.outcomes import Differing
-from tierewrite.planning.plan import NeededNames, RewritePlan
+from tierewrite.planning.plan import RewritePlan
 from tierewrite.planning.planner import plan as make_plan
 from tierewrite.planning.policy import Policy
 from tierewrite.source.open import open_checkpoint

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tierewrite.consumers.sglang.classes import model_class
 from tierewrite.consumers.sglang.subject import VERSION, is_head
 from tierewrite.errors import shown
-from tierewrite.planning.plan import NeededNames
+from tierewrite.planning.needed_names import NeededNames
 from tierewrite.values.opened import Opened
 
 

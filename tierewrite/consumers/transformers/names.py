@@ -21,7 +21,7 @@ from typing import Any
 
 from tierewrite import formats
 from tierewrite.consumers.dry_load import DryLoader, LoaderOptions, dry_load
-from tierewrite.planning.plan import NeededNames
+from tierewrite.planning.needed_names import NeededNames
 from tierewrite.planning.policy import Policy
 from tierewrite.source.table import TensorEntry
 from tierewrite.ties.on_disk import DiskTies
