@@ -516,3 +516,21 @@ def test_work_grows_with_the_number_of_tensors_and_not_with_its_square(tmp_path:
     (first, few), (second, many) = work
     assert many > 7 * few
     assert second < 2 * (many / few) * first
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ("1 tensors are missing", "1 tensor is missing"),
+        ("1 names of a tie hold other bytes than its other", "1 name of a tie holds other bytes than its other"),
+        ("1 entries exclude 2 modules that are quantized", "1 entry excludes 2 modules that are quantized"),
+        ("2 entries exclude 1 modules that are quantized", "2 entries exclude 1 module that is quantized"),
+        ("1 weights have most of their scales at 448", "1 weight has most of its scales at 448"),
+        ("group_size is 32, and 1 block scales are for 16", "group_size is 32, and 1 block scale is for 16"),
+        ("1 weights of modules that the list does not name", "1 weight of modules that the list does not name"),
+        ("1 tensors belong to none; vLLM says: 1 files are", "1 tensor belongs to none; vLLM says: 1 files are"),
+        ("11 tensors are, 1,001 tensors are, k.1 tensors are", "11 tensors are, 1,001 tensors are, k.1 tensors are"),
+    ],
+)
+def test_a_finding_speaks_of_one_in_the_singular(found: str, said: str) -> None:
+    assert VLLM.rules.records[0].at((), found).found == said

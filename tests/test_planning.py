@@ -731,7 +731,7 @@ NAMES = [
         head.weight   BF16[4,4]  keep  =  t
         """,
         known={"needed": NeededNames("a consumer", frozenset({"head.weight"}))},
-        warning="1 tensors of tied modules stay on every side, with one value: a consumer needs their names",
+        warning="1 tensor of a tied module stays on every side, with one value: a consumer needs the names",
     ),
     Case(
         "what is equal is kept as it is, a merged scale is written on both sides, the rest goes",
@@ -761,7 +761,7 @@ NAMES = [
         c.q_proj.weight        BF16[4,8]  drop   a.q_proj.weight       t
         """,
         known={"needed": SIDE_B_NEEDED},
-        warning="1 tensors",
+        warning="1 tensor of a tied module stays",
         merges={"a.q_proj.input_scale": ("a.q_proj.input_scale", "b.q_proj.input_scale", "c.q_proj.input_scale")},
     ),
     Case(
@@ -775,7 +775,7 @@ NAMES = [
         """,
         Policy(kv_scales="merge"),
         known={"needed": NeededNames("a consumer", frozenset({"b.k_proj.k_scale"}))},
-        warning="1 tensors",
+        warning="1 tensor of a tied module stays",
         merges={"a.k_proj.k_scale": ("a.k_proj.k_scale", "b.k_proj.k_scale")},
     ),
     Case(

@@ -138,7 +138,7 @@ def main_key(stored: str, name: str) -> str:
 def test_a_sound_model_has_no_finding(stored: str, tmp_path: Path) -> None:
     found, subject = look(write_checkpoint(tmp_path / "m", model(stored), CONFIG))
     assert found == {}
-    assert subject.notes == ["the values of 1 tensors (32 bytes) were not checked: packed or integers (I64)"]
+    assert subject.notes == ["the values of 1 tensor (32 bytes) were not checked: packed or integers (I64)"]
 
 
 @pytest.mark.parametrize("case", sorted(path.name for path in FIXTURES.iterdir() if (path / "naive").is_dir()))

@@ -141,7 +141,10 @@ def ask_loader(consumer: Consumer[Any], subject: Subject, name: str, options: Lo
             f"{loader.title}'s own loader could not be asked: {reason_for_people(done)}",
             advice=f"name a Python in which {loader.title} works (--consumer-python), or leave out --loader require",
         )
-    subject.notes.append(f"{loader.title}'s own loader was not asked, rules decided alone: {reason_for_people(done)}")
+    nowhere = interpreter(loader, options.python) is None
+    advice = "; name one that has it with --consumer-python" if nowhere else ""
+    said = f"{reason_for_people(done)}{advice}"
+    subject.notes.append(f"{loader.title}'s own loader was not asked, rules decided alone: {said}")
 
 
 def corrected_configs(

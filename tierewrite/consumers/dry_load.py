@@ -111,7 +111,7 @@ def dry_load(loader: DryLoader, folders: Mapping[Path, str], options: LoaderOpti
     """
     python = interpreter(loader, options.python)
     if python is None:
-        reason = f"this Python has no {loader.title}; name one that has it with --consumer-python"
+        reason = f"this Python has no {loader.title}"
         return [DryLoad.not_run(loader.package, reason)] * len(folders)
     names = {os.path.abspath(folder): shown(name) for folder, name in folders.items()}
     command = [

@@ -89,7 +89,7 @@ class ReadinessReport(Summary):
     def one_line(self) -> str:
         """See `Summary`."""
         counts = f"{count(len(self.errors), 'error')}, {count(len(self.warnings), 'warning')}"
-        return f"{self.consumer} {self.consumer_version}: {counts} in {self.tensors:,} tensors"
+        return f"{self.consumer} {self.consumer_version}: {counts} in {count(self.tensors, 'tensor')}"
 
     def lines(self) -> Iterator[RenderableType]:
         """See `Summary`."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from tierewrite.consumers.findings import Finding, FixingRewrite, Severity
+from tierewrite.units import with_one
 
 S = TypeVar("S")
 
@@ -45,7 +46,7 @@ class Rule:
             id=self.id,
             severity=self.severity,
             where=tuple(where),
-            found=found,
+            found=with_one(found),
             consequence=self.consequence,
             fix=self.fix,
             fixed_by=self.fixed_by,
@@ -56,13 +57,13 @@ class Rule:
 class RuleSet(Generic[S]):
     """Rules for subjects of type `S`, with the functions that look for them, in the order in which they run.
 
-        RULES: RuleSet[Subject] = RuleSet()
+    RULES: RuleSet[Subject] = RuleSet()
 
-        WRONG_SHAPE = Rule(id="wrong-shape", ...)
+    WRONG_SHAPE = Rule(id="wrong-shape", ...)
 
-        @RULES.add(WRONG_SHAPE)
-        def shapes(s: Subject) -> Iterator[Finding]:
-            yield WRONG_SHAPE.at(keys, "3 tensors have other shapes than their parameters")
+    @RULES.add(WRONG_SHAPE)
+    def shapes(s: Subject) -> Iterator[Finding]:
+        yield WRONG_SHAPE.at(keys, "3 tensors have other shapes than their parameters")
     """
 
     def __init__(self) -> None:

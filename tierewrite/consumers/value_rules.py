@@ -29,6 +29,7 @@ from tierewrite.formats.experts import split_expert
 from tierewrite.formats.nvfp4_blobs import blob_of
 from tierewrite.numbers.extremes import values_of
 from tierewrite.source.table import TensorEntry
+from tierewrite.tables import count
 
 OFF = 32.0
 """An expert whose values reach so many times further than its siblings' median, or less far, is told."""
@@ -208,13 +209,7 @@ EXPERT_OF_ZEROS = Rule(
 @VALUE_RULES.add(EXPERT_OF_ZEROS)
 def experts_of_zeros(s: Looked) -> Iterator[Finding]:
     """Zero after its scales: codes, block scales or the tensor's scale are zero."""
-    zero = [
-        name
-        for siblings in s.siblings
-        if any(siblings.values())
-        for name, reach in siblings.items()
-        if reach == 0
-    ]
+    zero = [name for siblings in s.siblings if any(siblings.values()) for name, reach in siblings.items() if reach == 0]
     if zero:
         yield EXPERT_OF_ZEROS.at(zero, f"{len(zero)} weights of experts are zero, and their siblings are not")
 
@@ -271,7 +266,7 @@ def zeros(s: Looked) -> Iterator[Finding]:
     """Not of embeddings, heads, routers, norms, adapters and biases; of experts only what is no expert of zeros."""
     whole: list[str] = []
     rows: list[str] = []
-    count = 0
+    zero_rows = 0
     told = {name for siblings in s.siblings if any(siblings.values()) for name, reach in siblings.items() if not reach}
     for name, values in s.weights.items():
         zero = s.zero_rows(name, values)
@@ -282,11 +277,11 @@ def zeros(s: Looked) -> Iterator[Finding]:
             partly = per_matrix[~per_matrix.all(axis=1)]
             if partly.any():
                 rows.append(name)
-                count += int(partly.sum())
+                zero_rows += int(partly.sum())
     if whole:
         yield WEIGHT_OF_ZEROS.at(whole, f"{len(whole)} weights of linear layers are zero")
     if rows:
-        yield ROWS_OF_ZEROS.at(rows, f"{count} rows of {len(rows)} weights are zero")
+        yield ROWS_OF_ZEROS.at(rows, f"{zero_rows} rows of {len(rows)} weights are zero")
 
 
 SCALES_AT_LIMIT = Rule(
@@ -381,6 +376,7 @@ def _not_checked(
     if unread:
         dtypes = ", ".join(sorted({entry.dtype for entry in unread}))
         size = sum(entry.nbytes for entry in unread)
-        yield f"the values of {len(unread):,} tensors ({size:,} bytes) were not checked: packed or integers ({dtypes})"
+        tensors = count(len(unread), "tensor")
+        yield f"the values of {tensors} ({size:,} bytes) were not checked: packed or integers ({dtypes})"
     if sample is not None and len(names) < len(kinds):
-        yield f"the values of {len(kinds) - len(names):,} tensors were not checked: --sample {sample}"
+        yield f"the values of {count(len(kinds) - len(names), 'tensor')} were not checked: --sample {sample}"

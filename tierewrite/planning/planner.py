@@ -185,7 +185,8 @@ def _said(needed: NeededNames, fates: Fates) -> list[str]:
     count = int(fates.kept_name.sum())
     if not count:
         return list(needed.notes)
-    said = f"{count:,} tensors of tied modules stay on every side, with one value: {needed.consumer} needs their names"
+    what = "1 tensor of a tied module stays" if count == 1 else f"{count:,} tensors of tied modules stay"
+    said = f"{what} on every side, with one value: {needed.consumer} needs the names"
     return [said, *needed.notes]
 
 

@@ -286,7 +286,7 @@ def check_for(
     if found.errors and not (found.only_per_side_conflicts() or force):
         lines = "\n".join(f"  {finding}" for finding in found.errors[:12])
         raise NotReady(
-            f"{len(found.errors)} errors would be left for {consumer}, nothing was written:\n{lines}\n"
+            f"{count(len(found.errors), 'error')} would be left for {consumer}, nothing was written:\n{lines}\n"
             "Fix the export, or write it all the same with --force.",
             details={"readiness": found.to_json()},
         )
