@@ -172,7 +172,7 @@ def test_an_expert_of_zeros_is_told(stored: str, tmp_path: Path) -> None:
 def test_rows_of_zeros_are_told(stored: str, name: str, tmp_path: Path) -> None:
     found, _ = look(write_checkpoint(tmp_path / "m", model(stored, rows_of(name, 0, slice(5, 9))), CONFIG))
     assert {id: finding.where for id, finding in found.items()} == {"rows-of-zeros": (main_key(stored, name),)}
-    assert found["rows-of-zeros"].found == "4 rows of 1 weights are zero"
+    assert found["rows-of-zeros"].found == "4 rows are zero, in 1 weight"
 
 
 @pytest.mark.parametrize("stored", ["BF16", "F32", "FP8"])

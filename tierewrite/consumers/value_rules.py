@@ -281,7 +281,7 @@ def zeros(s: Looked) -> Iterator[Finding]:
     if whole:
         yield WEIGHT_OF_ZEROS.at(whole, f"{len(whole)} weights of linear layers are zero")
     if rows:
-        yield ROWS_OF_ZEROS.at(rows, f"{zero_rows} rows of {len(rows)} weights are zero")
+        yield ROWS_OF_ZEROS.at(rows, f"{zero_rows} rows are zero, in {len(rows)} weights")
 
 
 SCALES_AT_LIMIT = Rule(
