@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import yaml
 
 import tierewrite
 from tests import tables
-from tests.checkpoints import FIXTURES
+from tests.checkpoints import FIXTURES, edit_tensors, read_tensors
 from tierewrite import cli
 from tierewrite.cli import progress_bar
 from tierewrite.cli.topics import SCHEMAS, TOPICS
@@ -270,6 +274,62 @@ def test_format_json_is_json(written: Path, capsys: Printed) -> None:
     one = capsys.readouterr().out
     assert run("check", written, "--json") == 6
     assert capsys.readouterr().out == one
+
+
+# --- in other people's pipelines ------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parent.parent
+
+
+def checking_step(folder: Path, **given: str) -> subprocess.CompletedProcess[str]:
+    """What the action's last step does, as GitHub's runner carries it out where this tierewrite is installed."""
+    action = yaml.safe_load((ROOT / ".github" / "actions" / "check" / "action.yml").read_text())
+    values = {name: given.get(name, known.get("default")) for name, known in action["inputs"].items()}
+    step = action["runs"]["steps"][-1]
+    command = folder / "tierewrite" / "bin" / "tierewrite"
+    command.parent.mkdir(parents=True, exist_ok=True)
+    command.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m tierewrite "$@"\n')
+    command.chmod(0o755)
+    environment = {**os.environ, "RUNNER_TEMP": str(folder)}
+    for name, value in step["env"].items():
+        environment[name] = re.sub(r"\$\{\{ inputs\.(\w+) \}\}", lambda found: values[found[1]], value)
+    shell = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]]
+    return subprocess.run(shell, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_the_action_annotates_and_fails_where_check_does(written: Path, tmp_path: Path) -> None:
+    done = checking_step(tmp_path, checkpoint=str(written), sarif="findings.sarif")
+    assert done.returncode == 6, done
+    assert "title=vllm%3A per-side-conflict::4 names meet" in done.stdout
+    (result, *_) = json.loads((tmp_path / "findings.sarif").read_text())["runs"][0]["results"]
+    assert result["ruleId"] == "per-side-conflict"
+
+
+def test_the_actions_inputs_are_no_commands(tmp_path: Path) -> None:
+    done = checking_step(tmp_path, checkpoint="$(touch owned); touch owned")
+    assert done.returncode == 4, done
+    assert not (tmp_path / "owned").exists()
+
+
+def test_the_action_fails_on_warnings_where_it_is_strict(written: Path, tmp_path: Path) -> None:
+    shutil.copytree(written, tmp_path / "out")
+    edit_tensors(
+        tmp_path / "out", {name: None for name in read_tensors(written) if re.search("encoder.*layer_scalar", name)}
+    )
+    found = tierewrite.check(tmp_path / "out", "vllm")
+    assert found.warnings
+    assert not found.errors
+    assert checking_step(tmp_path, checkpoint="out").returncode == 0
+    assert checking_step(tmp_path, checkpoint="out", strict="true").returncode == 6
+
+
+def test_the_pre_commit_hook_is_a_command_that_looks_at_what_a_checkpoint_has(written: Path, capsys: Printed) -> None:
+    (hook,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())
+    name, *arguments = hook["entry"].split()
+    assert name == "tierewrite"
+    assert run(*arguments, written, "--for", "vllm") == 6
+    names = ["model.safetensors", "model.safetensors.index.json", "config.json", "a/hf_quant_config.json"]
+    assert [bool(re.search(hook["files"], at)) for at in [*names, "README.md"]] == [True] * 4 + [False]
 
 
 # --- results in an interpreter --------------------------------------------------------------------------------
