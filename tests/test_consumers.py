@@ -479,6 +479,26 @@ def test_of_several_names_of_a_tie_only_those_that_differ_are_said_to(tmp_path: 
     assert len(same.where) == 3
 
 
+@pytest.mark.parametrize(
+    ("config", "severity"),
+    [({"quant_method": "compressed-tensors"}, "error"), ({"quant_method": "fp8"}, "warning"), (None, "warning")],
+)
+def test_an_fp8_head_beside_an_embedding_that_is_not_aborts_the_load(
+    config: dict[str, str] | None, severity: str, tmp_path: Path
+) -> None:
+    """transformers 5.24 with compressed-tensors 0.20: "Promotion for Float8 Types is not supported"."""
+    draft = Draft.read(FIXTURES / "qwen3_tied_bf16" / "naive")
+    embedding = draft["model.embed_tokens.weight"]
+    draft["lm_head.weight"] = Raw("F8_E4M3", embedding.shape, embedding.data[::2])
+    if config is not None:
+        draft.config["quantization_config"] = config
+    draft.write(tmp_path / "v")
+    report = check(tmp_path / "v", "transformers")
+    assert [(f.severity, f.where) for f in report.findings if f.id == "tie-not-confirmed"] == [
+        (severity, ("lm_head.weight",))
+    ]
+
+
 @pytest.mark.parametrize(("which", "severity", "base", "edit"), TRANSFORMERS, ids=[row[0] for row in TRANSFORMERS])
 def test_transformers_defect_is_found(
     which: str, severity: str, base: str, edit: Callable[[Draft], None], good: Good, tmp_path: Path

@@ -121,6 +121,16 @@ def test_loader_that_is_no_loader_is_told_with_what_to_do(tmp_path: Path) -> Non
     )
 
 
+def test_a_current_folder_that_was_removed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert cli.run(["rewrite", str(SRC), "out"]) == 5
+    assert "the current folder was removed: go to another one" in capsys.readouterr().err
+
+
 def test_scan_counts_a_checkpoint_once_by_whatever_names(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(SRC)
     report = tierewrite.batch([SRC, f"{SRC}/", tmp_path / "link", tmp_path], plan_only=True, ties={})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import unicodedata
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -241,7 +242,7 @@ def to_tierewrite_error(error: BaseException) -> TierewriteError:
     if isinstance(error, TierewriteError):
         return error
     if isinstance(error, OSError):
-        advice = "check permissions and the disk"
+        advice = _without_a_folder(error) or "check permissions and the disk"
         return SystemFailure(f"{error.strerror or error}", file=error.filename, advice=advice)
     if isinstance(error, MemoryError):
         return SystemFailure("out of memory; use fewer --threads or a larger machine")
@@ -253,6 +254,16 @@ def to_tierewrite_error(error: BaseException) -> TierewriteError:
     return TierewriteError(
         f"internal error: {type(error).__name__}: {error}; this is a bug, please report it (-vv shows where)"
     )
+
+
+def _without_a_folder(error: OSError) -> str:
+    """What to do where nothing is found because this process is in a folder that was removed; "" if it is not."""
+    if error.errno == errno.ENOENT:
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            return "the current folder was removed: go to another one (cd), and run again"
+    return ""
 
 
 def first_line(error: BaseException) -> str:
@@ -278,7 +289,7 @@ def system_errors(what: str, file: object) -> Iterator[None]:
             errno.ENAMETOOLONG: "choose a shorter name",
             errno.EIO: "the device reports an I/O error: check the disk",
             errno.EMFILE: "raise the limit of open files (ulimit -n)",
-        }.get(error.errno or 0, "see the system's message")
+        }.get(error.errno or 0, _without_a_folder(error) or "see the system's message")
         raise SystemFailure(
             f"{what} failed: {error.strerror or error} ({errno.errorcode.get(error.errno or 0, '?')}); {advice}",
             file=file,

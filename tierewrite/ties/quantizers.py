@@ -24,6 +24,8 @@ ONE_PARAMETER = frozenset(
 # Quantizers that keep the scales in the module on a GPU, and decode the weight where there is none (quantizers/
 # quantizer_finegrained_fp8.py, quantizer_mxfp4.py): only sides that are complete suit both.
 BY_MACHINE = frozenset({"fp8", "mxfp8", "fbgemm_fp8", "mxfp4", "metal"})
+# Quantizers whose FP8 weights stay FP8 once they are loaded, seen with amd-quark 0.13 and compressed-tensors 0.20.
+FLOAT8_STAYS = frozenset({"quark", "compressed-tensors"})
 
 
 def quant_method(config: Mapping[str, Any]) -> str | None:

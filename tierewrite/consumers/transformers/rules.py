@@ -22,7 +22,8 @@ from tierewrite.consumers.subject import Subject
 from tierewrite.consumers.transformers.names import missed_names
 from tierewrite.source.table import INDEX_NAME
 from tierewrite.ties.on_disk import WHOLE, on_disk
-from tierewrite.ties.quantizers import QUANT_METHODS
+from tierewrite.ties.quantizers import FLOAT8_STAYS, QUANT_METHODS
+from tierewrite.ties.quantizers import quant_method as quant_method_of
 
 MODELING = "modeling_utils.py"
 WHOLE_FILE = "model.safetensors"
@@ -239,10 +240,20 @@ def shapes(s: Subject) -> Iterator[Finding]:
 TIE_NOT_CONFIRMED = Rule(
     id="tie-not-confirmed",
     title="names of a declared tie hold other bytes than its canonical name",
+    when="any other dtypes",
     severity="warning",
     consequence="transformers declines the tie and loads each",
     fix="if they are meant to differ, rewrite --on-mismatch keep --fix-config makes config.json say what is stored",
     source=f"{MODELING} PreTrainedModel.tie_weights",
+)
+TIE_OF_FLOAT8 = Rule(
+    id="tie-not-confirmed",
+    title=TIE_NOT_CONFIRMED.title,
+    when="one is FP8 and the other is not, of a quantizer that leaves it so",
+    severity="error",
+    consequence="the load fails where transformers compares them: torch promotes no FP8 type to another",
+    fix="rewrite --on-mismatch keep --fix-config makes config.json say that they are not tied",
+    source=f"{MODELING} PreTrainedModel.tie_weights; torch.equal",
 )
 DUPLICATE_NAMES = Rule(
     id="duplicate-names",
@@ -255,7 +266,7 @@ DUPLICATE_NAMES = Rule(
 )
 
 
-@RULES.add(TIE_NOT_CONFIRMED, DUPLICATE_NAMES)
+@RULES.add(TIE_NOT_CONFIRMED, TIE_OF_FLOAT8, DUPLICATE_NAMES)
 def ties(s: Subject) -> Iterator[Finding]:
     """modeling_utils.py `PreTrainedModel.tie_weights`: a declared tie whose sides are both there and differ is
     declined, and both are kept.
@@ -269,13 +280,23 @@ def ties(s: Subject) -> Iterator[Finding]:
     pairs.sort(key=lambda pair: s.entries[pair[0]].nbytes)
     verdicts = s.equal((s.entries[lead], s.entries[key]) for lead, key in pairs)
     differ: list[str] = []
+    aborting: list[str] = []
     same: dict[str, None] = {}
+    stays = quant_method_of(s.config) in FLOAT8_STAYS
     for pair, verdict in zip(pairs, verdicts, strict=True):
         if verdict is False:
-            differ.append(pair[1])
+            (aborting if stays and _cannot_be_compared(s, *pair) else differ).append(pair[1])
         else:
             same.update(dict.fromkeys(pair))
+    if aborting:
+        yield TIE_OF_FLOAT8.at(aborting, f"{len(aborting)} {TIE_OF_FLOAT8.title}: {TIE_OF_FLOAT8.when}")
     if differ:
         yield TIE_NOT_CONFIRMED.at(differ, f"{len(differ)} {TIE_NOT_CONFIRMED.title}")
     if same:
         yield DUPLICATE_NAMES.at(list(same), f"{len(same)} names of declared ties, stored more than once")
+
+
+def _cannot_be_compared(s: Subject, one: str, other: str) -> bool:
+    """Whether torch.equal raises for two tensors: of one shape, and one of them FP8."""
+    a, b = s.entries[one], s.entries[other]
+    return a.shape == b.shape and a.dtype != b.dtype and any(e.dtype.startswith("F8_") for e in (a, b))
