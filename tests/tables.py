@@ -1,6 +1,6 @@
-"""The tables of READMEs that are made from records: `python -m tests.tables` writes them; a test holds them.
+"""The tables of documents that are made from records: `python -m tests.tables` writes them; a test holds them.
 
-In a README a table stands between two comments, `<!-- table: NAME -->` and `<!-- end -->`.
+In a document a table stands between two comments, `<!-- table: NAME -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 
 def rules_tables() -> list[str]:
     """The rules of every consumer from their records, a heading and a table each."""
-    titled = [(f"### {holder.name} {holder.version}".rstrip(), table(holder.records)) for holder in holders()]
+    titled = [(f"## {holder.name} {holder.version}".rstrip(), table(holder.records)) for holder in holders()]
     return [line for title, lines in titled for line in (title, "", *lines, "")][:-1]
 
 
@@ -64,8 +64,8 @@ TABLES: Mapping[str, tuple[str, Callable[[], list[str]]]] = {
     "formats": ("tierewrite/formats/README.md", formats_table),
     "schemas": ("tierewrite/cli/README.md", schemas_table),
     "exit codes": ("tierewrite/cli/README.md", exit_codes_table),
-    "rules": ("tierewrite/consumers/README.md", rules_tables),
-    "defects": ("tierewrite/consumers/README.md", defects_table),
+    "rules": ("tierewrite/consumers/RULES.md", rules_tables),
+    "defects": ("tierewrite/consumers/RULES.md", defects_table),
 }
 """Name -> the README that it stands in, and what makes it."""
 

@@ -1,4 +1,4 @@
-"""What the records of rules say, as text for `tierewrite explain` and as Markdown for consumers/README.md."""
+"""What the records of rules say, as text for `tierewrite explain` and as Markdown for consumers/RULES.md."""
 
 from __future__ import annotations
 
