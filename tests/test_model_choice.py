@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import tierewrite
 from tests import zoo
 from tierewrite.errors import EXIT_SOURCE, ConfigError
 from tierewrite.ties import candidates
@@ -205,6 +206,16 @@ def test_a_class_that_neither_takes_the_names_nor_finds_its_own_is_doubted_aloud
     ties = asked({**QWEN, "architectures": ["Qwen3ForSequenceClassification"]}, keys)
     assert ties.detail == "Qwen3ForSequenceClassification"
     assert "has no parameter for 'other_head.weight', and no other class of its model_type" in ties.warnings[0]
+
+
+def test_of_a_class_that_does_not_fit_a_tie_of_one_side_renames_nothing(tmp_path: Path) -> None:
+    config = {**QWEN, "architectures": ["Qwen3ForCausalLM"]}
+    entry = ("BF16", (32, 16))
+    entries = {"lm_head.weight": entry, "encoder.embed.weight": entry}
+    zoo.write_headers(tmp_path / "src", zoo.Naive("hub", entries, {}), config)
+    plan = tierewrite.plan(tmp_path / "src")
+    assert {key: planned.target for key, planned in plan.tensors.items()} == {key: key for key in plan.tensors}
+    assert "Qwen3ForCausalLM has no parameter for 'encoder.embed.weight', and no other class" in plan.warnings[0]
 
 
 def test_architectures_may_be_a_text() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -118,11 +118,10 @@ def _every_class() -> list[tuple[str, str]]:
 @pytest.mark.long
 @pytest.mark.parametrize("part", range(PARTS))
 def test_no_odd_config_of_any_class_gives_a_wrong_plan(
-    part: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    part: int, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     classes = _every_class()[part::PARTS]
     records = [record for name, module in classes for record in zoo_odd.judge(name, module, tmp_path)]
-    with capsys.disabled():
-        print(f"\npart {part}: {_odd_summary(records)}")
+    record_property(f"part {part}", _odd_summary(records))  # with --junit-xml=FILE
     assert [record for record in records if record["outcome"] == "wrong"] == []
     assert {record["kind"] for record in records if record["outcome"] == "refused"} <= MAY_BE_REFUSED

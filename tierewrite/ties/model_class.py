@@ -28,7 +28,7 @@ from tierewrite.ties.config_limits import CONFIG_FIX
 from tierewrite.ties.fit import Fit, all_loaded, fit_of
 from tierewrite.ties.patterns import is_regex
 from tierewrite.ties.renames import Renames
-from tierewrite.ties.tie import Declared, ModelNames, rooted
+from tierewrite.ties.tie import Declared, ModelNames, Tie, rooted
 from tierewrite.ties.tied_in_code import tied_in_code
 
 # What a config may carry that changes how a model runs, never which parameters it has. Each can make transformers
@@ -183,10 +183,22 @@ def _of_transformers(
     assert first is not None
     assert chosen is not None
     assert fit is not None
-    if not (fit.strange and (chosen.base or fit.missing)):
+    if not fit.missing and not (fit.strange and chosen.base):
         return first  # a head that leaves names over, or a part of a checkpoint
     said = f"{why}, and no other class of its model_type takes all names of the checkpoint: a tie may be missed"
-    return replace(first, warnings=(*first.warnings, said))
+    return replace(first, ties=_not_of_one_side(first, keys), warnings=(*first.warnings, said))
+
+
+def _not_of_one_side(declared: Declared, keys: Collection[str]) -> tuple[Tie, ...]:
+    """The ties without those of which just one side is there: of a class that does not fit, nothing is renamed by them.
+
+    The `lm_head.weight` of a part of a model may be tied to another tensor than that of the whole.
+    """
+    model = declared.model
+    assert model is not None
+    names = {name for tie in declared.ties for name in (tie.alias, tie.canonical)}
+    there = {name for name in names if all_loaded(model, [name], keys)}
+    return tuple(tie for tie in declared.ties if (tie.alias in there) == (tie.canonical in there))
 
 
 def _takes(declared: Declared, keys: Collection[str], config: Mapping[str, Any], all_of_it: bool) -> bool:
