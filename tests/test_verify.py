@@ -550,6 +550,16 @@ def test_tensors_that_the_index_lacks_are_left_out_on_request(tmp_path: Path, co
         verify(src, tmp_path / "dst")
 
 
+def test_a_proof_under_the_manifests_own_ties_does_not_claim_more(tmp_path: Path) -> None:
+    same = ("U8", [4], b"same")
+    config = {"architectures": ["NobodyKnows"]}
+    src = write_checkpoint(tmp_path / "src", {"embed.weight": same, "head.weight": same}, config=config)
+    tierewrite.rewrite(src, tmp_path / "dst", ties={"head.weight": "embed.weight"})
+    result = verify(src, tmp_path / "dst")
+    assert (result.ok, result.ties_source) == (True, "manifest")
+    assert "OK: DST is exactly what rewriting SRC gives under the ties that DST's tierewrite.json declares." in str(result)
+
+
 # -------------------------------------------------------------------------------------------------------- unreadable
 
 

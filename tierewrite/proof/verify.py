@@ -130,7 +130,8 @@ class Verification(Summary):
         for note in self.notes:
             yield text(f"note: {note}")
         if self.ok:
-            yield text("OK: DST is exactly what rewriting SRC gives.", "green")
+            under = f" under the ties that DST's {MANIFEST_NAME} declares" if self.ties_source == "manifest" else ""
+            yield text(f"OK: DST is exactly what rewriting SRC gives{under}.", "green")
         else:
             yield text(f"{count(len(self.problems), 'problem')} found.", "red")
 
