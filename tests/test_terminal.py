@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import cast
 
 import pytest
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -24,6 +25,7 @@ from tests.faults import REPOSITORY, contents, names_in
 from tierewrite import cli
 from tierewrite.cli.terminal import Door, LogHandler
 from tierewrite.errors import EXIT_CODES, SystemFailure, Undelivered, to_tierewrite_error
+from tierewrite.tables import tied_parameters
 
 QWEN = FIXTURES / "qwen3_tied_bf16" / "naive"
 EVIL = "\x1b]0;owned\x07\x1b[31m\x9b2J\r\u202e\u2066"
@@ -322,3 +324,14 @@ def test_a_command_says_so_with_exit_5(
     assert cli.run(["rewrite", str(QWEN), str(tmp_path / "out"), "--ties", str(ties)]) == 5
     assert "the system starts no further thread" in capsys.readouterr().err
     assert names_in(tmp_path) == ["ties.json"]
+
+
+@pytest.mark.parametrize("name", ["experts.gate_up_proj", "decoder.layers.post_feedforward_layernorm_1"])
+def test_no_name_of_a_table_is_cut_in_eighty_columns(name: str) -> None:
+    made = tied_parameters([name], "groups", "kept", "tensors dropped", "bytes dropped", "scales merged", "ratio")
+    made.add_row(name, "2", "0", "1,064", "18.12 KiB", "16", "1.05x, at most 1.08x")
+    lines = io.StringIO()
+    Console(file=lines, width=80).print(made)
+    shown = lines.getvalue().splitlines()
+    assert max(map(len, shown)) <= 80
+    assert name in "".join(line.split("  ")[0] for line in shown)

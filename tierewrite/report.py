@@ -21,8 +21,8 @@ from tierewrite.tables import (
     kept_lines,
     seconds,
     sizes,
-    table,
     text,
+    tied_parameters,
     ties_lines,
     warning_lines,
 )
@@ -253,7 +253,7 @@ class Report(Summary):
         """What was done with which kind of parameter, and which names went or stayed."""
         by_id = {report.group.id: report for report in self.groups}
         changed, others = changed_kinds([report.group for report in self.groups])
-        made = table("tied parameters", "groups", "kept", "tensors dropped", "bytes dropped", "scales merged", "ratio")
+        made = tied_parameters(changed, "groups", "kept", "tensors dropped", "bytes dropped", "scales merged", "ratio")
         for kind, rows in changed.items():
             reports = [by_id[group.id] for group in rows]
             merged = [scale for report in reports for scale in report.scales]

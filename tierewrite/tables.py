@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from tierewrite.errors import shown
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _SHOWN = 10
 _REPR = 180
+_NAME = 24
+"""A name of so many letters leaves room for six numbers in 80 columns."""
 _WIDTH = 200
 """Columns where nobody's terminal says how wide it is: lines are not cut for scripts."""
 
@@ -68,12 +70,22 @@ def text(line: str, style: str = "") -> Text:
 
 
 def table(*columns: str, left: int = 1) -> Table:
-    """An empty table without lines, of which the first `left` columns are texts and the others numbers."""
+    """An empty table without lines, of which the first `left` columns are texts and the others numbers.
+
+    Where the terminal is too narrow a name goes on in the next line: it is never cut.
+    """
     from rich.table import Table
 
     made = Table(box=None, pad_edge=False, header_style="bold")
     for number, name in enumerate(columns):
-        made.add_column(name, justify="left" if number < left else "right")
+        made.add_column(name, justify="left" if number < left else "right", overflow="fold")
+    return made
+
+
+def tied_parameters(kinds: Iterable[str], *columns: str) -> Table:
+    """An empty table of these kinds of tied parameters, with numbers in `columns`; these give way to the names."""
+    made = table("tied parameters", *columns)
+    made.columns[0].no_wrap = max(map(len, kinds), default=0) <= _NAME
     return made
 
 

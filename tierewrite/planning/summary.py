@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tierewrite.errors import shown
 from tierewrite.planning.plan import GroupPlan, RewritePlan
-from tierewrite.tables import count, kept_lines, sizes, some, table, text, ties_lines, warning_lines
+from tierewrite.tables import count, kept_lines, sizes, some, text, tied_parameters, ties_lines, warning_lines
 from tierewrite.units import size
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def plan_lines(plan: RewritePlan) -> Iterator[RenderableType]:
     yield sizes(before, (plan.total_bytes, plan.total_tensors, len(plan.shards)))
     yield from ties_lines(plan.ties_source, plan.ties_detail, plan.unpaired)
     changed, others = changed_kinds(plan.groups)
-    made = table("tied parameters", "groups", "unconfirmed", "tensors dropped", "bytes dropped")
+    made = tied_parameters(changed, "groups", "unconfirmed", "tensors dropped", "bytes dropped")
     for kind, rows in changed.items():
         made.add_row(
             text(shown(kind)),
