@@ -35,7 +35,8 @@ DTYPES = {
     "torch.complex64": "C64",
     "torch.float8_e4m3fn": "F8_E4M3",
 }
-SIZES = {"F64": 8, "I64": 8, "C64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}  # bytes; the rest have 1
+SIZES = {"F64": 8, "I64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2}
+"""Bytes of one element; those of all others have 1."""
 
 Entry = tuple[str, tuple[int, ...]]
 
