@@ -422,3 +422,19 @@ def test_what_the_environment_lacks_is_no_verdict_on_a_checkpoint(
     monkeypatch.syspath_prepend(Path(consumers.__file__).parent / "loader_process")
     dry_process = importlib.import_module("dry_process")  # as a consumer's own Python finds it
     assert dry_process.of_the_environment(error, "folder") is of_the_environment
+
+
+def test_a_value_is_not_taken_for_unset_memory_that_was_at_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.tensor` is a view to the dispatcher; a sound FP8 checkpoint was at times an error for vLLM."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(Path(consumers.__file__).parent / "loader_process")
+    building = importlib.import_module("dry_writes").Building()
+    with building, torch.device("meta"):
+        for _ in range(50):
+            torch.empty(4)
+            value = torch.tensor(-1.0)
+            assert value.untyped_storage()._cdata not in building.unset
+        unset = torch.empty(4)
+        assert unset.untyped_storage()._cdata in building.unset
+        unset.fill_(0)
+        assert unset.untyped_storage()._cdata not in building.unset

@@ -162,7 +162,7 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "linux" else 1 << 20)
 
 
-def _built(loader: Loader, prepared: Any) -> tuple[torch.nn.Module, set[int]]:
+def _built(loader: Loader, prepared: Any) -> tuple[torch.nn.Module, Mapping[int, Any]]:
     building = Building()
     with building:
         model = loader.build(prepared)
@@ -177,7 +177,9 @@ class Attempt:
         failed: what the consumer said after the last key.
     """
 
-    def __init__(self, loader: Loader, prepared: Any, model: torch.nn.Module, unset: set[int], feed: Feed) -> None:
+    def __init__(
+        self, loader: Loader, prepared: Any, model: torch.nn.Module, unset: Mapping[int, Any], feed: Feed
+    ) -> None:
         self.loader, self.prepared, self.model, self.unset, self.feed = loader, prepared, model, unset, feed
         self.error: Exception | None = None
         self.failed: str | None = None
@@ -249,7 +251,7 @@ class Attempt:
 
 
 def _attempts(
-    loader: Loader, prepared: Any, model: torch.nn.Module, unset: set[int], folder: str
+    loader: Loader, prepared: Any, model: torch.nn.Module, unset: Mapping[int, Any], folder: str
 ) -> tuple[Attempt | Exception, list[tuple[str, Exception]], bool]:
     """Loads until it runs through: keys that abort it are left out, keys whose bytes are asked for are read.
 

@@ -107,21 +107,25 @@ class _File:
 
 
 class Building(TorchDispatchMode):
-    """While a model is built: which memory nobody has set."""
+    """While a model is built: which memory nobody has set.
+
+    Attributes:
+        unset: its addresses, each with the memory: that of a tensor that is gone would be the next one's.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.unset: set[int] = set()
+        self.unset: dict[int, Any] = {}
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = operator(*args, **(kwargs or {}))
         name = operator._schema.name
         if isinstance(result, torch.Tensor):
-            memory = result.untyped_storage()._cdata
+            storage = result.untyped_storage()
             if "empty" in name:
-                self.unset.add(memory)
+                self.unset[storage._cdata] = storage
             elif not name.endswith(_RANDOM) and (name.endswith("_") or not _is_view(operator)):
-                self.unset.discard(memory)
+                self.unset.pop(storage._cdata, None)
         return result
 
 
