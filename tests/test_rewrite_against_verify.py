@@ -37,10 +37,15 @@ def f32(value: float) -> Tensor:
 
 
 def scale(rng: random.Random) -> Tensor:
-    """A calibrated scale, or one of the values that mean it is not."""
+    """A calibrated scale, one of the values that mean it is not, or a number of another dtype, also of one without
+    a value.
+    """
     value = rng.choice([*(rng.uniform(0.01, 5) for _ in range(3)), 1.0, 0.0, -1.0, float("nan"), float("inf"), 1e-42])
     data, shape = struct.pack("<f", value), rng.choice([[], [], [1]])
-    return ("BF16", shape, data[2:]) if rng.random() < 0.2 else ("F32", shape, data)
+    other = rng.choice([None] * 8 + ["BF16", "BF16", "F16", "F64", "F8_E4M3", "F8_E8M0", "I8"])
+    if other is None or other == "BF16":
+        return (other, shape, data[2:]) if other else ("F32", shape, data)
+    return other, shape, rng.randbytes({"F16": 2, "F64": 8}.get(other, 1))
 
 
 def encoded(rng: random.Random, names: tuple[str, str, str]) -> dict[str, Tensor]:
@@ -147,6 +152,7 @@ def attempt(seed: int, folder: Path) -> str:
         "on_mismatch": rng.choice(["keep", "keep", "repack", "error"]),
         "kv_scales": rng.choice(["keep", "merge"]),
         "unify_fused_scales": rng.random() < 0.3,
+        "fill_missing_scales": rng.random() < 0.3,
         "manifest": rng.random() < 0.6,
         "max_shard_size": rng.choice([None, None, 100]),
     }

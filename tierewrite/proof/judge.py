@@ -296,7 +296,7 @@ class Judge:
             keys = tuple(key for key, _ in found)
             self._stand(group, canonical, part, keys, found[0][1])
             reason = why_no_value([self.entries[key] for key in keys])
-            if reason is not None and len(keys) > 1:
+            if reason is not None:  # also of one: its value would be that of all sides, and it has none
                 raise _NotOne(f"{', '.join(keys)}: {reason}")
 
     def _same(self, one: str, other: str, header_only: bool = False) -> None:
