@@ -125,7 +125,8 @@ def other_scale(f: Forger) -> bool:
     key = f.pick(lambda key: any(entry["merged"] for entry in f.entries(key)))
     if key is None:
         return False
-    value = np.frombuffer(f.get(key).data, "<f4" if f.get(key).dtype == "F32" else "<u2")
+    bits = {"F32": "<f4", "F64": "<f8", "BF16": "<u2", "F16": "<u2"}.get(f.get(key).dtype, "u1")
+    value = np.frombuffer(f.get(key).data, bits)
     f.put(key, (value * value.dtype.type(2)).tobytes())
     return f.get(key).data != value.tobytes()
 
