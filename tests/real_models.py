@@ -66,8 +66,8 @@ class RealModel:
         dtype: of all parameters.
         config: members of config.json that decide names, shapes and ties.
         stored: aliases of active ties that the release holds.
-        of_files: whether total_size is that of the files, with their headers.
         counted_once: of these, those that total_size counts as one tensor with what they are tied to.
+        of_files: whether total_size is that of the files, with their headers.
         renamed: how names begin in transformers, and in the release.
         buffers: what is stored beside the parameters: pattern of names -> dtype and shape.
         packed: how weights are quantized.
@@ -87,8 +87,8 @@ class RealModel:
     dtype: str = "BF16"
     config_at: str = ""
     stored: tuple[str, ...] = ()
-    of_files: bool = False
     counted_once: tuple[str, ...] = ()
+    of_files: bool = False
     renamed: tuple[str, str] = ("", "")
     buffers: Mapping[str, zoo.Entry] = field(default_factory=dict)
     packed: Packed | None = None
@@ -175,11 +175,12 @@ def release_of(model: RealModel, **changes: Any) -> Release:
     ours, theirs = model.renamed
 
     def renamed(name: str) -> str:
-        return theirs + name.removeprefix(ours) if ours and name.startswith(ours) else name
+        already = theirs and name.startswith(theirs)  # an older transformers may call it so
+        return theirs + name.removeprefix(ours) if ours and name.startswith(ours) and not already else name
 
     naive: dict[str, zoo.Entry] = {}
     for name, (_, shape) in hub.entries.items():
-        for part, of_part in unpacked(renamed(name), shape) if model.packed else [(renamed(name), shape)]:
+        for part, of_part in one_by_one(renamed(name), shape) if model.packed else [(renamed(name), shape)]:
             entry = (model.dtype, of_part)
             naive.update(model.packed.parts(part, entry) if model.packed else {part: entry})
     for pattern, entry in model.buffers.items():
@@ -188,7 +189,7 @@ def release_of(model: RealModel, **changes: Any) -> Release:
     return Release({k: v for k, v in naive.items() if k not in drops or k in model.stored}, naive, drops)
 
 
-def unpacked(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+def one_by_one(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
     """A fused tensor of experts as one tensor for each projection of each expert; any other as it is."""
     module, _, last = name.rpartition(".")
     if not module.endswith(".experts") or last not in ("gate_up_proj", "down_proj"):

@@ -1,8 +1,8 @@
 """Names and sizes of public models: the plan of each, as published and with every alias written out.
 
 The arbiter is transformers' own from_pretrained: what a plan leaves is all that it asks for, with the right shapes. The
-layers, experts and widths are the real ones; the tensors it is given take no memory. It is not asked of packed weights:
-the packages that read them are not installed here.
+layers, experts and widths are the real ones (but see `MERGED`); the tensors it is given take no memory. It is not asked
+of quantized weights: the packages that read them are not installed here.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ from tierewrite.errors import EXIT_SOURCE, ConfigError
 
 KNOWN = [model for model in MODELS if not model.patterns]
 FOREIGN = [model for model in MODELS if model.patterns]
-MERGED = {"mixtral": {"hidden_size": 64, "intermediate_size": 16, "vocab_size": 64}}
-"""Where from_pretrained makes one tensor of many, it needs memory: narrow there, with all layers and experts."""
+MERGED = {
+    "mixtral": {"hidden_size": 64, "intermediate_size": 16, "vocab_size": 64},
+    "qwen3_5_moe_text": {"hidden_size": 64, "moe_intermediate_size": 16, "vocab_size": 64, "num_experts": 8},
+}
+"""from_pretrained needs memory to make one tensor of many experts': its models are narrow, one has 8 of 180 experts."""
 
 
 def named(model: RealModel) -> str:
