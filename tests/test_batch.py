@@ -841,7 +841,7 @@ def test_a_dst_that_is_not_what_would_be_made_fails_and_says_why(
     assert (result.status, result.exit_code) == ("failed", 2)
     assert result.error is not None
     assert reason in result.error["message"]
-    assert "--overwrite" in result.error["message"]
+    assert "overwrite=True" in result.error["message"]
     assert snapshot(dst) == before
     assert statuses(tmp_path / "models", **options, overwrite=True) == ["rewritten"]
     assert digests(dst)["model.embed_tokens.weight"] == digests(src)["model.embed_tokens.weight"]

@@ -114,7 +114,7 @@ def test_refusal_names_every_group_and_both_tensors(naive: Naive, tmp_path: Path
     (group,) = error.value.details["groups"]
     assert group["canonical"] == "model.embed_tokens.weight"
     assert group["aliases"] == ["lm_head.weight"]
-    assert "--on-mismatch keep" in str(error.value)
+    assert 'on_mismatch="keep"' in str(error.value)
 
 
 def test_keep_leaves_every_quantized_and_unquantized_pair_untouched(naive: Naive, tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_a_local_folder_costs_nothing_of_the_hub(tmp_path: Path) -> None:
 
 def test_a_revision_of_a_folder_is_a_usage_error(tmp_path: Path) -> None:
     for call in (hub.fetched, hub.open_checkpoint):
-        with pytest.raises(UsageError, match="--revision"):
+        with pytest.raises(UsageError, match="revision"):
             call(tmp_path, revision="main")
 
 

@@ -101,7 +101,7 @@ def test_drafts_and_reward_models_with_names_of_their_own_stay_refused(
     base = {"llama": "LlamaModel", "qwen3": "Qwen3Model", "bert": "BertModel"}[config["model_type"]]
     prefix = "bert." if base == "BertModel" else "model."
     keys = [prefix + key for key in keys_of(base, config)] + extra
-    with pytest.raises(ConfigError, match=r"is unknown.*--ties FILE") as caught:
+    with pytest.raises(ConfigError, match=r"is unknown.*ties=FILE") as caught:
         asked(config, keys)
     assert caught.value.exit_code == EXIT_SOURCE
 

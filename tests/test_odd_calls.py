@@ -117,7 +117,7 @@ def test_loader_that_is_no_loader_is_told_with_what_to_do(tmp_path: Path) -> Non
         tierewrite.check(SRC, "vllm", ties=TIES, loader="require", consumer_python=program)
     assert str(error.value) == (
         "vLLM's own loader could not be asked: its process ended with status 3: garbage \\x1b[31m; name a Python in "
-        "which vLLM works (--consumer-python), or leave out --loader require"
+        'which vLLM works (consumer_python), or leave out loader="require"'
     )
 
 
@@ -141,7 +141,7 @@ def test_scan_counts_a_checkpoint_once_by_whatever_names(tmp_path: Path) -> None
 
 
 def test_sample_goes_with_values() -> None:
-    with pytest.raises(tierewrite.UsageError, match="--sample goes with --values"):
+    with pytest.raises(tierewrite.UsageError, match="sample goes with values=True"):
         tierewrite.check(SRC, ties=TIES, sample=3)
 
 

@@ -78,7 +78,7 @@ def test_a_refusal_says_whether_one_side_is_quantized(quantized: bool, tmp_path:
     with pytest.raises(Refused) as caught:
         tierewrite.rewrite(dst=tmp_path / "dst", **given)
     assert ("'lm_head' is quantized and " in str(caught.value)) is quantized
-    assert "--on-mismatch keep" in str(caught.value)
+    assert 'on_mismatch="keep"' in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -388,10 +388,10 @@ def half_written_is_refused_by_all(case: Case, store: Store, folder: Path) -> No
     with pytest.raises(tierewrite.SourceError, match=INCOMPLETE_NAME):
         open_folder(copy)
     assert not (folder / "of-half").exists()
-    with pytest.raises(tierewrite.UsageError, match="--resume") as usage:
+    with pytest.raises(tierewrite.UsageError, match="resume=True") as usage:
         up(case, store)
     assert usage.value.exit_code == 2
-    assert "--overwrite" in str(usage.value)
+    assert "overwrite=True" in str(usage.value)
 
 
 @pytest.mark.parametrize("number", range(1, len(WRITES) + 1))

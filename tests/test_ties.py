@@ -449,7 +449,7 @@ def test_a_cycle_in_config_json_is_refused() -> None:
     ids=range(17),
 )
 def test_a_config_that_names_no_class_that_can_be_built_is_refused(config: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"--ties FILE|expected|takes a") as caught:
+    with pytest.raises(ConfigError, match=r"ties=FILE|expected|takes a") as caught:
         resolve(config)
     assert caught.value.exit_code == EXIT_SOURCE
     assert str(caught.value.file).endswith("config.json")
@@ -460,7 +460,7 @@ def test_an_unbuildable_config_is_refused_with_both_versions_and_the_way_out() -
 
     with pytest.raises(ConfigError) as caught:
         resolve({**QWEN, "transformers_version": "9.1.0", "model_type": "qwen99", "architectures": ["Qwen99"]})
-    for part in ("9.1.0", transformers.__version__, "--ties"):
+    for part in ("9.1.0", transformers.__version__, "ties=FILE"):
         assert part in str(caught.value)
 
 
@@ -516,7 +516,7 @@ def test_a_class_that_cannot_be_built_falls_back_to_its_own_plain_declarations(
     assert pairs(ties) == HEAD
     assert any("timm" in warning for warning in ties.warnings)
     assert pairs(resolve({**QWEN, "tie_word_embeddings": False})) == {}
-    with pytest.raises(ConfigError, match=r"timm.*--ties FILE"):
+    with pytest.raises(ConfigError, match=r"timm.*ties=FILE"):
         resolve(GEMMA | {"architectures": ["DiffusionGemmaModel"]})
 
 
@@ -574,7 +574,7 @@ def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("own_modules")
 def test_remote_code_is_not_run_without_leave(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config = remote(tmp_path, '{"head.weight": "embed.weight"}')
-    with pytest.raises(ConfigError, match=r"--trust-remote-code.*--ties FILE") as caught:
+    with pytest.raises(ConfigError, match=r"trust_remote_code=True.*ties=FILE") as caught:
         resolve(config, tmp_path)
     assert caught.value.exit_code == EXIT_SOURCE
     assert "remote code speaks" not in capfd.readouterr().out

@@ -13,6 +13,8 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
+from tierewrite.spelling import spelled
+
 EXIT_OK = 0
 EXIT_INTERNAL = 1
 EXIT_USAGE = 2
@@ -103,7 +105,7 @@ class TierewriteError(Exception):
         where = [shown(self.file)] if self.file is not None else []
         if self.tensor is not None:
             where.append(f"tensor '{shown(self.tensor)}'")
-        message = super().__str__()
+        message = spelled(super().__str__())
         return f"{', '.join(where)}: {message}" if where else message
 
     def __reduce__(self) -> tuple[Any, ...]:

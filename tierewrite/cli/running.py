@@ -22,6 +22,7 @@ from tierewrite.errors import (
     UsageError,
     to_tierewrite_error,
 )
+from tierewrite.spelling import of_a_command
 
 ERROR_SCHEMA = "tierewrite/error/1"
 
@@ -30,7 +31,8 @@ def run(arguments: list[str]) -> int:
     """See `tierewrite.cli.run`."""
     as_json = "--json" in arguments
     out, err = Door(sys.stdout, must_arrive=True), Door(sys.stderr)
-    with contextlib.redirect_stdout(cast(TextIO, out)), contextlib.redirect_stderr(cast(TextIO, err)):
+    redirected = contextlib.redirect_stdout(cast(TextIO, out)), contextlib.redirect_stderr(cast(TextIO, err))
+    with redirected[0], redirected[1], of_a_command():
         try:
             code = _carried_out(arguments, as_json)
             try:

@@ -21,6 +21,7 @@ import tierewrite
 from tierewrite.errors import SystemFailure, TierewriteError, UsageError, first_line, shown
 from tierewrite.report import Pushed
 from tierewrite.source import hub
+from tierewrite.spelling import of_a_command
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.places import FilePath, is_local, located
 
@@ -161,6 +162,11 @@ class Push:
 
 def answer(repo: str, private: bool, folder: str) -> str:
     """What the process that uploads says at its end: a `Pushed`, or an error, as JSON."""
+    with of_a_command():  # who shows the message spells its options
+        return _answer(repo, private, folder)
+
+
+def _answer(repo: str, private: bool, folder: str) -> str:
     try:
         return json.dumps(Push(repo, private).upload(Path(folder)).to_json())
     except TierewriteError as error:

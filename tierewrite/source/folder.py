@@ -38,6 +38,7 @@ from tierewrite.source.table import (
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.places import FilePath
 from tierewrite.stores.remote import RemotePath
+from tierewrite.tables import count
 
 WANTED = "expected a checkpoint folder holding *.safetensors files"
 _FIX_JSON = "correct it, or copy it from the original model"
@@ -220,13 +221,13 @@ def _without_unindexed(
     more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
     if not ignore:
         raise ShardIndexError(
-            f"holds {len(lacking)} tensors that {INDEX_NAME} lacks: {listed}{more}. Loaders would not read them",
+            f"holds {count(len(lacking), 'tensor')} that {INDEX_NAME} lacks: {listed}{more}. Loaders read what it has",
             file=root / shards[tensors[lacking[0]].shard].name,
             tensor=lacking[0],
             details={"unindexed": lacking},
-            advice="add them to the index, or pass --ignore-unindexed to leave them out",
+            advice="add to the index what it lacks, or leave it out with --ignore-unindexed",
         )
-    warnings.append(f"left out {len(lacking)} tensors that the index lacks: {listed}{more}")
+    warnings.append(f"left out {count(len(lacking), 'tensor')} that the index lacks: {listed}{more}")
     return tensors.where(indexed)
 
 

@@ -15,9 +15,9 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from tierewrite.errors import ConfigError, TieFileError, shown
+from tierewrite.errors import ConfigError, TieFileError, UsageError, shown
 from tierewrite.source.open import rename_in_errors
 from tierewrite.source.table import Checkpoint
 from tierewrite.stores.places import local_file
@@ -28,6 +28,13 @@ from tierewrite.ties.tie import FLAG, Declared, Tie, TiesGiven, rooted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+
+class DeclaresTies(Protocol):
+    """A model of transformers: a `PreTrainedModel`."""
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Alias -> canonical name of every tie that its classes declare."""
 
 
 class TieMap(Summary, Declared):
@@ -85,8 +92,14 @@ class TieMap(Summary, Declared):
             )
 
     @classmethod
-    def from_model(cls, model: Any) -> TieMap:
-        """The ties of a live transformers model (any device; no weight is read)."""
+    def from_model(cls, model: DeclaresTies) -> TieMap:
+        """The ties of a live transformers model (any device; no weight is read).
+
+        Raises:
+            UsageError: it is none.
+        """
+        if not callable(getattr(model, "get_expanded_tied_weights_keys", None)):
+            raise UsageError(f"the model is of type {type(model).__name__}; expected a model of transformers")
         pairs, origins, unpaired, warned = meta_model.declared_by(model, {})
         ties = rooted(pairs, origins, ConfigError, None)
         return cls(ties, "class", type(model).__name__, unpaired, warned, meta_model.names_of(model))
