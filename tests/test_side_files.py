@@ -65,6 +65,8 @@ def test_what_is_excluded_is_not_there_and_the_proof_agrees(
     assert files(out) == (OURS | {*OTHER, *KEPT}) - left_out
     stated = json.loads((out / "tierewrite.json").read_text())["options"]["exclude"]
     assert stated == ([patterns] if isinstance(patterns, str) else patterns)
+    idle = [warning for warning in report.warnings if "exclude 'config.json', 'nothing' leaves out nothing" in warning]
+    assert len(idle) == (not left_out)
     assert left_out.isdisjoint(name for warning in report.warnings for name in OTHER if name in warning)
     assert tierewrite.verify(src, out, ties=ties, exclude=patterns).ok
     found = tierewrite.verify(src, out, ties=ties)

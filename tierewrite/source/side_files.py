@@ -30,14 +30,18 @@ def other_weights(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def excluding(checkpoint: Checkpoint, patterns: Sequence[str]) -> Checkpoint:
-    """`checkpoint` without the side files whose name, or path in it, one of the wildcards matches; folders stay."""
-    kept = tuple(
-        side
-        for side in checkpoint.side_files
-        if side.name in _ALWAYS
-        or not any(
-            fnmatchcase(side.name, pattern) or fnmatchcase(side.name.rpartition("/")[2], pattern)
-            for pattern in patterns
-        )
-    )
-    return replace(checkpoint, side_files=kept)
+    """`checkpoint` without the side files whose name, or path in it, one of the wildcards matches; folders stay.
+
+    A warning names each wildcard that leaves nothing out: it may be misspelled.
+    """
+    names = [side.name for side in checkpoint.side_files if side.name not in _ALWAYS]
+    matched = {pattern: {name for name in names if _matches(name, pattern)} for pattern in patterns}
+    idle = [f"'{shown(pattern)}'" for pattern, found in matched.items() if not found]
+    said = (f"exclude {', '.join(idle)} leaves out nothing: no file of SRC that may be left out has such a name",)
+    left_out = set().union(*matched.values())
+    kept = tuple(side for side in checkpoint.side_files if side.name not in left_out)
+    return replace(checkpoint, side_files=kept, warnings=(*checkpoint.warnings, *(said if idle else ())))
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition("/")[2], pattern)
