@@ -31,6 +31,7 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup; all that t
 _LONGEST = (
     "test_zoo.py", "test_ray.py", "test_stores_faults.py", "test_stores.py", "test_verify.py", "test_adversary.py",
     "test_smoke.py", "test_crashes.py", "test_hub.py", "test_families.py", "test_streaming.py", "test_faults.py",
+    "test_real_models.py",
 )  # fmt: skip
 """Files that take longest begin first, so that no process waits for another at the end (bin/test)."""
 
