@@ -218,6 +218,13 @@ def test_of_a_class_that_does_not_fit_a_tie_of_one_side_renames_nothing(tmp_path
     assert "Qwen3ForCausalLM has no parameter for 'encoder.embed.weight', and no other class" in plan.warnings[0]
 
 
+def test_where_a_parameter_is_missing_a_head_that_is_not_stored_is_still_tied() -> None:
+    keys = [key for key in QWEN_KEYS if key not in ("lm_head.weight", "model.norm.weight")]
+    ties = asked({**QWEN, "architectures": ["Qwen3ForCausalLM"]}, keys)
+    assert pairs(ties) == HEAD  # else a consumer is said to lack the head, too
+    assert "holds nothing for 'model.norm.weight'" in ties.warnings[0]
+
+
 def test_architectures_may_be_a_text() -> None:
     ties = asked({**QWEN, "architectures": "Qwen3ForCausalLM"}, QWEN_KEYS)
     assert pairs(ties) == HEAD

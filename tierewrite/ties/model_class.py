@@ -186,11 +186,11 @@ def _of_transformers(
     if not fit.missing and not (fit.strange and chosen.base):
         return first  # a head that leaves names over, or a part of a checkpoint
     said = f"{why}, and no other class of its model_type takes all names of the checkpoint: a tie may be missed"
-    return replace(first, ties=_not_of_one_side(first, keys), warnings=(*first.warnings, said))
+    return replace(first, ties=_without_renames(first, keys), warnings=(*first.warnings, said))
 
 
-def _not_of_one_side(declared: Declared, keys: Collection[str]) -> tuple[Tie, ...]:
-    """The ties without those of which just one side is there: of a class that does not fit, nothing is renamed by them.
+def _without_renames(declared: Declared, keys: Collection[str]) -> tuple[Tie, ...]:
+    """The ties but those of which the alias alone is there: a class that does not fit renames nothing.
 
     The `lm_head.weight` of a part of a model may be tied to another tensor than that of the whole.
     """
@@ -198,7 +198,7 @@ def _not_of_one_side(declared: Declared, keys: Collection[str]) -> tuple[Tie, ..
     assert model is not None
     names = {name for tie in declared.ties for name in (tie.alias, tie.canonical)}
     there = {name for name in names if all_loaded(model, [name], keys)}
-    return tuple(tie for tie in declared.ties if (tie.alias in there) == (tie.canonical in there))
+    return tuple(tie for tie in declared.ties if tie.alias not in there or tie.canonical in there)
 
 
 def _takes(declared: Declared, keys: Collection[str], config: Mapping[str, Any], all_of_it: bool) -> bool:
