@@ -136,11 +136,11 @@ _TIES: dict[str, TieMap] = {}
 
 @pytest.fixture
 def remembered_ties(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Variants of one checkpoint share a config: its class is built once for all of them."""
+    """Variants with one config and the same names: their class is built once for all of them."""
     resolve = TieMap.resolve
 
     def remembered(root: Path, config: dict[str, Any], **options: Any) -> TieMap:
-        chosen = {name: str(value) for name, value in options.items() if name != "keys"}
+        chosen = {name: sorted(value) if name == "keys" else str(value) for name, value in options.items()}
         key = json.dumps([config, chosen], sort_keys=True)
         if key not in _TIES:
             _TIES[key] = resolve(root, config, **options)
