@@ -28,7 +28,7 @@ from tierewrite.numbers import nvfp4
 INDEX = "model.safetensors.index.json"
 MANIFEST = "tierewrite.json"
 COUNTS = {
-    "qwen3_tied_bf16": 300,
+    "qwen3_tied_bf16": 1080,
     "dg_nvfp4": 30,
     "dg_nvfp4_kvfp8": 30,
     "dg_nvfp4_sharded": 30,
