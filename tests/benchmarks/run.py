@@ -250,8 +250,8 @@ class Bench:
             shutil.rmtree(out)
         if failed:
             style = "red" if case.ours else "yellow"  # not every file system clones
-            said = f"{case.name} on {name}: exit {sample.exit}\n{sample.error.strip()}"
-            self.console.print(said, style=style, markup=False)
+            said = sample.error.strip() if case.ours else "".join(sample.error.strip().splitlines()[-1:])
+            self.console.print(f"{case.name} on {name}: exit {sample.exit}\n{said}", style=style, markup=False)
         else:
             self.console.print(f"  {name}: {case.name}: {sample.wall:.2f} s", highlight=False)
         return sample
