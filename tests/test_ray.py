@@ -589,7 +589,7 @@ def test_without_ray_the_extra_is_named(naive: Naive, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"engine": "local", "ray_address": "auto"}, "belongs to --engine ray"),
+        ({"engine": "local", "ray_address": "auto"}, "belongs to engine=\"ray\""),
         ({"engine": "ray", "threads": 2}, "belongs to the local engine"),
         ({"engine": "ray", "device": "tpu"}, "there is no device 'tpu'"),
         ({"engine": "dask"}, "there is no engine 'dask'"),

@@ -112,7 +112,7 @@ def test_the_arbiter_misses_what_is_not_there() -> None:
 def test_code_that_transformers_lacks_is_refused_and_a_ties_file_decides(model: RealModel, tmp_path: Path) -> None:
     made = release_of(model)
     names_are_those_of_the_release(model, made)
-    with pytest.raises(ConfigError, match=r"config\.json: .*--ties FILE") as caught:
+    with pytest.raises(ConfigError, match=r"config\.json: .*ties=FILE") as caught:
         planned(tmp_path / "real", made.real, model)
     assert caught.value.exit_code == EXIT_SOURCE
     assert (model.config.get("architectures") or [model.config["model_type"]])[0] in str(caught.value)

@@ -198,6 +198,7 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
         generate(tmp_path, "tiny")
 
 
+@pytest.mark.long
 def test_the_bench_runs_every_comparison_and_keeps_every_sample(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
@@ -235,6 +236,7 @@ def test_the_model_of_scale_adds_up(place: scale.Place, work: scale.Work, second
     assert seconds <= scale.makespan(work, place, 0.5) <= seconds + later + 1e-6
 
 
+@pytest.mark.long
 def test_the_measure_of_scale_runs_and_simulates_again_from_its_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
