@@ -13,10 +13,11 @@ import tierewrite
 from tests.checkpoints import read_header
 from tests.faults.sources import real
 from tierewrite.planning import alignment
-from tierewrite.planning.alignment import BLOCK_BYTES, RUN_BYTES
+from tierewrite.planning.alignment import RUN_BYTES
 from tierewrite.planning.layout import element_sizes, shards
 from tierewrite.planning.plan import OutShard
 from tierewrite.source.table import TensorEntry, Tensors
+from tierewrite.stores.sharing import BLOCK_BYTES
 
 Spec = tuple[str, str, tuple[int, ...], int]
 """Name, dtype, shape and bytes of a tensor."""

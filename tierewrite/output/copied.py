@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from tierewrite.planning import alignment
-from tierewrite.planning.alignment import BLOCK_BYTES
 from tierewrite.planning.plan import Action, OutShard, RewritePlan
+from tierewrite.stores.sharing import BLOCK_BYTES
 from tierewrite.values.content import Content
 
 STORE_RUN_BYTES = 10 << 20
@@ -68,10 +68,8 @@ def copied_runs(
     number, start, end = tensors.shard[rows], tensors.start[rows], tensors.end[rows]
     plain = ~shard.added & allowed[rows]
     plain[[at for at, name in enumerate(shard.names) if name in contents]] = False
-    joined = np.zeros(len(rows) + 1, bool)  # with the one before
-    joined[1:-1] = plain[1:] & plain[:-1] & (number[1:] == number[:-1]) & (start[1:] == end[:-1])
     position = data_start + shard.start
-    bounds = np.flatnonzero(~joined).tolist()
+    bounds = alignment.run_bounds(tensors, rows, plain).tolist()
     return tuple(
         CopiedRun(first, stop, int(number[first]), int(start[first]), int(end[stop - 1]), int(position[first]))
         for first, stop in itertools.pairwise(bounds)

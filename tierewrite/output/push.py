@@ -207,24 +207,18 @@ def _api() -> HfApi:
 @contextlib.contextmanager
 def _errors(repo: str, state: str) -> Iterator[None]:
     """Inside, what huggingface_hub or the network raises becomes a SystemFailure that says how things stand."""
-    from huggingface_hub import constants, errors, utils
+    from huggingface_hub import constants, errors
 
-    silenced = not utils.are_progress_bars_disabled()
-    if silenced:
-        utils.disable_progress_bars()
-    try:
-        yield
-    except TierewriteError:
-        raise
-    except (errors.HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
-        raise SystemFailure(f"{_said(error, repo, constants.ENDPOINT)}; {state}") from error
-    except Exception as error:
-        if not hub.is_of_the_network(error):
+    with hub.without_bars():
+        try:
+            yield
+        except TierewriteError:
             raise
-        raise SystemFailure(f"{_said(error, repo, constants.ENDPOINT)}; {state}") from error
-    finally:
-        if silenced:
-            utils.enable_progress_bars()
+        except Exception as error:
+            known = isinstance(error, (errors.HfHubHTTPError, OSError, ValueError, RuntimeError))
+            if not known and not hub.is_of_the_network(error):
+                raise
+            raise SystemFailure(f"{_said(error, repo, constants.ENDPOINT)}; {state}") from error
 
 
 def _said(error: Any, repo: str, endpoint: str) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 import msgspec
 
 from tierewrite.errors import UsageError
-from tierewrite.planning.alignment import BLOCK_BYTES
 from tierewrite.planning.plan import OutShard
 from tierewrite.source.header import MAX_HEADER_BYTES
+from tierewrite.stores.sharing import BLOCK_BYTES
 
 _LENGTH = struct.Struct("<Q")
 

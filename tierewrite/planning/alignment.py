@@ -16,9 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from tierewrite.source.table import Tensors
+from tierewrite.stores.sharing import BLOCK_BYTES
 
-BLOCK_BYTES = 4096
-"""Of a file system, at most, for which large runs are laid out: the usual size."""
 RUN_BYTES = 1 << 20
 """A smaller run is not worth another order: writing it takes a millisecond."""
 _HEADER_UNIT = 8
@@ -121,12 +120,10 @@ def _runs(tensors: Tensors, rows: np.ndarray, width: np.ndarray, copied: np.ndar
 
     Small tensors with which a run would begin are left to fill gaps.
     """
-    shard, start, end = tensors.shard[rows], tensors.start[rows], tensors.end[rows]
+    start, end = tensors.start[rows], tensors.end[rows]
     # At the same offset modulo a block a tensor is aligned to its element if it is so in the source.
     fit = copied & (start % np.maximum(width, 1) == 0)
-    joined = np.zeros(len(rows) + 1, bool)  # with the one before
-    joined[1:-1] = fit[1:] & fit[:-1] & (shard[1:] == shard[:-1]) & (start[1:] == end[:-1])
-    bounds = np.flatnonzero(~joined)
+    bounds = run_bounds(tensors, rows, fit)
     large = np.append(np.flatnonzero(end - start >= BLOCK_BYTES), len(rows))
     firsts = np.minimum(large[np.searchsorted(large, bounds[:-1])], bounds[1:] - 1)
     return [
@@ -134,6 +131,17 @@ def _runs(tensors: Tensors, rows: np.ndarray, width: np.ndarray, copied: np.ndar
         for first, stop in zip(firsts.tolist(), bounds[1:].tolist(), strict=True)
         if fit[first] and end[stop - 1] - start[first] >= RUN_BYTES
     ]
+
+
+def run_bounds(tensors: Tensors, rows: np.ndarray, fit: np.ndarray) -> np.ndarray:
+    """int64, positions in `rows` at which a run begins, and len(rows): neighbours in one file, all of them `fit`.
+
+    A tensor that is not fit (bool [n]) is by itself.
+    """
+    shard, start, end = tensors.shard[rows], tensors.start[rows], tensors.end[rows]
+    joined = np.zeros(len(rows) + 1, bool)  # with the one before
+    joined[1:-1] = fit[1:] & fit[:-1] & (shard[1:] == shard[:-1]) & (start[1:] == end[:-1])
+    return np.flatnonzero(~joined)
 
 
 class _Filler:

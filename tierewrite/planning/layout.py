@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tierewrite.planning.alignment import BLOCK_BYTES, arranged, has_runs
+from tierewrite.planning.alignment import arranged, has_runs
 from tierewrite.planning.plan import OutShard
 from tierewrite.source.table import Tensors
+from tierewrite.stores.sharing import BLOCK_BYTES
 
 
 def shards(

@@ -151,7 +151,8 @@ class OutShard:
         rows: int64 [tensors], the row of the source that each tensor is of.
         end: int64 [tensors], end of each tensor in the data section; each starts where the one before ends.
         added: bool [tensors], whether the source has no such tensor: only the header of its row is taken.
-        data_start: offset of the data section in the file, modulo `alignment.BLOCK_BYTES`; None: where the header ends.
+        data_start: offset of the data section in the file, modulo `stores.sharing.BLOCK_BYTES`; None: where the header
+            ends.
     """
 
     name: str

@@ -269,20 +269,28 @@ def folders_of(names: Iterable[str]) -> tuple[str, ...]:
 @contextlib.contextmanager
 def _hub(repo: str, revision: str | None, bars: bool) -> Iterator[None]:
     """Inside, what huggingface_hub raises becomes an error of ours that names the id and what to do."""
+    with contextlib.nullcontext() if bars else without_bars():
+        try:
+            yield
+        except TierewriteError:
+            raise
+        except Exception as error:
+            ours = _translated(error, repo, revision)
+            if ours is None:
+                raise
+            raise ours from error
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Inside, huggingface_hub shows no bars of its own; afterwards as before."""
     from huggingface_hub import utils
 
-    silenced = not bars and not utils.are_progress_bars_disabled()
+    silenced = not utils.are_progress_bars_disabled()
     if silenced:
         utils.disable_progress_bars()
     try:
         yield
-    except TierewriteError:
-        raise
-    except Exception as error:
-        ours = _translated(error, repo, revision)
-        if ours is None:
-            raise
-        raise ours from error
     finally:
         if silenced:
             utils.enable_progress_bars()
