@@ -17,6 +17,7 @@ from tierewrite import digest
 from tierewrite.consumers.folder import Folder
 from tierewrite.consumers.values import kind_of, read_values
 from tierewrite.digest.cpu import CpuDigester, CpuStream
+from tierewrite.engines import trial
 from tierewrite.engines.local import LocalEngine
 from tierewrite.errors import UsageError
 from tierewrite.numbers.arithmetic import device_arrays
@@ -35,6 +36,12 @@ def _cuda() -> None:
         pytest.skip(f"no GPU: {error}")
 
 
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the CPU's first task a GPU is asked for, and stays."""
+    for name, value in {"SETTLES": 0.0, "LASTS": 1e-9, "PAYS": 0.0, "_WORTH": 0.0}.items():
+        monkeypatch.setattr(trial, name, value)
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("_cuda")
 @pytest.mark.parametrize("case", CASES)
@@ -49,12 +56,14 @@ def test_output_is_byte_identical_on_a_gpu(case: str, naive: Naive, tmp_path: Pa
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("_cuda")
-def test_auto_takes_the_gpu_and_says_so(naive: Naive, tmp_path: Path) -> None:
-    with LocalEngine() as engine:
-        engine._selected.result()  # so small a checkpoint would else be hashed before the GPU is ready
-        checkpoint = open_folder(naive("qwen3_tied_bf16"))
+def test_auto_takes_the_gpu_and_says_so(naive: Naive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    impatient(monkeypatch)
+    monkeypatch.setattr("tierewrite.output.work._TENSORS_PER_TASK", 16)
+    with LocalEngine(threads=1) as engine:
+        engine._prepared().result()  # so small a checkpoint would else be hashed before the GPU is ready
+        checkpoint = open_folder(naive("dg_nvfp4_sharded"))
         found = engine.hash(checkpoint, list(checkpoint.tensors), "hashing")
-        assert "CPU" not in engine.device
+        assert engine.device.startswith("CPU, then ")
         assert "CuPy" in engine.device
     with LocalEngine("cpu") as engine:
         assert engine.hash(checkpoint, list(checkpoint.tensors), "hashing") == found
@@ -77,7 +86,7 @@ class Late:
                 left[0] -= 1
                 if left[0] == 0:
                     ready.set()
-                    time.sleep(0.2)  # now it is
+            time.sleep(0.01)  # tasks are left when it is
             return update(stream, *arguments)
 
         monkeypatch.setattr(CpuStream, "update", counted)
@@ -104,6 +113,7 @@ def test_the_cpu_hashes_until_the_gpu_is_ready(
     buffers: int, naive: Naive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     late = Late(monkeypatch, buffers)
+    impatient(monkeypatch)
     monkeypatch.setattr("tierewrite.output.one_pass.BUFFER_BYTES", 1 << 20)
     monkeypatch.setattr("tierewrite.output.work.BUFFER_BYTES", 1 << 20)
     monkeypatch.setattr("tierewrite.output.work._TENSORS_PER_TASK", 16)
@@ -111,6 +121,17 @@ def test_the_cpu_hashes_until_the_gpu_is_ready(
     assert digests(tmp_path / "out") == right_answer("dg_nvfp4_sharded")
     assert late.used >= 1
     assert report.device == "CPU, then a GPU that is late"
+
+
+def test_for_little_work_no_gpu_is_looked_for(naive: Naive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    select = digest.select
+    choose = lambda device, **more: asked.append(device) or select(device, **more)  # type: ignore[func-returns-value]  # noqa: E731
+    monkeypatch.setattr(digest, "select", choose)
+    report = tierewrite.rewrite(naive("dg_nvfp4_sharded"), tmp_path / "out", verify=True)
+    assert digests(tmp_path / "out") == right_answer("dg_nvfp4_sharded")
+    assert set(asked) == {"cpu"}
+    assert report.device == "CPU"
 
 
 @pytest.mark.parametrize(
@@ -124,15 +145,13 @@ def test_the_faster_one_is_named(faster: str, device: str, monkeypatch: pytest.M
     with LocalEngine() as engine:
         engine._trial.chosen = engine._cpu
         assert engine.digester() is engine._cpu
-        engine._trial.chosen = engine._selected.result()
-        assert engine.digester() is engine._selected.result()
-        engine._trial.chosen = engine._cpu if faster == "cpu" else engine._selected.result()
+        engine._trial.chosen = engine._prepared().result()
+        assert engine.digester() is engine._prepared().result()
+        engine._trial.chosen = engine._cpu if faster == "cpu" else engine._prepared().result()
         assert engine.device == device
 
 
-def test_a_gpu_that_is_asked_for_is_waited_for(
-    naive: Naive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gpu_that_is_asked_for_is_waited_for(naive: Naive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     late = Late(monkeypatch, 0)
     select = digest.select
 
@@ -199,11 +218,11 @@ def test_gpu_that_fails_midway_is_replaced_by_the_cpu(
 ) -> None:
     select = digest.select
     failing = Failing(good)
-    choose = lambda device, **more: failing if device == "auto" else select(device, **more)  # noqa: E731
+    choose = lambda device, **more: failing if device == "cuda" else select(device, **more)  # noqa: E731
     monkeypatch.setattr(digest, "select", choose)
     monkeypatch.setattr("tierewrite.output.one_pass.BUFFER_BYTES", 1 << 20)
     monkeypatch.setattr("tierewrite.output.work.BUFFER_BYTES", 1 << 20)
-    report = tierewrite.rewrite(naive("dg_nvfp4_sharded"), tmp_path / "out", max_shard_size="50KB")
+    report = tierewrite.rewrite(naive("dg_nvfp4_sharded"), tmp_path / "out", max_shard_size="50KB", device="cuda")
     assert digests(tmp_path / "out") == right_answer("dg_nvfp4_sharded")
     assert any("the CPU goes on" in record.message for record in caplog.records)
     assert report.device.startswith("CPU")

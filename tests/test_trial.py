@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from tierewrite.digest import DeviceFailed, Digester
-from tierewrite.engines.trial import LASTS, SETTLES, Trial
+from tierewrite.engines.trial import LASTS, PAYS, SETTLES, Trial
 
 
 class One:
@@ -19,13 +19,24 @@ CPU, GPU = cast("Digester", One("cpu")), cast("Digester", One("cuda"))
 
 
 class Field:
-    """Work in pieces of 10 ms; what a digester moves in one is its rate."""
+    """Work in pieces of 10 ms; what a digester moves in one is its rate.
 
-    def __init__(self, cpu: int, gpu: int, ready: float) -> None:
+    Args:
+        ready: seconds from being asked for until the GPU is ready.
+        left: bytes of the pass.
+    """
+
+    def __init__(self, cpu: int, gpu: int, ready: float, left: int = 1 << 40) -> None:
         self.now = 0.0
+        self.asked: float | None = None
+        self.ready = ready
         self.rates = {CPU: cpu, GPU: gpu}
-        self.trial = Trial(CPU, lambda: GPU if self.now >= ready else None, lambda: self.now)
-        self.trial.begin()
+        self.trial = Trial(CPU, self.gpu, lambda: self.now)
+        self.trial.begin(left)
+
+    def gpu(self) -> Digester | None:
+        self.asked = self.now if self.asked is None else self.asked
+        return GPU if self.now - self.asked >= self.ready else None
 
     def work(self, seconds: float) -> list[Digester]:
         """Who did the pieces, without repetitions."""
@@ -45,9 +56,8 @@ class Field:
         (100, 300, 1.0, [CPU, GPU]),
         (300, 100, 1.0, [CPU, GPU, CPU]),
         (100, 95, 1.0, [CPU, GPU]),  # about as fast: the CPU is left to others
-        (100, 300, 0.0, [GPU, CPU, GPU]),  # ready at once: the CPU has its turn later
-        (300, 100, 0.0, [GPU, CPU]),
-        (100, 300, 0.3, [CPU, GPU, CPU, GPU]),  # too short a turn to be believed
+        (100, 300, 0.0, [CPU, GPU]),
+        (300, 100, 0.0, [CPU, GPU, CPU]),
         (100, 300, 99.0, [CPU]),
     ],
 )
@@ -61,24 +71,54 @@ def test_it_is_decided_soon_after_the_gpu_is_ready() -> None:
     assert field.trial.chosen is CPU
 
 
+@pytest.mark.parametrize("seconds", [0.0, 0.3, PAYS, PAYS + SETTLES + LASTS - 0.05])
+def test_a_gpu_is_not_prepared_for_seconds_of_work(seconds: float) -> None:
+    field = Field(100, 300, 0.0, left=round(100 * seconds / 0.01))
+    assert field.work(5) == [CPU]
+    assert field.asked is None
+
+
+def test_a_gpu_is_prepared_once_the_cpu_is_known_to_take_longer() -> None:
+    field = Field(100, 300, 1.0, left=round(100 * (PAYS + 1) / 0.01))
+    assert field.work(3) == [CPU, GPU]
+    assert field.asked == pytest.approx(SETTLES + LASTS, abs=0.021)
+
+
+def test_a_later_pass_with_more_work_asks_for_it() -> None:
+    field = Field(100, 300, 0.0, left=1000)
+    assert field.work(1) == [CPU]
+    field.trial.begin(1 << 40)
+    assert field.work(2) == [GPU]
+    assert field.trial.chosen is GPU
+
+
 def test_a_pause_between_two_passes_does_not_count() -> None:
     field = Field(100, 120, 1.0)
     field.work(1.3)
     field.now += 100
-    field.trial.begin()
+    field.trial.begin(1 << 40)
     field.work(2)
     assert field.trial.chosen is GPU
 
 
-def test_without_a_gpu_the_cpu_stays_and_nothing_is_tried() -> None:
-    trial = Trial(CPU, lambda: CPU)
-    assert trial.next() is CPU
-    assert trial.chosen is CPU
+def test_without_a_gpu_the_cpu_stays_and_nothing_more_is_tried() -> None:
+    none_works = cast("Digester", One("cpu"))  # another object, whose description says why
+    field = Field(100, 300, 0.0)
+    field.rates[none_works] = 100
+    asked = []
+    field.trial = Trial(CPU, lambda: asked.append(field.now) or none_works, lambda: field.now)  # type: ignore[func-returns-value]
+    field.trial.begin(1 << 40)
+    assert field.work(5) == [CPU, none_works]
+    assert field.trial.chosen is none_works
+    assert len(asked) == 1
 
 
 def test_a_failure_of_the_gpu_is_for_who_asks() -> None:
     def fails() -> Digester:
         raise DeviceFailed("no driver")
 
+    field = Field(100, 300, 0.0)
+    field.trial = Trial(CPU, fails, lambda: field.now)
+    field.trial.begin(1 << 40)
     with pytest.raises(DeviceFailed, match="no driver"):
-        Trial(CPU, fails).next()
+        field.work(5)

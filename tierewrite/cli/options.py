@@ -124,7 +124,8 @@ run_options: Decorator[Any] = together(
         type=click.Choice(["auto", "cpu", "cuda"]),
         default="auto",
         show_default=True,
-        help="Where the hashing happens; the output is the same. auto: a GPU that works, the CPU until it is ready.",
+        help="Where the hashing happens; the output is the same. auto: the CPU, and a GPU where much is left and it is "
+        "faster.",
     ),
     option("--threads", heading=WORK, type=click.IntRange(1, 256), help="Workers. Default: one a core, at most 8."),
     option(

@@ -20,16 +20,24 @@ PERMUTATION = (2, 6, 3, 10, 7, 0, 4, 13, 1, 11, 12, 5, 9, 14, 15, 8)
 PARENT = 4
 ROOT = 8
 _BLOCK = 64  # bytes of a parent's message: two chaining values
-# columns, then diagonals, of the 4 x 4 state
-_QUARTERS = (
-    (0, 4, 8, 12), (1, 5, 9, 13), (2, 6, 10, 14), (3, 7, 11, 15),
-    (0, 5, 10, 15), (1, 6, 11, 12), (2, 7, 8, 13), (3, 4, 9, 14),
-)  # fmt: skip
+_ROLLED = [[(i + by) % 4 for i in range(4)] for by in range(4)]
 
 
 def _rotate(x: Words, bits: int) -> Words:
     rotated: Words = (x >> np.uint32(bits)) | (x << np.uint32(32 - bits))
     return rotated
+
+
+def _mixed(a: Words, b: Words, c: Words, d: Words, x: Words, y: Words) -> tuple[Words, Words, Words, Words]:
+    """The four quarters of a half round at once: rows of the 4 x 4 state and words of the message, each (4, n)."""
+    a = a + b + x
+    d = _rotate(d ^ a, 16)
+    c = c + d
+    b = _rotate(b ^ c, 12)
+    a = a + b + y
+    d = _rotate(d ^ a, 8)
+    c = c + d
+    return a, _rotate(b ^ c, 7), c, d
 
 
 def parents(left: Words, right: Words, root: npt.NDArray[np.bool_]) -> Words:
@@ -40,21 +48,18 @@ def parents(left: Words, right: Words, root: npt.NDArray[np.bool_]) -> Words:
         root: bool (n,).
     """
     n = len(left)
-    message = [np.ascontiguousarray(column) for column in np.concatenate([left, right], axis=1).T]
-    flags = np.where(root, np.uint32(PARENT | ROOT), np.uint32(PARENT)).astype(np.uint32)
-    state = [np.full(n, word, np.uint32) for word in (*IV, *IV[:4], 0, 0, _BLOCK)] + [flags]
+    message: Words = np.ascontiguousarray(np.concatenate([left, right], axis=1).T)
+    start = np.repeat(np.array([*IV, *IV[:4], 0, 0, _BLOCK, PARENT], np.uint32)[:, None], n, axis=1)
+    start[15, root] |= np.uint32(ROOT)
+    a, b, c, d = start.reshape(4, 4, n)
     for _ in range(7):
-        for i, (a, b, c, d) in enumerate(_QUARTERS):
-            state[a] = state[a] + state[b] + message[2 * i]
-            state[d] = _rotate(state[d] ^ state[a], 16)
-            state[c] = state[c] + state[d]
-            state[b] = _rotate(state[b] ^ state[c], 12)
-            state[a] = state[a] + state[b] + message[2 * i + 1]
-            state[d] = _rotate(state[d] ^ state[a], 8)
-            state[c] = state[c] + state[d]
-            state[b] = _rotate(state[b] ^ state[c], 7)
-        message = [message[i] for i in PERMUTATION]
-    return np.stack([state[i] ^ state[i + 8] for i in range(8)], axis=1)
+        a, b, c, d = _mixed(a, b, c, d, message[0:8:2], message[1:8:2])
+        # the diagonals are the columns of rows that are turned by 1, 2 and 3
+        b, c, d = b[_ROLLED[1]], c[_ROLLED[2]], d[_ROLLED[3]]
+        a, b, c, d = _mixed(a, b, c, d, message[8::2], message[9::2])
+        b, c, d = b[_ROLLED[3]], c[_ROLLED[2]], d[_ROLLED[1]]
+        message = message[list(PERMUTATION)]
+    return np.ascontiguousarray(np.concatenate([a ^ c, b ^ d]).T)
 
 
 def combine(leaves: Sequence[Words]) -> list[bytes]:

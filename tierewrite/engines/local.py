@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 
 from tierewrite import digest, interrupts
 from tierewrite.engines.progress import Progress
@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 class LocalEngine:
     """See `tierewrite.engines.Engine`. What it learns of a failing GPU it keeps from one pass to the next.
 
-    Importing CuPy and preparing the GPUs takes a second or two, in which headers are read and the plan is made; with
-    "auto" the CPU hashes until they are ready, and whichever turns out faster after that (see `Trial`).
+    Importing CuPy and preparing the GPUs takes a second or two. With "cuda" that begins at once, while headers are read
+    and the plan is made; with "auto" the CPU hashes, and where much is left to do, the faster of both (see `Trial`).
     """
 
     def __init__(self, device: str = "auto", threads: int | None = None, progress: Progress | None = None) -> None:
@@ -35,15 +35,26 @@ class LocalEngine:
         self._cpu = digest.select("cpu", threads=1)
         self._digester: digest.Digester | None = self._cpu if device == "cpu" else None
         self._used: dict[str, None] = {}  # descriptions, in the order of their first use
-        self._selecting: ThreadPoolExecutor | None = None
-        if self._digester is None:
-            self._selecting = ThreadPoolExecutor(1, thread_name_prefix="tierewrite-device")
-            self._selected = self._selecting.submit(digest.select, device, threads=1)
-        self._trial = Trial(self._cpu, lambda: self._selected.result() if self._selected.done() else None)
+        self._asked = device
+        self._selecting = ThreadPoolExecutor(1, thread_name_prefix="tierewrite-device")
+        self._selected: Future[digest.Digester] | None = None
+        if self._wait:
+            self._prepared()
+        self._trial = Trial(self._cpu, self._ready)
+
+    def _prepared(self) -> Future[digest.Digester]:
+        """The digester that was asked for, being prepared since the first call."""
+        if self._selected is None:
+            self._selected = self._selecting.submit(digest.select, self._asked, threads=1)
+        return self._selected
+
+    def _ready(self) -> digest.Digester | None:
+        prepared = self._prepared()
+        return prepared.result() if prepared.done() else None
 
     def _now(self) -> digest.Digester:
         if self._digester is None and self._wait:
-            self._digester = self._selected.result()
+            self._digester = self._prepared().result()
         return self._digester or self._trial.next()
 
     def _advance(self, nbytes: int) -> None:
@@ -71,8 +82,7 @@ class LocalEngine:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._selecting is not None:
-            self._selecting.shutdown(wait=True, cancel_futures=True)
+        self._selecting.shutdown(wait=True, cancel_futures=True)
 
     def hash(self, source: Checkpoint, keys: Iterable[str], phase: str) -> dict[str, bytes]:
         """See `Engine`."""
@@ -82,7 +92,7 @@ class LocalEngine:
         """Carries out `work` in one pass. Raises what `Transfer.run` raises."""
         self.progress.start(phase, work.nbytes)
         interrupts.check()
-        self._trial.begin()
+        self._trial.begin(work.nbytes)
         transfer = Transfer(work, self.digester, outputs, self.threads, self._advance)
         try:
             return transfer.run()

@@ -131,8 +131,8 @@ def rewrite(
         trust_remote_code: run the model code that `src` brings, to ask it for its ties.
         ignore_unindexed: leave out tensors that the index does not list, instead of refusing.
         revision: branch, tag or commit of a hub id; None: its main branch.
-        device: where the hashing happens: "cpu", "cuda", or "auto", which takes a GPU that works, the CPU until it is
-            ready. The output is the same.
+        device: where the hashing happens: "cpu", "cuda", or "auto", which takes the CPU, and where that would be busy
+            for more than three seconds a GPU that works, if it turns out to be faster. The output is the same.
         threads: workers that read, hash and write; None: as many as there are cores, at most 8.
         overwrite: swap out what `dst` holds once the new checkpoint is complete; at a URL only what a killed run left.
         in_place: the new checkpoint takes the place of `src`, by one rename, once it is complete.

@@ -1,0 +1,197 @@
+"""The stream of CUDA GPUs on a device made of NumPy: who copies, who hashes and who waits, without a GPU.
+
+Its memory is the host's, a copy is done when it is asked for, and a launch carries out the schedule. Whether the
+kernels are right is tested on a GPU (test_digest.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+import time
+import types
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from blake3 import blake3
+
+from tests.test_digest import subtree
+from tierewrite.digest import DeviceFailed, Span, cuda_stream
+from tierewrite.digest.cuda_stream import CudaStream
+from tierewrite.digest.schedule import Schedule
+
+MIB = 1 << 20
+
+
+class NumpyGpu:
+    """What `CudaStream` asks of a `Gpu`, with arrays in place of the device's memory."""
+
+    number = 0
+
+    def __init__(self, before_copy: Callable[[], object], before_launch: Callable[[], object]) -> None:
+        def copy(target: int, source: int, nbytes: int, kind: int, stream: int) -> None:
+            before_copy()
+            ctypes.memmove(target, source, nbytes)
+
+        def alloc(nbytes: int) -> Any:
+            memory = np.zeros(nbytes, np.uint8)
+            return types.SimpleNamespace(ptr=memory.ctypes.data, memory=memory)
+
+        event = types.SimpleNamespace(record=lambda stream: None, synchronize=lambda: None)
+        self._before_launch = before_launch
+        cuda: dict[str, Any] = {
+            "runtime": types.SimpleNamespace(
+                memcpyAsync=copy, memcpyHostToDevice=1, memcpyDeviceToHost=2, hostAllocPortable=1
+            ),
+            "Device": lambda number: contextlib.nullcontext(),
+            "Stream": lambda **options: _Queue(),
+            "Event": lambda **options: event,
+            "alloc": alloc,
+            "PinnedMemory": lambda nbytes, flags: np.zeros(nbytes, np.uint8),
+            "PinnedMemoryPointer": lambda memory, start: memory,
+        }
+        self.cupy = types.SimpleNamespace(cuda=types.SimpleNamespace(**cuda))
+
+    def launch(self, plan: Schedule, table: int, scratch: int, out: int) -> None:
+        self._before_launch()
+        n = plan.jobs
+        jobs = np.frombuffer((ctypes.c_uint64 * (4 * n)).from_address(table), np.uint64).reshape(4, n)
+        results = (ctypes.c_char * (32 * n)).from_address(out)
+        for i, (start, length, _, tag) in enumerate(jobs.T.tolist()):
+            data = ctypes.string_at(start, length)
+            counter, root = tag & ~(1 << 63), bool(tag >> 63)
+            results[32 * i : 32 * i + 32] = blake3(data).digest() if root else subtree(data, counter)
+
+
+class _Queue:
+    ptr = 0
+
+    def __enter__(self) -> _Queue:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+def stream_on(
+    *gpus: NumpyGpu, buffer_size: int = MIB, slot: int = 4 * MIB, monkeypatch: pytest.MonkeyPatch
+) -> CudaStream:
+    monkeypatch.setattr(cuda_stream, "_SLOT", slot)
+    return CudaStream(gpus, buffer_size)  # type: ignore[arg-type]
+
+
+def a_moment(seed: int) -> Callable[[], None]:
+    """Mostly nothing, now and then a while: other threads come in between."""
+    random, lock = np.random.default_rng(seed), threading.Lock()
+
+    def wait() -> None:
+        with lock:
+            seconds = float(random.choice([0, 0, 1e-5, 1e-4, 1e-3]))
+        time.sleep(seconds)
+
+    return wait
+
+
+class Crew:
+    """Threads of which each hands over buffers of its own, with tensors of many sizes, and waits for each ticket."""
+
+    def __init__(self, stream: CudaStream, turns: int) -> None:
+        self.stream, self.turns = stream, turns
+        self.expected: dict[int, bytes] = {}
+        self._lock = threading.Lock()
+
+    def work(self, number: int) -> None:
+        random = np.random.default_rng(number)
+        buffer = np.empty(MIB, np.uint8)
+        for turn in range(self.turns):
+            buffer[:] = np.frombuffer(random.bytes(MIB), np.uint8)
+            ends = np.sort(random.integers(0, MIB, int(random.integers(1, 60))))
+            spans = []
+            for i, (start, end) in enumerate(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True)):
+                tensor = (number * self.turns + turn) * 100 + i
+                spans.append(Span(tensor, start, end - start, end - start, 0))
+                with self._lock:
+                    self.expected[tensor] = blake3(buffer[start:end].tobytes()).digest()
+            ticket = self.stream.update(buffer, spans)
+            ticket.wait()
+            buffer[:] = 0  # its bytes are not needed any more
+
+    def run(self, threads: int = 8) -> list[BaseException]:
+        """What the threads raised. Fails if one of them hangs."""
+        with ThreadPoolExecutor(threads) as pool:
+            done = [pool.submit(self.work, i) for i in range(threads)]
+            return [error for future in done if (error := future.exception(timeout=60)) is not None]
+
+
+@pytest.mark.parametrize("gpus", [1, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_many_threads_give_the_digests_of_every_tensor(seed: int, gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = [NumpyGpu(a_moment(seed), a_moment(seed + 10)) for _ in range(gpus)]
+    with stream_on(*devices, monkeypatch=monkeypatch) as stream:
+        crew = Crew(stream, turns=20)
+        assert crew.run() == []
+        assert stream.finish() == crew.expected
+
+
+@pytest.mark.parametrize("for_good", [False, True])
+@pytest.mark.parametrize("what", ["copy", "launch"])
+@pytest.mark.parametrize("at", [1, 2, 7, 30])
+def test_after_a_failure_no_thread_hangs_and_no_digest_is_wrong(
+    what: str, at: int, for_good: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, lock, moment = [0], threading.Lock(), a_moment(at)
+
+    def failing() -> None:
+        moment()
+        with lock:
+            calls[0] += 1
+            if calls[0] == at or (for_good and calls[0] > at):
+                raise RuntimeError("cudaErrorIllegalAddress: an illegal memory access was encountered")
+
+    gpu = NumpyGpu(failing, moment) if what == "copy" else NumpyGpu(moment, failing)
+    with stream_on(gpu, monkeypatch=monkeypatch) as stream:
+        crew = Crew(stream, turns=25)
+        errors = crew.run()
+        assert any("illegal memory access" in str(error) for error in errors)
+        assert all(isinstance(error, DeviceFailed) for error in errors)
+        known = stream.salvage()
+        assert known.items() <= crew.expected.items()
+
+
+def test_spans_that_break_a_rule_are_refused_in_every_thread_and_none_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = NumpyGpu(a_moment(1), a_moment(2))
+    refused: list[str] = []
+
+    def work(number: int) -> None:
+        buffer = np.zeros(MIB, np.uint8)
+        for turn in range(20):
+            try:
+                stream.update(buffer, [(turn, 0, MIB, MIB, 0)]).wait()  # of each tensor every thread hands over one
+            except ValueError as error:
+                refused.append(str(error))
+
+    with stream_on(gpu, monkeypatch=monkeypatch) as stream, ThreadPoolExecutor(8) as pool:
+        for future in [pool.submit(work, i) for i in range(8)]:
+            assert future.exception(timeout=60) is None
+    assert refused
+    assert all("handed over twice" in text for text in refused)
+
+
+def test_pieces_and_whole_tensors_share_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = NumpyGpu(lambda: None, lambda: None)
+    data = np.random.default_rng(3).bytes(MIB + 5)
+    with stream_on(gpu, slot=MIB, monkeypatch=monkeypatch) as stream:
+        view = np.frombuffer(data, np.uint8)
+        stream.update(view[:MIB], [(7, 0, MIB, len(data), 0)]).wait()
+        rest = np.concatenate([view[MIB:], view[:100]])
+        spans = [(7, 0, 5, len(data), MIB), (8, 5, 100, 100, 0)]
+        stream.update(rest, spans).wait()
+        found = stream.finish()
+    assert found == {7: blake3(data).digest(), 8: blake3(data[:100]).digest()}
