@@ -150,8 +150,8 @@ def sequences(lengths: list[int], buffer_size: int) -> list[list[Step]]:
     return large + small
 
 
-def from_file(digester: CudaDigester, path: Path, threads: int, buffer_size: int) -> list[dict[str, Any]]:
-    """A file in the page cache through pinned buffers: reading, copying and all together."""
+def from_file(digester: CudaDigester, path: Path, threads: int, buffer_size: int, each: int) -> list[dict[str, Any]]:
+    """A file in the page cache through pinned buffers, `each` for a thread: reading, copying and all together."""
     cupy = digester._cupy
     size = path.stat().st_size
     lengths = mixed_lengths()
@@ -160,17 +160,17 @@ def from_file(digester: CudaDigester, path: Path, threads: int, buffer_size: int
     lengths = [*lengths[:keep], size - int(ends[keep - 1])]  # the last one takes what is left of the file
     work = sequences(lengths, buffer_size)
     assert sum(nbytes for steps in work for _, nbytes, _ in steps) == size
-    buffers = [[digester.host_buffer(buffer_size) for _ in range(2)] for _ in range(threads)]
+    buffers = [[digester.host_buffer(buffer_size) for _ in range(each)] for _ in range(threads)]
     file = os.open(path, os.O_RDONLY)
 
     def passes(hand_over: Callable[[Any, Any], Any]) -> None:
-        """Threads take sequences, and read the steps of each into their two buffers in turn."""
+        """Threads take sequences, and read the steps of each into their buffers in turn."""
         lock = threading.Lock()
         upcoming = iter(work)
         failures: list[BaseException] = []
 
         def reader(mine: list[Any]) -> None:
-            tickets: list[Any] = [None, None]
+            tickets: list[Any] = [None] * each
             turn = 0
             try:
                 while not failures:
@@ -185,7 +185,7 @@ def from_file(digester: CudaDigester, path: Path, threads: int, buffer_size: int
                         while done < nbytes:
                             done += os.preadv(file, [mine[turn].data[done:nbytes]], offset + done)
                         tickets[turn] = hand_over(mine[turn], spans)
-                        turn = 1 - turn
+                        turn = (turn + 1) % each
             except BaseException as error:
                 failures.append(error)
             for ticket in tickets:
@@ -248,7 +248,8 @@ def main() -> int:
     parser.add_argument("--file-gib", type=float, default=8, help="GiB of the file; 0 leaves that part out")
     parser.add_argument("--folder", help="where to make the file (default: the system's temporary folder)")
     parser.add_argument("--threads", type=int, default=8, help="reader threads")
-    parser.add_argument("--buffer-mib", type=int, default=8, help="MiB of each buffer; two for each thread")
+    parser.add_argument("--buffer-mib", type=int, default=8, help="MiB of each buffer")
+    parser.add_argument("--buffers", type=int, default=1, help="buffers of each thread (default: 1, as in a pass)")
     parser.add_argument("--json", help="also write the figures to this file")
     args = parser.parse_args()
     begin = time.perf_counter()
@@ -264,7 +265,7 @@ def main() -> int:
                 left = int(args.file_gib * GIB)
                 while left:
                     left -= file.write(block[: min(left, len(block) - 5)])
-            rows += from_file(digester, path, args.threads, args.buffer_mib << 20)
+            rows += from_file(digester, path, args.threads, args.buffer_mib << 20, args.buffers)
     for row in rows:
         ratios = "".join(f"  {value:5.1%} {key}" for key, value in row.items() if key.startswith("of "))
         print(f"{row['what']:<48} {row['bytes'] / GB:8.2f} GB {row['GB/s']:9.1f} GB/s{ratios}")
