@@ -61,13 +61,13 @@ def defects_table() -> list[str]:
 
 
 TABLES: Mapping[str, tuple[str, Callable[[], list[str]]]] = {
-    "formats": ("tierewrite/formats/README.md", formats_table),
-    "schemas": ("tierewrite/cli/README.md", schemas_table),
-    "exit codes": ("tierewrite/cli/README.md", exit_codes_table),
+    "formats": ("tierewrite/formats/FAMILIES.md", formats_table),
+    "schemas": ("tierewrite/cli/JSON_AND_EXIT_CODES.md", schemas_table),
+    "exit codes": ("tierewrite/cli/JSON_AND_EXIT_CODES.md", exit_codes_table),
     "rules": ("tierewrite/consumers/RULES.md", rules_tables),
     "defects": ("tierewrite/consumers/RULES.md", defects_table),
 }
-"""Name -> the README that it stands in, and what makes it."""
+"""Name -> the document that it stands in, and what makes it."""
 
 
 def with_tables(readme: str, text: str) -> str:

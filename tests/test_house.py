@@ -143,6 +143,12 @@ def test_a_rooms_readme_names_its_modules_and_no_others(folder: Path) -> None:
     assert (unnamed, gone) == (set(), set())
 
 
+def test_a_rooms_readme_is_a_page() -> None:
+    """What is longer stands beside it, in a document of its own subject."""
+    lines = {folder.name: (folder / "README.md").read_text(encoding="utf-8").count("\n") for folder in FOLDERS}
+    assert {name: count for name, count in lines.items() if count > 60} == {}
+
+
 def test_contributing_names_every_room_in_order_and_test_files_that_exist() -> None:
     text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
     block = text.partition("## The rooms")[2].partition("## The tests")[0]

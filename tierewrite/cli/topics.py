@@ -176,7 +176,7 @@ TOPICS: Mapping[str, tuple[str, Callable[[], str]]] = {
 
 
 def formats_table() -> list[str]:
-    """The families as a table in Markdown, for formats/README.md."""
+    """The families as a table in Markdown, for formats/FAMILIES.md."""
     lines = [
         "| family | the weight itself | from the weight: equal | equal, and the neighbours | merged | per side | KV |",
         "|---|---|---|---|---|---|---|",
@@ -188,11 +188,11 @@ def formats_table() -> list[str]:
 
 
 def schemas_table() -> list[str]:
-    """The JSON objects as a table in Markdown, for cli/README.md."""
+    """The JSON objects as a table in Markdown, for cli/JSON_AND_EXIT_CODES.md."""
     rows = [f"| `{one.name}` | {one.printed_by} | {one.members} |" for one in SCHEMAS]
     return ["| schema | printed by | members |", "|---|---|---|", *rows]
 
 
 def exit_codes_table() -> list[str]:
-    """The exit codes as a table in Markdown, for cli/README.md."""
+    """The exit codes as a table in Markdown, for cli/JSON_AND_EXIT_CODES.md."""
     return ["| exit code | meaning |", "|---|---|", *(f"| {code} | {text} |" for code, text in EXIT_CODES.items())]

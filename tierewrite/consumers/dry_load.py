@@ -43,7 +43,7 @@ class DryLoader:
     Attributes:
         title: the consumer's name as its makers write it: "vLLM".
         package: what a Python has to have: "vllm".
-        script: the script that it runs; consumers/README.md says what it has to print.
+        script: the script that it runs; consumers/LOADER.md says what it has to print.
     """
 
     title: str

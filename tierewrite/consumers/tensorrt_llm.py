@@ -1,7 +1,7 @@
 """TensorRT-LLM as a consumer: by rules alone, which were read in its sources and never tried against it.
 
 Its wheel comes from an index of NVIDIA's own, and its Python needs the compiled part of it. Read in single files of
-NVIDIA/TensorRT-LLM between 1.0 and 1.2; the commits are named in consumers/README.md. Every rule's source says "read,
+NVIDIA/TensorRT-LLM between 1.0 and 1.2; the commits are named in TENSORRT_LLM.md. Every rule's source says "read,
 not run". Differences between versions are named where they were seen.
 
 Not checked: algorithms other than ModelOpt's NVFP4 and FP8 (a note says so), tensor-parallel layouts, and everything
