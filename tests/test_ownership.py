@@ -348,6 +348,21 @@ def test_a_dst_in_another_view_of_the_folder_that_holds_src_is_beside_it(
     assert sorted(path.name for path in src.parent.iterdir()) == ["out", "src", "ties.json"]
 
 
+def test_a_mount_is_neither_swapped_nor_replaced(tmp_path: Path, bound: Callable[[Path, Path], Path]) -> None:
+    """Said before any work: after it the rename would fail."""
+    src = checkpoint(tmp_path / "work" / "src")
+    (tmp_path / "volume").mkdir()
+    place = bound(tmp_path / "volume", tmp_path / "a place\\ ö")
+    for options in ({}, {"overwrite": True}):
+        with pytest.raises(tierewrite.UsageError, match="mounted at DST"):
+            rewrite(src, place, **options)
+    rewrite(src, place / "out")
+    view = bound(src, tmp_path / "view")
+    with pytest.raises(tierewrite.UsageError, match="mounted at SRC"):
+        tierewrite.rewrite(view, in_place=True, ties=src.parent / "ties.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [place.name, "view", "volume", "work"]
+
+
 def test_an_object_that_is_gone_in_mid_run_is_an_error_and_nothing_stays(tmp_path: Path) -> None:
     import fsspec
 

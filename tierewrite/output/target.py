@@ -48,6 +48,9 @@ class Target:
             real = src.resolve()
             if not real.name:
                 raise UsageError("SRC is the root of the file system and cannot be swapped; give a DST", file=src)
+            if _is_mounted(real):
+                what = "a file system or folder is mounted at SRC, so that nothing can be moved to this name"
+                raise UsageError(what, file=src, advice="give a DST, or mount the folder that SRC is in")
             kept = real.with_name(real.name + ".bak")
             for moved in (kept, aside_of(real)):
                 if not real.exists() and moved.exists():
@@ -90,6 +93,9 @@ class Target:
             if real.exists():
                 if not real.is_dir():
                     raise UsageError("DST exists and is not a folder; choose another name", file=dst)
+                if _is_mounted(real):
+                    what = "a file system or folder is mounted at DST, so that nothing can be moved to this name"
+                    raise UsageError(what, file=dst, advice="name a folder inside it")
                 if not overwrite and any(real.iterdir()):
                     raise UsageError("DST is not empty; choose another folder, or use --overwrite", file=dst)
         return cls(real, overwrite)
@@ -129,6 +135,18 @@ def _refuse_overlap(src: Path, dst: Path, real: Path) -> None:
         if chain(taken)[0] in source:
             what = f"SRC '{shown(src)}' lies where this DST would be staged ('{shown(taken)}'); choose another DST"
             raise UsageError(what, file=dst)
+
+
+def _is_mounted(folder: Path) -> bool:
+    """Whether something is mounted at `folder`, a real path: then a rename can neither move nor replace it."""
+    try:
+        table = Path("/proc/self/mountinfo").read_bytes()  # Linux; of a subvolume of Btrfs `ismount` says yes too
+    except OSError:
+        return os.path.ismount(folder)
+    name = os.fsencode(folder)
+    for special in b"\\ \t\n":
+        name = name.replace(bytes([special]), b"\\%03o" % special)
+    return any(line.split(b" ", 5)[4] == name for line in table.splitlines())
 
 
 def _holds(outer: Path, inner: tuple[Hashable, ...]) -> bool:
