@@ -12,6 +12,8 @@ import pytest
 import tierewrite
 from tests.checkpoints import read_header
 from tests.faults.sources import real
+from tierewrite.output import safetensors
+from tierewrite.output.safetensors import shard_header
 from tierewrite.planning import alignment
 from tierewrite.planning.alignment import RUN_BYTES
 from tierewrite.planning.layout import element_sizes, shards
@@ -242,6 +244,16 @@ def test_what_was_laid_out_comes_out_as_it_went_in(seed: int, monkeypatch: pytes
     assert [shard.names for shard in again] == [shard.names for shard in made]
     aligned = [number for number, shard in enumerate(made) if shard.data_start is not None]
     assert [again[number].data_start for number in aligned] == [made[number].data_start for number in aligned]
+
+
+def test_a_header_near_the_limit_has_no_spaces_that_would_make_it_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    (made,) = laid_out(table(export(3, 8 * RUN_BYTES)), lambda name: name.startswith("encoder"))
+    text = shard_header(made, {})[8:].rstrip()
+    padded = -(len(text) + 8) % 8
+    assert made.data_start is not None
+    assert (made.data_start - len(text) - 8) % BLOCK_BYTES > padded
+    monkeypatch.setattr(safetensors, "MAX_HEADER_BYTES", len(text) + padded)
+    assert len(shard_header(made, {})) == 8 + len(text) + padded
 
 
 def test_headers_are_padded_as_the_plan_says_and_verify_expects_just_that(

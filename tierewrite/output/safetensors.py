@@ -28,7 +28,8 @@ class HeaderEntry(msgspec.Struct, gc=False):
 def shard_header(shard: OutShard, metadata: Mapping[str, str]) -> bytes:
     """The length field and JSON header of an output shard, padded with spaces.
 
-    It is a multiple of 8 bytes, as from safetensors' serializer, or ends where the plan wants the data to start.
+    It is a multiple of 8 bytes, as from safetensors' serializer, or ends where the plan wants the data to start, unless
+    that alone makes it longer than the format allows.
 
     Raises:
         UsageError: the header would be longer than the format allows.
@@ -40,7 +41,8 @@ def shard_header(shard: OutShard, metadata: Mapping[str, str]) -> bytes:
         header[name] = HeaderEntry(dtype, shape, place)
     text = msgspec.json.encode(header)
     size = _LENGTH.size + len(text)
-    text += b" " * (-size % 8 if shard.data_start is None else (shard.data_start - size) % BLOCK_BYTES)
+    padding = -size % 8 if shard.data_start is None else (shard.data_start - size) % BLOCK_BYTES
+    text += b" " * (padding if len(text) + padding <= MAX_HEADER_BYTES else -size % 8)
     if len(text) > MAX_HEADER_BYTES:
         raise UsageError(
             f"the header of '{shard.name}' would be {len(text):,} bytes, more than the {MAX_HEADER_BYTES:,} that the "

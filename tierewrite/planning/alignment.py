@@ -158,6 +158,7 @@ class _Filler:
         for size, wide, position in zip(sizes[small].tolist(), width[small].tolist(), small.tolist(), strict=True):
             self._left.setdefault((size, wide), deque()).append(position)
         self._kinds = sorted(self._left, reverse=True)
+        self._widths = sorted({wide for _, wide in self._left if wide})
 
     def take(self, nbytes: int, at: int) -> list[int] | None:
         """Positions of tensors that fill just `nbytes` bytes from an offset `at` on; None: there are none that do.
@@ -174,8 +175,7 @@ class _Filler:
     def _up_to_wide(self, at: int) -> dict[tuple[int, int], int]:
         """How many tensors of one element each, narrow ones first, lead from `at` to where a wide one can stand."""
         counts: dict[tuple[int, int], int] = {}
-        widths = sorted({wide for _, wide in self._left if wide})
-        for narrow, wide in itertools.pairwise(widths):
+        for narrow, wide in itertools.pairwise(self._widths):
             count, rest = divmod(-at % wide, narrow)
             if rest or count > len(self._left.get((narrow, narrow), ())):
                 break
