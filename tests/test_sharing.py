@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,56 @@ def test_where_sharing_is_refused_after_all_the_kernel_copies_else_all_is_writte
     monkeypatch.setattr(local, "clone", sharing.clone)
     assert means_of(rewritten(source, work / "written")) == Means(written=means_of_written(plain, work / "written"))
     assert contents(work / "written") == plain
+
+
+def test_where_the_kernel_says_that_nothing_is_left_to_copy_all_is_read(
+    source: Source, work: Path, plain: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for files of some file systems: reading tells whether that is so."""
+    monkeypatch.setattr(local, "clone", lambda *given: False)
+    monkeypatch.setattr(os, "copy_file_range", lambda *given: 0)
+    assert means_of(rewritten(source, work / "out")) == Means(written=means_of_written(plain, work / "out"))
+    assert contents(work / "out") == plain
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux shares and copies in the kernel")
+def test_a_signal_interrupts_neither_sharing_nor_copying(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[int | type[InterruptedError]] = []
+
+    def call(*given: Any) -> int:
+        now = said.pop(0)
+        if now is InterruptedError:
+            raise InterruptedError(errno.EINTR, "interrupted")
+        assert isinstance(now, int)
+        return now
+
+    monkeypatch.setattr(sharing.fcntl, "ioctl", call)
+    monkeypatch.setattr(os, "copy_file_range", call)
+    said[:] = [InterruptedError, 0]
+    assert sharing.clone(0, 1, 0, 4096, 0)
+    said[:] = [5, InterruptedError, InterruptedError, 5]
+    assert sharing.copy_range(0, 1, 0, 10, 0)
+    assert said == []
+
+
+def test_a_file_that_is_to_be_nameless_does_not_meet_one_that_a_killed_run_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the file system has no nameless files: processes in containers have the same few ids over and over."""
+    opened = os.open
+
+    def refused(path: Any, flags: int, *given: Any, **more: Any) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "not supported")
+        return opened(path, flags, *given, **more)
+
+    monkeypatch.setattr(os, "open", refused)
+    (tmp_path / f".tierewrite-{os.getpid()}").touch()
+    found = [sharing.nameless(tmp_path) for _ in range(2)]
+    for fd in found:
+        assert os.write(fd, b"x") == 1
+        os.close(fd)
+    assert names_in(tmp_path) == [f".tierewrite-{os.getpid()}"]
 
 
 def means_of_written(plain: dict[str, str], folder: Path) -> int:

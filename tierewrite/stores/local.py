@@ -170,20 +170,20 @@ class LocalFile:
         while into:
             done = _pread_into(self.fd, into, offset)
             if done == 0:
-                raise self._cut(offset)
+                raise SourceChanged(
+                    f"the file ends at byte {offset:,} or before, and its header promises more; it was cut while it "
+                    "was being read; run again when it is whole",
+                    file=self.shard.path,
+                )
             into = into[done:]
             offset += done
 
-    def _cut(self, offset: int) -> SourceChanged:
-        return SourceChanged(
-            f"the file ends at byte {offset:,} or before, and its header promises more; it was cut while it was "
-            "being read; run again when it is whole",
-            file=self.shard.path,
-        )
-
     def give(self, fd: int, start: int, end: int, position: int) -> Copied:
         """See `SourceFile`."""
-        return Copied(shared=self._share(fd, start, end, position)) or self._copy(fd, start, end, position)
+        shared = self._share(fd, start, end, position)
+        if not shared and copy_range(self.fd, fd, start, end, position):
+            return Copied(in_kernel=end - start)
+        return Copied(shared=shared)
 
     def _share(self, fd: int, start: int, end: int, position: int) -> int:
         """Shares whole blocks and writes what is left at both ends: how many bytes are shared, 0: nothing was done."""
@@ -196,14 +196,6 @@ class LocalFile:
             self.read_runs([(low, high)], memoryview(edge))
             write_all(fd, bytes(edge), low + shift)
         return last - first
-
-    def _copy(self, fd: int, start: int, end: int, position: int) -> Copied:
-        stopped = copy_range(self.fd, fd, start, end, position)
-        if stopped is None:
-            return Copied()
-        if stopped < end:
-            raise self._cut(stopped)
-        return Copied(in_kernel=end - start)
 
     def mapped(self) -> mmap.mmap:
         """The whole file in memory, privately: what is written there never reaches the file. Outlives `close`.

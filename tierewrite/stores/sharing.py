@@ -12,7 +12,10 @@ import fcntl
 import os
 import struct
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 BLOCK_BYTES = 4096
 """What is shared begins and ends at multiples of so many bytes, at the same offset modulo this in both files."""
@@ -42,7 +45,7 @@ def clone(source: int, fd: int, start: int, end: int, position: int) -> bool:
     if sys.platform != "linux":
         return False
     try:
-        fcntl.ioctl(fd, _FICLONERANGE, _RANGE.pack(source, start, end - start, position))
+        _uninterrupted(fcntl.ioctl, fd, _FICLONERANGE, _RANGE.pack(source, start, end - start, position))
     except OSError as error:
         if error.errno in _REFUSALS:
             return False
@@ -50,29 +53,37 @@ def clone(source: int, fd: int, start: int, end: int, position: int) -> bool:
     return True
 
 
-def copy_range(source: int, fd: int, start: int, end: int, position: int) -> int | None:
-    """Lets the kernel copy a range of `source` to `position` of `fd`.
+def copy_range(source: int, fd: int, start: int, end: int, position: int) -> bool:
+    """Whether the kernel copies a range of `source` to `position` of `fd`; if not, any of the bytes may be there.
 
-    Returns:
-        How far it came: less than `end` where `source` ends before. None: it does not copy these; then any of the
-        bytes may be there.
+    It says that nothing is left where `source` was cut, and for files of some file systems though all is there: whoever
+    reads the range finds out.
 
     Raises:
         OSError: something is wrong with file or disk.
     """
     if sys.platform != "linux":
-        return None
+        return False
     while start < end:
         try:
-            done = os.copy_file_range(source, fd, end - start, start, position)
+            done = _uninterrupted(os.copy_file_range, source, fd, end - start, start, position)
         except OSError as error:
             if error.errno in _REFUSALS:
-                return None
+                return False
             raise
         if done == 0:
-            break
+            return False
         start, position = start + done, position + done
-    return start
+    return True
+
+
+def _uninterrupted(call: Callable[..., int], *given: Any) -> int:
+    """Makes a system call that Python does not repeat by itself when a signal interrupts it."""
+    while True:
+        try:
+            return call(*given)
+        except InterruptedError:
+            continue
 
 
 def whole_blocks(start: int, end: int) -> tuple[int, int]:
@@ -89,7 +100,6 @@ def nameless(folder: Path) -> int:
         except OSError as error:  # a network file system
             if error.errno not in (*_REFUSALS, errno.EISDIR):
                 raise
-    path = folder / f".tierewrite-{os.getpid()}"
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    path.unlink()
+    fd, path = tempfile.mkstemp(prefix=".tierewrite-", dir=folder)
+    os.unlink(path)
     return fd
