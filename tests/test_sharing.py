@@ -331,6 +331,15 @@ def test_in_place_needs_no_space_for_what_stays(source: Source, work: Path, plai
     assert contents(source.path) == plain
 
 
+def test_an_empty_subvolume_is_an_empty_folder(work: Path, source: Source, plain: dict[str, str]) -> None:
+    made = subprocess.run(["btrfs", "subvolume", "create", work / "out"], capture_output=True, check=False)
+    if made.returncode:
+        pytest.skip("only Btrfs has subvolumes")
+    rewritten(source, work / "out")
+    assert contents(work / "out") == plain
+    assert names_in(work) == ["out", "shareable", "ties.json"]
+
+
 # ----------------------------------------------------------------------------------------- crashes and failures
 
 

@@ -312,7 +312,13 @@ class Staging:
         staged = self.path
         if not (target.exists() and any(target.iterdir())):
             was_there = target.exists()
-            os.rename(staged, target)
+            try:
+                os.rename(staged, target)
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY or any(target.iterdir()):
+                    raise
+                target.rmdir()  # an empty subvolume of Btrfs goes, but nothing replaces it
+                os.rename(staged, target)
 
             def out_again() -> None:
                 os.rename(target, staged)
