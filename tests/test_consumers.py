@@ -544,6 +544,7 @@ def test_work_grows_with_the_number_of_tensors_and_not_with_its_square(tmp_path:
         ("1 tensors are missing", "1 tensor is missing"),
         ("1 names of a tie hold other bytes than its other", "1 name of a tie holds other bytes than its other"),
         ("1 entries exclude 2 modules that are quantized", "1 entry excludes 2 modules that are quantized"),
+        ("1 ignore entries match no module", "1 ignore entry matches no module"),
         ("2 entries exclude 1 modules that are quantized", "2 entries exclude 1 module that is quantized"),
         ("1 weights have most of their scales at 448", "1 weight has most of its scales at 448"),
         ("group_size is 32, and 1 block scales are for 16", "group_size is 32, and 1 block scale is for 16"),

@@ -222,7 +222,7 @@ def test_without_vllm_the_report_says_that_the_loader_was_not_asked(monkeypatch:
 
 
 def test_a_refusal_is_an_error_in_the_consumers_own_words_and_its_version_is_the_reports(
-    vllm_is: Callable[[str], None]
+    vllm_is: Callable[[str], None],
 ) -> None:
     vllm_is('answer("", outcome="refused", reason="ValueError: not with me", version="9.9")')
     report = tierewrite.check(QWEN)
@@ -340,6 +340,18 @@ def test_verdicts_follow_from_facts(rank: Rank, finding: str | None) -> None:
     subject.loaded = loaded(rank)
     found = [f"{f.severity} {f.id}" for f in vllm.loader_rules.findings(subject)]
     assert found == ([] if finding is None else [finding])
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [(("model.norm.weight",), "1 tensor that"), (("lm_head.weight", "model.norm.weight"), "2 tensors that")],
+)
+def test_what_the_loader_passes_over_is_counted_in_a_note(keys: tuple[str, ...], said: str) -> None:
+    vllm = consumers.CONSUMERS["vllm"]
+    subject = vllm.subject(QWEN)
+    subject.loaded = loaded(Rank(ignored=keys))
+    assert list(vllm.loader_rules.findings(subject)) == []
+    assert [note for note in subject.notes if f"reads {said} it does not use" in note]
 
 
 def test_keys_that_one_parameter_gets_are_compared_by_their_bytes() -> None:

@@ -346,6 +346,31 @@ def test_what_is_missing_from_an_unquantized_checkpoint_is_noticed_only_if_it_is
     }
 
 
+@pytest.mark.parametrize(
+    ("make", "which"),
+    [
+        (
+            lambda: compressed_fp8(
+                plain("Qwen3MoeForCausalLM"), "gate", ignore=("re:.*gate$", f"{L0}.self_attn.o_proj", "lm_head")
+            ),
+            "ignored-but-quantized",
+        ),
+        (lambda: undescribed(compressed_fp8(plain("Qwen3MoeForCausalLM"), "mlp")), "quant-config-missing"),
+    ],
+)
+def test_scales_of_modules_that_are_built_plain_abort_not_every_class(
+    make: Callable[[], Draft], which: str, tmp_path: Path
+) -> None:
+    (finding,) = [f for f in checked(make(), tmp_path).errors if f.id == which]
+    assert "aborts at their scales" in finding.consequence
+    assert "Qwen3-MoE's, take FP8 and INT8 weights unscaled" in finding.consequence
+
+
+def undescribed(draft: Draft) -> Draft:
+    del draft.config["quantization_config"]
+    return draft
+
+
 def test_setting_the_group_size_to_half_the_scales_makes_no_garbage_pass(tmp_path: Path) -> None:
     draft = half_scales(nvfp4(plain("Qwen3ForCausalLM")))
     for group in draft.config["quantization_config"]["config_groups"]["group_0"].values():

@@ -154,6 +154,21 @@ def agree(dry: DryLoad, real: Mapping[str, Any]) -> bool:
     return left == unfilled(dry)
 
 
+@pytest.mark.parametrize(("name", "ends"), [("llama", "aborts"), ("qwen3moe", "loaded")])
+def test_scales_of_a_module_that_is_built_plain_are_refused_or_passed_over(
+    name: str, ends: str, tmp_path: Path
+) -> None:
+    """What the rules say of them: by the class, the load is aborted or the weights are taken unscaled."""
+    from tests.vllm_loader.breakages import Checkpoint, compressed_fp8, quantized_but_ignored
+    from tests.vllm_loader.tiny_models import save
+
+    made = compressed_fp8(Checkpoint.read(save(name, tmp_path / "plain")))
+    assert quantized_but_ignored(made) is True
+    (real,) = fully_loaded([made.write(tmp_path / "ignored")])
+    assert real["outcome"] == ends
+    assert real.get("key", "").endswith("o_proj.weight_scale") is (ends == "aborts")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("which", CLASSES)
 def test_the_dry_load_agrees_with_the_full_load_sound_and_broken(which: str, tmp_path: Path) -> None:

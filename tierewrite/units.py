@@ -20,7 +20,12 @@ def percent(before: int, after: int) -> str:
 
 
 _NOUNS = "entries|experts|files|layers|modules|names|parameters|patterns|rows|scales|tensors|weights"
-_VERBS = {"are": "is", "have": "has", **{verb: f"{verb}s" for verb in ("belong", "exclude", "hold", "meet", "name")}}
+_VERBS = {
+    "are": "is",
+    "have": "has",
+    **{verb: f"{verb}s" for verb in ("belong", "exclude", "hold", "meet", "name")},
+    "match": "matches",
+}
 _COUNTED = re.compile(rf"(?<![\w.,-])1 ((?:(?!of |that )[A-Za-z'-]+ ){{0,2}}?)({_NOUNS})\b")
 _VERB = re.compile(rf"\b(?<!not )({'|'.join(_VERBS)})\b")
 

@@ -16,6 +16,7 @@ from tierewrite.consumers.loaded import Cast, Rank, RefusedKey, Unfilled
 from tierewrite.consumers.rules import Rule, RuleSet
 from tierewrite.consumers.subject import FLOATS, Subject, numbers, rounded_to_e4m3
 from tierewrite.formats.experts import split_expert
+from tierewrite.tables import count
 
 KV_LEAVES = frozenset(f"{of}_{what}" for of in ("q", "k", "v", "prob") for what in ("scale", "zero_point"))
 """Scales of the KV cache: loaders have a default for them, and rules of their own speak of those that are missing."""
@@ -243,9 +244,8 @@ class _Rules:
         others = len(ignored) - len(odd)
         if others:
             example = next(key for key in ranks[0].ignored if key in ignored and key not in set(odd))
-            s.notes.append(
-                f"{self.title} reads {others} tensors and uses none of them, such as '{example}'; other consumers may"
-            )
+            unused = f"{count(others, 'tensor')} that it does not use, such as '{example}'"
+            s.notes.append(f"{self.title} reads {unused}; other consumers may")
         unknown = sorted({name for rank in ranks for name in rank.unknown})
         if unknown:
             s.notes.append(

@@ -8,7 +8,7 @@ from dataclasses import replace
 from tierewrite.consumers.findings import Finding
 from tierewrite.consumers.rules import Rule, RuleSet
 from tierewrite.consumers.vllm.quantization import Quantization
-from tierewrite.consumers.vllm.sources import MODELOPT, WEIGHT_UTILS
+from tierewrite.consumers.vllm.sources import MODELOPT, SCALES_OF_PLAIN, WEIGHT_UTILS
 from tierewrite.consumers.vllm.subject import VllmSubject
 
 RULES: RuleSet[VllmSubject] = RuleSet()
@@ -60,7 +60,7 @@ QUANT_CONFIG_MISSING = Rule(
     id="quant-config-missing",
     title="modules are quantized, and no config says so",
     severity="error",
-    consequence="vLLM builds plain layers; the packed tensors abort the load",
+    consequence=f"vLLM builds plain layers; {SCALES_OF_PLAIN}",
     fix="restore hf_quant_config.json or quantization_config from the export",
     source=f"{WEIGHT_UTILS} get_quant_config",
 )

@@ -8,7 +8,7 @@ from dataclasses import replace
 from tierewrite.consumers.findings import Finding
 from tierewrite.consumers.rules import Rule, RuleSet
 from tierewrite.consumers.vllm.quantization import Quantization
-from tierewrite.consumers.vllm.sources import MODELOPT, QUANTIZATION_UTILS, REWRITE
+from tierewrite.consumers.vllm.sources import MODELOPT, QUANTIZATION_UTILS, REWRITE, SCALES_OF_PLAIN
 from tierewrite.consumers.vllm.subject import VllmSubject
 
 RULES: RuleSet[VllmSubject] = RuleSet()
@@ -64,7 +64,7 @@ EXCLUDED = {
         title=f"ignore patterns exclude modules that are quantized on disk: {how}",
         when="each of the modules is quantized as a whole",
         severity="error",
-        consequence="vLLM builds them unquantized; their scales abort the load",
+        consequence=f"vLLM builds them unquantized; {SCALES_OF_PLAIN}",
         fix="take the patterns out, and list by name the unquantized modules that they stood for",
         fixed_by=REWRITE,
         source=f"{MODELOPT} ModelOptQuantConfigBase.is_layer_excluded",
@@ -215,7 +215,7 @@ CANNOT_BE_QUANTIZED = Rule(
     id="cannot-be-quantized",
     title="modules are quantized that vLLM only builds plain",
     severity="error",
-    consequence="the load aborts at their scales",
+    consequence=SCALES_OF_PLAIN,
     fix="export with these modules excluded from quantization",
     source=f"{MODELOPT} get_quant_method",
 )
