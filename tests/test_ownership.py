@@ -363,6 +363,26 @@ def test_a_mount_is_neither_swapped_nor_replaced(tmp_path: Path, bound: Callable
     assert sorted(path.name for path in tmp_path.iterdir()) == [place.name, "view", "volume", "work"]
 
 
+def test_a_folder_of_an_images_layer_stays_as_it_is_and_the_error_says_why(tmp_path: Path) -> None:
+    """An overlay does not move folders of its lower layers; what is written beside them appears."""
+    src = checkpoint(tmp_path / "lower" / "src")
+    for name in ("upper", "work", "merged"):
+        (tmp_path / name).mkdir()
+    layers = f"lowerdir={tmp_path}/lower,upperdir={tmp_path}/upper,workdir={tmp_path}/work"
+    mount = ["mount", "-t", "overlay", "overlay", "-o", layers, str(tmp_path / "merged")]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no overlay can be mounted here")
+    try:
+        merged = tmp_path / "merged" / "src"
+        rewrite(merged, merged.with_name("out"))
+        with pytest.raises(tierewrite.SystemFailure, match="image"):
+            tierewrite.rewrite(merged, in_place=True, ties=tmp_path / "lower" / "ties.json")
+        assert sorted(path.name for path in merged.parent.iterdir()) == ["out", "src", "ties.json"]
+        assert files(merged) == files(src)
+    finally:
+        subprocess.run(["umount", tmp_path / "merged"], check=True)
+
+
 def test_an_object_that_is_gone_in_mid_run_is_an_error_and_nothing_stays(tmp_path: Path) -> None:
     import fsspec
 

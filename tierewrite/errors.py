@@ -290,6 +290,7 @@ def system_errors(what: str, file: object) -> Iterator[None]:
             errno.ENOTDIR: "a part of its path is a file, not a folder: choose another path",
             errno.ENAMETOOLONG: "choose a shorter name",
             errno.EIO: "the device reports an I/O error: check the disk",
+            errno.EXDEV: "a folder that a container's image holds, say, cannot be moved: write to another place",
             errno.EMFILE: "raise the limit of open files (ulimit -n)",
         }.get(error.errno or 0, _without_a_folder(error) or "see the system's message")
         raise SystemFailure(
