@@ -218,8 +218,8 @@ def test_naive_conflicts_are_exactly_the_scales_whose_bytes_differ() -> None:
 
 def test_kv_scales_of_the_sides_are_a_per_side_conflict_that_a_rewrite_merges(tmp_path: Path) -> None:
     tierewrite.rewrite(FIXTURES / "dg_nvfp4_kvfp8" / "naive", tmp_path / "kept")
-    found = [f for f in check(tmp_path / "kept", "vllm").errors if f.fixed_by == "rewrite"]
-    assert [f.id for f in found] == ["per-side-conflict"]
+    found = [f for f in check(tmp_path / "kept", "vllm").errors if f.fixed_by is not None]
+    assert [(f.id, f.fixed_by) for f in found] == [("per-side-conflict", "rewrite --kv-scales merge")]
     assert all(name.endswith("_scale") for name in found[0].where)
     tierewrite.rewrite(FIXTURES / "dg_nvfp4_kvfp8" / "naive", tmp_path / "merged", kv_scales="merge")
     assert all(f.fixed_by is None for f in check(tmp_path / "merged", "vllm").errors)
@@ -352,6 +352,18 @@ def test_preparing_for_vllm_fixes_what_can_be_fixed(defect: Defect, good: Good, 
     assert report.readiness is not None
     assert report.readiness.ids() <= TINY
     assert check(tmp_path / "out", "vllm").ids() <= TINY
+
+
+@pytest.mark.parametrize("defect", [d for d in DEFECTS if d.fixed], ids=lambda d: d.name)
+def test_the_rewrite_that_a_finding_names_fixes_it(defect: Defect, good: Good, tmp_path: Path) -> None:
+    defect.make(good(defect.base), tmp_path / "variant")
+    found = [f for f in check(tmp_path / "variant", "vllm").findings if f.id == defect.finding]
+    assert found
+    for number, finding in enumerate(found):
+        assert finding.fixed_by is not None
+        done = ["rewrite", str(tmp_path / "variant"), str(tmp_path / str(number)), *finding.fixed_by.split()[1:]]
+        assert cli.run([*done, "--quiet"]) == 0
+        assert finding.id not in check(tmp_path / str(number), "vllm").ids()
 
 
 @pytest.mark.parametrize("defect", [d for d in DEFECTS if not d.fixed], ids=lambda d: d.name)

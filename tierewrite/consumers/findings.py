@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 
 SCHEMA = "tierewrite/readiness/1"
 Severity = Literal["error", "warning"]
-FixingRewrite = Literal["rewrite", "rewrite --fill-missing-scales"]
+FixingRewrite = Literal[
+    "rewrite",
+    "rewrite --fill-missing-scales",
+    "rewrite --for vllm",
+    "rewrite --kv-scales merge",
+    "rewrite --unify-fused-scales",
+]
 
 
 @dataclass(frozen=True, slots=True, repr=False)

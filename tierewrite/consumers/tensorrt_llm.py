@@ -346,8 +346,8 @@ WEIGHT_SCALES_DIFFER = Rule(
     title="weight scales of projections that share one parameter differ",
     severity="error",
     consequence="TensorRT-LLM aborts the load with an AssertionError",
-    fix="rewrite re-encodes to one scale",
-    fixed_by="rewrite",
+    fix="rewrite --unify-fused-scales re-encodes to one scale",
+    fixed_by="rewrite --unify-fused-scales",
     source=LINEAR,
 )
 INPUT_SCALES_DIFFER = replace(

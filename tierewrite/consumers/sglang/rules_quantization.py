@@ -299,8 +299,8 @@ WEIGHT_SCALES_DIFFER = Rule(
     title="weight scales of projections that share one parameter differ",
     severity="error",
     consequence="SGLang uses one of them for all (the largest; of experts gate's): the others' weights come out scaled",
-    fix="rewrite re-encodes to one scale",
-    fixed_by="rewrite",
+    fix="rewrite --unify-fused-scales re-encodes to one scale",
+    fixed_by="rewrite --unify-fused-scales",
     source=f"{MODELOPT} ModelOptFp4LinearMethod.process_weights_after_loading",
 )
 INPUT_SCALES_DIFFER = replace(

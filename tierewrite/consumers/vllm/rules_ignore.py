@@ -8,7 +8,7 @@ from dataclasses import replace
 from tierewrite.consumers.findings import Finding
 from tierewrite.consumers.rules import Rule, RuleSet
 from tierewrite.consumers.vllm.quantization import Quantization
-from tierewrite.consumers.vllm.sources import MODELOPT, QUANTIZATION_UTILS, REWRITE, SCALES_OF_PLAIN
+from tierewrite.consumers.vllm.sources import FOR_VLLM, MODELOPT, QUANTIZATION_UTILS, SCALES_OF_PLAIN
 from tierewrite.consumers.vllm.subject import VllmSubject
 
 RULES: RuleSet[VllmSubject] = RuleSet()
@@ -19,8 +19,8 @@ PARTLY_FUSED = Rule(
     when="all of them are quantized, or none",
     severity="error",
     consequence="vLLM refuses to load",
-    fix="list all of them (those without a weight too) or none",
-    fixed_by=REWRITE,
+    fix="list all of them (those without a weight too) or none, as rewrite --for vllm does",
+    fixed_by=FOR_VLLM,
     source=f"{QUANTIZATION_UTILS}/quant_utils.py is_layer_skipped",
 )
 PARTLY_QUANTIZED = replace(
@@ -65,8 +65,9 @@ EXCLUDED = {
         when="each of the modules is quantized as a whole",
         severity="error",
         consequence=f"vLLM builds them unquantized; {SCALES_OF_PLAIN}",
-        fix="take the patterns out, and list by name the unquantized modules that they stood for",
-        fixed_by=REWRITE,
+        fix="take the patterns out, and list by name the unquantized modules that they stood for, as rewrite "
+        "--for vllm does",
+        fixed_by=FOR_VLLM,
         source=f"{MODELOPT} ModelOptQuantConfigBase.is_layer_excluded",
     )
     for which, how in EXPLAINED.items()
@@ -136,8 +137,8 @@ UNLISTED_HEAD = Rule(
     title="lm_head is not quantized, and no ignore entry names it",
     severity="error",
     consequence="vLLM builds a quantized head; its scales are never loaded",
-    fix="add lm_head to the ignore list",
-    fixed_by=REWRITE,
+    fix="add lm_head to the ignore list, as rewrite --for vllm does",
+    fixed_by=FOR_VLLM,
     source=f"{MODELOPT} ModelOptQuantConfigBase.get_quant_method",
 )
 UNLISTED = Rule(
@@ -146,8 +147,8 @@ UNLISTED = Rule(
     when="the whole module is unquantized",
     severity="error",
     consequence="vLLM builds packed parameters for them; the load aborts, or packs the numbers by value",
-    fix="add the modules to the ignore list",
-    fixed_by=REWRITE,
+    fix="add the modules to the ignore list, as rewrite --for vllm does",
+    fixed_by=FOR_VLLM,
     source=f"{MODELOPT} ModelOptQuantConfigBase.get_quant_method",
 )
 UNLISTED_PART = replace(

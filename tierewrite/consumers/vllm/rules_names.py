@@ -39,6 +39,7 @@ SIDES_KV = replace(
     title="what every side has of its own becomes one parameter",
     when="KV-cache scales of the sides",
     fix="rewrite --kv-scales merge keeps the larger range",
+    fixed_by="rewrite --kv-scales merge",
 )
 SIDES = replace(
     SIDES_KV,
@@ -190,7 +191,7 @@ HEAD_DIFFERS = replace(
     HEAD_STORED,
     when="with other bytes",
     consequence="vLLM unties the head and uses the stored one",
-    fix="set tie_word_embeddings to false if the head is meant, or remove it",
+    fix="if the head is meant, rewrite --on-mismatch keep --fix-config makes config.json say so; else remove it",
     fixed_by=None,
 )
 

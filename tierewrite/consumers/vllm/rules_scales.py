@@ -13,7 +13,7 @@ from tierewrite.consumers.class_facts import pattern_of
 from tierewrite.consumers.findings import Finding
 from tierewrite.consumers.rules import Rule, RuleSet
 from tierewrite.consumers.subject import Module
-from tierewrite.consumers.vllm.sources import FILL, KV_CACHE, MODELOPT, REWRITE
+from tierewrite.consumers.vllm.sources import FILL, KV_CACHE, MODELOPT
 from tierewrite.consumers.vllm.subject import VllmSubject
 from tierewrite.formats import Role
 from tierewrite.formats.experts import split_expert
@@ -138,8 +138,8 @@ WEIGHT_SCALES_DIFFER = Rule(
     when="ModelOpt's NVFP4",
     severity="error",
     consequence="vLLM uses one of them for all shards: the others' weights come out scaled",
-    fix="rewrite re-encodes to one scale",
-    fixed_by=REWRITE,
+    fix="rewrite --unify-fused-scales re-encodes to one scale",
+    fixed_by="rewrite --unify-fused-scales",
     source=f"{MODELOPT} KNvfp4Static.process, ModelOptNvFp4FusedMoE.process_weights_after_loading",
 )
 WEIGHT_SCALES_DIFFER_PACKED = replace(

@@ -19,3 +19,4 @@ SCALES_OF_PLAIN = (
 
 REWRITE: FixingRewrite = "rewrite"
 FILL: FixingRewrite = "rewrite --fill-missing-scales"
+FOR_VLLM: FixingRewrite = "rewrite --for vllm"
