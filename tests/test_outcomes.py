@@ -64,11 +64,22 @@ def test_a_refusal_names_the_alias_that_differs_and_those_that_do_not(tmp_path: 
     given = checkpoint(tmp_path, lm_head__weight=bf16(OTHER))
     with pytest.raises(Refused) as caught:
         tierewrite.rewrite(dst=tmp_path / "dst", **given)
-    assert "\n  lm_head.weight -> shared.weight: 'shared.weight' and 'lm_head.weight' (BF16 [2, 2])" in str(
-        caught.value
-    )
+    assert "\n  'shared.weight' and 'lm_head.weight' (BF16 [2, 2]) differ: " in str(caught.value)
     assert "; encoder.embed.weight, decoder.embed.weight agree\n" in str(caught.value)
     assert caught.value.details["groups"][0]["differing_aliases"].keys() == {"lm_head.weight"}
+
+
+def test_no_line_names_a_tensor_twice(tmp_path: Path) -> None:
+    given = checkpoint(tmp_path, lm_head__weight=bf16(OTHER))
+    given["ties"].write_text('{"lm_head.weight": "shared.weight"}')
+    with pytest.raises(Refused) as caught:
+        tierewrite.rewrite(dst=tmp_path / "dst", **given)
+    whole = tierewrite.rewrite(dst=tmp_path / "whole", on_mismatch="keep", **given)
+    given["ties"].write_text(json.dumps(TIES))
+    partly = tierewrite.rewrite(dst=tmp_path / "partly", on_mismatch="keep", **given)
+    for said in (caught.value, whole, partly, tierewrite.plan(confirm=True, on_mismatch="keep", **given)):
+        (line,) = [line for line in str(said).splitlines() if "differ: " in line]
+        assert line.count("shared.weight") == line.count("lm_head.weight") == 1
 
 
 @pytest.mark.parametrize("quantized", [True, False])
@@ -116,3 +127,9 @@ def test_a_trained_head_beside_three_tied_embeddings_is_what_transformers_saves(
     tierewrite.rewrite(naive, tmp_path / "dst", on_mismatch="keep", verify=True)
     T5ForConditionalGeneration.from_pretrained(naive).save_pretrained(tmp_path / "saved")
     assert read_tensors(tmp_path / "dst") == read_tensors(tmp_path / "saved")
+
+
+def test_a_plan_that_a_rewrite_refuses_says_so(tmp_path: Path) -> None:
+    given = checkpoint(tmp_path, lm_head__weight=Tensor("F32", [2, 2], ONE + ONE))
+    assert "A rewrite refuses this (exit code 3)" in str(tierewrite.plan(**given))
+    assert "A rewrite refuses" not in str(tierewrite.plan(on_mismatch="keep", **given))

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 import tierewrite
-from tests.checkpoints import read_tensors, write_checkpoint, write_shard
+from tests.checkpoints import Tensor, read_tensors, write_checkpoint, write_shard
 from tierewrite import cli, errors
 from tierewrite.consumers.findings import Finding, ReadinessReport
 from tierewrite.pages import facts as facts_room
@@ -722,6 +722,23 @@ def test_a_model_card_says_what_was_done_and_found(
     assert "The ties are those that `DiffusionGemmaForBlockDiffusion` declares" in card
     assert "37 activation scales merged: the sides differed by 1.08× (median), at most 2.15×." in card
     assert "Checked for vllm 0.33.0: 1 error, 2 warnings." in card
+
+
+@pytest.mark.parametrize("differing", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_a_card_and_a_page_do_not_say_of_what_was_kept_that_it_is_confirmed(differing: str, tmp_path: Path) -> None:
+    """One alias of two differs and is kept, or, with the canonical tensor, the whole tie is."""
+    names = ("model.embed_tokens.weight", "lm_head.weight", "other.weight")
+    tensors = {name: Tensor("F32", [1], b"abcd" if name == differing else b"efgh") for name in names}
+    write_checkpoint(tmp_path / "src", tensors, config={})
+    ties = dict.fromkeys(names[1:], names[0])
+    tierewrite.rewrite(tmp_path / "src", tmp_path / "dst", ties=ties, on_mismatch="keep")
+    page = tierewrite.report_page(tmp_path / "dst")
+    kept = "`lm_head.weight`" if differing == names[1] else "`lm_head.weight`, `other.weight`"
+    assert f"Not confirmed, and kept beside their canonical names: {kept}." in page.card()
+    assert "Every tied weight whose bytes agree is stored once" in page.card()
+    assert "each confirmed" not in page.card()
+    assert "all confirmed" not in Elements(page.html()).text
+    assert "all confirmed" not in str(page)
 
 
 def test_a_strangers_name_is_no_markdown_on_a_card(tmp_path: Path) -> None:

@@ -148,6 +148,11 @@ def warning_lines(warnings: Sequence[str]) -> Iterator[Text]:
         yield text(f"... and {count(len(warnings) - _SHOWN, 'more warning')} (all of them with --json)", "yellow")
 
 
+def of_which(lead: str, names: Iterable[str], reason: str) -> str:
+    """`reason` behind the `names` that it is about, written as `lead`; alone where it names all of them itself."""
+    return reason if all(f"'{shown(name)}'" in reason for name in names) else f"{lead}: {reason}"
+
+
 def kept_lines(reasons: Sequence[tuple[str, str | None]], what: str) -> Iterator[Text]:
     """The groups that stay whole, by their canonical name, each with its reason.
 
@@ -157,6 +162,6 @@ def kept_lines(reasons: Sequence[tuple[str, str | None]], what: str) -> Iterator
     if reasons:
         yield text(f"{count(len(reasons), 'group')} {what}:", "yellow")
         for name, reason in reasons[:_SHOWN]:
-            yield text(f"  {shown(name)}: {reason}", "yellow")
+            yield text(f"  {of_which(shown(name), (name,), reason or '')}", "yellow")
         if len(reasons) > _SHOWN:
             yield text(f"  ... and {len(reasons) - _SHOWN} more (all of them with --json)", "yellow")

@@ -6,30 +6,33 @@ from tierewrite.errors import shown
 from tierewrite.pages.charts import verdict
 from tierewrite.pages.facts import Facts
 from tierewrite.pages.style import change, times
-from tierewrite.tables import count
+from tierewrite.tables import count, some
 from tierewrite.units import size
 
 
 def card(facts: Facts) -> str:
     """What was done with the checkpoint, in Markdown; names of strangers stand in code spans."""
     lines = ["## Tied weights", ""]
+    stored = f"Every tied weight{' whose bytes agree' if facts.kept else ''} is stored once, under its canonical name"
     if facts.sizes is not None:
         total = facts.sizes.total
         tensors = f"{total.before_tensors:,} to {total.after_tensors:,} tensors"
         bytes_ = f"{size(total.before_bytes)} to {size(total.after_bytes)}"
         less = "" if total.before_bytes == total.after_bytes else f" ({change(total.before_bytes, total.after_bytes)})"
-        lines.append(f"Every tied weight is stored once, under its canonical name: {tensors}, {bytes_}{less}.")
+        lines.append(f"{stored}: {tensors}, {bytes_}{less}.")
     else:
-        lines.append("Every tied weight is stored once, under its canonical name.")
+        lines.append(f"{stored}.")
     if facts.ties_detail:
         who = _code(facts.ties_detail)
-        lines.append(f"The ties are those that {who} declares, each confirmed by its bytes (BLAKE3).")
+        confirmed = "where their bytes (BLAKE3) confirm it" if facts.kept else "each confirmed by its bytes (BLAKE3)"
+        lines.append(f"The ties are those that {who} declares, {confirmed}.")
     if facts.scales:
         overall = facts.overall
         differ = f": the sides differed by {times(overall.median)} (median), at most {times(overall.max)}"
         lines.append(f"{count(len(facts.scales), 'activation scale')} merged{differ if overall.ratios else ''}.")
     if facts.kept:
-        lines.append(f"Not confirmed, and kept on every side: {count(len(facts.kept), 'tie')}.")
+        names = [_code(alias) for group in facts.kept for alias in group.aliases]
+        lines.append(f"Not confirmed, and kept beside their canonical names: {some(names)}.")
     if facts.hub is not None:
         lines.append(f"Made from {_code(facts.hub[0])} at commit {_code(facts.hub[1])}.")
     lines += ["", f"Written by tierewrite {shown(facts.version)}; `tierewrite.json` records what was done."]

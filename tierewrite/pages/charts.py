@@ -320,7 +320,8 @@ def key_figures(facts: Facts) -> list[tuple[str, str, str]]:
         found.append(("Shards", str(facts.sizes.shards), f"from {facts.source_shards}"))
     groups = sum(facts.count(s) for s in ("rewritten", "canonical", "kept"))
     kept = facts.count("kept")
-    left = f"{kept:,} kept on every side" if kept else "all confirmed"
+    beside = f"{count(len(facts.kept), 'name')} not confirmed" if facts.kept else "all confirmed"
+    left = f"{kept:,} kept on every side" if kept else beside
     found.append(("Tied parameters", f"{groups:,}", left))
     if facts.scales:
         one = f"{overall.one_sided:,} had one side only" if overall.one_sided else "activation scales"

@@ -302,8 +302,9 @@ def _kept(facts: Facts) -> str:
         (_code(k.canonical), "<br>".join(_code(alias) for alias in k.aliases[:8]), escaped(k.reason))
         for k in facts.kept[:KEPT_SHOWN]
     ]
+    what = "Kept on every side" if len(facts.kept) == facts.count("kept") else "Not confirmed, and kept"
     return (
-        f"<h3>Kept on every side ({len(facts.kept):,})</h3>"
+        f"<h3>{what} ({len(facts.kept):,})</h3>"
         + _table(("canonical", "aliases", "why"), rows, "text kept")
         + _more(len(facts.kept), KEPT_SHOWN, "groups")
     )

@@ -10,6 +10,7 @@ from tierewrite.errors import shown
 from tierewrite.pages.charts import key_figures
 from tierewrite.pages.facts import Facts
 from tierewrite.pages.style import times
+from tierewrite.tables import of_which
 
 _ROWS_SHOWN = 40
 _KEPT_SHOWN = 10
@@ -52,7 +53,8 @@ def show(console: Console, facts: Facts, worst: int) -> None:
         for scale in found:
             console.print(Text(f"  {_plain(times(scale.ratio)):>8}  {shown(scale.name)}"))
     for group in facts.kept[:_KEPT_SHOWN]:
-        console.print(Text(f"kept: {shown(group.canonical)}: {shown(group.reason)}", style="yellow"))
+        said = of_which(shown(group.canonical), (group.canonical,), shown(group.reason))
+        console.print(Text(f"kept: {said}", style="yellow"))
     if len(facts.kept) > _KEPT_SHOWN:
         console.print(f"... and {len(facts.kept) - _KEPT_SHOWN} more groups were kept (all of them with --json)")
     for report in facts.consumers:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tierewrite.errors import shown
 from tierewrite.planning.plan import GroupPlan, RewritePlan
-from tierewrite.tables import count, kept_lines, sizes, some, text, tied_parameters, ties_lines, warning_lines
+from tierewrite.tables import count, kept_lines, of_which, sizes, some, text, tied_parameters, ties_lines, warning_lines
 from tierewrite.units import size
 
 if TYPE_CHECKING:
@@ -46,6 +46,10 @@ def plan_lines(plan: RewritePlan) -> Iterator[RenderableType]:
         yield text(NOTHING_TO_DO, "green")
     elif plan.confirmed:
         yield text("Confirmed: the tied tensors were hashed, and a rewrite will do exactly this.", "green")
+    elif unconfirmed and plan.policy.on_mismatch != "keep":
+        yield text(
+            "A rewrite refuses this (exit code 3); with --on-mismatch keep it leaves such groups as they are.", "yellow"
+        )
     else:
         yield text("From headers alone: a rewrite does this if the bytes confirm it (--confirm hashes them).")
 
@@ -71,7 +75,7 @@ def unchanged_lines(groups: Sequence[GroupPlan]) -> Iterator[Text]:
 def differing_lines(groups: Sequence[GroupPlan]) -> Iterator[Text]:
     """The sides of rewritten groups that are kept since they differ."""
     for alias, reason in [entry for group in groups for entry in group.differing_aliases.items()][:_SHOWN]:
-        yield text(f"kept beside the others: {shown(alias)}: {reason}", "yellow")
+        yield text(f"kept beside the others: {of_which(shown(alias), (alias,), reason)}", "yellow")
 
 
 def dropped_lines(groups: Sequence[GroupPlan]) -> Iterator[Text]:

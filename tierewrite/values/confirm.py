@@ -15,6 +15,7 @@ from tierewrite.errors import Refused, shown
 from tierewrite.formats.ignore_lists import sorted_modules
 from tierewrite.planning.plan import GroupPlan, RewritePlan
 from tierewrite.source.table import Checkpoint
+from tierewrite.tables import of_which
 
 _LISTED = 12
 
@@ -112,7 +113,9 @@ def _line(entry: Mapping[str, Any]) -> str:
     """One refused group, as a line for people: of several aliases those that differ are named."""
     differing, aliases = entry["differing_aliases"], entry["aliases"]
     agreeing = [alias for alias in aliases if alias not in differing] if differing else []
-    said = f"  {shown(', '.join(differing if agreeing else aliases))} -> {shown(entry['canonical'])}: {entry['reason']}"
+    told = list(differing) if agreeing else aliases
+    lead = f"{shown(', '.join(told))} -> {shown(entry['canonical'])}"
+    said = f"  {of_which(lead, (entry['canonical'], *told), entry['reason'])}"
     return f"{said}; {shown(', '.join(agreeing))} agree{'' if agreeing[1:] else 's'}" if agreeing else said
 
 

@@ -125,7 +125,7 @@ def reconcile(
             continue
         module, parts = blob_of(row[0], checkpoint.tensors)
         if parts is None or not all(f"{module}.{part}" in rows for part in parts):
-            return frozenset(), f"'{row[0]}' and its twin differ, and are no part of an NVFP4 weight"
+            return frozenset(), f"'{row[0]}' is no part of an NVFP4 weight, and is not re-encoded"
         modules[module] = None
     for module in modules:
         sides = _sides(checkpoint, module, rows)
