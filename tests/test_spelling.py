@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 from pathlib import Path
 
 import click
@@ -79,6 +80,40 @@ def test_an_error_of_the_library_speaks_python_and_one_of_a_command_flags(
     assert cli.run(["rewrite", str(DIVERGED), str(tmp_path / "out")]) == 3
     assert "Keep both with --on-mismatch keep; with --fix-config as well" in capsys.readouterr().err
     assert "--" not in str(refused.value)
+
+
+def test_results_of_the_library_speak_python_and_those_of_a_command_flags(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    src, dst = tmp_path / "src", tmp_path / "dst"
+    shutil.copytree(FIXTURES / "qwen3_tied_bf16" / "naive", src)
+    (src / "pytorch_model.bin").write_bytes(b"weights")
+    assert cli.run(["rewrite", str(src), str(dst)]) == 0
+    assert "--exclude leaves them out" in capsys.readouterr().out
+    said = [
+        *tierewrite.plan(src).warnings,
+        *tierewrite.plan(src, duplicates=True).warnings,
+        *tierewrite.stream(src).warnings,
+        *tierewrite.inspect(src).warnings,
+        *tierewrite.rewrite(src, tmp_path / "again").warnings,
+        *tierewrite.verify(src, dst).notes,
+        *tierewrite.expand(dst, tmp_path / "expanded").warnings,
+    ]
+    assert len([one for one in said if "exclude leaves them out" in one]) >= 4
+    notes = tierewrite.check(dst, "vllm", loader="off").notes
+    assert any('(loader="off")' in note for note in notes)
+    problems = tierewrite.verify(DIVERGED, dst).problems
+    assert any('only with on_mismatch="keep"' in problem.message for problem in problems)
+    assert not [one for one in (*said, *notes, *(problem.message for problem in problems)) if "--" in one]
+
+
+def test_the_repr_of_an_error_says_what_its_text_says(tmp_path: Path) -> None:
+    with pytest.raises(tierewrite.Refused) as refused:
+        tierewrite.rewrite(DIVERGED, tmp_path / "out")
+    assert repr(refused.value) == f"Refused({str(refused.value)!r})"
+    with pytest.raises(tierewrite.SourceError) as missing:
+        tierewrite.plan(tmp_path / "nowhere")
+    assert "nowhere" in repr(missing.value)
 
 
 def test_what_is_no_model_declares_no_ties() -> None:

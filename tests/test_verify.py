@@ -844,3 +844,12 @@ def test_every_one_of_ten_thousand_single_corruptions_is_found(tmp_path: Path, r
     for case in ("qwen3_tied_bf16", "dg_fp8", "dg_nvfp4_kvfp8", "dg_nvfp4_sharded", "llmcompressor_nvfp4_dg"):
         kinds = corrupted(case, rewritten(case), tmp_path / case, 2_000, 7, True, {})
         print(case, kinds)
+
+
+def test_options_that_are_not_those_of_the_rewrite_are_said_first(tmp_path: Path) -> None:
+    """Of a model's thousands of problems only the first are shown: the cause must be among them."""
+    src = FIXTURES / "dg_nvfp4_kvfp8" / "naive"
+    tierewrite.rewrite(src, tmp_path / "dst", kv_scales="merge")
+    first, *others = tierewrite.verify(src, tmp_path / "dst").problems
+    assert "give verify the options of the rewrite" in first.message
+    assert {problem.id for problem in others} - {"manifest"}

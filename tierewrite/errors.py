@@ -108,6 +108,9 @@ class TierewriteError(Exception):
         message = spelled(super().__str__())
         return f"{', '.join(where)}: {message}" if where else message
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _again, (type(self), self.args, self.__dict__)
 

@@ -34,6 +34,7 @@ from tierewrite.rewriting.run import Route, asking
 from tierewrite.rewriting.steps import check_for
 from tierewrite.source.open import name_in_messages, open_checkpoint
 from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME, Checkpoint, TensorEntry, Tensors
+from tierewrite.spelling import said_once
 from tierewrite.stores.base import PathLike
 from tierewrite.tables import Summary, sizes, some, text
 from tierewrite.ties.on_disk import on_disk
@@ -302,7 +303,7 @@ def _outcome(src: str, dst: str, opened: Opened, plan: RewritePlan, aliases: Seq
         tuple(ShardSize(shard.name, shard.nbytes) for shard in plan.shards),
         opened.ties.source,
         opened.ties.detail,
-        warnings=tuple(dict.fromkeys((*plan.warnings, *warnings))),
+        warnings=said_once(plan.warnings, warnings),
     )
 
 

@@ -14,6 +14,7 @@ from tierewrite.errors import shown
 from tierewrite.formats.detection import Recognised, recognise, unknown_words
 from tierewrite.source.open import open_checkpoint
 from tierewrite.source.table import Checkpoint
+from tierewrite.spelling import said_once
 from tierewrite.stores.base import PathLike
 from tierewrite.tables import Summary, table, text, ties_lines, warning_lines
 from tierewrite.ties.on_disk import DiskTies, on_disk
@@ -98,7 +99,7 @@ class Inspection(Summary):
         """What a person should look at."""
         ties = self.ties.warnings if self.ties is not None else ()
         disk = self.disk.warnings if self.disk is not None else ()
-        return (*self.checkpoint.warnings, *ties, *disk, *self._format_warnings())
+        return said_once(self.checkpoint.warnings, ties, disk, self._format_warnings())
 
     def _format_warnings(self) -> Iterator[str]:
         for found in self.recognised:

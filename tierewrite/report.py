@@ -14,6 +14,7 @@ from tierewrite.planning.plan import Action, GroupPlan, RewritePlan, group_json
 from tierewrite.planning.policy import Policy
 from tierewrite.planning.summary import NOTHING_TO_DO, changed_kinds, differing_lines, dropped_lines, unchanged_lines
 from tierewrite.source.table import Checkpoint
+from tierewrite.spelling import said_once
 from tierewrite.tables import (
     Summary,
     change,
@@ -386,7 +387,7 @@ def build_report(
         device=device,
         reencoded=tuple(reencoded),
         filled=tuple(filled),
-        warnings=tuple(dict.fromkeys((*checkpoint.warnings, *ties.warnings, *plan.warnings, *warnings))),
+        warnings=said_once(checkpoint.warnings, ties.warnings, plan.warnings, warnings),
     )
 
 

@@ -1,15 +1,15 @@
 """How messages spell options: as flags for whoever typed a command, as keyword arguments for whoever calls a function.
 
-Messages are written with flags. An error turns them into keyword arguments when it is shown, unless a command is being
-carried out. Commands of others that a message quotes stay as they are: those in backquotes, and what follows "to go
-on:".
+Messages are written with flags. An error turns them into keyword arguments when it is shown, a result when it is made,
+unless a command is being carried out. Commands of others that a message quotes stay as they are: those in backquotes,
+and what follows "to go on:".
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 SWITCHES = frozenset(
     {
@@ -49,6 +49,11 @@ def of_a_command() -> Iterator[None]:
 def spelled(message: str) -> str:
     """A message as its reader would write the options that it names."""
     return message if _commands or "--" not in message else _FLAG.sub(_in_python, message)
+
+
+def said_once(*several: Iterable[str]) -> tuple[str, ...]:
+    """What a result has to say, each once, as its reader would write the options."""
+    return tuple(dict.fromkeys(spelled(said) for some in several for said in some))
 
 
 def _in_python(found: re.Match[str]) -> str:

@@ -28,6 +28,7 @@ from tierewrite.consumers.vllm import VLLM
 from tierewrite.errors import SystemFailure, UsageError, shown
 from tierewrite.planning.policy import ConsumerName
 from tierewrite.source.open import name_in_messages
+from tierewrite.spelling import said_once
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.mirror import Place
 from tierewrite.ties.tie import TiesGiven
@@ -105,7 +106,7 @@ def check(
         tensors=len(subject.entries),
         bytes_read=subject.bytes_read,
         findings=found,
-        notes=tuple(dict.fromkeys(subject.notes)),
+        notes=said_once(subject.notes),
     )
 
 

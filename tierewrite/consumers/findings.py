@@ -111,6 +111,11 @@ class ReadinessReport(Summary):
         yield text(self.one_line(), "red" if self.errors else "green")
 
     @property
+    def ready(self) -> bool:
+        """No finding is an error."""
+        return not self.errors
+
+    @property
     def errors(self) -> tuple[Finding, ...]:
         """The findings of severity error."""
         return tuple(f for f in self.findings if f.severity == "error")
@@ -139,7 +144,7 @@ class ReadinessReport(Summary):
             "consumer": self.consumer,
             "consumer_version": self.consumer_version,
             "checkpoint": self.checkpoint,
-            "ready": not self.errors,
+            "ready": self.ready,
             "errors": len(self.errors),
             "warnings": len(self.warnings),
             "tensors": self.tensors,

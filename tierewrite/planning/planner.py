@@ -31,6 +31,7 @@ from tierewrite.planning.plan import (
 )
 from tierewrite.planning.policy import Policy
 from tierewrite.source.table import Checkpoint, Tensors
+from tierewrite.spelling import said_once
 from tierewrite.ties.on_disk import DiskTies
 
 
@@ -110,7 +111,7 @@ def plan(
             policy.max_shard_size,
         ),
         policy=policy,
-        warnings=tuple(dict.fromkeys((*warnings, *kv.warnings, *_said(needed, fates)))),
+        warnings=said_once(warnings, kv.warnings, _said(needed, fates)),
         ties_source=ties_source,
         ties_detail=ties_detail,
         unpaired=unpaired,

@@ -70,6 +70,7 @@ from tierewrite.proof.reading import hash_files, hash_tensors, is_scale
 from tierewrite.proof.stripped import check_stripped
 from tierewrite.source.open import fetched, name_in_messages, open_checkpoint
 from tierewrite.source.table import MANIFEST_NAME, Checkpoint
+from tierewrite.spelling import said_once, spelled
 from tierewrite.stores.mirror import Place
 from tierewrite.tables import Summary, count, text
 from tierewrite.ties import class_memory
@@ -215,9 +216,10 @@ def verify(
     opened = with_needed_names(opened, policy)
     proof = Proof(source, target, before, after, policy, opened.needed.names)
     proof.run(disk)
+    if manifest is not None:  # first of all: other options than those of the rewrite explain what follows
+        problems += check_claims(manifest, policy, tie_map, disk)
     problems += proof.problems
     if manifest is not None:
-        problems += check_claims(manifest, policy, tie_map, disk)
         problems += check_statements(proof, manifest)
     if policy.fix_config:
         problems += check_flags(source, target, proof.groups, tie_map)
@@ -242,10 +244,10 @@ def verify(
     problems += check_with_safetensors(target)
     return Verification(
         ok=not problems,
-        problems=tuple(problems),
+        problems=tuple(replace(problem, message=spelled(problem.message)) for problem in problems),
         ties_source=tie_map.source,
         ties_detail=tie_map.detail,
-        notes=tuple(dict.fromkeys((*note, *source.warnings, *tie_map.warnings, *disk.warnings, *proof.notes))),
+        notes=said_once(note, source.warnings, tie_map.warnings, disk.warnings, proof.notes),
         **proof.counts,
     )
 

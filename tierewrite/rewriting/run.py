@@ -37,6 +37,7 @@ from tierewrite.rewriting.steps import (
 from tierewrite.source import read_ahead
 from tierewrite.source.open import fetched, local_only, name_in_messages
 from tierewrite.source.table import Checkpoint
+from tierewrite.spelling import said_once
 from tierewrite.stores.base import COPY_MODES, CopyMode, PathLike
 from tierewrite.stores.places import FilePath, is_local, located
 from tierewrite.ties.tie import TiesGiven
@@ -89,7 +90,7 @@ def plan(
     with interrupts.standing(), open_engine("local", device=device, threads=threads, progress=watched) as workers:
         planned = confirmed(opened, policy, workers).plan if confirm else opened.plan(policy)
         hints = duplicate_hints(opened.checkpoint, planned, workers) if duplicates else ()
-    return replace(planned, warnings=(*planned.warnings, *hints))
+    return replace(planned, warnings=said_once(planned.warnings, hints))
 
 
 def rewrite(

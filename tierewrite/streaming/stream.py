@@ -21,6 +21,7 @@ from tierewrite.rewriting.run import asking
 from tierewrite.rewriting.steps import check_for, refuse_unusable_loader, with_needed
 from tierewrite.source.open import fetched, name_in_messages
 from tierewrite.source.table import Checkpoint, Tensors
+from tierewrite.spelling import said_once
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.mirror import RemoteFolder
 from tierewrite.streaming.remembered import Digests
@@ -235,7 +236,7 @@ def stream(
 
         configs, sentences, readiness = _judged(opened.checkpoint, found, configs, correct, judge)
         config_warnings = (*config_warnings, *sentences)
-    warnings = tuple(dict.fromkeys((*opened.ties.warnings, *found.warnings, *config_warnings)))
+    warnings = said_once(opened.ties.warnings, found.warnings, config_warnings)
     return Stream(
         found.plan, configs, readiness, warnings, hasher.nbytes, opened.checkpoint, found.values.contents, in_files
     )
