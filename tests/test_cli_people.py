@@ -25,6 +25,7 @@ from tierewrite.cli.topics import SCHEMAS, TOPICS
 from tierewrite.errors import EXIT_CODES, Refused
 from tierewrite.formats.families import FAMILIES
 from tierewrite.planning.policy import OPTIONS
+from tierewrite.spelling import spelled
 
 Naive = Callable[[str], Path]
 Printed = pytest.CaptureFixture[str]
@@ -311,6 +312,12 @@ def test_the_actions_inputs_are_no_commands(tmp_path: Path) -> None:
     assert not (tmp_path / "owned").exists()
 
 
+def test_the_action_leaves_no_empty_file_where_nothing_could_be_checked(tmp_path: Path) -> None:
+    done = checking_step(tmp_path, checkpoint="nowhere", sarif="findings.sarif")
+    assert done.returncode == 4, done
+    assert not (tmp_path / "findings.sarif").exists()
+
+
 def test_the_action_fails_on_warnings_where_it_is_strict(written: Path, tmp_path: Path) -> None:
     shutil.copytree(written, tmp_path / "out")
     edit_tensors(
@@ -363,7 +370,8 @@ def test_a_result_is_one_line_in_an_interpreter_and_the_commands_table_when_prin
         if command is not None:
             run(*command)
             lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-            assert str(result).splitlines() == lines
+            assert str(result).splitlines() == list(map(spelled, lines))
+            assert "--confirm" not in str(result)
     assert repr(plan) == "<RewritePlan: 346 -> 198 tensors, 245.54 KiB -> 186.75 KiB (-23.9%), 43 ties>"
     page = tierewrite.report_page(tmp_path / "out")
     assert repr(page) == f"<Page: {tmp_path / 'out'}>"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 import tierewrite
 from tests import zoo
@@ -104,6 +105,14 @@ def test_drafts_and_reward_models_with_names_of_their_own_stay_refused(
     with pytest.raises(ConfigError, match=r"is unknown.*ties=FILE") as caught:
         asked(config, keys)
     assert caught.value.exit_code == EXIT_SOURCE
+
+
+@pytest.mark.parametrize("written", ["4.1.0", transformers.__version__])
+def test_no_other_version_is_advised_where_the_one_that_wrote_it_is_installed(written: str) -> None:
+    config = {**QWEN, "architectures": ["NoSuchModel"], "transformers_version": written}
+    with pytest.raises(ConfigError) as caught:
+        asked(config, [key for key in QWEN_KEYS if "k_norm" not in key])
+    assert ("install one that fits" in str(caught.value)) is (written == "4.1.0")
 
 
 def test_a_class_that_lacks_a_parameter_of_its_own_does_not_fit() -> None:

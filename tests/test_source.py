@@ -946,3 +946,12 @@ def test_an_empty_dtype_is_none(padding: str, tmp_path: Path) -> None:
     with pytest.raises(HeaderError, match="dtype is empty") as error:
         open_folder(tmp_path)
     assert error.value.tensor == "lm_head.weight"
+
+
+def test_an_indexed_file_that_is_not_there_is_named_once(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, {}, config={})
+    (tmp_path / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {"a": "lost.safetensors"}}')
+    with pytest.raises(ShardIndexError) as caught:
+        open_folder(tmp_path)
+    assert "names 'lost.safetensors', which does not exist; " in str(caught.value)
+    assert str(caught.value).count(str(tmp_path)) == 1

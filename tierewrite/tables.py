@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from tierewrite.errors import shown
+from tierewrite.spelling import spelled
 from tierewrite.units import percent, size
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Summary:
 
         text = io.StringIO()
         Console(file=text, width=_WIDTH, highlight=False, color_system=None, soft_wrap=True).print(self)
-        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+        return "\n".join(spelled(line.rstrip()) for line in text.getvalue().splitlines())
 
     def _repr_html_(self) -> str:
         """For notebooks."""
@@ -54,7 +55,7 @@ class Summary:
 
         console = Console(file=io.StringIO(), record=True, width=_WIDTH, highlight=False, soft_wrap=True)
         console.print(self)
-        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+        return spelled(console.export_html(inline_styles=True, code_format="<pre>{code}</pre>"))
 
 
 def repr_of(result: object, line: str) -> str:

@@ -283,7 +283,8 @@ def _check_shard_link(root: Path, name: str, index_path: Path) -> None:
     try:
         resolved = resolved_path(path)
     except SourceError as e:
-        raise ShardIndexError(f"names '{shown(name)}', which cannot be found: {e}", file=index_path) from None
+        why = str(e).removeprefix(f"{shown(path)}: ")
+        raise ShardIndexError(f"names '{shown(name)}', which {why}", file=index_path) from None
     if not _belongs(root, resolved):
         raise ShardIndexError(
             f"names '{shown(name)}', a link that leaves the folder to {shown(resolved)}",

@@ -31,7 +31,7 @@ def to_source_error(e: OSError | ValueError, path: Path) -> TierewriteError:
     read.
     """
     if isinstance(e, ValueError):
-        return SourceError("its name holds a NUL character", file=path)
+        return SourceError("has a NUL character in its name", file=path)
     if e.errno == errno.ELOOP:
         return SourceError("is a link that leads to itself; remove it, or put the file there", file=path)
     if e.errno in (errno.ENOENT, errno.ENOTDIR):

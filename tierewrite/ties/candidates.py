@@ -42,8 +42,11 @@ def versions(config: Mapping[str, Any]) -> str:
         if written
         else "config.json names no transformers_version"
     )
-    here = f"{transformers.__version__} is installed"
-    return f"{wrote}, {here}: install one that fits, or say what is tied with --ties FILE"
+    if written == transformers.__version__:
+        return f"{wrote}, which is installed: say what is tied with --ties FILE"
+    return (
+        f"{wrote}, {transformers.__version__} is installed: install one that fits, or say what is tied with --ties FILE"
+    )
 
 
 def registered_config_class(config: Mapping[str, Any], file: Path) -> Any:
