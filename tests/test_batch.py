@@ -181,7 +181,10 @@ def test_the_table_names_every_checkpoint_with_its_reason(
         "more/deep/tied": "rewritten",
         "more/untied": "canonical",
     }
-    assert f"{models}/bad: {models}/bad/model.safetensors: " in out
+    assert out.count(f"{models}/bad") == 1
+    assert f"\n{models}/bad/model.safetensors: " in out
+    assert f"\n{models}/diverged: 1 declared tie not confirmed" in out
+    assert out.count("--on-mismatch keep") == 1
     assert "2 rewritten, 1 canonical, 1 refused, 1 failed; 390.41 KiB -> 313.62 KiB, 76.79 KiB saved" in out
     assert "[2/5] dg: rewritten, 245.54 KiB -> 186.75 KiB (-23.9%)" in err.splitlines()
 

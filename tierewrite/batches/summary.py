@@ -32,9 +32,13 @@ def batch_lines(report: BatchReport) -> Iterator[RenderableType]:
         if result.skipped is not None:
             yield text(f"{shown(result.src)}: {result.one_line()}")
         elif result.error is not None:
-            yield text(f"{shown(result.src)}: {result.reason}", "red")
+            named = result.reason.startswith(shown(result.src))
+            yield text(result.reason if named else f"{shown(result.src)}: {result.reason}", "red")
         elif result.consumer_errors:
             yield text(f"{shown(result.src)}: {result.left_errors}", "red")
+    if any(result.status == "refused" for result in report.results):
+        keep = "A refused tie stays on every side with --on-mismatch keep"
+        yield text(f"{keep}; `tierewrite rewrite` says what each may mean.")
     yield text(report.one_line(), "red" if report.failed else "green")
 
 
