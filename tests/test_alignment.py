@@ -244,6 +244,7 @@ def test_what_was_laid_out_comes_out_as_it_went_in(seed: int, monkeypatch: pytes
     assert [shard.names for shard in again] == [shard.names for shard in made]
     aligned = [number for number, shard in enumerate(made) if shard.data_start is not None]
     assert [again[number].data_start for number in aligned] == [made[number].data_start for number in aligned]
+    assert [shard.names for shard in laid_out(Tensors.of(entries), merged=".3")] == [shard.names for shard in made]
 
 
 def test_a_header_near_the_limit_has_no_spaces_that_would_make_it_too_long(monkeypatch: pytest.MonkeyPatch) -> None:

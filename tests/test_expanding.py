@@ -13,6 +13,7 @@ import tierewrite
 from tests.checkpoints import FIXTURES, Tensor, read_header, read_tensors, write_checkpoint
 from tierewrite import cli
 from tierewrite.errors import Refused, UsageError, VerificationFailed
+from tierewrite.planning import alignment
 from tierewrite.values import content
 
 ONE, OTHER, SCALE = Tensor("BF16", [2, 2], b"abcdefgh"), Tensor("BF16", [2, 2], b"ABCDEFGH"), Tensor("F32", [], b"1234")
@@ -38,6 +39,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "tierewrite.json"}
 
 
+@pytest.mark.parametrize("run_bytes", [alignment.RUN_BYTES, 8192], ids=["as small", "as with large runs"])
 @pytest.mark.parametrize(
     ("case", "options"),
     [
@@ -50,8 +52,9 @@ def files(folder: Path) -> dict[str, bytes]:
     ],
 )
 def test_a_fixture_expanded_has_every_name_with_the_canonical_value_and_is_rewritten_to_the_same_bytes(
-    case: str, options: dict[str, Any], tmp_path: Path
+    case: str, options: dict[str, Any], run_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(alignment, "RUN_BYTES", run_bytes)
     naive = FIXTURES / case / "naive"
     tierewrite.rewrite(naive, tmp_path / "canonical", **options)
     made = tierewrite.expand(tmp_path / "canonical", tmp_path / "expanded", verify=True)
@@ -62,8 +65,7 @@ def test_a_fixture_expanded_has_every_name_with_the_canonical_value_and_is_rewri
     assert tensors == {**canonical, **{name: canonical[like] for name, like in made.written.items()}}
     fates = tierewrite.plan(naive, **options).tensors
     assert all(tensors[name] == canonical[fate.target] for name, fate in fates.items()), "merged scales on every side"
-    options.pop("max_shard_size", None)
-    tierewrite.rewrite(tmp_path / "expanded", tmp_path / "again", **options)
+    tierewrite.rewrite(tmp_path / "expanded", tmp_path / "again", **{**options, "max_shard_size": None})
     assert files(tmp_path / "again") == files(tmp_path / "canonical")
 
 

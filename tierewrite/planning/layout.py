@@ -44,9 +44,9 @@ def shards(
     most = fullest(tensors) if limit is None else min(limit, int(sizes.sum()))  # a limit may be beyond 64 bits
     files = split(sizes, most) or [np.arange(0)]
     unchanged = not added and all(name == tensors.names[row] for name, row in zip(names, rows.tolist(), strict=True))
-    whole = _whole_files(tensors, rows, width, copied) if unchanged else []
+    whole = _whole_files(tensors, rows, width) if unchanged else []
     if whole and (limit is None or (len(whole) <= len(files) and all(_fits(sizes[at], most) for at in whole))):
-        files = whole
+        files, copied = whole, ~is_added  # other bytes stand where theirs stood
     else:
         shard = tensors.shard[rows]
         apart = [np.flatnonzero(shard == number) for number in np.flatnonzero(np.bincount(shard))]
@@ -76,7 +76,7 @@ def fullest(tensors: Tensors) -> int:
     return int(np.bincount(tensors.shard, weights=tensors.nbytes).max(initial=0))
 
 
-def _whole_files(tensors: Tensors, rows: np.ndarray, width: np.ndarray, copied: np.ndarray) -> list[np.ndarray]:
+def _whole_files(tensors: Tensors, rows: np.ndarray, width: np.ndarray) -> list[np.ndarray]:
     """Positions in `rows` of each file's tensors, if all files are written whole or not at all, else []."""
     shard = tensors.shard[rows]
     written, there = (
@@ -87,7 +87,7 @@ def _whole_files(tensors: Tensors, rows: np.ndarray, width: np.ndarray, copied: 
     files = [np.flatnonzero(shard == number) for number in np.flatnonzero(written)]
     kept = (
         (np.diff(width[at]) <= 0).all()
-        or (np.diff(arranged(tensors, rows[at], width[at], copied[at]).order) == 1).all()
+        or (np.diff(arranged(tensors, rows[at], width[at], np.ones(len(at), bool)).order) == 1).all()
         for at in files
     )
     return files if all(kept) else []
