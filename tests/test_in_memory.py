@@ -102,6 +102,14 @@ def test_report_is_that_of_the_rewrite_on_disk(case: str, tmp_path: Path) -> Non
         assert found[side]["tensors"] == expected[side]["tensors"]
 
 
+def test_the_report_speaks_of_no_files() -> None:
+    _, report = dedupe_state_dict(loaded("qwen3_tied_bf16"), config_of("qwen3_tied_bf16"))
+    head, *_, last = str(report).splitlines()
+    assert head.split() == ["tensor", "bytes", "tensors"]
+    assert last.startswith("state dict: 72.44 KiB -> 54.44 KiB (-24.8%); hashed on ")
+    assert "written" not in str(report)
+
+
 def test_survivors_are_the_very_objects_and_only_merged_scales_are_new() -> None:
     state_dict = loaded("dg_nvfp4")
     result, report = dedupe_state_dict(state_dict, config_of("dg_nvfp4"))

@@ -245,8 +245,10 @@ class Report(Summary):
         took = f"{size(self.before_bytes)} -> {size(self.after_bytes)} in {seconds(self.seconds)}{rate}"
         if self.means is not None and self.means.sentence():
             yield text(f"Shards: {self.means.sentence()}.")
-        proved = "verified" if self.verified else "not verified"
-        yield text(f"{shown(self.dst)} is written: {took}; {proved}; hashed on {self.device}.", "green")
+        written = f"{shown(self.dst)} is written: {took}; {'verified' if self.verified else 'not verified'}"
+        if not self.after_shards:
+            written = f"{shown(self.dst)}: {change(self.before_bytes, self.after_bytes)}"
+        yield text(f"{written}; hashed on {self.device}.", "green")
         if self.pushed is not None:
             yield text(f"It is uploaded to {self.pushed.id}: {shown(self.pushed.url)}", "green")
 

@@ -91,11 +91,11 @@ def tied_parameters(kinds: Iterable[str], *columns: str) -> Table:
 
 
 def sizes(before: tuple[int, int, int], after: tuple[int, int, int]) -> Table:
-    """Bytes, tensors and shards, before and after."""
-    made = table("", "tensor bytes", "tensors", "shards")
+    """Bytes, tensors and shards, before and after; what is in memory has no shards."""
+    made = table("", "tensor bytes", "tensors", *(["shards"] if before[2] or after[2] else []))
     for name, (nbytes, tensors, shards) in (("before", before), ("after", after)):
-        made.add_row(name, size(nbytes), f"{tensors:,}", f"{shards:,}")
-    made.add_row("", percent(before[0], after[0]), percent(before[1], after[1]), "")
+        made.add_row(name, size(nbytes), f"{tensors:,}", *([f"{shards:,}"] if len(made.columns) > 3 else []))
+    made.add_row("", percent(before[0], after[0]), percent(before[1], after[1]))
     return made
 
 
