@@ -491,6 +491,16 @@ def test_of_several_names_of_a_tie_only_those_that_differ_are_said_to(tmp_path: 
     assert len(same.where) == 3
 
 
+@pytest.mark.parametrize("consumer", CONSUMERS)
+@pytest.mark.parametrize("fixture", ["dg_quanto_qint4", "dg_torchao_experts"])
+def test_packed_weights_of_any_name_are_quantized_modules_that_no_config_describes(fixture: str, consumer: str) -> None:
+    report = check(FIXTURES / fixture / "naive", consumer, loader="off")
+    which = "quant-method-unknown" if consumer == "transformers" else "quant-config-missing"
+    (finding,) = [finding for finding in report.errors if finding.id == which]
+    assert "modules are quantized" in finding.found
+    assert "in a format that" in finding.fix or "the library that wrote it" in finding.fix
+
+
 @pytest.mark.parametrize(
     ("config", "severity"),
     [({"quant_method": "compressed-tensors"}, "error"), ({"quant_method": "fp8"}, "warning"), (None, "warning")],

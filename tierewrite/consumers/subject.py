@@ -221,6 +221,15 @@ class Subject:
         """Modules whose weight on disk is quantized: packed or FP8, or with a scale beside it."""
         return {name: m for name, m in self.modules.items() if self._is_quantized(m)}
 
+    @cached_property
+    def count_quantized(self) -> int:
+        """How many modules hold a quantized weight: those of `quantized`, and those whose packed tensor is no
+        `<module>.<leaf>`, but below the weight's own name (`weight._data`) or called like a fused parameter
+        (`_gate_up_proj_qdata`).
+        """
+        owners = (formats.main_parameter(target) for target in self.targets)
+        return len(self.quantized.keys() | {owner.rpartition(".")[0] for owner in owners if owner is not None})
+
     def _is_quantized(self, module: Module) -> bool:
         if any(_shows_quantization(leaf) for leaf in module.leaves):
             return True

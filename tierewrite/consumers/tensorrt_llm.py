@@ -205,7 +205,7 @@ QUANT_CONFIG_MISSING = Rule(
     title="modules are quantized, and no config says so",
     severity="error",
     consequence="TensorRT-LLM builds plain layers, and the load aborts",
-    fix="restore hf_quant_config.json or quantization_config from the export",
+    fix="restore hf_quant_config.json or quantization_config from the export, or export in a format that has one",
     source="read, not run: quantization/modelopt_config.py load_hf_quant_config",
 )
 QUANT_CONFIG_DISAGREES = Rule(
@@ -229,11 +229,11 @@ KV_DISAGREES = replace(
 def configs(s: TensorrtSubject) -> Iterator[Finding]:
     """modelopt_config.py: hf_quant_config.json first; newer versions warn where the two differ."""
     inside, beside = modelopt.declared(s)
-    if s.quantized and s.declared is None:
+    if s.count_quantized and s.declared is None:
         if isinstance(s.config.get("quantization_config"), dict):
             s.notes.append("its quantization is not ModelOpt's and was not checked")
         else:
-            found = f"{len(s.quantized)} modules are quantized, and no config says so"
+            found = f"{s.count_quantized} modules are quantized, and no config says so"
             yield QUANT_CONFIG_MISSING.at((CONFIG,), found)
     elif s.declared is not None and s.declared.layout is None:
         s.notes.append(f"quant_algo '{shown(s.declared.algo)}' was not checked")

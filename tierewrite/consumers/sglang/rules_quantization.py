@@ -38,7 +38,7 @@ QUANT_CONFIG_MISSING = Rule(
     title="modules are quantized, and no config says so",
     severity="error",
     consequence="SGLang builds plain layers: the load aborts, or packed bytes are taken for numbers",
-    fix="restore hf_quant_config.json or quantization_config from the export",
+    fix="restore hf_quant_config.json or quantization_config from the export, or export in a format that has one",
     source="model_loader/weight_utils.py get_quant_config",
 )
 
@@ -46,9 +46,9 @@ QUANT_CONFIG_MISSING = Rule(
 @RULES.add(QUANT_CONFIG_MISSING)
 def no_config(s: SglangSubject) -> Iterator[Finding]:
     """weight_utils.py `get_quant_config`: config.json, else hf_quant_config.json."""
-    if s.quantized and s.declared is None and not isinstance(s.config.get("quantization_config"), dict):
+    if s.count_quantized and s.declared is None and not isinstance(s.config.get("quantization_config"), dict):
         yield QUANT_CONFIG_MISSING.at(
-            ("config.json: quantization_config",), f"{len(s.quantized)} modules are quantized, and no config says so"
+            ("config.json: quantization_config",), f"{s.count_quantized} modules are quantized, and no config says so"
         )
 
 

@@ -12,6 +12,7 @@ are taken to be right for it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from tierewrite import formats
@@ -105,10 +106,16 @@ QUANT_METHOD_UNKNOWN = Rule(
     id="quant-method-unknown",
     title="modules are quantized by a method that transformers does not know",
     severity="error",
-    consequence="their tensors are taken for plain weights: shapes that do not fit are refused, others load as they "
-    "are",
+    when="quant_method names another",
+    consequence="their tensors are taken for plain weights: other names are left out and their weights initialised at "
+    "random, shapes that do not fit are refused, the rest loads as it is",
     fix="serve it with vLLM, or export in a format that transformers reads",
     source="quantizers/auto.py AutoHfQuantizer.supports_quant_method",
+)
+QUANT_METHOD_MISSING = replace(
+    QUANT_METHOD_UNKNOWN,
+    when="there is no quantization_config",
+    fix="restore quantization_config from the export, or load it with the library that wrote it",
 )
 
 
@@ -118,19 +125,20 @@ def quantization(s: Subject) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-@RULES.add(QUANT_METHOD_UNKNOWN)
+@RULES.add(QUANT_METHOD_UNKNOWN, QUANT_METHOD_MISSING)
 def quant_method(s: Subject) -> Iterator[Finding]:
     """quantizers/auto.py `AutoHfQuantizer.supports_quant_method`: an unknown method is skipped with a warning, and
     the packed tensors meet plain parameters.
     """
-    if not s.quantized:
+    if not s.count_quantized:
         return
     config = quantization(s)
     method = str((config or {}).get("quant_method") or "").lower()
     if method not in QUANT_METHODS:
+        rule = QUANT_METHOD_UNKNOWN if config else QUANT_METHOD_MISSING
         what = f"quant_method '{method}' is none that transformers knows" if config else "no quantization_config"
         where = ("config.json: quantization_config.quant_method",)
-        yield QUANT_METHOD_UNKNOWN.at(where, f"{len(s.quantized)} modules are quantized; {what}")
+        yield rule.at(where, f"{s.count_quantized} modules are quantized; {what}")
 
 
 EXPERTS_UNPACKED = Rule(

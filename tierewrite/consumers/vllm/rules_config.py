@@ -61,7 +61,7 @@ QUANT_CONFIG_MISSING = Rule(
     title="modules are quantized, and no config says so",
     severity="error",
     consequence=f"vLLM builds plain layers; {SCALES_OF_PLAIN}",
-    fix="restore hf_quant_config.json or quantization_config from the export",
+    fix="restore hf_quant_config.json or quantization_config from the export, or export in a format that has one",
     source=f"{WEIGHT_UTILS} get_quant_config",
 )
 QUANT_CONFIG_INVALID = Rule(
@@ -87,8 +87,8 @@ def quant_config(s: VllmSubject) -> Iterator[Finding]:
     """config/model.py `_verify_quantization`; modelopt.py `ModelOptQuantConfigBase.from_config`."""
     q = s.quantization
     if q is None:
-        if s.quantized:
-            found = f"{len(s.quantized)} modules are quantized, and no config says so"
+        if s.count_quantized:
+            found = f"{s.count_quantized} modules are quantized, and no config says so"
             yield QUANT_CONFIG_MISSING.at(("config.json: quantization_config",), found)
     elif q.problem is not None:
         yield QUANT_CONFIG_INVALID.at((q.where,), q.problem)
