@@ -265,6 +265,25 @@ def test_a_parameter_of_the_model_is_no_orphan() -> None:
     assert list(orphans(source, {"b.q.input_max"}, ())) == [("b.q.input_max", "b.q.weight")]
 
 
+@pytest.mark.parametrize("stays", ["eps", "input_scale", "layer_scalar"])
+@pytest.mark.parametrize("dtype", ["I8", "F8_E4M3"])
+def test_a_packed_bias_alone_takes_nothing_of_its_module_along(dtype: str, stays: str, tmp_path: Path) -> None:
+    source = entries_of({"b.q.bias": (dtype, 64), f"b.q.{stays}": ("F32", 4), "b.q.weight": ("BF16", 64)})
+    assert list(orphans(source, {f"b.q.{stays}", "b.q.weight"}, ())) == []
+    leaves = {"bias": (dtype, b"\1" * 64), stays: ("F32", None), "weight": ("BF16", None)}
+    rows = {
+        f"{side}.q.{leaf}": (kind, (64,), data or side.encode() * 64 * {"F32": 4, "BF16": 2}[kind])
+        for side in "ab"
+        for leaf, (kind, data) in leaves.items()
+    }
+    write_checkpoint(tmp_path / "src", rows)
+    ties = {"b.q.bias": "a.q.bias"}
+    tierewrite.rewrite(tmp_path / "src", tmp_path / "out", ties=ties)
+    verified = tierewrite.verify(tmp_path / "src", tmp_path / "out", ties=ties)
+    assert verified.ok, verified.problems
+    assert verified.dropped == 1
+
+
 def test_an_orphan_of_a_format_that_nobody_knows_is_found() -> None:
     source = entries_of({"b.q.codes": ("I32", 64), "b.q.codes_table": ("U8", 32), "b.q.act_range": ("F32", 4)})
     assert dict(orphans(source, {"b.q.codes_table", "b.q.act_range"}, ())) == {

@@ -81,9 +81,11 @@ def _main_of(key: str, source: Mapping[str, TensorEntry], gone_below: Mapping[st
             name = f"{module}.{weight}" if module else weight
             if name in source and source[name].dtype not in _PLAIN:
                 return name
-    # Of a format that nobody knows: beside the largest tensor that is gone, if that is packed and this is not.
-    if source[key].dtype in _PLAIN and parent in gone_below:
-        largest = max(gone_below[parent], key=lambda name: source[name].nbytes)
+    # Of a format that nobody knows: beside the largest tensor that is gone, if that is packed and this is not. Nothing
+    # but what is called after it belongs to a bias.
+    gone = [name for name in gone_below.get(parent, ()) if not _NOT_OF_WEIGHT.fullmatch(name.rpartition(".")[2])]
+    if source[key].dtype in _PLAIN and gone:
+        largest = max(gone, key=lambda name: source[name].nbytes)
         if source[largest].dtype not in _PLAIN and source[largest].nbytes > source[key].nbytes:
             return largest
     return None
