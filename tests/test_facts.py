@@ -494,6 +494,31 @@ def test_kv_scales_with_a_shift_are_merged_only_where_all_of_a_layers_are_equal(
     for name in rest:
         assert result[f"{CANONICAL}{attention}.{name}"] == before[f"{CANONICAL}{attention}.{name}"]
         assert result.get(f"{ALIAS}{attention}.{name}") == (None if equal else before[f"{ALIAS}{attention}.{name}"])
+    verified = tierewrite.verify(source, source.parent / "dst", kv_scales="merge")
+    assert verified.ok, verified.problems
+
+
+@pytest.mark.parametrize("tied", ["qv", "q", "v"])
+def test_a_kv_scale_beside_a_weight_that_is_not_tied_stays_with_it_however_often_it_is_rewritten(
+    tied: str, tmp_path: Path
+) -> None:
+    source = {}
+    for side, k_scale in (("a", 1.0), ("b", 2.0)):
+        for word in "qkv":
+            data = (word if word in tied else word + side).encode() * 16
+            source[f"{side}.attn.{word}_proj.weight"] = T("F8_E4M3", [4, 4], data[:16])
+        source[f"{side}.attn.k_proj.k_scale"] = T("F32", [], f32(k_scale))
+    write_checkpoint(tmp_path / "src", source)
+    ties = {f"b.attn.{word}_proj.weight": f"a.attn.{word}_proj.weight" for word in tied}
+    report = tierewrite.rewrite(tmp_path / "src", tmp_path / "once", ties=ties, kv_scales="merge")
+    assert any("'b.attn.k_proj.weight' is stored too, and not tied" in warning for warning in report.warnings)
+    tierewrite.rewrite(tmp_path / "once", tmp_path / "twice", ties=ties, kv_scales="merge")
+    once = read_tensors(tmp_path / "once")
+    assert once == read_tensors(tmp_path / "twice")
+    for name in ("a.attn.k_proj.k_scale", "b.attn.k_proj.k_scale", "b.attn.k_proj.weight"):
+        assert once[name] == source[name]
+    verified = tierewrite.verify(tmp_path / "src", tmp_path / "once", ties=ties, kv_scales="merge")
+    assert verified.ok, verified.problems
 
 
 def test_fact_07_a_streaming_export_that_lost_canonical_names_gets_them_back(
@@ -600,9 +625,7 @@ def test_fact_09_one_bit_is_enough_and_equal_nans_are_equal(edited: Callable[...
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027], ids=oct)
-def test_fact_10_files_have_the_mode_that_the_umask_gives_and_not_0600(
-    edited: Callable[..., Path], umask: int
-) -> None:
+def test_fact_10_files_have_the_mode_that_the_umask_gives_and_not_0600(edited: Callable[..., Path], umask: int) -> None:
     source = edited("qwen3_tied_bf16")
     (source / "model.safetensors").chmod(0o600)
     previous = os.umask(umask)

@@ -246,6 +246,23 @@ SCALES_AND_BUFFERS = [
         MODELOPT,
     ),
     Case(
+        "a KV-cache scale stays beside a projection that is not tied, and needs it",
+        {"t": [("a.attn.v_proj.weight", "b.attn.v_proj.weight")]},
+        """
+        a.attn.v_proj.weight   F8_E4M3[4,4]  keep  =                     t
+        b.attn.v_proj.weight   F8_E4M3[4,4]  drop  a.attn.v_proj.weight  t
+        a.attn.v_proj.v_scale  F32[]         merge =                     t
+        b.attn.v_proj.v_scale  F32[]         drop  a.attn.v_proj.v_scale t
+        a.attn.k_proj.weight   F8_E4M3[4,4]  keep  =                     -
+        b.attn.k_proj.weight   F8_E4M3[4,4]  keep  =                     -
+        a.attn.k_proj.k_scale  F32[]         keep  =                     -
+        b.attn.k_proj.k_scale  F32[]         keep  =                     -
+        """,
+        Policy(kv_scales="merge"),
+        MODELOPT,
+        warning="'b.attn.k_proj.weight' is stored too, and not tied",
+    ),
+    Case(
         "KV-cache scales that differ in kind are kept, with a warning",
         {"t": [("a.attn.k_proj.weight", "b.attn.k_proj.weight")]},
         """

@@ -145,6 +145,10 @@ class KvScales:
             keys, target = keys_of(names, rows), f"{layer.canonical}.{rest}"
             if keys == (target,) or target in self._separate:
                 continue
+            untied = self._untied_weight(key for key in keys if key != target)
+            if untied is not None:
+                self.warnings.append(f"KV scale '{target}' is kept separate: '{untied}' is stored too, and not tied")
+                continue
             if claimed[rest] or not self._mergeable(rows, companion):
                 self.warnings.append(f"KV scale '{target}' is kept separate: its sides are stored differently")
                 continue
@@ -153,6 +157,15 @@ class KvScales:
             new_name = None if keys[0] == target else target
             decisions = _one_survives(rows, new_name, merged=companion.merge is not None)
             self._fates.enter(self._groups[owner], decisions)
+
+    def _untied_weight(self, keys: Iterable[str]) -> str | None:
+        """A weight that stays beside one of these scales, which it would be without: no tie names it."""
+        for key in keys:
+            for name in formats.main_names(f"{key.rpartition('.')[0]}.weight"):
+                row = self._tensors.row.get(name)
+                if row is not None and not self._fates.claimed(np.array([row])).any():
+                    return name
+        return None
 
     def _mergeable(self, rows: Sequence[int], companion: Companion) -> bool:
         """Whether the headers allow that one stands for all."""

@@ -41,9 +41,18 @@ def kv_stands(
             entries = [source.tensors[key] for key in keys]
             alike = len({(entry.dtype, entry.shape) for entry in entries}) == 1
             one = alike if there[0][1].merge is None else why_no_value(entries) is None
+            if _beside_untied([key for key in keys if key != target], source, taken):
+                continue
             if keys != (target,) and one and not any(key in taken for key in keys):
-                stands[target] = Stand(target, keys, there[0][1], _owner(rest, owners))
+                rule = there[0][1] if there[0][1].merge is not None else None  # biases are equal: one of them stays
+                stands[target] = Stand(target, keys, rule, _owner(rest, owners))
     return stands
+
+
+def _beside_untied(keys: Iterable[str], source: Checkpoint, taken: Collection[str]) -> bool:
+    """Whether one of these scales stands beside a weight that no tie has taken, and that needs it."""
+    weights = {name for key in keys for name in formats.main_names(f"{key.rpartition('.')[0]}.weight")}
+    return any(name in source.tensors and name not in taken for name in weights)
 
 
 def _owner(rest: str, owners: Sequence[str]) -> str:
