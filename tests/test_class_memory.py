@@ -433,6 +433,19 @@ def test_the_unfinished_file_of_a_writer_that_was_killed_goes(tmp_path: Path) ->
     assert (old.exists(), new.exists()) == (False, True)
 
 
+def test_the_lock_of_what_was_not_kept_in_the_end_goes(tmp_path: Path) -> None:
+    """Digests of files that were written a moment ago are not kept, and each such load leaves a lock."""
+    kept = KeptFiles(tmp_path / "kept", 3, 200, 1000)
+    kept.keep("a", b"a")
+    for name in ("a.lock", "gone.lock", "somebody's"):
+        (kept.folder / name).touch()
+        os.utime(kept.folder / name, (0, 0))
+    (kept.folder / "new.lock").touch()
+    kept.keep("b", b"b")
+    there = sorted(path.name for path in kept.folder.iterdir())
+    assert there == ["a.json", "a.lock", "b.json", "new.lock", "somebody's"]
+
+
 def test_several_writers_leave_one_whole_file(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from tierewrite.kept_files import KeptFiles\n"

@@ -22,7 +22,7 @@ from blake3 import blake3
 log = logging.getLogger(__name__)
 
 _ABANDONED_SECONDS = 3600
-"""So old is the unfinished file of a writer that was killed."""
+"""So old is the unfinished file of a writer that was killed, or the lock of what was not kept in the end."""
 
 
 def cache_folder(kind: str) -> Path | None:
@@ -133,7 +133,11 @@ class KeptFiles:
                 status = path.stat(follow_symlinks=False)
                 if path.suffix == ".json":
                     found.append((status.st_mtime_ns, status.st_size, path))
-                elif path.suffix == ".part" and status.st_mtime < time.time() - _ABANDONED_SECONDS:
+                elif (
+                    path.suffix in (".part", ".lock")
+                    and status.st_mtime < time.time() - _ABANDONED_SECONDS
+                    and not path.with_suffix(".json").exists()
+                ):
                     path.unlink()
         total = 0
         for number, (_, nbytes, path) in enumerate(sorted(found, reverse=True)):
