@@ -535,6 +535,23 @@ def test_fact_07_a_streaming_export_that_lost_canonical_names_gets_them_back(
     assert described(result) == answer("dg_nvfp4")
 
 
+@pytest.mark.parametrize("shape", [[0], [0, 32]])
+@pytest.mark.parametrize("also_differs", [False, True])
+def test_a_name_without_data_is_not_said_to_be_a_tensor_of_its_own(
+    edited: Callable[..., Path], shape: list[int], also_differs: bool
+) -> None:
+    """What a rank of a partitioned model leaves: to keep both would untie an empty head."""
+
+    def edit(tensors: Tensors) -> None:
+        tensors["lm_head.weight"] = T("BF16", shape, b"")
+        for name in ("model.decoder.norm.weight", "model.encoder.language_model.norm.weight"):
+            if also_differs:
+                tensors[name] = T("BF16", [64], name.encode().ljust(128, b"x")[:128])
+
+    error = assert_refused(edited("dg_bf16", edit), "'lm_head.weight' has no elements")
+    assert ("on_mismatch" in str(error)) == also_differs
+
+
 @pytest.mark.parametrize("fixture", ["llava_tied_bf16", "mixtral_tied_bf16"])
 def test_fact_08_names_on_disk_that_differ_from_names_in_memory(edited: Callable[..., Path], fixture: str) -> None:
     result, _ = rewritten(edited(fixture))

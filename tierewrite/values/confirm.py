@@ -68,6 +68,10 @@ def _why_different(
 
 TWO_TENSORS = "The model declares these tensors to be one, but the files do not hold them as one."
 KEEP = "Keep both with --on-mismatch keep; with --fix-config as well, tie_word_embeddings says what is stored."
+NO_DATA = (
+    "'{}' has no elements: whoever wrote it had the name and not the data (a rank of a partitioned model, a tensor on "
+    "the meta device). Export again, or leave that tensor out: its tie stands for it."
+)
 ONE_QUANTIZED = "'{}' is quantized and '{}' is not, so that they are two tensors now."
 
 
@@ -102,7 +106,11 @@ def refusal(
     if len(listed) > _LISTED:
         lines.append(f"  ... and {len(listed) - _LISTED} more (all of them with --json)")
     count = f"{len(listed)} declared tie{'s' if len(listed) > 1 else ''}"
-    said = " ".join((_what_it_means(checkpoint, plan, refused), *_forced(checkpoint, plan), advice))
+    empty = {group.id: name for group in refused if (name := _without_data(checkpoint, group)) is not None}
+    parts = [NO_DATA.format(shown(name)) for name in list(empty.values())[:1]]
+    if len(empty) < len(refused):
+        parts += [_what_it_means(checkpoint, plan, refused), *_forced(checkpoint, plan), advice]
+    said = " ".join(parts)
     return Refused(
         f"{count} not confirmed, nothing was written:\n" + "\n".join(lines) + f"\n{said}",
         details={"groups": listed},
@@ -117,6 +125,13 @@ def _line(entry: Mapping[str, Any]) -> str:
     lead = f"{shown(', '.join(told))} -> {shown(entry['canonical'])}"
     said = f"  {of_which(lead, (entry['canonical'], *told), entry['reason'])}"
     return f"{said}; {shown(', '.join(agreeing))} agree{'' if agreeing[1:] else 's'}" if agreeing else said
+
+
+def _without_data(checkpoint: Checkpoint, group: GroupPlan) -> str | None:
+    """The tied parameter's name that holds nothing, where another of its names holds something."""
+    sides = [name for name in (group.canonical, *group.aliases) if name in checkpoint.tensors]
+    empty = [name for name in sides if not checkpoint.tensors[name].nbytes]
+    return empty[0] if empty and len(empty) < len(sides) else None
 
 
 def _what_it_means(checkpoint: Checkpoint, plan: RewritePlan, refused: Sequence[GroupPlan]) -> str:
