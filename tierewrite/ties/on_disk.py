@@ -62,7 +62,7 @@ def _through_wrappers(ties: Declared, keys: Collection[str]) -> DiskTies:
     said = f"every name begins with '{shown(worn.prefix)}'" if worn.prefix else "some names hold those of wrappers"
     warning = (
         f"{said}, which a wrapper left (torch.compile, FSDP, PEFT, ...): ties are found without it and the names are "
-        "kept, but loaders do not know them; strip_prefix takes it off"
+        "kept, but loaders do not know them; --strip-prefix takes it off"
     )
     return replace(disk, prefix=worn.prefix, warnings=(warning,))
 
@@ -85,10 +85,10 @@ def without_wrappers(checkpoint: Checkpoint, ties: Declared) -> Checkpoint:
     """`checkpoint` with the names of its tensors as the model knows them; a warning says what was taken off."""
     worn = wrappers_of(ties, checkpoint.tensors)
     if worn is None:
-        said = "strip_prefix is given, and no name begins with one of a wrapper: the names are as they were"
+        said = "--strip-prefix is given, and no name begins with one of a wrapper: the names are as they were"
         return replace(checkpoint, warnings=(*checkpoint.warnings, said))
     what = f"'{shown(worn.prefix)}' was taken off every name" if worn.prefix else "names of wrappers were taken off"
-    said = f"{what} ({len(worn.names)} tensors), as strip_prefix says"
+    said = f"{what} ({len(worn.names)} tensors), as --strip-prefix says"
     named = checkpoint.tensors.named(worn.names.names)
     return replace(checkpoint, tensors=named, warnings=(*checkpoint.warnings, said))
 
