@@ -74,6 +74,25 @@ def test_the_manifest_lists_them_and_a_rewrite_for_nobody_has_no_such_member(mad
     assert entries[canonical(name)]["from"] == [canonical(name), name]
 
 
+def test_where_no_scale_goes_nobody_is_warned_of_it(tmp_path: Path) -> None:
+    """A head that was quantized alone is no tie that its bytes confirm: both of its names stay."""
+    source = shutil.copytree(FIXTURES / "qwen3_tied_bf16" / "naive", tmp_path / "src")
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "quark"}
+    (source / "config.json").write_text(json.dumps(config))
+    rows, columns = read_tensors(source)["lm_head.weight"].shape
+    packed = {
+        "weight": ("F8_E4M3", [rows, columns], b"\x30" * rows * columns),
+        "weight_scale": ("BF16", [], b"\x80\x3c"),
+    }
+    edit_tensors(source, {f"lm_head.{leaf}": tensor for leaf, tensor in packed.items()})
+    plan = tierewrite.plan(source)
+    assert [group.status for group in plan.groups] == ["unconfirmed"]
+    assert not any("ties no scales" in warning for warning in plan.warnings)
+    edit_tensors(source, {f"model.embed_tokens.{leaf}": tensor for leaf, tensor in packed.items()})
+    assert any("ties no scales" in warning for warning in tierewrite.plan(source).warnings)
+
+
 @pytest.mark.parametrize("suffix", SCALES)
 def test_verify_finds_a_kept_scale_of_another_value(made: dict[str, Path], tmp_path: Path, suffix: str) -> None:
     dst = shutil.copytree(made["kept"], tmp_path / "dst")
@@ -139,9 +158,7 @@ def test_a_needed_name_whose_bytes_differ_is_a_tie_that_is_not_confirmed(
     src = naive("qwen3_tied_but_diverged_bf16")
     with pytest.raises(Refused, match="differ"):
         tierewrite.rewrite(src, tmp_path / "refused", keep_names_for="transformers")
-    report = tierewrite.rewrite(
-        src, tmp_path / "kept", keep_names_for="transformers", on_mismatch="keep", verify=True
-    )
+    report = tierewrite.rewrite(src, tmp_path / "kept", keep_names_for="transformers", on_mismatch="keep", verify=True)
     assert [group.status for group in report.groups] == ["kept"]
     assert report.groups[0].group.kept_names == ()
 
@@ -215,7 +232,7 @@ def copy_without(src: Path, dst: Path, name: str) -> Path:
 
 
 def test_a_plain_rewrite_warns_where_transformers_has_the_quantizer(made: dict[str, Path]) -> None:
-    warned = [warning for warning in tierewrite.plan(made["naive"]).warnings if "--for transformers" in warning]
+    warned = [warning for warning in tierewrite.plan(made["naive"]).warnings if 'consumer="transformers"' in warning]
     assert len(warned) == 1
     assert "'quark'" in warned[0]
     assert tierewrite.check(made["plain"], "transformers").ids() >= {"scale-missing"}
@@ -225,7 +242,7 @@ def test_a_plain_rewrite_warns_where_transformers_has_the_quantizer(made: dict[s
 
 def test_no_warning_where_nothing_is_missed(naive: Callable[[str], Path]) -> None:
     for case in ("dg_fp8", "dg_bf16", "dg_bnb_int8"):
-        assert not any("--for transformers" in warning for warning in tierewrite.plan(naive(case)).warnings)
+        assert not any('consumer="transformers"' in warning for warning in tierewrite.plan(naive(case)).warnings)
 
 
 def test_a_consumer_without_such_names_is_refused(naive: Callable[[str], Path], tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def with_needed_names(opened: Opened, policy: Policy, consumer: str | None = Non
     """
     if policy.keep_names_for is None:
         notes = dropped_names_warning(opened) if consumer is None else ()
-        return replace(opened, needed=NeededNames(notes=notes)) if notes else opened
+        return replace(opened, needed=NeededNames(notes=notes, of_dropped=True)) if notes else opened
     record = CONSUMERS.get(policy.keep_names_for)
     if record is None or record.needed_names is None:
         raise UsageError(f"nothing is known of names that '{shown(policy.keep_names_for)}' needs")

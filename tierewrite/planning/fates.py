@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
+from tierewrite import formats
 from tierewrite.planning.groups import Decisions, Unconfirmed
 from tierewrite.planning.plan import Action
 from tierewrite.source.table import Tensors
@@ -43,6 +44,12 @@ class Fates:
         """bool, whether something is planned for each row by a group; a side that is kept whole claims nothing."""
         claimed: np.ndarray = self._claimed[rows]
         return claimed
+
+    def drops_companions(self) -> bool:
+        """Whether anything is dropped that belongs to a weight or is a packed one."""
+        leaves = np.unique(self._tensors.leaf[self.action == Action.DROP.code]).tolist()
+        names = (self._tensors.leaves[number] for number in leaves)
+        return any(formats.is_companion(name) or formats.fused_parameters(name) for name in names)
 
     def claim(self, group: int, made: Decisions) -> None:
         """Enters what is planned for a group.

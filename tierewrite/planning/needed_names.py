@@ -16,8 +16,10 @@ class NeededNames:
         consumer: who needs them, for messages; "" where nobody does.
         names: keys of the source. Those that no tie would drop or rename may be among them, and change nothing.
         notes: how that is known, for the report.
+        of_dropped: the notes speak of companions that are dropped: where none is, there is nothing to say.
     """
 
     consumer: str = ""
     names: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
+    of_dropped: bool = False

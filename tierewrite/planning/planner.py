@@ -185,7 +185,7 @@ def _said(needed: NeededNames, fates: Fates) -> list[str]:
     """What a person should know of the names that stay because they are needed."""
     count = int(fates.kept_name.sum())
     if not count:
-        return list(needed.notes)
+        return [] if needed.of_dropped and not fates.drops_companions() else list(needed.notes)
     what = "1 tensor of a tied module stays" if count == 1 else f"{count:,} tensors of tied modules stay"
     said = f"{what} on every side, with one value: {needed.consumer} needs the names"
     return [said, *needed.notes]
