@@ -592,6 +592,20 @@ def test_the_index_is_a_file_of_dst_with_the_members_of_an_index(
     assert [p.id for p in verify(src, dst).problems] == ["unfinished"]
 
 
+def test_a_dtype_that_the_installed_safetensors_does_not_know_is_noted_and_nothing_else(tmp_path: Path) -> None:
+    """A rewrite copies such bytes; that a newer safetensors wrote them is no fault of DST."""
+    new, old = Tensor("F8_OF_TOMORROW", [3], b"abc"), Tensor("BF16", [1], b"ab")
+    tensors = {"a.weight": new, "b.weight": new, "c.weight": old}
+    src = write_checkpoint(tmp_path / "src", tensors, {"_tied_weights_keys": {"b.weight": "a.weight"}})
+    tierewrite.rewrite(src, tmp_path / "dst", max_shard_size=3, verify=True)
+    found = verify(src, tmp_path / "dst", max_shard_size=3)
+    assert found.ok
+    assert ["1 shard could not be opened" in note and "F8_OF_TOMORROW" in note for note in found.notes] == [True]
+    shard = tmp_path / "dst" / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    assert not verify(src, tmp_path / "dst", max_shard_size=3).ok
+
+
 @pytest.mark.parametrize("what", ["fifo", "folder", "truncated", "index"])
 def test_a_dst_with_a_broken_file_is_unreadable(what: str, tmp_path: Path, rewritten: Callable[..., Path]) -> None:
     dst = shutil.copytree(rewritten("qwen3_tied_bf16"), tmp_path / "dst")

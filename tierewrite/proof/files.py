@@ -28,6 +28,7 @@ from tierewrite.source.table import INCOMPLETE_NAME, INDEX_NAME, MANIFEST_NAME, 
 from tierewrite.source.threads import io_threads
 from tierewrite.stores.mirror import Place
 from tierewrite.stores.places import store_of
+from tierewrite.tables import count
 from tierewrite.ties.on_disk import DiskTies
 from tierewrite.ties.tie import TiesGiven
 from tierewrite.ties.tie_map import TieMap
@@ -172,14 +173,24 @@ def corrected_for(
     return {**configs, **corrected}
 
 
-def check_with_safetensors(target: Checkpoint) -> list[Problem]:
-    """DST's shards, read by safetensors itself: the reader of most consumers."""
-    problems: list[Problem] = []
+def check_with_safetensors(target: Checkpoint, problems: list[Problem]) -> tuple[str, ...]:
+    """DST's shards, read by safetensors itself: the reader of most consumers.
+
+    Args:
+        problems: each that is found is added.
+
+    Returns:
+        A note where the installed version cannot be asked.
+    """
+    unknown = {dtype for dtype in {dtype for dtype, _ in target.tensors.kinds} if not _is_known_to_safetensors(dtype)}
     names: dict[int, set[str]] = {number: set() for number in range(len(target.shards))}
+    beyond: set[int] = set()  # shards that the installed version does not read in SRC either
     for entry in target.tensors.values():
         names[entry.shard].add(entry.name)
+        if entry.dtype in unknown:
+            beyond.add(entry.shard)
     for number, shard in enumerate(target.shards):
-        if not isinstance(shard.path, Path):
+        if not isinstance(shard.path, Path) or number in beyond:
             continue  # it reads local files only
         try:
             with safetensors.safe_open(shard.path, framework="np") as file:
@@ -189,7 +200,21 @@ def check_with_safetensors(target: Checkpoint) -> list[Problem]:
             continue
         if found != names[number]:
             problems.append(Problem("unreadable", shard.name, "safetensors reads other names in it"))
-    return problems
+    if not beyond:
+        return ()
+    return (
+        f"{count(len(beyond), 'shard')} could not be opened with safetensors too: version {safetensors.__version__} "
+        f"does not know the dtype {', '.join(shown(dtype) for dtype in sorted(unknown))}",
+    )
+
+
+def _is_known_to_safetensors(dtype: str) -> bool:
+    header = json.dumps({"asked": {"dtype": dtype, "shape": [0], "data_offsets": [0, 0]}}).encode()
+    try:
+        safetensors.deserialize(len(header).to_bytes(8, "little") + header)  # type: ignore[no-untyped-call]
+    except safetensors.SafetensorError:
+        return False
+    return True
 
 
 def check_side_files(

@@ -241,13 +241,13 @@ def verify(
     if exact is not None and told is not None:
         problems += check_manifest(exact.manifest(source, sides, configs, told), target)
         note += unchecked_commit(source, told)
-    problems += check_with_safetensors(target)
+    not_asked = check_with_safetensors(target, problems)
     return Verification(
         ok=not problems,
         problems=tuple(replace(problem, message=spelled(problem.message)) for problem in problems),
         ties_source=tie_map.source,
         ties_detail=tie_map.detail,
-        notes=said_once(note, source.warnings, tie_map.warnings, disk.warnings, proof.notes),
+        notes=said_once(note, not_asked, source.warnings, tie_map.warnings, disk.warnings, proof.notes),
         **proof.counts,
     )
 
