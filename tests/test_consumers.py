@@ -491,6 +491,29 @@ def test_of_several_names_of_a_tie_only_those_that_differ_are_said_to(tmp_path: 
     assert len(same.where) == 3
 
 
+@pytest.mark.parametrize(
+    ("file", "fix"),
+    [("adapter_model", "merge what is here"), ("model.fp16", "merge what is here"), ("weights", "writes an index")],
+)
+def test_no_index_is_promised_where_a_rewrite_refuses_files_of_another_loader(
+    file: str, fix: str, tmp_path: Path
+) -> None:
+    naive = FIXTURES / "qwen3_tied_bf16" / "naive"
+    src = tmp_path / "src"
+    src.mkdir()
+    shutil.copy(naive / "config.json", src)
+    shutil.copy(naive / "model.safetensors", src / f"{file}.safetensors")
+    (finding,) = [f for f in check(src, "transformers").findings if f.id == "index-missing"]
+    assert fix in finding.fix
+    refused = finding.fixed_by is None
+    try:
+        tierewrite.rewrite(src, tmp_path / "out")
+    except SourceError:
+        assert refused
+    else:
+        assert not refused
+
+
 @pytest.mark.parametrize("consumer", CONSUMERS)
 @pytest.mark.parametrize("fixture", ["dg_quanto_qint4", "dg_torchao_experts"])
 def test_packed_weights_of_any_name_are_quantized_modules_that_no_config_describes(fixture: str, consumer: str) -> None:

@@ -21,6 +21,7 @@ from tierewrite.consumers.findings import Finding
 from tierewrite.consumers.rules import Rule, RuleSet
 from tierewrite.consumers.subject import Subject
 from tierewrite.consumers.transformers.names import missed_names
+from tierewrite.source.folder import loader_of
 from tierewrite.source.table import INDEX_NAME
 from tierewrite.ties.on_disk import WHOLE, on_disk
 from tierewrite.ties.quantizers import FLOAT8_STAYS, QUANT_METHODS
@@ -41,11 +42,18 @@ INDEX_NAMES_MISSING_FILE = Rule(
 INDEX_MISSING = Rule(
     id="index-missing",
     title="there is neither an index nor model.safetensors",
+    when="its files are named as nobody's in particular",
     severity="error",
     consequence="transformers looks for model.safetensors or the index, and finds neither",
     fix="rewrite writes an index",
     fixed_by="rewrite",
     source=f"{MODELING} _get_resolved_checkpoint_files",
+)
+NO_MODEL_HERE = replace(
+    INDEX_MISSING,
+    when="its files are named as another loader's: an adapter, a variant, a model of diffusers, ...",
+    fix="give the folder of a model, or merge what is here into one first",
+    fixed_by=None,
 )
 INDEX_SHADOWED = Rule(
     id="index-shadowed",
@@ -57,13 +65,17 @@ INDEX_SHADOWED = Rule(
 )
 
 
-@RULES.add(INDEX_NAMES_MISSING_FILE, INDEX_MISSING, INDEX_SHADOWED)
+@RULES.add(INDEX_NAMES_MISSING_FILE, INDEX_MISSING, NO_MODEL_HERE, INDEX_SHADOWED)
 def files(s: Subject) -> Iterator[Finding]:
     """modeling_utils.py `_get_resolved_checkpoint_files`: model.safetensors first, then the index, else OSError."""
     yield from common_rules.absent_files(s, INDEX_NAMES_MISSING_FILE)
     names = [shard.name for shard in s.folder.shards]
     if s.folder.weight_map is None and names != [WHOLE_FILE]:
-        yield INDEX_MISSING.at(names, f"{len(names)} safetensors files and no {INDEX_NAME}")
+        kinds = {loader_of(name) for name in names}
+        if None in kinds:
+            yield INDEX_MISSING.at(names, f"{len(names)} safetensors files and no {INDEX_NAME}")
+        else:
+            yield NO_MODEL_HERE.at(names, f"{', '.join(sorted(filter(None, kinds)))}, and no model")
     listed = set((s.folder.weight_map or {}).values())
     if names == [WHOLE_FILE] and listed - {WHOLE_FILE}:
         yield INDEX_SHADOWED.at((WHOLE_FILE,), f"{WHOLE_FILE} lies beside shards that {INDEX_NAME} names")
