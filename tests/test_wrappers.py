@@ -65,6 +65,19 @@ def test_ties_are_found_below_the_names_of_wrappers(prefix: str, tmp_path: Path)
     assert [f"every name begins with '{prefix}'" in warning for warning in plan.warnings] == [True]
 
 
+@pytest.mark.parametrize("consumer", ["vllm", "sglang", "tensorrt-llm", "transformers"])
+def test_check_says_what_takes_the_names_of_wrappers_off(consumer: str, tmp_path: Path) -> None:
+    src = renamed(tmp_path / "src", "module._orig_mod.")
+    report = tierewrite.check(src, consumer, loader="off")
+    assert report.errors
+    (note,) = [note for note in report.notes if "'module._orig_mod.'" in note]
+    assert "strip_prefix" in note
+    tierewrite.rewrite(src, tmp_path / "dst", strip_prefix=True)
+    after = tierewrite.check(tmp_path / "dst", consumer, loader="off")
+    assert not after.errors
+    assert not any("begins with" in note for note in after.notes)
+
+
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module._fsdp_wrapped_module."])
 def test_the_output_keeps_the_names_of_wrappers_and_an_option_strips_them(prefix: str, tmp_path: Path) -> None:
     src = renamed(tmp_path / "src", prefix)

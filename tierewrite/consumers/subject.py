@@ -19,12 +19,12 @@ from tierewrite.consumers.backbone import Backbone, BackboneTable
 from tierewrite.consumers.folder import Folder
 from tierewrite.consumers.loaded import DryLoad
 from tierewrite.consumers.parts import parts_missing, projections
-from tierewrite.errors import TierewriteError
+from tierewrite.errors import TierewriteError, shown
 from tierewrite.formats.experts import split_expert
 from tierewrite.numbers.float8 import float8_values
 from tierewrite.source.bytes import open_source, read_tensors
 from tierewrite.source.table import TensorEntry
-from tierewrite.ties.on_disk import WHOLE, Part, on_disk
+from tierewrite.ties.on_disk import WHOLE, Part, on_disk, wrappers_of
 from tierewrite.ties.tie import ModelNames, TiesGiven
 from tierewrite.ties.tie_map import TieMap
 from tierewrite.ties.translator import Translator
@@ -96,6 +96,12 @@ class Subject:
             self.ties, self.class_problem = None, str(e)
         if self.ties is not None and self.ties.instead_of:
             self.class_problem = self.ties.instead_of
+        worn = None if self.ties is None else wrappers_of(self.ties, self.entries)
+        if worn is not None:
+            which = (
+                f"every name begins with '{shown(worn.prefix)}'" if worn.prefix else "some names hold those of wrappers"
+            )
+            self.notes.append(f"{which}, which no loader knows; rewrite --strip-prefix takes it off")
 
     @property
     def model(self) -> ModelNames | None:
