@@ -19,6 +19,8 @@ from huggingface_hub.serialization import split_state_dict_into_shards_factory
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tierewrite
+from tests.checkpoints import count_calls, write_sparse_shard
 from tierewrite.numbers.merging import mergeable
 from tierewrite.planning.layout import split
 from tierewrite.planning.needed_names import NeededNames
@@ -1159,3 +1161,25 @@ def test_an_unknown_suffix_at_the_very_end_is_found() -> None:
         f"no known format has the tensor '{module('b', 99)}.zzz' (suffix 'zzz') beside the tied parameter "
         f"'{module('b', 99)}.weight'"
     )
+
+
+@pytest.mark.parametrize("form", ["m.a{}", "m.a{}.weight", "a{}.weight"])
+def test_refused_ties_cost_no_look_at_every_name_of_their_module(form: str, tmp_path: Path) -> None:
+    def calls(ties: int) -> int:
+        folder = tmp_path / str(ties)
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        tensors = {f"m.x{i}": ("U8", [4], 4) for i in range(4 * ties)}
+        declared = {}
+        for i in range(ties):
+            name = form.format(i)
+            alias = name.replace("a", "b", 1)
+            tensors |= {name: ("U8", [8], 8), alias: ("U8", [9], 9)}
+            declared[alias] = name
+        write_sparse_shard(folder / "model.safetensors", tensors)
+        made, number = count_calls(lambda: tierewrite.plan(folder, ties=declared))
+        assert len(made.unconfirmed()) == ties
+        return number
+
+    calls(1)  # what is made once
+    assert calls(800) < 2.5 * calls(400)

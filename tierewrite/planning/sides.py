@@ -58,11 +58,13 @@ class Sides:
         self._tensors = tensors
         self._families = families
         self._numbers: dict[tuple[str, tuple[str, ...]], int] = {}
+        self._known_members: dict[str, tuple[list[str], list[int]]] = {}
         self.compositions: list[Composition] = []
         self._numbered("weight", ())
         # A tied parameter's own name is never a companion of its neighbour (a tied bias beside a tied weight).
         self._reserved = {*names, *owned} if owned else set(names)
         self._place(names)
+        self._sizes = np.array([len(one.suffixes) for one in self.compositions], np.int64)
 
     def _place(self, names: Sequence[str]) -> None:
         """Fills `rows`, `first` and `composition`."""
@@ -140,7 +142,7 @@ class Sides:
 
     def rows_of(self, first: np.ndarray, composition: np.ndarray) -> np.ndarray:
         """int64, the rows of all sides that begin at `first` and have these compositions, one after the other."""
-        size = np.array([len(one.suffixes) for one in self.compositions], np.int64)[composition]
+        size = self._sizes[composition]
         before = np.cumsum(size) - size
         rows: np.ndarray = self.rows[np.repeat(first - before, size) + np.arange(size.sum())]
         return rows
@@ -172,30 +174,28 @@ class Sides:
         return number
 
     def _starting_with(self, prefix: str) -> list[int]:
-        """Rows of the keys that begin with `prefix`, in the order of their names, by bisection."""
-        parent = prefix.rpartition(".")[0]
+        """Rows of the keys that begin with `prefix`, in the order of their names."""
         modules = self._sorted_modules
-        start = end = bisect.bisect_left(modules, prefix)
-        while end < len(modules) and modules[end].startswith(prefix):
-            end += 1
-        names = self._tensors.names
-        found = [row for module in modules[start:end] for row in self._members(module)]
-        found.extend(row for row in self._members(parent) if names[row].startswith(prefix))
-        found.sort(key=names.__getitem__)
+        found = [row for module in modules[_beginning(modules, prefix)] for row in self._members(module)[1]]
+        names, rows = self._members(prefix.rpartition(".")[0])
+        found.extend(rows[_beginning(names, prefix)])
+        found.sort(key=self._tensors.names.__getitem__)
         return found
 
     @cached_property
     def _sorted_modules(self) -> list[str]:
         return sorted(self._tensors.modules)
 
-    def _members(self, module: str) -> list[int]:
-        """The rows directly in `module`."""
-        number = self._tensors.modules.get(module)
-        if number is None:
-            return []
-        order, first = self._all_modules
-        members: list[int] = order[first[number] : first[number + 1]].tolist()
-        return members
+    def _members(self, module: str) -> tuple[list[str], list[int]]:
+        """The keys directly in `module`, sorted, and their rows."""
+        known = self._known_members.get(module)
+        if known is None:
+            order, first = self._all_modules
+            number = self._tensors.modules.get(module)
+            rows: list[int] = [] if number is None else order[first[number] : first[number + 1]].tolist()
+            rows.sort(key=self._tensors.names.__getitem__)
+            known = self._known_members[module] = ([self._tensors.names[row] for row in rows], rows)
+        return known
 
     @cached_property
     def _all_modules(self) -> tuple[np.ndarray, np.ndarray]:
@@ -203,6 +203,14 @@ class Sides:
         module = self._tensors.module
         count = np.bincount(module, minlength=len(self._tensors.modules))
         return np.argsort(module, kind="stable"), np.concatenate([[0], np.cumsum(count)])
+
+
+def _beginning(names: Sequence[str], prefix: str) -> slice:
+    """Where in sorted `names` those are that begin with `prefix`."""
+    start = end = bisect.bisect_left(names, prefix)
+    while end < len(names) and names[end].startswith(prefix):
+        end += 1
+    return slice(start, end)
 
 
 def _classified(leaf: str, suffixes: tuple[str, ...], families: tuple[str, ...]) -> Composition:
