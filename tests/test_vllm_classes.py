@@ -346,6 +346,18 @@ def test_what_is_missing_from_an_unquantized_checkpoint_is_noticed_only_if_it_is
     }
 
 
+@pytest.mark.parametrize("make", [compressed_fp8, fp8_blocks])
+@pytest.mark.parametrize("leaf", ["self_attn.k_proj", "self_attn.o_proj", "mlp.down_proj"])
+def test_a_weight_of_one_byte_an_element_has_the_shape_of_its_parameter(
+    make: Callable[[Draft], Draft], leaf: str, tmp_path: Path
+) -> None:
+    draft = make(plain("LlamaForCausalLM"))
+    name = f"{L0}.{leaf}.weight"
+    rows, columns = draft[name].shape
+    draft[name] = zeros(draft[name].dtype, rows - 1, columns)
+    assert where(checked(draft, tmp_path), "wrong-shape") == (name,)
+
+
 @pytest.mark.parametrize(
     ("make", "which"),
     [

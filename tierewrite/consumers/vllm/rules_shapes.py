@@ -124,6 +124,9 @@ def shapes(s: VllmSubject) -> Iterator[Finding]:
     if scheme is not None and scheme.detailed:
         for module in s.sound.values():
             wrong += _packed_of_other_shape(s, scheme, module)
+    elif scheme is not None and scheme.whole_elements:
+        keys = [key for module in s.sound.values() if (key := module.weight) is not None]
+        wrong += [key for key in keys if s.size(key) not in (None, s.entries[key].shape)]
     for name, entry in s.entries.items():
         if formats.kv_scale(name, s.families) and name.endswith("_scale") and prod(entry.shape) != 1:
             wrong.append(name)

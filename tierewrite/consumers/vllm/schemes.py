@@ -35,6 +35,11 @@ class Scheme:
     detailed: bool = True
 
     @property
+    def whole_elements(self) -> bool:
+        """Whether the weight has an element on disk for each of its own: FP8 and INT8, not what is packed."""
+        return self.weight == "weight" and self.pack == 1
+
+    @property
     def leaves(self) -> tuple[str, ...]:
         """Every leaf that the consumer has a parameter for."""
         return (self.weight, *((self.block,) if self.block else ()), *self.scalars, *self.optional)
