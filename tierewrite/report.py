@@ -241,14 +241,15 @@ class Report(Summary):
             yield from self.readiness.lines()
         if not self.changed_anything():
             yield text(NOTHING_TO_DO, "green")
-        rate = f", {size(round(self.after_bytes / self.seconds))}/s" if self.seconds else ""
-        took = f"{size(self.before_bytes)} -> {size(self.after_bytes)} in {seconds(self.seconds)}{rate}"
         if self.means is not None and self.means.sentence():
             yield text(f"Shards: {self.means.sentence()}.")
-        written = f"{shown(self.dst)} is written: {took}; {'verified' if self.verified else 'not verified'}"
-        if not self.after_shards:
-            written = f"{shown(self.dst)}: {change(self.before_bytes, self.after_bytes)}"
-        yield text(f"{written}; hashed on {self.device}.", "green")
+        if self.after_shards:
+            rate = f", {size(round(self.after_bytes / self.seconds))}/s" if self.seconds else ""
+            took = f"{size(self.before_bytes)} -> {size(self.after_bytes)} in {seconds(self.seconds)}{rate}"
+            done = f" is written: {took}; {'verified' if self.verified else 'not verified'}"
+        else:  # in memory
+            done = f": {change(self.before_bytes, self.after_bytes)}"
+        yield text(f"{shown(self.dst)}{done}; hashed on {self.device}.", "green")
         if self.pushed is not None:
             yield text(f"It is uploaded to {self.pushed.id}: {shown(self.pushed.url)}", "green")
 

@@ -92,9 +92,10 @@ def tied_parameters(kinds: Iterable[str], *columns: str) -> Table:
 
 def sizes(before: tuple[int, int, int], after: tuple[int, int, int]) -> Table:
     """Bytes, tensors and shards, before and after; what is in memory has no shards."""
-    made = table("", "tensor bytes", "tensors", *(["shards"] if before[2] or after[2] else []))
+    in_files = bool(before[2] or after[2])
+    made = table("", "tensor bytes", "tensors", *(["shards"] if in_files else []))
     for name, (nbytes, tensors, shards) in (("before", before), ("after", after)):
-        made.add_row(name, size(nbytes), f"{tensors:,}", *([f"{shards:,}"] if len(made.columns) > 3 else []))
+        made.add_row(name, size(nbytes), f"{tensors:,}", *([f"{shards:,}"] if in_files else []))
     made.add_row("", percent(before[0], after[0]), percent(before[1], after[1]))
     return made
 

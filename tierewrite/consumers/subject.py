@@ -19,7 +19,7 @@ from tierewrite.consumers.backbone import Backbone, BackboneTable
 from tierewrite.consumers.folder import Folder
 from tierewrite.consumers.loaded import DryLoad
 from tierewrite.consumers.parts import parts_missing, projections
-from tierewrite.errors import TierewriteError, shown
+from tierewrite.errors import TierewriteError
 from tierewrite.formats.experts import split_expert
 from tierewrite.numbers.float8 import float8_values
 from tierewrite.source.bytes import open_source, read_tensors
@@ -98,10 +98,7 @@ class Subject:
             self.class_problem = self.ties.instead_of
         worn = None if self.ties is None else wrappers_of(self.ties, self.entries)
         if worn is not None:
-            which = (
-                f"every name begins with '{shown(worn.prefix)}'" if worn.prefix else "some names hold those of wrappers"
-            )
-            self.notes.append(f"{which}, which no loader knows; rewrite --strip-prefix takes it off")
+            self.notes.append(f"{worn.said}, which no loader knows; rewrite --strip-prefix takes it off")
 
     @property
     def model(self) -> ModelNames | None:

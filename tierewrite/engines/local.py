@@ -31,14 +31,13 @@ class LocalEngine:
     def __init__(self, device: str = "auto", threads: int | None = None, progress: Progress | None = None) -> None:
         self.threads = threads
         self.progress = progress or Progress()
-        self._wait = device == "cuda"
         self._cpu = digest.select("cpu", threads=1)
         self._digester: digest.Digester | None = self._cpu if device == "cpu" else None
         self._used: dict[str, None] = {}  # descriptions, in the order of their first use
         self._asked = device
         self._selecting = ThreadPoolExecutor(1, thread_name_prefix="tierewrite-device")
         self._selected: Future[digest.Digester] | None = None
-        if self._wait:
+        if device == "cuda":
             self._prepared()
         self._trial = Trial(self._cpu, self._ready)
 
@@ -53,7 +52,7 @@ class LocalEngine:
         return prepared.result() if prepared.done() else None
 
     def _now(self) -> digest.Digester:
-        if self._digester is None and self._wait:
+        if self._digester is None and self._asked == "cuda":
             self._digester = self._prepared().result()
         return self._digester or self._trial.next()
 

@@ -19,6 +19,7 @@ _LONGEST_NAME = 255
 """Bytes, in the file systems of Linux and macOS."""
 _MOST_FOLDERS = 10_000
 """Below SRC or DST that are looked at for mounts."""
+_MOUNTED = "a file system or folder is mounted at {}, so that nothing can be moved to this name"
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Target:
             if not real.name:
                 raise UsageError("SRC is the root of the file system and cannot be swapped; give a DST", file=src)
             if _is_mounted(real):
-                what = "a file system or folder is mounted at SRC, so that nothing can be moved to this name"
-                raise UsageError(what, file=src, advice="give a DST, or mount the folder that SRC is in")
+                advice = "give a DST, or mount the folder that SRC is in"
+                raise UsageError(_MOUNTED.format("SRC"), file=src, advice=advice)
             kept = real.with_name(real.name + ".bak")
             for moved in (kept, aside_of(real)):
                 if not real.exists() and moved.exists():
@@ -94,8 +95,7 @@ class Target:
                 if not real.is_dir():
                     raise UsageError("DST exists and is not a folder; choose another name", file=dst)
                 if _is_mounted(real):
-                    what = "a file system or folder is mounted at DST, so that nothing can be moved to this name"
-                    raise UsageError(what, file=dst, advice="name a folder inside it")
+                    raise UsageError(_MOUNTED.format("DST"), file=dst, advice="name a folder inside it")
                 if not overwrite and any(real.iterdir()):
                     raise UsageError("DST is not empty; choose another folder, or use --overwrite", file=dst)
         return cls(real, overwrite)

@@ -59,10 +59,9 @@ def _through_wrappers(ties: Declared, keys: Collection[str]) -> DiskTies:
     if worn is None:
         return _under_these_names(ties, keys)
     disk = worn.restored(_under_these_names(ties, worn.names))
-    said = f"every name begins with '{shown(worn.prefix)}'" if worn.prefix else "some names hold those of wrappers"
     warning = (
-        f"{said}, which a wrapper left (torch.compile, FSDP, PEFT, ...): ties are found without it and the names are "
-        "kept, but loaders do not know them; --strip-prefix takes it off"
+        f"{worn.said}, which a wrapper left (torch.compile, FSDP, PEFT, ...): ties are found without it and the names "
+        "are kept, but loaders do not know them; --strip-prefix takes it off"
     )
     return replace(disk, prefix=worn.prefix, warnings=(warning,))
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import takewhile
 
+from tierewrite.errors import shown
 from tierewrite.source.table import Names, as_names
 from tierewrite.ties.tie_group import DiskTies, TieGroup
 
@@ -49,6 +50,11 @@ class Unwrapped:
     prefix: str
     names: Names
     keys: Names = field(repr=False)
+
+    @property
+    def said(self) -> str:
+        """Where wrappers stand, in words."""
+        return f"every name begins with '{shown(self.prefix)}'" if self.prefix else "some names hold those of wrappers"
 
     def on_disk(self, name: str) -> str:
         """The key of a name without wrappers; for one that has none, how it would be spelled beside the others."""

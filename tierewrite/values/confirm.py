@@ -106,8 +106,8 @@ def refusal(
     if len(listed) > _LISTED:
         lines.append(f"  ... and {len(listed) - _LISTED} more (all of them with --json)")
     count = f"{len(listed)} declared tie{'s' if len(listed) > 1 else ''}"
-    empty = {group.id: name for group in refused if (name := _without_data(checkpoint, group)) is not None}
-    parts = [NO_DATA.format(shown(name)) for name in list(empty.values())[:1]]
+    empty = [name for group in refused if (name := _without_data(checkpoint, group)) is not None]
+    parts = [NO_DATA.format(shown(name)) for name in empty[:1]]
     if len(empty) < len(refused):
         parts += [_what_it_means(checkpoint, plan, refused), *_forced(checkpoint, plan), advice]
     said = " ".join(parts)
