@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import os
@@ -97,13 +98,20 @@ def test_summary_names_what_goes_folds_what_stays_and_ends_with_what_it_took(
     assert "Names that go: lm_head.weight.\n" in out
     last = out.splitlines()[-1]
     assert last.startswith(f"{tmp_path / 'out'} is written: 72.44 KiB -> 54.44 KiB in ")
-    assert "/s; verified; hashed on " in last
+    assert " s; verified; hashed on " in last
+    assert "/s" not in last  # of so few bytes the time is not that of moving them
     assert run("rewrite", naive("dg_nvfp4"), tmp_path / "dg") == 0
     out = capsys.readouterr().out
     assert "\n26 ties stored once under an alias, now renamed: decoder.embed_tokens, decoder.norm, " in out
     assert "Names that go: model.encoder.language_model.layers.*.mlp.down_proj.weight, " in out
     assert "0 B" not in out
     assert "; not verified; hashed on " in out
+
+
+def test_a_rate_is_told_of_what_is_large(naive: Naive, tmp_path: Path) -> None:
+    small = tierewrite.rewrite(naive("qwen3_tied_bf16"), tmp_path / "out")
+    large = dataclasses.replace(small, after_bytes=3 << 30, seconds=1.5)
+    assert " -> 3.00 GiB in 1.5 s, 2.00 GiB/s; not verified; hashed on " in "".join(map(str, large.lines()))
 
 
 def test_nothing_to_do_is_one_sentence(naive: Naive, tmp_path: Path, capsys: Printed) -> None:
@@ -373,6 +381,9 @@ def test_a_result_is_one_line_in_an_interpreter_and_the_commands_table_when_prin
             assert str(result).splitlines() == list(map(spelled, lines))
             assert "--confirm" not in str(result)
     assert repr(plan) == "<RewritePlan: 346 -> 198 tensors, 245.54 KiB -> 186.75 KiB (-23.9%), 43 ties>"
+    assert repr(plan.tensors) == "<what becomes of 346 tensors, by name in the source>"
+    fates = [{**fate._asdict(), "action": fate.action.value} for fate in plan.tensors.values()]
+    assert fates == plan.to_json()["tensors"]
     page = tierewrite.report_page(tmp_path / "out")
     assert repr(page) == f"<Page: {tmp_path / 'out'}>"
     assert page._repr_html_().startswith('<iframe srcdoc="&lt;!doctype html')

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 REPORT_SCHEMA = "tierewrite/report/1"
+
+_RATE_FROM = 1 << 30  # bytes: of less, the time is that of asking the model class, and a rate would say nothing
 Status = Literal["rewritten", "canonical", "kept"]
 
 
@@ -244,7 +246,8 @@ class Report(Summary):
         if self.means is not None and self.means.sentence():
             yield text(f"Shards: {self.means.sentence()}.")
         if self.after_shards:
-            rate = f", {size(round(self.after_bytes / self.seconds))}/s" if self.seconds else ""
+            told = self.seconds and self.after_bytes >= _RATE_FROM
+            rate = f", {size(round(self.after_bytes / self.seconds))}/s" if told else ""
             took = f"{size(self.before_bytes)} -> {size(self.after_bytes)} in {seconds(self.seconds)}{rate}"
             done = f" is written: {took}; {'verified' if self.verified else 'not verified'}"
         else:  # in memory

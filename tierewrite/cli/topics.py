@@ -24,9 +24,9 @@ SCHEMAS = (
         "tierewrite/plan/1",
         "`plan --json`",
         "`options`, `confirmed` (with `--confirm`), `ties`, `formats`, `before`, `after`, `groups`, `warnings`, and"
-        " `tensors`: each source tensor once, with `name`, `action` (`keep`, `rename`, `drop`, `merge`, `repack`), "
-        "`target` (the key in DST that holds it or stands for it), `merged` (a merged value is written), `group` "
-        "(id or null)",
+        " `tensors`: a list of each source tensor once, with `name`, `action` (`keep`, `rename`, `drop`, `merge`, "
+        "`repack`), `target` (the key in DST that holds it or stands for it), `merged` (a merged value is written), "
+        "`group` (id or null)",
     ),
     Schema(
         "tierewrite/report/1",

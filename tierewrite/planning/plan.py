@@ -288,7 +288,7 @@ class RewritePlan(Summary):
 
     @property
     def tensors(self) -> TensorPlans:
-        """By source key, what becomes of each tensor."""
+        """A mapping: source key -> what becomes of the tensor. (`to_json` has a list, each entry with its `name`.)"""
         return TensorPlans(self)
 
     @cached_property
@@ -408,6 +408,9 @@ class TensorPlans(Mapping[str, TensorPlan]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._plan.source
+
+    def __repr__(self) -> str:
+        return f"<what becomes of {count(len(self), 'tensor')}, by name in the source>"
 
 
 class Survivors(Mapping[str, TensorEntry]):
