@@ -51,6 +51,14 @@ def test_severity_is_what_the_real_loader_justifies(variant: Variant) -> None:
     assert wrong or outcome in ("same", "changed") or variant.name in NOT_READ
 
 
+@pytest.mark.parametrize("fixture", ["dg_quanto_qint4", "dg_torchao_experts", "dg_torchao_int8", "dg_hqq"])
+def test_a_class_without_quantization_is_none_for_packed_weights_of_any_name(fixture: str) -> None:
+    """Whatever the format and whether a config says so or not: to restore a config makes SGLang refuse."""
+    errors = {finding.id: finding for finding in check(FIXTURES / fixture / "naive", "sglang", loader="off").errors}
+    assert errors.keys() == {"quant-config-missing", "quantized-unsupported"}
+    assert errors["quantized-unsupported"].consequence.endswith("refuses to load as soon as a config says so")
+
+
 def test_every_variant_has_a_recorded_behaviour_and_every_class_twelve_defects() -> None:
     assert RECORDED["variants"].keys() == {v.name for v in VARIANTS}
     assert RECORDED["sglang"] == SGLANG.version

@@ -19,18 +19,29 @@ MODELOPT = "layers/quantization/modelopt_quant.py"
 QUANTIZED_UNSUPPORTED = Rule(
     id="quantized-unsupported",
     title="the checkpoint is quantized, and the class takes no quantization",
+    when="a config says so",
     severity="error",
     consequence="SGLang refuses to load",
     fix="serve the unquantized model, or use another server",
     source="models/gemma4_diffusion.py DiffusionGemmaForBlockDiffusion.__init__",
 )
+UNSUPPORTED_UNSAID = replace(
+    QUANTIZED_UNSUPPORTED,
+    when="no config says so",
+    consequence="SGLang builds plain layers, and refuses to load as soon as a config says so",
+)
 
 
-@RULES.add(QUANTIZED_UNSUPPORTED)
+@RULES.add(QUANTIZED_UNSUPPORTED, UNSUPPORTED_UNSAID)
 def unsupported(s: SglangSubject) -> Iterator[Finding]:
     """models/gemma4_diffusion.py: NotImplementedError with any quantization config."""
-    if s.known.quantized is False and (s.quantized or s.declared is not None):
-        yield QUANTIZED_UNSUPPORTED.at((CONFIG,), f"{s.architecture} takes no quantization config in SGLang")
+    if s.known.quantized is not False:
+        return
+    found = f"{s.architecture} takes no quantization config in SGLang"
+    if s.declared is not None or isinstance(s.config.get("quantization_config"), dict):
+        yield QUANTIZED_UNSUPPORTED.at((CONFIG,), found)
+    elif s.count_quantized:
+        yield UNSUPPORTED_UNSAID.at((CONFIG,), found)
 
 
 QUANT_CONFIG_MISSING = Rule(
