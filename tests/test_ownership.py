@@ -374,9 +374,21 @@ def test_a_folder_of_an_images_layer_stays_as_it_is_and_the_error_says_why(tmp_p
         pytest.skip("no overlay can be mounted here")
     try:
         merged = tmp_path / "merged" / "src"
-        rewrite(merged, merged.with_name("out"))
-        with pytest.raises(tierewrite.SystemFailure, match="image"):
-            tierewrite.rewrite(merged, in_place=True, ties=tmp_path / "lower" / "ties.json")
+        out = merged.with_name("out")
+        rewrite(merged, out)
+        begun: list[str] = []
+
+        class Phases(tierewrite.Progress):
+            def start(self, phase: str, total: int) -> None:
+                begun.append(phase)
+
+        immovable = "moving it out of its place failed: .*image"
+        with pytest.raises(tierewrite.SystemFailure, match=immovable):
+            rewrite(merged, None, in_place=True, progress=Phases())
+        with pytest.raises(tierewrite.SystemFailure, match=immovable):
+            rewrite(out, merged, overwrite=True, progress=Phases())
+        assert begun == []  # found before the work
+        rewrite(merged, out, overwrite=True)  # what the upper layer holds is moved
         assert sorted(path.name for path in merged.parent.iterdir()) == ["out", "src", "ties.json"]
         assert files(merged) == files(src)
     finally:

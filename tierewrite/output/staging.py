@@ -32,7 +32,7 @@ from tierewrite.output.staging_mark import (
     remove_tree,
     sizes_in,
 )
-from tierewrite.output.target import Target, aside_of, beside_of, staging_of
+from tierewrite.output.target import Target, aside_of, beside_of, is_on_overlay, staging_of
 from tierewrite.source.table import STAGING_MARK_NAME
 from tierewrite.stores.local import sync_folder
 from tierewrite.stores.mirror import RemoteFolder
@@ -121,6 +121,7 @@ class Staging:
                     folder.mkdir()
                     self._made_parents.append(folder)
                 self._acquire()
+            self._refuse_immovable()
         except BaseException:
             self._end()
             raise
@@ -174,6 +175,25 @@ class Staging:
                     beside_of(self.target.path).unlink(missing_ok=True)
                 return
             os.close(lock)  # the other run renamed its folder into place before we got the lock
+
+    def _refuse_immovable(self) -> None:
+        """Finds before the work that what is to be swapped out cannot be moved: an overlay holds folders of its lower
+        layers (an image's) where they are.
+
+        Asked by a rename that never succeeds: with its mark in it, the staging folder is not empty.
+
+        Raises:
+            SystemFailure: it cannot be moved.
+        """
+        target = self.target.path
+        with system_errors("moving it out of its place", target):
+            if not (self.target.overwrite and target.exists() and any(target.iterdir()) and is_on_overlay(target)):
+                return
+            try:
+                os.rename(target, self.path)
+            except OSError as error:
+                if error.errno == errno.EXDEV:
+                    raise
 
     def _recover(self) -> None:
         """Ends a swap in two renames that a killed run began: what it had moved aside goes back, or is removed.

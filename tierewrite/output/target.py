@@ -139,14 +139,29 @@ def _refuse_overlap(src: Path, dst: Path, real: Path) -> None:
 
 def _is_mounted(folder: Path) -> bool:
     """Whether something is mounted at `folder`, a real path: then a rename can neither move nor replace it."""
-    try:
-        table = Path("/proc/self/mountinfo").read_bytes()  # Linux; of a subvolume of Btrfs `ismount` says yes too
-    except OSError:
+    mounts = _mounts()
+    if mounts is None:
         return os.path.ismount(folder)
     name = os.fsencode(folder)
     for special in b"\\ \t\n":
         name = name.replace(bytes([special]), b"\\%03o" % special)
-    return any(line.split(b" ", 5)[4] == name for line in table.splitlines())
+    return any(line.split(b" ", 5)[4] == name for line in mounts)
+
+
+def is_on_overlay(folder: Path) -> bool:
+    """Whether `folder` is seen through an overlay, as a container's root is; False where the system does not tell."""
+    device = os.stat(folder).st_dev
+    number = b"%d:%d" % (os.major(device), os.minor(device))
+    here = [line for line in _mounts() or () if line.split(b" ", 3)[2] == number]
+    return any(line.partition(b" - ")[2].startswith(b"overlay ") for line in here)
+
+
+def _mounts() -> list[bytes] | None:
+    """The lines of proc_pid_mountinfo(5); None where there is no such file."""
+    try:
+        return Path("/proc/self/mountinfo").read_bytes().splitlines()  # of a Btrfs subvolume `ismount` says yes too
+    except OSError:
+        return None
 
 
 def _holds(outer: Path, inner: tuple[Hashable, ...]) -> bool:
