@@ -69,6 +69,37 @@ def test_a_refusal_names_the_alias_that_differs_and_those_that_do_not(tmp_path: 
     assert caught.value.details["groups"][0]["differing_aliases"].keys() == {"lm_head.weight"}
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"shared": 1}, "only 'shared.weight' differs: the others agree with each other"),
+        ({"encoder__embed": 1, "lm_head": 1}, "encoder.embed.weight, lm_head.weight agree with each other"),
+        (
+            {"encoder__embed": 1, "lm_head": 1, "decoder__embed": 2},
+            "encoder.embed.weight, lm_head.weight agree with each",
+        ),
+        ({"encoder__embed": 1, "lm_head": 2, "decoder__embed": 3}, None),
+        ({"lm_head": 1}, None),
+    ],
+)
+def test_a_reason_says_which_sides_agree_though_not_with_the_canonical_one(
+    changed: dict[str, int], said: str | None, tmp_path: Path
+) -> None:
+    """Else one odd tensor, the canonical one, looks as if every alias had gone its own way."""
+    given = checkpoint(tmp_path, **{f"{name}__weight": bf16(bytes([n]) + ONE[1:]) for name, n in changed.items()})
+    with pytest.raises(Refused) as caught:
+        tierewrite.rewrite(dst=tmp_path / "dst", **given)
+    assert ("with each other" in str(caught.value)) is (said is not None)
+    assert (said or "differ") in str(caught.value)
+
+
+def test_what_is_kept_whole_says_that_the_canonical_tensor_is_the_odd_one(tmp_path: Path) -> None:
+    given = checkpoint(tmp_path, shared__weight=bf16(OTHER))
+    kept = tierewrite.rewrite(dst=tmp_path / "dst", on_mismatch="keep", verify=True, **given)
+    for result in (kept, tierewrite.plan(confirm=True, on_mismatch="keep", **given)):
+        assert "; only 'shared.weight' differs: the others agree with each other" in str(result)
+
+
 def test_no_line_names_a_tensor_twice(tmp_path: Path) -> None:
     given = checkpoint(tmp_path, lm_head__weight=bf16(OTHER))
     given["ties"].write_text('{"lm_head.weight": "shared.weight"}')

@@ -15,13 +15,13 @@ from tierewrite.errors import Refused, shown
 from tierewrite.formats.ignore_lists import sorted_modules
 from tierewrite.planning.plan import GroupPlan, RewritePlan
 from tierewrite.source.table import Checkpoint
-from tierewrite.tables import of_which
+from tierewrite.tables import of_which, some
 
 _LISTED = 12
 
 
 def refuted(checkpoint: Checkpoint, plan: RewritePlan, digests: Mapping[str, bytes]) -> dict[str, str]:
-    """Groups whose bytes disagree: id -> reason, naming the first pair that differs and how many do.
+    """Groups whose bytes disagree: id -> reason, naming the first pair that differs, how many do, and which agree.
 
     Args:
         digests: BLAKE3 of every key of every check of the planned groups.
@@ -31,8 +31,30 @@ def refuted(checkpoint: Checkpoint, plan: RewritePlan, digests: Mapping[str, byt
         pairs = [(row[0], key) for row in group.checks for key in row[1:]]
         reason = _why_different(checkpoint, pairs, digests)
         if reason is not None:
-            result[group.id] = reason
+            result[group.id] = reason + _agreement(group, digests)
     return result
+
+
+def _agreement(group: GroupPlan, digests: Mapping[str, bytes]) -> str:
+    """The end of a reason: which sides of a refuted group agree though not with the first; "" if none do.
+
+    Where all of them do, the first is the odd one: without a word it looks as if every alias had gone its own way.
+    """
+    names = group.side_names
+    contents: dict[str, list[tuple[int, bytes]]] = {}
+    for number, (keys, sides) in enumerate(zip(group.checks, group.checks.sides.tolist(), strict=True)):
+        for key, side in zip(keys, sides, strict=False):
+            contents.setdefault(names[side], []).append((number, digests[key]))
+    alike: dict[tuple[tuple[int, bytes], ...], list[str]] = {}
+    for name, content in contents.items():
+        alike.setdefault(tuple(content), []).append(name)
+    first, *others = alike.values()
+    told = [of_one for of_one in others if of_one[1:]]
+    if not told:
+        return ""
+    if not (first[1:] or others[1:]):
+        return f"; only '{shown(first[0])}' differs: the others agree with each other"
+    return "".join(f"; {some(of_one)} agree with each other" for of_one in told)
 
 
 def differing_sides(checkpoint: Checkpoint, group: GroupPlan, digests: Mapping[str, bytes]) -> dict[str, str]:
