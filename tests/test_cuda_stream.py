@@ -76,14 +76,16 @@ class _Queue:
     def __exit__(self, *exc: object) -> None:
         pass
 
+    def wait_event(self, event: object) -> None:
+        pass
+
     def synchronize(self) -> None:
         pass
 
 
-def stream_on(
-    *gpus: NumpyGpu, buffer_size: int = MIB, slot: int = 4 * MIB, monkeypatch: pytest.MonkeyPatch
-) -> CudaStream:
-    monkeypatch.setattr(cuda_stream, "_SLOT", slot)
+def stream_on(*gpus: NumpyGpu, buffer_size: int = MIB, batch: int = 4, monkeypatch: pytest.MonkeyPatch) -> CudaStream:
+    monkeypatch.setattr(cuda_stream, "_BATCH", batch)
+    monkeypatch.setattr(cuda_stream, "_CELLS", 3 * batch)
     return CudaStream(gpus, buffer_size)  # type: ignore[arg-type]
 
 
@@ -165,29 +167,38 @@ def test_after_a_failure_no_thread_hangs_and_no_digest_is_wrong(
         assert known.items() <= crew.expected.items()
 
 
-def test_spans_that_break_a_rule_are_refused_in_every_thread_and_none_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("start", [0, 1])
+def test_spans_that_break_a_rule_are_refused_and_no_thread_hangs(start: int, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = NumpyGpu(a_moment(1), a_moment(2))
     refused: list[str] = []
 
-    def work(number: int) -> None:
+    def work() -> None:
         buffer = np.zeros(MIB, np.uint8)
-        for turn in range(20):
+        for turn in range(20):  # of each tensor every thread hands over one
             try:
-                stream.update(buffer, [(turn, 0, MIB, MIB, 0)]).wait()  # of each tensor every thread hands over one
+                stream.update(buffer, [(turn, start, MIB, MIB, 0)]).wait()
             except ValueError as error:
                 refused.append(str(error))
 
-    with stream_on(gpu, monkeypatch=monkeypatch) as stream, ThreadPoolExecutor(8) as pool:
-        for future in [pool.submit(work, i) for i in range(8)]:
-            assert future.exception(timeout=60) is None
-    assert refused
-    assert all("handed over twice" in text for text in refused)
+    with stream_on(gpu, monkeypatch=monkeypatch) as stream:
+        with ThreadPoolExecutor(8) as pool:
+            for future in [pool.submit(work) for _ in range(8)]:
+                assert future.exception(timeout=60) is None
+        if start:  # they leave their buffer: whoever hashes a batch finds it
+            assert len(refused) == 8 * 20 // 4 - 1
+            assert all("does not lie in its buffer of 1048576 bytes" in text for text in refused)
+        else:
+            assert refused == []
+        with pytest.raises(
+            ValueError, match="does not lie in its buffer" if start else "tensor 0 was handed over twice"
+        ):
+            stream.finish()
 
 
-def test_pieces_and_whole_tensors_share_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_and_whole_tensors_are_hashed_together(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = NumpyGpu(lambda: None, lambda: None)
     data = np.random.default_rng(3).bytes(MIB + 5)
-    with stream_on(gpu, slot=MIB, monkeypatch=monkeypatch) as stream:
+    with stream_on(gpu, batch=2, monkeypatch=monkeypatch) as stream:
         view = np.frombuffer(data, np.uint8)
         stream.update(view[:MIB], [(7, 0, MIB, len(data), 0)]).wait()
         rest = np.concatenate([view[MIB:], view[:100]])

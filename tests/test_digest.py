@@ -23,7 +23,7 @@ from tierewrite.digest import DeviceFailed, Digester, Span, cuda_device, cuda_st
 from tierewrite.digest import cuda as cuda_room
 from tierewrite.digest import schedule as schedule_room
 from tierewrite.digest.cpu import CpuDigester
-from tierewrite.digest.spans import Ledger, host_bytes
+from tierewrite.digest.spans import Ledger, checked, host_bytes
 from tierewrite.digest.tree import IV, PARENT, PERMUTATION, ROOT, combine
 from tierewrite.errors import UsageError
 
@@ -228,11 +228,11 @@ def test_spans_may_be_an_array_and_in_any_order_within_a_buffer(digester: Digest
 def test_what_came_through_before_a_failure_can_be_salvaged(
     digester: Digester, noise: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda_stream, "_SLOT", 4 * MIB)
+    monkeypatch.setattr(cuda_stream, "_BATCH", 4)
     buffer = digester.host_buffer(2 * MIB)
     buffer[:] = np.frombuffer(noise[: 2 * MIB], np.uint8)
     with digester.stream(2 * MIB) as stream:
-        for turn in range(80):  # more than the slots of eight GPUs take at once
+        for turn in range(80):  # more than eight GPUs gather before they hash
             stream.update(buffer, [Span(turn, turn, MIB, MIB, 0), Span(100 + turn, MIB + turn, 3, 3, 0)]).wait()
         stream.update(buffer, [Span(99, 0, 2 * MIB, 4 * MIB, 0)]).wait()
         known = stream.salvage()
@@ -286,13 +286,45 @@ def test_a_stream_refuses_buffers_of_the_wrong_size(digester: Digester) -> None:
         stream.update(digester.host_buffer(MIB + 1), [])
 
 
-def test_a_tensor_that_ended_cannot_go_on() -> None:
+@pytest.mark.parametrize(
+    ("spans", "complaint"),
+    [
+        ([(1, MIB, 0), (1, MIB, MIB)], None),
+        ([(1, MIB, 0), (2, MIB, 0), (2, MIB, MIB), (1, MIB, MIB)], None),
+        ([(1, MIB, 0), (1, MIB, MIB), (1, MIB, 0)], "tensor 1 was handed over twice"),
+        ([(1, 2 * MIB, 0), (2, MIB, 0), (2, MIB, MIB), (1, 2 * MIB, 0)], "tensor 1 was handed over twice"),
+        ([(1, MIB, MIB), (1, MIB, 0)], "out of order: byte 0 of 2097152 is the next of tensor 1"),
+        ([(2, MIB, 0), (1, 2 * MIB, 0), (2, MIB, 0)], "out of order: byte 1048576 of 2097152 is the next of tensor 2"),
+        ([(1, 2 * MIB, 0), (3, MIB, 0)], "tensor 3 ended at byte 1048576 of 2097152"),
+    ],
+)
+def test_a_tensor_has_to_come_whole_once_and_in_its_order(
+    spans: list[tuple[int, int, int]], complaint: str | None
+) -> None:
     ledger = Ledger()
-    ledger.take([Span(1, 0, MIB, 2 * MIB, 0)], MIB)
-    ledger.take([Span(1, 0, MIB, 2 * MIB, MIB)], MIB)
+    for tensor, length, position in spans:
+        ledger.enter(checked([Span(tensor, 0, length, 2 * MIB, position)], 2 * MIB))
+    if complaint is None:
+        ledger.close()
+        return
+    with pytest.raises(ValueError, match=complaint):
+        ledger.close()
+
+
+def test_an_empty_tensor_comes_once_too() -> None:
+    ledger = Ledger()
+    ledger.enter(checked([Span(1, 0, 0, 0, 0), Span(2, 5, 0, 0, 0)], 5))
     ledger.close()
-    with pytest.raises(ValueError, match="handed over twice"):
-        ledger.take([Span(1, 0, MIB, 2 * MIB, 0)], MIB)
+    ledger.enter(checked([Span(2, 5, 0, 0, 0)], 5))
+    with pytest.raises(ValueError, match="tensor 2 was handed over twice"):
+        ledger.close()
+
+
+def test_pieces_of_one_tensor_cannot_be_of_two_sizes() -> None:
+    ledger = Ledger()
+    ledger.enter(checked([Span(1, 0, MIB, 2 * MIB, 0), Span(1, MIB, MIB, 3 * MIB, MIB)], 2 * MIB))
+    with pytest.raises(ValueError, match="out of order"):
+        ledger.close()
 
 
 @given(st.lists(st.integers(0, 5 * MIB), max_size=30), st.integers(MIB, 4 * MIB))
@@ -303,7 +335,7 @@ def test_a_layout_puts_every_byte_into_a_buffer_once_and_keeps_the_rules(lengths
     for spans in layout(lengths, size):
         ends = [span.start + span.length for span in spans]
         assert [span.start for span in spans] == [0, *ends][:-1]  # no holes: a file's bytes may lie as they are
-        ledger.take(spans, size)
+        ledger.enter(checked(spans, size))
         for span in spans:
             taken[span.tensor] += span.length
     ledger.close()
@@ -528,7 +560,8 @@ class TestOnTheGpu:
         expected = [blake3(noise[i : i + 3 * MIB]).digest() for i in range(len(arrays))]
         assert gpu.digest_arrays(arrays) == expected
         with gpu.stream(4 * MIB) as stream:
-            assert {slot.gpu.number for slot in stream._slots} == {one.number for one in gpu.gpus}
+            cells = [stream._cells.take() for _ in gpu.gpus]
+            assert {cell.owner.gpu.number for cell in cells} == {one.number for one in gpu.gpus}
         tensors = [noise[i : i + 3 * MIB + 7 * i] for i in range(24 * len(gpu.gpus))]
         found = streamed(gpu, tensors, 4 * MIB)
         assert found == {i: blake3(data).digest() for i, data in enumerate(tensors)}
@@ -577,6 +610,6 @@ class TestOnTheGpu:
         assert gpu.digest(there) == blake3(there.get(), max_threads=blake3.AUTO).digest()
 
     def test_too_little_memory_is_a_device_failure(self, gpu: cuda_room.CudaDigester) -> None:
-        with pytest.raises(DeviceFailed, match="allocating buffers failed on the GPU"):
-            gpu.stream(1 << 42)
+        with gpu.stream(1 << 42) as stream, pytest.raises(DeviceFailed, match="allocating buffers failed on the GPU"):
+            stream.update(np.zeros(8, np.uint8), [Span(0, 0, 8, 8, 0)])
         assert gpu.digest(b"still there") == blake3(b"still there").digest()

@@ -7,7 +7,7 @@ answer to `Digester`. Data on the GPU stay there; a checkpoint on disk goes thro
     with digester.stream(buffer_size) as stream:
         buffer = digester.host_buffer(buffer_size)     # several of these; pinned memory on CUDA
         for each buffer filled:
-            ticket = stream.update(buffer, spans)      # returns at once on CUDA
+            ticket = stream.update(buffer[:n], spans)  # returns at once on CUDA
             ...                                        # write from the same buffer meanwhile
             ticket.wait()                              # now the buffer may be filled again
         digests = stream.finish()                      # {tensor: 32 bytes}
@@ -66,24 +66,25 @@ class Stream(Protocol):
         """Takes the tensors and pieces in a buffer of at most `buffer_size` bytes.
 
         Args:
-            buffer: uint8 (n,), host memory. Its bytes must stay until the ticket is waited for.
+            buffer: uint8 (n,), host memory, no more of it than is filled. Its bytes must stay until the ticket is
+                waited for.
             spans: Span tuples, plain ones with the same fields, or int64 (m, 5).
 
         Raises:
-            ValueError: spans that break the rules of `spans.Ledger`; at the latest `finish` raises it.
+            ValueError: spans that break the rules of `spans`; at the latest `finish` raises it.
             DeviceFailed: see there.
         """
 
     def finish(self) -> dict[int, bytes]:
         """All digests, by tensor number, once everything handed over is hashed.
 
-        Raises ValueError if a tensor lacks its end, and DeviceFailed.
+        Raises ValueError if a tensor did not come whole, once and in its order; and DeviceFailed.
         """
 
     def salvage(self) -> dict[int, bytes]:
         """The digests known so far, without asking the device for more. For use after DeviceFailed.
 
-        On CUDA the last slots' worth of data (see `Digester.stream`) may be missing.
+        On CUDA the last batches (see `Digester.stream`) may be missing.
         """
 
     def close(self) -> None:
@@ -124,8 +125,8 @@ class Digester(Protocol):
     def stream(self, buffer_size: int) -> Stream:
         """A new stream for buffers of at most `buffer_size` bytes (at least PIECE).
 
-        Memory is bounded: on CUDA three slots per GPU of 64 MiB (or `buffer_size`, if that is more) and a twelfth of
-        it more, and about 18 MB of pinned memory; on the CPU nothing to speak of.
+        Memory is bounded: on CUDA 48 buffers of that size on each GPU, a tenth of it more, and 10 MB of pinned memory,
+        all taken as it is needed; on the CPU nothing to speak of.
         """
 
 

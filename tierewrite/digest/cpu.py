@@ -1,7 +1,7 @@
 """BLAKE3 on the CPU, by the `blake3` package.
 
 Small tensors are spread over threads, large ones over the package's own threads; it lets go of the interpreter
-lock while it hashes. Refuses nothing but what `spans.Ledger` refuses.
+lock while it hashes. Refuses nothing but spans that break the rules of `spans`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from blake3 import blake3
 
-from tierewrite.digest.spans import PIECE, Bytes, Columns, Ledger, Row, host_bytes
+from tierewrite.digest.spans import PIECE, Bytes, Columns, Ledger, Row, checked, host_bytes
 from tierewrite.source.threads import usable_cpus
 
 _LARGE = 4 << 20
@@ -123,15 +123,18 @@ class CpuStream:
         view = host_bytes(buffer).data  # a slice of which costs a third of an array's
         if len(view) > self.buffer_size:
             raise ValueError(f"a buffer of {len(view)} bytes: this stream takes up to {self.buffer_size}")
-        whole, pieces = self._ledger.take(spans, len(view))
-        for tensor, start, length, total, position in pieces:
-            if position == 0:
-                self._hashers[tensor] = blake3(max_threads=self._digester.parallelism)
-            hasher = self._hashers[tensor]
+        rows = checked(spans, len(view))
+        self._ledger.enter(rows)
+        is_whole = rows[:, 2] == rows[:, 3]
+        for tensor, start, length, total, position in rows[~is_whole].tolist():
+            hasher = self._hashers.get(tensor)
+            if hasher is None:
+                hasher = self._hashers[tensor] = blake3(max_threads=self._digester.parallelism)
             hasher.update(view[start : start + length])
             if position + length == total:
                 self._digests[tensor] = hasher.digest()
                 del self._hashers[tensor]
+        whole = rows[is_whole].tolist()
         found = self._digester._views([view[start : start + length] for _, start, length, _, _ in whole])
         self._digests.update(zip([row[0] for row in whole], found, strict=True))
         return _Done()

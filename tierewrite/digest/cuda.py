@@ -151,6 +151,7 @@ class CudaDigester:
                 for span in spans:
                     part = views[span.tensor][span.position : span.position + span.length]
                     stage[span.start : span.start + span.length] = part
-                tickets[turn % 2] = stream.update(stage, spans)
+                filled = spans[-1].start + spans[-1].length
+                tickets[turn % 2] = stream.update(stage[:filled], spans)
             digests = stream.finish()
         return [digests[i] for i in range(len(views))]

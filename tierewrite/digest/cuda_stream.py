@@ -1,33 +1,38 @@
-"""Digests of tensors that arrive buffer by buffer, on CUDA GPUs: copied at once, gathered, hashed many at a time."""
+"""Digests of tensors that arrive buffer by buffer, on CUDA GPUs: copied at once, hashed many buffers at a time."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from queue import SimpleQueue
-from typing import Any, NamedTuple
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from tierewrite.digest.cuda_device import DIGEST, Gpu, device_work, pinned, split
 from tierewrite.digest.schedule import Schedule, Table, bounds, schedule
-from tierewrite.digest.spans import CHUNK, PIECE, Bytes, Columns, Ledger, Row, host_bytes
+from tierewrite.digest.spans import CHUNK, PIECE, Bytes, Columns, Ledger, Row, checked, host_bytes
 from tierewrite.digest.tree import combine
 
 _JOBS = 32768
-"""Spans that a slot takes at most before it is hashed."""
-_SLOTS = 3
-"""Slots of a stream on each GPU: one is filled while others are hashed."""
-_SLOT = 64 << 20
-"""Bytes that a slot gathers before it is hashed: launching costs the same for many as for few."""
+"""Spans of a batch at most."""
+_BATCH = 16
+"""Buffers that are hashed together: launching costs the same for many as for few."""
+_CELLS = 3 * _BATCH
+"""Buffers that each GPU has room for: while a batch is hashed, others are gathered and on their way."""
+_DESKS = 3
+"""Batches that each GPU hashes at once."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class _Jobs:
-    """What the spans of a slot come to: a job for each whole tensor, and one for each PIECE of the others.
+    """What the spans of a batch come to: a job for each whole tensor, and one for each PIECE of the others.
 
     Attributes:
         spans: int64 (n, 5), as `Span`; they start at device addresses.
@@ -56,46 +61,110 @@ class _Jobs:
         return schedule(address.astype(np.uint64), lengths.astype(np.uint64), counter.astype(np.uint64), whole)
 
 
+class _Pool(Generic[T]):
+    """Things that are lent out, made when they are first needed, and up to a number."""
+
+    def __init__(self, make: Callable[[int], T], most: int) -> None:
+        self._make = make
+        self._most = most
+        self._made = 0
+        self._making = threading.Lock()
+        self._free: SimpleQueue[T] = SimpleQueue()
+
+    def take(self) -> T:
+        """One that nobody has; waits until there is one."""
+        with suppress(Empty):
+            return self._free.get_nowait()
+        with self._making:
+            if self._made < self._most:
+                made = self._make(self._made)
+                self._made += 1
+                return made
+        return self._free.get()
+
+    def give(self, thing: T) -> None:
+        """Takes it back."""
+        self._free.put(thing)
+
+    def clear(self) -> None:
+        """Lets go of all that are here, and makes no more."""
+        self._most = 0
+        with suppress(Empty):
+            while True:
+                self._free.get_nowait()
+
+
+@dataclass(eq=False)
+class _Cell:
+    """Room for one buffer on a GPU."""
+
+    owner: _Share
+    memory: Any  # owns the device memory
+    address: int
+    stream: Any  # of its copies
+    copied: Any  # an event
+
+
 class _Part(NamedTuple):
-    """Spans of a buffer of `size` bytes; with `shift` their starts become addresses on the GPU."""
+    """A buffer of `size` bytes that is on its way to a cell, and its spans."""
 
-    spans: Columns
+    cell: _Cell
     size: int
-    shift: int
+    spans: Columns
 
 
-@dataclass
-class _Slot:
-    """A device buffer with all that one submission needs, and what it has gathered for it."""
+@dataclass(eq=False)
+class _Desk:
+    """What hashing a batch takes beside its data."""
 
     gpu: Gpu
     stream: Any
-    memory: Any  # owns the device memory; the next four are addresses in it
-    data: int
+    memory: Any  # owns the device memory; the next three are addresses in it
     table: int
     scratch: int
     out: int
     table_here: Table  # pinned
     out_here: Bytes  # pinned
-    done: Any
-    copied: list[Any] = field(default_factory=list)  # events, one for each part
-    filled: int = 0  # bytes
-    spans: int = 0
+
+    def run(self, plan: Schedule, cells: Sequence[_Cell]) -> None:
+        """Carries out a plan once what the cells hold has arrived; then its results are in `out_here`."""
+        self.table_here[: len(plan.table)] = plan.table
+        runtime, queue = self.gpu.cupy.cuda.runtime, self.stream.ptr
+        with self.gpu.cupy.cuda.Device(self.gpu.number), self.stream:
+            try:
+                for cell in cells:
+                    self.stream.wait_event(cell.copied)
+                here = self.table_here.ctypes.data
+                runtime.memcpyAsync(self.table, here, plan.table.nbytes, runtime.memcpyHostToDevice, queue)
+                self.gpu.launch(plan, self.table, self.scratch, self.out)
+                here = self.out_here.ctypes.data
+                runtime.memcpyAsync(here, self.out, DIGEST * plan.jobs, runtime.memcpyDeviceToHost, queue)
+            finally:
+                self.stream.synchronize()  # also after a failure: the memory must outlive the work on it
+
+
+@dataclass(eq=False)
+class _Share:
+    """What one GPU does of a stream: the parts that it was given and that are not hashed yet."""
+
+    gpu: Gpu
+    desks: _Pool[_Desk]
     parts: list[_Part] = field(default_factory=list)
+    spans: int = 0
 
-    def event(self) -> Any:
-        """One for the next part: made once, and recorded again each time the slot is filled."""
-        if len(self.parts) == len(self.copied):
-            with self.gpu.cupy.cuda.Device(self.gpu.number):
-                self.copied.append(self.gpu.cupy.cuda.Event(disable_timing=True))
-        return self.copied[len(self.parts)]
+    def add(self, part: _Part) -> list[_Part]:
+        """One more; the parts that came before it, if they are a batch."""
+        full: list[_Part] = []
+        if len(self.parts) == _BATCH or self.spans + len(part.spans) > _JOBS:
+            full = self.rest()
+        self.parts.append(part)
+        self.spans += len(part.spans)
+        return full
 
-
-class _Full(NamedTuple):
-    """A slot to be hashed, and the spans that it gathered, which start at addresses."""
-
-    slot: _Slot
-    spans: Columns
+    def rest(self) -> list[_Part]:
+        """All parts; then there are none."""
+        parts, self.parts, self.spans = self.parts, [], 0
+        return parts
 
 
 class Copied:
@@ -114,124 +183,96 @@ class Copied:
 class CudaStream:
     """Digests of tensors that arrive buffer by buffer; see `tierewrite.digest.Stream`.
 
-    Buffers are copied at once and gathered in a slot on the GPU. Whoever finds it full takes a free one for all, and
-    hashes the full one while the others go on. Threads wait for each other only where a copy is put in line, so little
-    is done there: the spans' extent is worked out before, and their rules are looked at once for a whole slot.
+    Each buffer is copied at once, to a cell of its own. Whoever finds that a batch is full hashes it, while the others
+    go on. Of a buffer only what must be is done when it arrives: with eight threads the interpreter's lock takes longer
+    to get back than most calls take.
     """
 
     def __init__(self, gpus: Sequence[Gpu], buffer_size: int) -> None:
         if buffer_size < PIECE:
             raise ValueError(f"a buffer of {buffer_size} bytes is too small: at least {PIECE} are needed")
         self.buffer_size = buffer_size
-        self._room = max(_SLOT, buffer_size + 256)
         self._runtime = gpus[0].cupy.cuda.runtime
         self._ledger = Ledger()
         self._digests: dict[int, bytes] = {}
         self._leaves: dict[int, npt.NDArray[np.uint32]] = {}  # tensor -> chaining values of its pieces
-        self._copying = threading.Lock()  # held by who puts a copy in line
+        self._gathering = threading.Lock()  # held by who adds to a batch
         self._filing = threading.Lock()  # held by who enters results
-        with device_work("allocating buffers"):
-            self._slots = [self._slot(gpu) for _ in range(_SLOTS) for gpu in gpus]
-        self._free: SimpleQueue[_Slot] = SimpleQueue()
-        for slot in self._slots[1:]:
-            self._free.put(slot)
-        self._filling = self._slots[0]
+        self._shares = [_Share(gpu, _Pool(partial(self._desk, gpu), _DESKS)) for gpu in gpus]
+        self._cells = _Pool(self._cell, _CELLS * len(gpus))
+        self._copying: list[Any] = []  # streams
 
-    def _slot(self, gpu: Gpu) -> _Slot:
-        cupy = gpu.cupy
-        most = _JOBS + self._room // PIECE  # the pieces of large tensors come on top of one job for each span
-        words, values = bounds(most, self._room)
-        sizes = [-(-n // 256) * 256 for n in (self._room, 8 * words, DIGEST * values, DIGEST * most)]
-        with cupy.cuda.Device(gpu.number):
+    def _cell(self, number: int) -> _Cell:
+        """One on each GPU in turn."""
+        share = self._shares[number % len(self._shares)]
+        cuda = share.gpu.cupy.cuda
+        with device_work("allocating buffers"), cuda.Device(share.gpu.number):
+            memory = cuda.alloc(self.buffer_size)
+            stream = cuda.Stream(non_blocking=True)
+            self._copying.append(stream)
+            return _Cell(share, memory, memory.ptr, stream, cuda.Event(disable_timing=True))
+
+    def _desk(self, gpu: Gpu, number: int) -> _Desk:
+        cupy, room = gpu.cupy, _BATCH * self.buffer_size
+        most = _JOBS + room // PIECE  # the pieces of large tensors come on top of one job for each span
+        words, values = bounds(most, room)
+        sizes = [-(-n // 256) * 256 for n in (8 * words, DIGEST * values, DIGEST * most)]
+        with device_work("allocating buffers"), cupy.cuda.Device(gpu.number):
             memory = cupy.cuda.alloc(sum(sizes))
-            data, table, scratch, out = (memory.ptr + sum(sizes[:i]) for i in range(4))
-            return _Slot(
+            table, scratch, out = (memory.ptr + sum(sizes[:i]) for i in range(3))
+            return _Desk(
                 gpu=gpu,
                 stream=cupy.cuda.Stream(non_blocking=True),
                 memory=memory,
-                data=data,
                 table=table,
                 scratch=scratch,
                 out=out,
                 table_here=pinned(cupy, 8 * words).view(np.uint64),
                 out_here=pinned(cupy, DIGEST * most),
-                done=cupy.cuda.Event(disable_timing=True),
             )
 
     def update(self, buffer: Bytes, spans: Sequence[Row] | Columns) -> Copied:
-        """See `Stream`. A broken rule may be found later only, when the slot is hashed."""
+        """See `Stream`. A broken rule may be found later only, when the batch is hashed or at the end."""
         view = host_bytes(buffer)
         if len(view) > self.buffer_size:
             raise ValueError(f"a buffer of {len(view)} bytes: this stream takes up to {self.buffer_size}")
         columns = np.asarray(spans, np.int64).reshape(-1, 5)
-        if len(columns) > _JOBS:
-            columns = columns[np.argsort(columns[:, 1], kind="stable")]  # so that each part copies its own bytes only
-        return Copied([self._gather(view, columns[at : at + _JOBS]) for at in range(0, len(columns), _JOBS)])
+        return Copied([self._copy(view, columns[at : at + _JOBS]) for at in range(0, len(columns), _JOBS)])
 
-    def _gather(self, view: Bytes, spans: Columns) -> Any:
-        """Enqueues the copy of the spans' bytes into a slot with room; the event returned marks its end."""
-        starts = spans[:, 1]
-        low, high = int(starts.min()), int((starts + spans[:, 2]).max())
-        if low < 0 or high > len(view):
-            self._ledger.take(spans, len(view))  # says which
-        low = low // 256 * 256  # keeps every alignment as it was
-        source, full = view.ctypes.data + low, None
+    def _copy(self, view: Bytes, spans: Columns) -> Any:
+        """Puts a copy in line, and hashes a batch if one is full; the event returned marks the copy's end."""
+        cell = self._cells.take()
         # a copy may be put into the stream of another device than the current one, an event may not (CUDA programming
-        # guide, "Stream and event behavior"): they are made with their slot's device current, and recorded wherever
-        with self._copying, device_work("copying"):
-            slot = self._filling
-            if slot.filled + high - low > self._room or slot.spans + len(spans) > _JOBS:
-                full, slot = self._next(), self._filling
-            address = slot.data + slot.filled
-            if high > low:
+        # guide, "Stream and event behavior"): it is made with its device current, and recorded wherever
+        with device_work("copying"):
+            if len(view):
                 to_device = self._runtime.memcpyHostToDevice
-                self._runtime.memcpyAsync(address, source, high - low, to_device, slot.stream.ptr)
-            copied = slot.event()
-            copied.record(slot.stream)
-            slot.parts.append(_Part(spans, len(view), address - low))
-            slot.spans += len(spans)
-            slot.filled += -(-(high - low) // 256) * 256
-        if full is not None:
-            self._hash(full)
-        return copied
+                self._runtime.memcpyAsync(cell.address, view.ctypes.data, len(view), to_device, cell.stream.ptr)
+            cell.copied.record(cell.stream)
+        with self._gathering:
+            self._ledger.enter(spans)
+            full = cell.owner.add(_Part(cell, len(view), spans))
+        if full:
+            self._hash(cell.owner, full)
+        return cell.copied
 
-    def _next(self) -> _Full:
-        """Lets go of the slot that was filled, in exchange for a free one; its spans are entered, in their order."""
-        slot, self._filling = self._filling, self._free.get()
-        parts, slot.parts, slot.spans, slot.filled = slot.parts, [], 0, 0
-        spans = np.concatenate([part.spans for part in parts])
-        counts = [len(part.spans) for part in parts]
+    def _hash(self, share: _Share, batch: Sequence[_Part]) -> None:
+        """Hashes a batch, files the results, and sets what it used free whatever happens."""
+        desk = share.desks.take()
         try:
-            self._ledger.take(spans, np.repeat([part.size for part in parts], counts))
-        except ValueError:
-            self._free.put(slot)
-            raise
-        spans[:, 1] += np.repeat([part.shift for part in parts], counts)
-        return _Full(slot, spans)
-
-    def _hash(self, full: _Full) -> None:
-        """Hashes what a slot has gathered, files the results, and sets it free whatever happens."""
-        try:
-            jobs = _Jobs.of(full.spans)
+            counts = [len(part.spans) for part in batch]
+            spans = np.concatenate([part.spans for part in batch])
+            checked(spans, np.repeat([part.size for part in batch], counts))
+            spans[:, 1] += np.repeat([part.cell.address for part in batch], counts)
+            jobs = _Jobs.of(spans)
             with device_work("hashing"):
-                self._run(full.slot, jobs.schedule())
+                desk.run(jobs.schedule(), [part.cell for part in batch])
             with self._filing:
-                self._file(jobs, full.slot.out_here)
+                self._file(jobs, desk.out_here)
         finally:
-            self._free.put(full.slot)
-
-    def _run(self, slot: _Slot, plan: Schedule) -> None:
-        """Carries out a plan on a slot; its results are in `out_here` afterwards."""
-        slot.table_here[: len(plan.table)] = plan.table
-        runtime, queue = self._runtime, slot.stream.ptr
-        with slot.gpu.cupy.cuda.Device(slot.gpu.number), slot.stream:
-            here = slot.table_here.ctypes.data
-            runtime.memcpyAsync(slot.table, here, plan.table.nbytes, runtime.memcpyHostToDevice, queue)
-            slot.gpu.launch(plan, slot.table, slot.scratch, slot.out)
-            here = slot.out_here.ctypes.data
-            runtime.memcpyAsync(here, slot.out, DIGEST * plan.jobs, runtime.memcpyDeviceToHost, queue)
-            slot.done.record(slot.stream)
-        slot.done.synchronize()
+            share.desks.give(desk)
+            for part in batch:
+                self._cells.give(part.cell)
 
     def _file(self, jobs: _Jobs, out: Bytes) -> None:
         """Enters the results of jobs: digests of whole tensors, chaining values of pieces."""
@@ -248,10 +289,11 @@ class CudaStream:
 
     def finish(self) -> dict[int, bytes]:
         """See `Stream`."""
-        if self._filling.parts:
-            self._hash(self._next())
-        with self._filing, device_work("hashing"):
-            self._ledger.close()
+        for share in self._shares:
+            if share.parts:
+                self._hash(share, share.rest())
+        self._ledger.close()
+        with self._filing:
             self._digests.update(zip(self._leaves, combine(list(self._leaves.values())), strict=True))
             self._leaves.clear()
             return self._digests
@@ -262,10 +304,12 @@ class CudaStream:
 
     def close(self) -> None:
         """See `Stream`."""
-        for slot in self._slots:
+        for stream in self._copying:
             with suppress(Exception):  # a dead device's memory is gone either way
-                slot.stream.synchronize()  # the memory must outlive the work on it
-        self._slots.clear()
+                stream.synchronize()  # the memory must outlive the work on it
+        self._copying.clear()
+        self._cells.clear()
+        self._shares.clear()
         self._leaves.clear()
 
     def __enter__(self) -> CudaStream:

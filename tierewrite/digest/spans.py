@@ -1,4 +1,4 @@
-"""What a buffer holds: spans of tensors, the rule by which a tensor is cut over buffers, and the book kept on it.
+"""What a buffer holds: spans of tensors, the rule by which a tensor is cut over buffers, and the book kept on them.
 
 Refuses (ValueError) spans outside their buffer, cuts elsewhere than at multiples of PIECE, pieces out of order,
 tensors handed over twice and tensors that never came to their end. Knows nothing of hashing or of devices.
@@ -76,57 +76,66 @@ def layout(lengths: Iterable[int], buffer_size: int) -> Iterator[list[Span]]:
         yield spans
 
 
+def checked(spans: Sequence[Row] | Columns, size: int | Columns) -> Columns:
+    """Spans as int64 (n, 5), each of which lies in its buffer and is cut where it may be.
+
+    Args:
+        spans: tuples in the order of Span's fields, or int64 (n, 5).
+        size: bytes of their buffer; int64 (n,) if they lie in several.
+
+    Raises:
+        ValueError: one does not.
+    """
+    rows: Columns = np.asarray(spans, np.int64).reshape(-1, 5)
+    start, length, total, position = rows.T[1:]
+    end = position + length
+    outside = (rows[:, 1:] < 0).any(axis=1) | (start + length > size) | (end > total)
+    if outside.any():
+        first = int(outside.argmax())
+        room = np.broadcast_to(size, len(rows))[first]
+        raise ValueError(f"{Span(*rows[first].tolist())} does not lie in its buffer of {room} bytes")
+    cut_elsewhere = (length != total) & ((length == 0) | ((length % PIECE != 0) & (end != total)))
+    if cut_elsewhere.any():
+        span = Span(*rows[int(cut_elsewhere.argmax())].tolist())
+        raise ValueError(f"{span}: a tensor may be cut at multiples of {PIECE} bytes only")
+    return rows
+
+
 class Ledger:
-    """Checks the spans of each buffer on arrival, and that every tensor has come whole by the end."""
+    """All that was handed over, to see at the end that every tensor came whole, once, and in its order."""
 
     def __init__(self) -> None:
-        self._seen: set[int] = set()
-        self._open: dict[int, tuple[int, int]] = {}  # tensor -> (bytes so far, bytes in all)
+        self._entered: list[Columns] = []
 
-    def take(self, spans: Sequence[Row] | Columns, size: int | Columns) -> tuple[list[Row], list[Row]]:
-        """Enters spans, each of a buffer of `size` bytes (one for all of them, or int64 (n,)).
-
-        Returns:
-            The spans that are whole tensors, and the pieces, as tuples in the order of Span's fields.
-        """
-        rows = np.asarray(spans, np.int64).reshape(-1, 5)
-        tensor, start, length, total, position = rows.T
-        outside = (rows[:, 1:] < 0).any(axis=1) | (start + length > size) | (position + length > total)
-        if outside.any():
-            first = int(outside.argmax())
-            room = np.broadcast_to(size, len(rows))[first]
-            raise ValueError(f"{Span(*rows[first].tolist())} does not lie in its buffer of {room} bytes")
-        whole = length == total
-        for number in tensor[whole].tolist():
-            if number in self._seen:
-                raise ValueError(f"tensor {number} was handed over twice")
-            self._seen.add(number)
-        pieces = rows[~whole].tolist()
-        for piece in pieces:
-            self._piece(Span(*piece))
-        return rows[whole].tolist(), pieces
-
-    def _piece(self, piece: Span) -> None:
-        if piece.tensor not in self._open:
-            if piece.tensor in self._seen:
-                raise ValueError(f"tensor {piece.tensor} was handed over twice")
-            self._seen.add(piece.tensor)
-            self._open[piece.tensor] = (0, piece.total)
-        done, total = self._open[piece.tensor]
-        if (done, total) != (piece.position, piece.total):
-            raise ValueError(f"{piece} out of order: byte {done} of {total} is the next of tensor {piece.tensor}")
-        end = piece.position + piece.length
-        if piece.length == 0 or (piece.length % PIECE and end != total):
-            raise ValueError(f"{piece}: a tensor may be cut at multiples of {PIECE} bytes only")
-        if end == total:
-            del self._open[piece.tensor]
-        else:
-            self._open[piece.tensor] = (end, total)
+    def enter(self, spans: Columns) -> None:
+        """Spans in the order of their arrival; they must not be changed afterwards."""
+        self._entered.append(spans)
 
     def close(self) -> None:
-        """Raises ValueError if a tensor lacks its end."""
-        for tensor, (done, total) in self._open.items():
-            raise ValueError(f"tensor {tensor} ended at byte {done} of {total}")
+        """Raises ValueError if a tensor came in another order than its own, twice, or without its end."""
+        rows = np.concatenate([np.empty((0, 5), np.int64), *self._entered])
+        rows = rows[np.argsort(rows[:, 0], kind="stable")]
+        tensor, _, length, total, position = rows.T
+        end = position + length
+        same = np.zeros(len(rows), bool)  # the span before is of the same tensor
+        same[1:] = tensor[1:] == tensor[:-1]
+        expected = np.where(same, np.roll(end, 1), 0)
+        ended = same & (np.roll(end == total, 1))
+        wrong = ended | (position != expected) | (same & (np.roll(total, 1) != total))
+        if wrong.any():
+            at = int(wrong.argmax())
+            span = Span(*rows[at].tolist())
+            if ended[at]:
+                raise ValueError(f"tensor {span.tensor} was handed over twice")
+            raise ValueError(
+                f"{span} out of order: byte {expected[at]} of {span.total} is the next of tensor {span.tensor}"
+            )
+        last = np.ones(len(rows), bool)
+        last[:-1] = ~same[1:]
+        open_ = last & (end != total)
+        if open_.any():
+            at = int(open_.argmax())
+            raise ValueError(f"tensor {tensor[at]} ended at byte {end[at]} of {total[at]}")
 
 
 def host_bytes(data: object) -> Bytes:

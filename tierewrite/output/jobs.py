@@ -232,7 +232,7 @@ class _Attempt:
                     raise Stopped
                 size = sum(segment.length for segment in load)
                 spans = self._spans(load)
-                ticket = stream.update(buffer, spans) if spans else None
+                ticket = stream.update(buffer[:size], spans) if spans else None
                 if sink is not None:
                     self._make(load, buffer.data, ticket.wait if ticket is not None else lambda: None)
                     sink.write(buffer.data[:size])

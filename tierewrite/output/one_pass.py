@@ -158,7 +158,7 @@ class Transfer:
         buffer = array.data
         steps = self.work.steps(task)
         self._sources[task.shard].read_runs(steps.reads, buffer)
-        ticket = stream.update(array, steps.hashed) if len(steps.hashed) else None
+        ticket = stream.update(array[: task.nbytes], steps.hashed) if len(steps.hashed) else None
         if self.outputs is not None and task not in self._done:
             if ticket is not None and steps.patched:
                 ticket.wait()  # the buffer is about to be changed
@@ -185,7 +185,7 @@ class Transfer:
             length = min(BUFFER_BYTES, total - position)
             piece = array.data[:length]
             self._sources[task.shard].read_runs([(start + position, start + position + length)], piece)
-            ticket = stream.update(array, [(row, 0, length, total, position)]) if hashed else None
+            ticket = stream.update(array[:length], [(row, 0, length, total, position)]) if hashed else None
             if maker is not None:
                 if ticket is not None:
                     ticket.wait()  # the buffer is about to be changed
