@@ -319,6 +319,7 @@ LIES: dict[str, Callable[[dict[str, Any]], object]] = {
     "an absolute file": lambda said: said["files"].append("/etc/passwd"),
     "other content": lambda said: said.update(content="0" * 64),
     "a pattern of nobody": lambda said: said["loaded"].update({"a": ["lm_head.weight", "pattern"]}),
+    "a stack of tensors that it has not": lambda said: said["transforms"][0].__setitem__(3, -1),
     "an optional stranger": lambda said: said["optional"].append("stranger"),
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ import pytest
 import tierewrite
 from tests.checkpoints import FIXTURES, count_calls
 from tests.defects import CONTROLS, DECODER, DEFECTS, ENCODER, Defect, Draft, Raw, make_good
+from tests.sglang_defects import BASES, halved
 from tests.test_vllm_classes import KINDS
 from tierewrite import cli
 from tierewrite.consumers import CONSUMERS, Finding, ReadinessReport, check, corrected_configs
@@ -512,6 +513,32 @@ def test_no_index_is_promised_where_a_rewrite_refuses_files_of_another_loader(
         assert refused
     else:
         assert not refused
+
+
+STACKED = {
+    "mixtral": ("model.layers.1.block_sparse_moe.experts.3.", ("w1", "w2", "w3"), ("weight",)),
+    "qwen3-moe": ("model.layers.1.mlp.experts.3.", ("gate_proj", "up_proj", "down_proj"), ("weight", "weight_scale")),
+}
+"""Base -> an expert, its projections, and the tensors of one that have its rows."""
+
+
+@pytest.mark.parametrize("consumer", CONSUMERS)
+@pytest.mark.parametrize(("base", "number"), [(base, number) for base in STACKED for number in range(3)])
+def test_an_expert_has_the_shape_of_its_entry_in_what_transformers_stacks(
+    base: str, number: int, consumer: str, tmp_path: Path
+) -> None:
+    """One that is too short: servers leave the rest uninitialised; with transformers the stacking fails."""
+    expert, projections, leaves = STACKED[base]
+    keys = [f"{expert}{projections[number]}.{leaf}" for leaf in leaves]
+    draft = BASES[base]()
+    draft.write(tmp_path / "good")
+    for key in keys:
+        halved(key)(draft)
+    draft.write(tmp_path / "short")
+    assert "wrong-shape" not in {finding.id for finding in check(tmp_path / "good", consumer, loader="off").findings}
+    if (base, consumer) != ("qwen3-moe", "transformers"):  # which has no quantizer for this format
+        found = only(check(tmp_path / "short", consumer, loader="off"), "wrong-shape")
+        assert (found.severity, found.where[0]) == ("error", keys[0])
 
 
 @pytest.mark.parametrize("consumer", CONSUMERS)

@@ -52,14 +52,15 @@ def of_other_shape(s: Subject, *, experts: bool) -> list[str]:
     """Every unquantized tensor has the shape of its parameter: those that have not.
 
     Args:
-        experts: look at experts' weights too, that are parts of a parameter.
+        experts: look at experts' weights too, that are parts of a parameter. At those that transformers stacks itself
+            it looks in any case.
     """
     packed = {
         key for m in s.quantized.values() for leaf, keys in m.leaves.items() if formats.is_main(leaf) for key in keys
     }
     wrong: list[str] = []
     for key, (_, part) in s.places.items():
-        size = s.size(key) if part == WHOLE or (experts and part[0] == "expert") else None
+        size = s.size(key) if experts or part == WHOLE or part[0] == "converter" else None
         if size is not None and key not in packed and not formats.main_parameter(key) and s.entries[key].shape != size:
             wrong.append(key)
     return wrong

@@ -248,6 +248,9 @@ class Subject:
         shape = self.model.shapes[parameter]
         if part == WHOLE:
             return shape
+        if part[0] == "converter":
+            stacked = next(t.stacked for t in self.model.renames.transforms if t.converts and part[1] in t.sources)
+            return (shape[1] // stacked, *shape[2:]) if stacked and len(shape) > 1 else None
         if part[0] == "expert" and len(shape) == 3:
             stem = parameter.rpartition(".")[2]
             count = len(projections(stem)) if part[1] != stem else 1

@@ -25,7 +25,7 @@ from tierewrite.ties import candidates, installed
 from tierewrite.ties.renames import Answers, Live, Renames, Transform
 from tierewrite.ties.tie import Declared, ModelNames, Tie
 
-SCHEMA = "tierewrite/class/1"
+SCHEMA = "tierewrite/class/2"
 _KEPT = 128
 _MOST_BYTES = 64 << 20
 """Of one answer: a model of 100,000 experts whose names on disk are others than in memory."""
@@ -62,7 +62,7 @@ class _Kept(msgspec.Struct, forbid_unknown_fields=True):
     optional: list[str]
     ignored: list[str]
     embeddings: tuple[str, str] | None
-    transforms: list[tuple[tuple[str, ...], tuple[str, ...], bool]]
+    transforms: list[tuple[tuple[str, ...], tuple[str, ...], bool, int]]
     loaded: dict[str, tuple[str, str | None]]
     saved: list[tuple[str, tuple[str | int, ...], tuple[str, ...]]]
 
@@ -206,7 +206,7 @@ def _as_kept(key: str, files: tuple[str, ...], content: str, declared: Declared,
         optional=sorted(model.optional),
         ignored=list(model.ignored),
         embeddings=model.embeddings,
-        transforms=[(t.sources, t.targets, t.converts) for t in model.renames.transforms],
+        transforms=[(t.sources, t.targets, t.converts, t.stacked) for t in model.renames.transforms],
         loaded=answers.loaded,
         saved=[(name, part, names) for (name, part), names in answers.saved.items()],
     )
@@ -270,8 +270,10 @@ def _is_companion(name: str, shapes: Collection[str]) -> bool:
 
 def _check_answers(kept: _Kept) -> None:
     """Raises ValueError: what it says of names cannot come from its transforms."""
-    patterns = {pattern for sources, _, converts in kept.transforms if converts for pattern in sources}
-    if any(not sources or not targets for sources, targets, _ in kept.transforms):
+    patterns = {pattern for sources, _, converts, _ in kept.transforms if converts for pattern in sources}
+    if any(not sources or not targets for sources, targets, _, _ in kept.transforms):
         raise ValueError("it holds a transform without patterns")
+    if any(stacked not in (0, len(sources)) for sources, _, _, stacked in kept.transforms):
+        raise ValueError("it stacks other tensors than a transform has")
     if any(pattern is not None and pattern not in patterns for _, pattern in kept.loaded.values()):
         raise ValueError("it holds a name that no transform of it converts")

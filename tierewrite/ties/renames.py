@@ -25,11 +25,14 @@ class Transform:
     Attributes:
         sources, targets: its patterns of names on disk and in memory, as it holds them.
         converts: it makes other tensors, too (`WeightConverter`); else it only renames.
+        stacked: what it makes is a stack, each entry of which holds the rows of this many of its sources one after the
+            other (an expert's gate and up); 0 where it does anything else.
     """
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]
     converts: bool
+    stacked: int = 0
 
 
 @dataclass
@@ -180,7 +183,16 @@ def _as_data(transform: Any) -> Transform:
     from transformers.core_model_loading import WeightConverter
 
     sources, targets = tuple(transform.source_patterns), tuple(transform.target_patterns)
-    return Transform(sources, targets, isinstance(transform, WeightConverter))
+    return Transform(sources, targets, isinstance(transform, WeightConverter), _stacked(transform))
+
+
+def _stacked(transform: Any) -> int:
+    """See `Transform.stacked`."""
+    steps = [(type(step).__name__, getattr(step, "dim", None)) for step in getattr(transform, "operations", ())]
+    count = len(transform.source_patterns)
+    if steps == [("MergeModulelist", 0), ("Concatenate", 1)]:
+        return count
+    return int(count == 1 and steps == [("MergeModulelist", 0)])
 
 
 def _by_kind(transforms: Sequence[Any]) -> tuple[list[Any], list[Any]]:
