@@ -51,6 +51,7 @@ PREFIXES = [
     "pretrained_model.",
     "actor_module.",
     "llm.",
+    "language_model.",
     "module._orig_mod.",
     "_orig_mod.module.",
     "base_model.model._fsdp_wrapped_module._orig_mod.",
@@ -65,12 +66,13 @@ def test_ties_are_found_below_the_names_of_wrappers(prefix: str, tmp_path: Path)
     assert [f"every name begins with '{prefix}'" in warning for warning in plan.warnings] == [True]
 
 
+@pytest.mark.parametrize("prefix", ["module._orig_mod.", "language_model."])
 @pytest.mark.parametrize("consumer", ["vllm", "sglang", "tensorrt-llm", "transformers"])
-def test_check_says_what_takes_the_names_of_wrappers_off(consumer: str, tmp_path: Path) -> None:
-    src = renamed(tmp_path / "src", "module._orig_mod.")
+def test_check_says_what_takes_the_names_of_wrappers_off(consumer: str, prefix: str, tmp_path: Path) -> None:
+    src = renamed(tmp_path / "src", prefix)
     report = tierewrite.check(src, consumer, loader="off")
     assert report.errors
-    (note,) = [note for note in report.notes if "'module._orig_mod.'" in note]
+    (note,) = [note for note in report.notes if f"'{prefix}'" in note]
     assert "strip_prefix" in note
     tierewrite.rewrite(src, tmp_path / "dst", strip_prefix=True)
     after = tierewrite.check(tmp_path / "dst", consumer, loader="off")
@@ -156,6 +158,18 @@ def test_what_a_class_calls_its_parts_is_no_wrapper() -> None:
     ties = TieMap((Tie(*keys, "test"),), "class", model=model)
     assert wrappers_of(ties, keys) is None
     assert on_disk(ties, keys).groups[0].slots == (("module.embed.weight", "module.head.weight"),)
+
+
+def test_a_part_that_its_class_calls_language_model_is_no_wrapper_though_it_stands_alone(tmp_path: Path) -> None:
+    """LLaVA without its vision tower: all names that are left begin alike, and the class has them so."""
+    llava = FIXTURES / "llava_tied_bf16" / "naive"
+    src = tmp_path / "src"
+    shutil.copytree(llava, src, ignore=shutil.ignore_patterns("*.safetensors*"))
+    parts = {key: tensor for key, tensor in read_tensors(llava).items() if key.startswith("language_model.")}
+    write_checkpoint(src, parts)
+    plan = tierewrite.plan(src, strip_prefix=True)
+    assert dropped(plan) == {f"language_model.{HEAD}": f"language_model.{EMBEDDING}"}
+    assert any("no name begins with one of a wrapper" in warning for warning in plan.warnings)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ OUTER = (
     "pretrained_model",  # TRL's model with a value head
     "actor_module",  # trainers by reinforcement learning
     "llm",  # a language model inside a larger one, saved alone
+    "language_model",  # the same, as LLaVA and others call it
 )
 """Wrappers that count where every name begins with one, one inside the other in any order."""
 
