@@ -521,6 +521,42 @@ def test_a_kv_scale_beside_a_weight_that_is_not_tied_stays_with_it_however_often
     assert verified.ok, verified.problems
 
 
+@pytest.mark.parametrize("k_of_b", ["a", "c"])
+@pytest.mark.parametrize("lacking", ["", "a", "b", "ab"])
+def test_kv_scales_of_three_sides_become_one_and_a_second_run_has_nothing_to_do(
+    lacking: str, k_of_b: str, tmp_path: Path
+) -> None:
+    """Also where the key projections are tied to one another's otherwise than the rest of their attention."""
+    source = {}
+    for side, scale in zip("abc", (1.0, 4.0, 2.0), strict=True):
+        for word in "qkv":
+            source[f"{side}.attn.{word}_proj.weight"] = T("F8_E4M3", [4, 4], word.encode() * 16)
+        if side not in lacking:
+            source[f"{side}.attn.k_proj.k_scale"] = T("F32", [], f32(scale))
+        source[f"{side}.attn.v_proj.v_scale"] = T("F32", [], f32(2 * scale))
+    write_checkpoint(tmp_path / "src", source)
+    ties = {f"{side}.attn.{word}_proj.weight": f"a.attn.{word}_proj.weight" for side in "bc" for word in "qkv"}
+    if k_of_b == "c":
+        ties["b.attn.k_proj.weight"] = "c.attn.k_proj.weight"
+        del ties["c.attn.k_proj.weight"]
+    options: dict[str, Any] = {"ties": ties, "kv_scales": "merge", "verify": True}
+    tierewrite.rewrite(tmp_path / "src", tmp_path / "once", **options)
+    once = read_tensors(tmp_path / "once")
+    scales = {name: value(tensor) for name, tensor in once.items() if name.endswith("_scale")}
+    there = {side: value(t) for side in "abc" if (t := source.get(f"{side}.attn.k_proj.k_scale")) is not None}
+    wanted = {"a.attn.v_proj.v_scale": 8.0}
+    together = ("abc",) if k_of_b == "a" else ("a", "cb")
+    wanted |= {
+        f"{sides[0]}.attn.k_proj.k_scale": max(there[side] for side in sides if side in there)
+        for sides in together
+        if any(side in there for side in sides)
+    }
+    assert scales == wanted
+    report = tierewrite.rewrite(tmp_path / "once", tmp_path / "twice", **options)
+    assert read_tensors(tmp_path / "twice") == once
+    assert "Nothing to do" in str(report)
+
+
 def test_fact_07_a_streaming_export_that_lost_canonical_names_gets_them_back(
     edited: Callable[..., Path],
 ) -> None:

@@ -265,6 +265,34 @@ SCALES_AND_BUFFERS = [
         warning="'b.attn.k_proj.weight' is stored too, and not tied",
     ),
     Case(
+        "a KV-cache scale goes where the weight beside it goes: one of three projections may be tied otherwise",
+        {
+            "k": [("c.attn.k_proj.weight", "b.attn.k_proj.weight")],
+            "v": [("a.attn.v_proj.weight", "b.attn.v_proj.weight", "c.attn.v_proj.weight")],
+        },
+        """
+        a.attn.k_proj.weight   F8_E4M3[4,4]  keep  =                     -
+        b.attn.k_proj.weight   F8_E4M3[4,4]  drop  c.attn.k_proj.weight  k
+        c.attn.k_proj.weight   F8_E4M3[4,4]  keep  =                     k
+        a.attn.v_proj.weight   F8_E4M3[4,4]  keep  =                     v
+        b.attn.v_proj.weight   F8_E4M3[4,4]  drop  a.attn.v_proj.weight  v
+        c.attn.v_proj.weight   F8_E4M3[4,4]  drop  a.attn.v_proj.weight  v
+        a.attn.k_proj.k_scale  F32[]         keep  =                     -
+        b.attn.k_proj.k_scale  F32[]         drop  c.attn.k_proj.k_scale k
+        c.attn.k_proj.k_scale  F32[]         merge =                     k
+        a.attn.v_proj.v_scale  F32[]         merge =                     v
+        b.attn.v_proj.v_scale  F32[]         drop  a.attn.v_proj.v_scale v
+        c.attn.v_proj.v_scale  F32[]         drop  a.attn.v_proj.v_scale v
+        """,
+        Policy(kv_scales="merge"),
+        MODELOPT,
+        warning="'b.attn.k_proj.weight' is stored too, and not tied to the projection of that name",
+        merges={
+            "c.attn.k_proj.k_scale": ("c.attn.k_proj.k_scale", "b.attn.k_proj.k_scale"),
+            "a.attn.v_proj.v_scale": ("a.attn.v_proj.v_scale", "b.attn.v_proj.v_scale", "c.attn.v_proj.v_scale"),
+        },
+    ),
+    Case(
         "KV-cache scales that differ in kind are kept, with a warning",
         {"t": [("a.attn.k_proj.weight", "b.attn.k_proj.weight")]},
         """
@@ -303,7 +331,7 @@ SCALES_AND_BUFFERS = [
         """,
         Policy(kv_scales="merge"),
         MODELOPT,
-        warning="a bias is on one side only",
+        warning="a bias is not on every side",
     ),
     Case(
         "KV-cache scales whose biases the bytes have found to differ are kept",

@@ -130,7 +130,7 @@ class KvScales:
             sides = common_sides(owners)
             layer = _Layer(canonical, sides, tuple(by_module.get(side, {}) for side in sides))
             if layer.lone_bias():
-                self.warnings.append(f"KV scales of '{canonical}' are kept separate: a bias is on one side only")
+                self.warnings.append(f"KV scales of '{canonical}' are kept separate: a bias is not on every side")
                 continue
             self._plan_layer(layer, owners)
 
@@ -139,17 +139,24 @@ class KvScales:
         # With a bias the zero point moves too: only equal scales and biases stand for each other.
         biased = any(len(layer.rows(rest)) > 1 for rest in layer.exact())
         equal = tuple(keys_of(names, layer.rows(rest)) for rest in layer.rests()) if biased else ()
-        claimed = {rest: self._fates.claimed(np.array(layer.rows(rest))).any() for rest in layer.rests()}
+        claimed = {rest: self._fates.claimed(np.array(layer.rows(rest))) for rest in layer.rests()}
         for rest in layer.rests():
             rows, companion = layer.rows(rest), layer.companion(rest)
             keys, target = keys_of(names, rows), f"{layer.canonical}.{rest}"
             if keys == (target,) or target in self._separate:
                 continue
-            untied = self._untied_weight(key for key in keys if key != target)
-            if untied is not None:
-                self.warnings.append(f"KV scale '{target}' is kept separate: '{untied}' is stored too, and not tied")
+            if claimed[rest].any():  # another attention has merged them, whose projections are tied otherwise
+                if not claimed[rest].all():
+                    self.warnings.append(
+                        f"KV scale '{target}' is kept separate: some of its sides are merged elsewhere"
+                    )
                 continue
-            if claimed[rest] or not self._mergeable(rows, companion):
+            untied = self._untied_weight((key for key in keys if key != target), target)
+            if untied is not None:
+                what = "is stored too, and not tied to the projection of that name"
+                self.warnings.append(f"KV scale '{target}' is kept separate: '{untied}' {what}")
+                continue
+            if not self._mergeable(rows, companion):
                 self.warnings.append(f"KV scale '{target}' is kept separate: its sides are stored differently")
                 continue
             owner = _owner(rest, owners)
@@ -158,12 +165,19 @@ class KvScales:
             decisions = _one_survives(rows, new_name, merged=companion.merge is not None)
             self._fates.enter(self._groups[owner], decisions)
 
-    def _untied_weight(self, keys: Iterable[str]) -> str | None:
-        """A weight that stays beside one of these scales, which it would be without: no tie names it."""
+    def _untied_weight(self, keys: Iterable[str], target: str) -> str | None:
+        """A weight beside one of these scales that has no part in the weight beside `target`: its own tie, or nobody,
+        decides where its scale is.
+        """
+        fates = self._fates
+        own = set(_weights_beside(target))
         for key in keys:
-            for name in formats.main_names(f"{key.rpartition('.')[0]}.weight"):
+            for name in _weights_beside(key):
                 row = self._tensors.row.get(name)
-                if row is not None and not self._fates.claimed(np.array([row])).any():
+                if row is None or fates.kept_name[row]:
+                    continue
+                holder = int(fates.stands_for[row])
+                if (fates.new_names.get(holder) or self._tensors.names[holder]) not in own:
                     return name
         return None
 
@@ -191,6 +205,11 @@ def common_sides(owners: Owners) -> tuple[str, ...]:
     """The sides of an attention on which all of its tied projections agree, canonical first, each once."""
     first, *others = owners.values()
     return tuple(dict.fromkeys(side for side in first if all(side in other for other in others)))
+
+
+def _weights_beside(scale: str) -> Iterable[str]:
+    """The names that the weight of the projection may have which a scale belongs to."""
+    return formats.main_names(f"{scale.rpartition('.')[0]}.weight")
 
 
 def _owner(rest: str, owners: Owners) -> str:

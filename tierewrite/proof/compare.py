@@ -76,8 +76,9 @@ class Proof:
             if group.reason is None:
                 stands.update(group.stands)
         if self.policy.kv_scales == "merge":
-            taken = {key for stand in stands.values() for key in stand.sources}
-            for stand in kv_stands(self.source, self.before.digests, self.groups, taken).values():
+            having = [(key, stand) for stand in stands.values() for key in stand.sources]
+            places = {key: None if stand.needed else stand.target for key, stand in having}
+            for stand in kv_stands(self.source, self.before.digests, self.groups, places).values():
                 stands.update((one.target, one) for one in stand.beside(self.needed))
         placed = {key for stand in stands.values() for key in stand.sources}
         for key in self.source.tensors:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from tierewrite import formats
 from tierewrite.formats import Companion
@@ -11,17 +11,18 @@ from tierewrite.proof.values import why_no_value
 from tierewrite.source.table import Checkpoint
 
 _KeysBySuffix = Mapping[str, tuple[str, Companion]]  # what follows the attention module's name -> key, companion
+_Places = Mapping[str, str | None]
 
 
 def kv_stands(
-    source: Checkpoint, digests: Mapping[str, bytes], groups: Iterable[Group], taken: Collection[str]
+    source: Checkpoint, digests: Mapping[str, bytes], groups: Iterable[Group], places: _Places
 ) -> dict[str, Stand]:
     """What stands for the KV-cache scales of several sides, where the ties of their projections are confirmed.
 
     Args:
         digests: of all tensors of SRC.
         groups: the declared ties, judged.
-        taken: keys of SRC that a tie has already.
+        places: key of SRC that a tie has already -> the name in DST that stands for it; None if a consumer needs it.
     """
     modules: dict[str, dict[str, tuple[str, Companion]]] = {}
     families = formats.detect(source.config, source.quant_config, source.tensors.keys())
@@ -30,7 +31,8 @@ def kv_stands(
         if hit is not None:
             modules.setdefault(hit[0], {})[hit[1]] = key, hit[2]
     stands: dict[str, Stand] = {}
-    for canonical, (sides, owners) in _paired(groups).items():
+    taken = set(places)
+    for canonical, (sides, owners) in sorted(_paired(groups).items()):
         parts = [modules.get(side, {}) for side in sides]
         if not _agree(parts, digests):
             continue
@@ -41,18 +43,20 @@ def kv_stands(
             entries = [source.tensors[key] for key in keys]
             alike = len({(entry.dtype, entry.shape) for entry in entries}) == 1
             one = alike if there[0][1].merge is None else why_no_value(entries) is None
-            if _beside_untied([key for key in keys if key != target], source, taken):
+            if _beside_another([key for key in keys if key != target], target, source, places):
                 continue
-            if keys != (target,) and one and not any(key in taken for key in keys):
+            if keys != (target,) and one and taken.isdisjoint(keys):
                 rule = there[0][1] if there[0][1].merge is not None else None  # biases are equal: one of them stays
                 stands[target] = Stand(target, keys, rule, _owner(rest, owners))
+                taken.update(keys)
     return stands
 
 
-def _beside_untied(keys: Iterable[str], source: Checkpoint, taken: Collection[str]) -> bool:
-    """Whether one of these scales stands beside a weight that no tie has taken, and that needs it."""
+def _beside_another(keys: Iterable[str], target: str, source: Checkpoint, places: _Places) -> bool:
+    """Whether one of these scales belongs to a weight for which another one stands than that beside `target`."""
+    own = set(formats.main_names(f"{target.rpartition('.')[0]}.weight"))
     weights = {name for key in keys for name in formats.main_names(f"{key.rpartition('.')[0]}.weight")}
-    return any(name in source.tensors and name not in taken for name in weights)
+    return any(name in source.tensors and places.get(name, name) not in (None, *own) for name in weights)
 
 
 def _owner(rest: str, owners: Sequence[str]) -> str:

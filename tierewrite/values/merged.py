@@ -132,7 +132,7 @@ def _on_other_sides(plan: RewritePlan, merge: ScaleMerge) -> Iterator[ScaleMerge
 def separate_kv_warnings(targets: Iterable[str]) -> list[str]:
     """For the KV scales that were to be merged and could not be."""
     return [
-        f"KV scales stay on both sides of '{shown(target)}': the layer has biases and its sides differ"
+        f"KV scales stay on every side of '{shown(target)}': the layer has biases and its sides differ"
         for target in sorted(targets)
     ]
 
