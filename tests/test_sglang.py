@@ -14,6 +14,7 @@ import pytest
 import tierewrite
 from tests.checkpoints import FIXTURES, read_tensors
 from tests.sglang_defects import BASES, VARIANTS, Variant, make_all
+from tests.tiny_classes import plain
 from tierewrite import cli
 from tierewrite.consumers import check
 from tierewrite.consumers.sglang import SGLANG
@@ -136,3 +137,27 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     capsys.readouterr()
     assert cli.run(["explain", "head-not-tied"]) == 0
     assert "sglang 0.5.23" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("quantization", "found"),
+    [
+        ({"quant_method": "torchao"}, "SGLang 0.5.23 has no method 'torchao'"),
+        ({"quant_method": "compressed_tensors"}, "SGLang 0.5.23 has no method 'compressed_tensors'"),
+        ({"quant_method": "quanto", "weights": "int8"}, "SGLang 0.5.23 has no method 'quanto'"),
+        ({}, "quant_method is missing"),
+        ({"quant_method": None}, "quant_method is no name"),
+        ("fp8", "quantization_config is no object"),
+        ({"quant_method": "FP8"}, None),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, None),
+        (None, None),
+    ],
+)
+def test_a_method_that_sglang_does_not_take_is_an_error(
+    quantization: object, found: str | None, tmp_path: Path
+) -> None:
+    draft = plain("LlamaForCausalLM")
+    draft.config["quantization_config"] = quantization
+    draft.write(tmp_path / "src")
+    report = check(tmp_path / "src", "sglang", loader="off")
+    assert [finding.found for finding in report.errors if finding.id == "quant-config-invalid"] == [found] * bool(found)

@@ -190,6 +190,22 @@ def kv_scales(draft: Draft, *kinds: str) -> Draft:
     return draft
 
 
+def one_more(architecture: str, layer: str, number: int) -> Draft:
+    """The class' checkpoint with `layer` once more under another number."""
+    draft = plain(architecture)
+    head = layer.rstrip(".").rpartition(".")[0]
+    for name in [n for n in draft.names() if n.startswith(layer)]:
+        draft[f"{head}.{number}.{name.removeprefix(layer)}"] = draft[name]
+    return draft
+
+
+def rows_less(draft: Draft, name: str) -> Draft:
+    """One row less of a weight."""
+    dtype, (rows, *rest) = draft[name].dtype, draft[name].shape
+    draft[name] = zeros(dtype, rows - 1, *rest)
+    return draft
+
+
 def declared_mtp(draft: Draft) -> Draft:
     draft.config["num_nextn_predict_layers"] = 1
     return draft
@@ -308,6 +324,45 @@ KINDS: dict[str, Kind] = {
 }
 
 
+KINDS |= {
+    f"{name} with a layer beyond the last": Kind(make, "unexpected-tensor", at)
+    for name, make, at in (
+        ("gpt2", lambda: one_more("GPT2LMHeadModel", "transformer.h.1.", 2), "transformer.h.2.ln_1.weight"),
+        ("gpt-oss", lambda: one_more("GptOssForCausalLM", "model.layers.1.", 2), "model.layers.2.mlp.router.weight"),
+        (
+            "whisper",
+            lambda: one_more("WhisperForConditionalGeneration", "model.decoder.layers.0.", 1),
+            "model.decoder.layers.1.fc1.weight",
+        ),
+        (
+            "glm4moe, behind its mtp layer,",
+            lambda: one_more("Glm4MoeForCausalLM", "model.layers.1.", 3),
+            "model.layers.3.input_layernorm.weight",
+        ),
+    )
+}
+KINDS |= {
+    f"{name} with an expert of another size": Kind(make, "wrong-shape", at)
+    for name, make, at in (
+        (
+            "mixtral",
+            lambda: rows_less(plain("MixtralForCausalLM"), f"{L0}.block_sparse_moe.experts.1.w1.weight"),
+            f"{L0}.block_sparse_moe.experts.1.w1.weight",
+        ),
+        (
+            "qwen3moe fp8 blocks",
+            lambda: rows_less(fp8_blocks(plain("Qwen3MoeForCausalLM")), f"{L0}.mlp.experts.3.down_proj.weight"),
+            f"{L0}.mlp.experts.3.down_proj.weight",
+        ),
+        (
+            "mixtral awq",
+            lambda: rows_less(awq(plain("MixtralForCausalLM")), f"{L0}.block_sparse_moe.experts.1.w2.qweight"),
+            f"{L0}.block_sparse_moe.experts.1.w2.qweight",
+        ),
+    )
+}
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_kind_of_defect_is_found(name: str, tmp_path: Path) -> None:
     kind = KINDS[name]
@@ -400,6 +455,43 @@ def test_modules_that_a_rewrite_lists_are_those_that_are_plain(tmp_path: Path) -
     config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
     attention = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(2) for p in "qkvo"]
     assert sorted(config["quantization_config"]["ignore"]) == sorted(["lm_head", *attention])
+
+
+def declared(quantization: object) -> Draft:
+    draft = plain("LlamaForCausalLM")
+    draft.config["quantization_config"] = quantization
+    return draft
+
+
+@pytest.mark.parametrize(
+    ("quantization", "found"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "vLLM 0.33 has no method 'bitsandbytes'"),
+        ({"quant_method": "hqq"}, "vLLM 0.33 has no method 'hqq'"),
+        ({"quant_method": "exl3", "bits": 4}, "vLLM 0.33 has no method 'exl3'"),
+        ({"quant_method": "fp8_per_tensor"}, "vLLM 0.33 has no method 'fp8_per_tensor'"),
+        ({"quant_method": "FBGEMM_FP8"}, "fbgemm_fp8 is deprecated in vLLM 0.33"),
+        ({"quant_method": None}, "quant_method is no name"),
+        ({"quant_method": 8}, "quant_method is no name"),
+        ([{"quant_method": "fp8"}], "quantization_config is no object"),
+        ("fp8", "quantization_config is no object"),
+    ],
+)
+def test_a_method_that_vllm_does_not_take_is_an_error(quantization: object, found: str, tmp_path: Path) -> None:
+    (finding,) = checked(declared(quantization), tmp_path).errors
+    assert (finding.id, finding.found) == ("quant-config-invalid", found)
+
+
+@pytest.mark.parametrize("quantization", [None, {}, {"quant_method": ""}, {"group_size": 64, "bits": 4}])
+def test_a_config_without_a_method_harms_nobody_where_nothing_is_quantized(quantization: Any, tmp_path: Path) -> None:
+    assert errors(checked(declared(quantization), tmp_path)) == set()
+
+
+@pytest.mark.parametrize("architecture", ["CodeGenForCausalLM", "MptForCausalLM", "XGLMForCausalLM"])
+def test_a_class_that_vllm_refuses_by_name_is_an_error(architecture: str, tmp_path: Path) -> None:
+    draft = plain("LlamaForCausalLM")
+    draft.config |= {"architectures": [architecture]}
+    assert "architectures" in errors(checked(draft, tmp_path))
 
 
 # --- what is not known -------------------------------------------------------------------------------------

@@ -520,7 +520,7 @@ def one(architecture: str, names: list[dict[str, Any]], known: bool) -> dict[str
         except Exception as e:
             if os.environ.get("TB"):
                 traceback.print_exc()
-            problem = f"{type(e).__name__}: {' '.join(str(e).split())[-300:]}"
+            problem = f"{type(e).__name__}: {telling(' '.join(str(e).split()))}"
     found: dict[str, Any] = {"problem": problem}
     if known:
         try:
@@ -581,6 +581,13 @@ REFUSALS = (
     r"has no vLLM implementation and the Transformers implementation is not compatible with vLLM",
     r"Model architectures \[[^]]*\] are not supported for now",
 )
+
+
+def telling(problem: str) -> str:
+    """The end of a problem, or vLLM's words of refusal where those stand before it."""
+    end = problem[-300:]
+    refusals = [m[0] for text in (end, problem) for r in REFUSALS if (m := re.search(r, text))]
+    return end if not refusals or refusals[0] in end else refusals[0]
 
 
 def compact(found: dict[str, Any]) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from tierewrite import formats
 from tierewrite.consumers.findings import Finding
 from tierewrite.consumers.rules import Rule
 from tierewrite.consumers.subject import Subject
+from tierewrite.formats.experts import split_expert
 from tierewrite.source.table import INDEX_NAME
 from tierewrite.ties.on_disk import WHOLE
 
@@ -48,12 +50,28 @@ def missing_parameters(s: Subject) -> tuple[list[str], list[str], list[str]]:
     return ([], [], []) if s.folder.absent else s.missing()
 
 
+def unlike_their_siblings(s: Subject) -> list[str]:
+    """Every weight of an expert, packed or not, has the shape that most experts beside it have: those that have not."""
+    alike: dict[tuple[str, str, str], list[str]] = {}
+    for key in s.entries:
+        module, _, leaf = key.rpartition(".")
+        container, number, projection = split_expert(module)
+        if number is not None and formats.is_main(leaf):
+            alike.setdefault((container, projection, leaf), []).append(key)
+    wrong: list[str] = []
+    for keys in alike.values():
+        usual, count = Counter(s.entries[key].shape for key in keys).most_common(1)[0]
+        if 2 * count > len(keys) > count:
+            wrong += [key for key in keys if s.entries[key].shape != usual]
+    return wrong
+
+
 def of_other_shape(s: Subject, *, experts: bool) -> list[str]:
     """Every unquantized tensor has the shape of its parameter: those that have not.
 
     Args:
-        experts: look at experts' weights too, that are parts of a parameter. At those that transformers stacks itself
-            it looks in any case.
+        experts: look at experts' weights too, that are parts of a parameter, and hold them against each other, packed
+            or not. At those that transformers stacks itself it looks in any case.
     """
     packed = {
         key for m in s.quantized.values() for leaf, keys in m.leaves.items() if formats.is_main(leaf) for key in keys
@@ -63,4 +81,4 @@ def of_other_shape(s: Subject, *, experts: bool) -> list[str]:
         size = s.size(key) if experts or part == WHOLE or part[0] == "converter" else None
         if size is not None and key not in packed and not formats.main_parameter(key) and s.entries[key].shape != size:
             wrong.append(key)
-    return wrong
+    return list(dict.fromkeys([*wrong, *unlike_their_siblings(s)])) if experts else wrong

@@ -11,6 +11,7 @@ from tierewrite.consumers.findings import Finding
 from tierewrite.consumers.modelopt import CONFIG, HF_QUANT, LAYOUTS
 from tierewrite.consumers.rules import Rule, RuleSet
 from tierewrite.consumers.sglang.subject import SglangSubject
+from tierewrite.errors import shown
 from tierewrite.formats.experts import split_expert
 
 RULES: RuleSet[SglangSubject] = RuleSet()
@@ -66,23 +67,38 @@ def no_config(s: SglangSubject) -> Iterator[Finding]:
 QUANT_CONFIG_INVALID = Rule(
     id="quant-config-invalid",
     title="SGLang does not accept the quantization config",
+    when="an entry is missing, or is none that SGLang takes",
     severity="error",
     consequence="SGLang refuses to load",
     fix="restore the config from the export",
     source=f"{MODELOPT} ModelOptFp4Config.from_config",
 )
+QUANT_METHOD_UNKNOWN = replace(
+    QUANT_CONFIG_INVALID,
+    when="the method is none of SGLang's own",
+    fix="export in a format that SGLang reads, or serve it with another engine",
+    source="configs/model_config.py ModelConfig._verify_quantization",
+)
+METHODS = frozenset({
+    "auto-round", "auto-round-int8", "awq", "awq_marlin", "bitsandbytes", "blockwise_int8", "compressed-tensors", "fp8",
+    "gguf", "gptq", "gptq_marlin", "humming", "minimax_m3_nvfp4", "mlx_q4", "mlx_q8", "modelslim", "moe_wna16", "mxfp4",
+    "mxfp8", "mxfp_w4a8", "nvfp4_online", "petit_nvfp4", "quark", "quark_int4fp8_moe", "quark_mxfp4", "w4afp8",
+    "w8a8_fp8", "w8a8_int8",
+})  # fmt: skip
+"""quantization/__init__.py `QUANTIZATION_METHODS` of any platform, and what its overrides take, but for
+ModelOpt's.
+"""
 QUANT_ALGO_UNCHECKED = (
     "its quantization is not ModelOpt's; scales, dtypes and lists of excluded modules were not checked"
 )
 
 
-@RULES.add(QUANT_CONFIG_INVALID)
+@RULES.add(QUANT_CONFIG_INVALID, QUANT_METHOD_UNKNOWN)
 def invalid_config(s: SglangSubject) -> Iterator[Finding]:
     """modelopt_quant.py `ModelOptFp4Config.from_config`: the algorithms that it lists, and no others."""
     declared = s.declared
     if declared is None:
-        if isinstance(s.config.get("quantization_config"), dict):
-            s.notes.append(QUANT_ALGO_UNCHECKED)
+        yield from _not_modelopt(s)
         return
     where = (f"{declared.where}.quant_algo",)
     if not declared.algo:
@@ -91,6 +107,22 @@ def invalid_config(s: SglangSubject) -> Iterator[Finding]:
         yield QUANT_CONFIG_INVALID.at(where, f"quant_algo is {declared.algo}; known are {', '.join(LAYOUTS)}")
     elif declared.algo not in LAYOUTS:
         s.notes.append(f"quant_algo {declared.algo} was not checked: scales, dtypes and excluded modules")
+
+
+def _not_modelopt(s: SglangSubject) -> Iterator[Finding]:
+    """configs/model_config.py `_verify_quantization`: the methods of its table, by name."""
+    config = s.config.get("quantization_config")
+    if config is None:
+        return
+    method = config.get("quant_method", "") if isinstance(config, dict) else None
+    if not isinstance(method, str):
+        what = "quant_method is no name" if isinstance(config, dict) else "quantization_config is no object"
+        yield QUANT_CONFIG_INVALID.at((CONFIG,), what)
+    elif method.lower() not in METHODS and not method.lower().startswith("modelopt"):
+        found = f"SGLang 0.5.23 has no method '{shown(method)}'" if method else "quant_method is missing"
+        yield QUANT_METHOD_UNKNOWN.at((f"{CONFIG}.quant_method",), found)
+    else:
+        s.notes.append(QUANT_ALGO_UNCHECKED)
 
 
 QUANT_CONFIG_DISAGREES = Rule(

@@ -18,6 +18,15 @@ ALGOS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4"
 # What the legacy file may say when config.json says nothing (model_arch_config_convertor.py
 # `_normalize_quantization_config`).
 LEGACY_ALGOS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "MIXED_PRECISION")
+# model_executor/layers/quantization/__init__.py `QUANTIZATION_METHODS`, and what their `override_quantization_method`
+# takes, as far as a checkpoint may declare it: not what only quantizes while it loads (`fp8_per_tensor`).
+METHODS = frozenset({
+    "auto-round", "auto_awq", "auto_gptq", "awq", "awq_marlin", "compressed-tensors", "deepseek_v4_fp8", "experts_int8",
+    "fp8", "gpt_oss_mxfp4", "gptq", "gptq_marlin", "humming", "inc", "moe_wna16", "mxfp4", "mxfp8", "quark", "torchao",
+})  # fmt: skip
+# `DEPRECATED_QUANTIZATION_METHODS`.
+DEPRECATED = frozenset({"fbgemm_fp8", "fp_quant"})
+NO_METHOD = "quant_method is missing"
 # Modules of these names are never quantized (modelopt.py `get_quant_method`).
 VISION = ("vision_tower", "vision_model", "vit_large_projector")
 
@@ -59,6 +68,16 @@ class Quantization:
         return self.method.startswith("modelopt")
 
     @property
+    def unknown(self) -> bool:
+        """Whether the method is none of vLLM's own."""
+        return bool(self.method) and not self.modelopt and self.method not in METHODS | DEPRECATED
+
+    @property
+    def refused(self) -> bool:
+        """Whether the config aborts the load; one without a method is passed over instead."""
+        return self.problem not in (None, NO_METHOD)
+
+    @property
     def lists_known(self) -> bool:
         """Whether it is known how vLLM reads its list of modules that are not quantized."""
         if self.modelopt:
@@ -88,11 +107,16 @@ class Quantization:
             ),
             ("config.json: compression_config", config.get("compression_config")),
         ):
-            if isinstance(found, Mapping):
-                return cls._read(where, found, legacy_file=False)
+            if found is not None:
+                return cls._read(where, found, legacy_file=False) if isinstance(found, Mapping) else cls._odd(where)
         if legacy:
             return cls._read("hf_quant_config.json", legacy, legacy_file=True)
         return None
+
+    @classmethod
+    def _odd(cls, where: str) -> Quantization:
+        """Of an entry that is no object."""
+        return cls(where, "", "", "", 16, False, where, (), f"{where.rpartition(' ')[2]} is no object")
 
     @classmethod
     def _read(cls, where: str, found: Mapping[str, Any], *, legacy_file: bool) -> Quantization:
@@ -108,8 +132,10 @@ class Quantization:
                 method = "modelopt"
             elif legacy_file:
                 problem = f"quant_algo {declared} is not one that the legacy form may say ({', '.join(LEGACY_ALGOS)})"
-        if not method and problem is None:
-            problem = "quant_method is missing"
+        if not isinstance(found.get("quant_method", ""), str) and method != "modelopt":
+            problem = "quant_method is no name"
+        elif not method and problem is None:
+            problem = NO_METHOD
         ignore_key = _ignore_key(method, body, old=old is not None)
         ignore = body.get(ignore_key, []) if method.startswith("modelopt") else body.get(ignore_key) or []
         group = body.get("group_size")

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 from tierewrite.consumers.findings import Finding
 from tierewrite.consumers.rules import Rule, RuleSet
-from tierewrite.consumers.vllm.quantization import Quantization
+from tierewrite.consumers.vllm.quantization import DEPRECATED, Quantization
 from tierewrite.consumers.vllm.sources import MODELOPT, SCALES_OF_PLAIN, WEIGHT_UTILS
 from tierewrite.consumers.vllm.subject import VllmSubject
+from tierewrite.errors import shown
 
 RULES: RuleSet[VllmSubject] = RuleSet()
 
@@ -67,10 +68,24 @@ QUANT_CONFIG_MISSING = Rule(
 QUANT_CONFIG_INVALID = Rule(
     id="quant-config-invalid",
     title="vLLM does not accept the quantization config",
+    when="an entry is missing, or is none that vLLM takes",
     severity="error",
     consequence="vLLM refuses to load, or loads as if unquantized",
     fix="restore the config from the export",
     source=f"{MODELOPT} ModelOptQuantConfigBase.from_config",
+)
+QUANT_METHOD_UNKNOWN = replace(
+    QUANT_CONFIG_INVALID,
+    when="the method is none of vLLM's own",
+    consequence="vLLM refuses to load, unless a plugin brings the method",
+    fix="export in a format that vLLM reads, or serve it with another engine",
+    source="config/model.py ModelConfig._verify_quantization",
+)
+QUANT_METHOD_DEPRECATED = replace(
+    QUANT_METHOD_UNKNOWN,
+    when="the method is deprecated",
+    consequence="vLLM refuses to load without --allow-deprecated-quantization",
+    fix="serve it with --allow-deprecated-quantization, or export in another format",
 )
 QUANT_ALGO_MISMATCH = Rule(
     id="quant-algo-mismatch",
@@ -82,7 +97,9 @@ QUANT_ALGO_MISMATCH = Rule(
 )
 
 
-@RULES.add(QUANT_CONFIG_MISSING, QUANT_CONFIG_INVALID, QUANT_ALGO_MISMATCH)
+@RULES.add(
+    QUANT_CONFIG_MISSING, QUANT_CONFIG_INVALID, QUANT_METHOD_UNKNOWN, QUANT_METHOD_DEPRECATED, QUANT_ALGO_MISMATCH
+)
 def quant_config(s: VllmSubject) -> Iterator[Finding]:
     """config/model.py `_verify_quantization`; modelopt.py `ModelOptQuantConfigBase.from_config`."""
     q = s.quantization
@@ -91,7 +108,12 @@ def quant_config(s: VllmSubject) -> Iterator[Finding]:
             found = f"{s.count_quantized} modules are quantized, and no config says so"
             yield QUANT_CONFIG_MISSING.at(("config.json: quantization_config",), found)
     elif q.problem is not None:
-        yield QUANT_CONFIG_INVALID.at((q.where,), q.problem)
+        if s.count_quantized or q.refused:
+            yield QUANT_CONFIG_INVALID.at((q.where,), q.problem)
+    elif q.unknown:
+        yield QUANT_METHOD_UNKNOWN.at((f"{q.where}.quant_method",), f"vLLM 0.33 has no method '{shown(q.method)}'")
+    elif q.method in DEPRECATED:
+        yield QUANT_METHOD_DEPRECATED.at((f"{q.where}.quant_method",), f"{q.method} is deprecated in vLLM 0.33")
     elif s.declared_otherwise:
         found = f"the config says {q.declared or q.algo}, the tensors are {s.on_disk_format}"
         yield QUANT_ALGO_MISMATCH.at((f"{q.where}.quant_algo",), found)

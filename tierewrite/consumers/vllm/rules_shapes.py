@@ -131,7 +131,8 @@ def shapes(s: VllmSubject) -> Iterator[Finding]:
         if formats.kv_scale(name, s.families) and name.endswith("_scale") and prod(entry.shape) != 1:
             wrong.append(name)
     if wrong:
-        yield WRONG_SHAPE.at(dict.fromkeys(wrong), f"{len(wrong)} {WRONG_SHAPE.title}")
+        keys = list(dict.fromkeys(wrong))
+        yield WRONG_SHAPE.at(keys, f"{len(keys)} {WRONG_SHAPE.title}")
 
 
 def _blocks_of_other_size(s: VllmSubject) -> list[str]:

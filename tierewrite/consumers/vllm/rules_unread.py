@@ -109,7 +109,9 @@ def _place_of(s: VllmSubject, found: Unread, key: str) -> list[str] | None:
     if key in s.mtp_keys and not s.backbone.passes_over(s.backbone.map(key)):
         return _of_mtp(s, found, key)
     if what == "reads":
-        return None if s.model is None or s.shares_kv else found.not_known
+        if s.model is None or s.shares_kv:
+            return None
+        return _of_odd(s, found, key, in_layer=True) if s.beyond_its_stack(key) else found.not_known
     if key.endswith(".bias") and what != "refused" and len(s.entries[key].shape) < 2:
         return found.ignored if s.known else found.not_known
     if what == "ignored" or s.backbone.passes_over(s.backbone.map(key)):
@@ -123,7 +125,7 @@ def _of_mtp(s: VllmSubject, found: Unread, key: str) -> list[str] | None:
         return found.unexpected if s.known else found.not_known
     below_mtp = key.split(".", 1)[0] in MTP_MODULES
     what = s.facts.odd.get("mtp" if below_mtp else "beyond layer")
-    if not below_mtp and not s.mtp[1]:
+    if not below_mtp and what != "refused" and not s.of_declared_mtp(key):
         what = s.facts.odd.get("unknown in a layer")  # the class counts the layers that config.json declares
     if what is None:
         return found.not_known
@@ -158,13 +160,13 @@ def _unplaced(s: VllmSubject, found: Unread, key: str, refused: bool) -> list[st
         return found.unexpected if s.known and s.model is not None else found.not_known
     if refused:
         return found.unexpected
-    return _of_odd(s, found, key)
+    in_layer = s.facts.what(key) is None and any(part.isdecimal() for part in key.split("."))
+    return _of_odd(s, found, key, in_layer=in_layer)
 
 
-def _of_odd(s: VllmSubject, found: Unread, key: str) -> list[str]:
+def _of_odd(s: VllmSubject, found: Unread, key: str, *, in_layer: bool) -> list[str]:
     """By what the class does with a name that it cannot know."""
     assert s.facts is not None
-    in_layer = s.facts.what(key) is None and any(part.isdecimal() for part in key.split("."))
     leftover = key.rpartition(".")[2] == "pre_quant_scale" or "quantizer" in key
     what = s.facts.odd.get("leftover" if leftover else "unknown in a layer" if in_layer else "unknown")
     return {"refused": found.unexpected, "ignored": found.ignored}.get(what or "", found.not_known)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,14 @@ MTP_ENTRIES = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_mod
 MTP_MODULES = ("mtp", "mtp_layers", "mtp_block")
 # `model.layers.61.`, `model.language_model.layers.48.`; not the layers of an encoder or a vision tower.
 _LAYER = re.compile(r"(?:model\.|language_model\.|transformer\.|decoder\.)*(?:layers|h)\.(\d+)\.")
+
+
+def _numbered(key: str) -> Iterator[tuple[str, int]]:
+    """Numbers in a name, each with what stands before it; not those of experts."""
+    parts = key.split(".")
+    for at, part in enumerate(parts):
+        if part.isdecimal() and part.isascii() and at and parts[at - 1] != "experts":
+            yield ".".join(parts[:at]), int(part)
 
 
 class VllmSubject(Subject):
@@ -74,6 +82,26 @@ class VllmSubject(Subject):
         """The key belongs to a layer of the language model, of a higher number than config.json gives it."""
         found = _LAYER.match(key)
         return self.layer_count is not None and found is not None and int(found[1]) >= self.layer_count
+
+    def of_declared_mtp(self, key: str) -> bool:
+        """The key belongs to a layer behind the model's last that config.json declares to be for such prediction."""
+        found = _LAYER.match(key)
+        if found is None or self.layer_count is None:
+            return False
+        return self.layer_count <= int(found[1]) < self.layer_count + self.mtp[1]
+
+    @cached_property
+    def _stacks(self) -> Mapping[str, int]:
+        """What stands before the number of a layer -> the highest number, of the keys that the model class has."""
+        found: dict[str, int] = {}
+        for key in self.places:
+            for stack, number in _numbered(key):
+                found[stack] = max(number, found.get(stack, 0))
+        return found
+
+    def beyond_its_stack(self, key: str) -> bool:
+        """The key is a layer's that is like those of the model class, of a higher number than any of them."""
+        return any(number > self._stacks.get(stack, number) for stack, number in _numbered(key))
 
     @property
     def shares_kv(self) -> bool:
