@@ -16,6 +16,7 @@ from tests.checkpoints import FIXTURES, count_calls
 from tests.defects import CONTROLS, DECODER, DEFECTS, ENCODER, Defect, Draft, Raw, make_good
 from tests.sglang_defects import BASES, halved
 from tests.test_vllm_classes import KINDS
+from tests.tiny_classes import plain, zeros
 from tierewrite import cli
 from tierewrite.consumers import CONSUMERS, Finding, ReadinessReport, check, corrected_configs
 from tierewrite.consumers.rules import Rule
@@ -627,3 +628,41 @@ def test_work_grows_with_the_number_of_tensors_and_not_with_its_square(tmp_path:
 )
 def test_a_finding_speaks_of_one_in_the_singular(found: str, said: str) -> None:
     assert VLLM.rules.records[0].at((), found).found == said
+
+
+@pytest.mark.parametrize(
+    ("quantization", "found"),
+    [
+        ({}, "quantization_config has no quant_method"),
+        ({"group_size": 64, "bits": 4}, "quantization_config has no quant_method"),
+        ({"quant_method": None}, "quantization_config has no quant_method"),
+        (["fp8"], "quantization_config is no object"),
+        ("fp8", "quantization_config is no object"),
+        ({"quant_method": ""}, None),
+        ({"load_in_4bit": True}, None),
+        ({"quant_method": "exl3"}, None),
+        (None, None),
+    ],
+)
+def test_transformers_refuses_a_quantization_config_without_a_method(
+    quantization: object, found: str | None, tmp_path: Path
+) -> None:
+    draft = plain("LlamaForCausalLM")
+    draft.config["quantization_config"] = quantization
+    draft.write(tmp_path / "src")
+    report = check(tmp_path / "src", "transformers")
+    assert [finding.found for finding in report.errors] == [found] * bool(found)
+
+
+@pytest.mark.parametrize("defect", ["another size", "one more"])
+def test_transformers_cannot_fuse_an_expert_of_another_size_or_one_too_many(defect: str, tmp_path: Path) -> None:
+    draft = plain("MixtralForCausalLM")
+    name = "model.layers.0.block_sparse_moe.experts.1.w2.weight"
+    if defect == "one more":
+        name = name.replace("experts.1", "experts.4")
+        draft[name] = draft[name.replace("experts.4", "experts.1")]
+    else:
+        rows, columns = draft[name].shape
+        draft[name] = zeros("BF16", rows - 1, columns)
+    draft.write(tmp_path / "src")
+    assert [(f.id, f.where) for f in check(tmp_path / "src", "transformers").errors] == [("wrong-shape", (name,))]

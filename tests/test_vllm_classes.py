@@ -206,6 +206,12 @@ def rows_less(draft: Draft, name: str) -> Draft:
     return draft
 
 
+def other_shape(draft: Draft, name: str, *shape: int) -> Draft:
+    """A tensor of zeros in the place of another."""
+    draft[name] = zeros(draft[name].dtype, *shape)
+    return draft
+
+
 def declared_mtp(draft: Draft) -> Draft:
     draft.config["num_nextn_predict_layers"] = 1
     return draft
@@ -339,6 +345,22 @@ KINDS |= {
             lambda: one_more("Glm4MoeForCausalLM", "model.layers.1.", 3),
             "model.layers.3.input_layernorm.weight",
         ),
+    )
+}
+KINDS |= {
+    f"{make.__name__} with scales of shape {shape}": Kind(
+        lambda make=make, leaf=leaf, shape=shape: other_shape(
+            make(plain("LlamaForCausalLM")), f"{L0}.mlp.down_proj.{leaf}", *shape
+        ),
+        "wrong-shape",
+        f"{L0}.mlp.down_proj.{leaf}",
+    )
+    for make, leaf, shape in (
+        (compressed_fp8, "weight_scale", (64,)),
+        (compressed_fp8, "weight_scale", (32, 1)),
+        (compressed_fp8, "weight_scale", ()),
+        (fp8_blocks, "weight_scale_inv", (2, 8)),
+        (fp8_blocks, "weight_scale_inv", (1,)),
     )
 }
 KINDS |= {

@@ -23,7 +23,7 @@ from tierewrite.consumers.subject import Subject
 from tierewrite.consumers.transformers.names import missed_names
 from tierewrite.source.folder import loader_of
 from tierewrite.source.table import INDEX_NAME
-from tierewrite.ties.on_disk import WHOLE, on_disk
+from tierewrite.ties.on_disk import WHOLE, Part, on_disk
 from tierewrite.ties.quantizers import FLOAT8_STAYS, QUANT_METHODS
 from tierewrite.ties.quantizers import quant_method as quant_method_of
 
@@ -116,7 +116,7 @@ def architectures(s: Subject) -> Iterator[Finding]:
 
 QUANT_METHOD_UNKNOWN = Rule(
     id="quant-method-unknown",
-    title="modules are quantized by a method that transformers does not know",
+    title="the method of quantization is none that transformers knows",
     severity="error",
     when="quant_method names another",
     consequence="their tensors are taken for plain weights: other names are left out and their weights initialised at "
@@ -131,25 +131,40 @@ QUANT_METHOD_MISSING = replace(
 )
 
 
+QUANT_METHOD_UNNAMED = replace(
+    QUANT_METHOD_UNKNOWN,
+    when="quantization_config names none, or is no object",
+    consequence="transformers refuses to load",
+    fix="restore quantization_config from the export, or remove it where nothing is quantized",
+)
+
+
 def quantization(s: Subject) -> dict[str, Any] | None:
     """The quantization config that transformers sees: config.json's only."""
     found = s.config.get("quantization_config")
     return found if isinstance(found, dict) else None
 
 
-@RULES.add(QUANT_METHOD_UNKNOWN, QUANT_METHOD_MISSING)
+@RULES.add(QUANT_METHOD_UNKNOWN, QUANT_METHOD_MISSING, QUANT_METHOD_UNNAMED)
 def quant_method(s: Subject) -> Iterator[Finding]:
     """quantizers/auto.py `AutoHfQuantizer.supports_quant_method`: an unknown method is skipped with a warning, and
     the packed tensors meet plain parameters.
     """
+    config = quantization(s)
+    where = ("config.json: quantization_config.quant_method",)
+    if config is None and s.config.get("quantization_config") is not None:
+        yield QUANT_METHOD_UNNAMED.at(("config.json: quantization_config",), "quantization_config is no object")
+        return
+    named = ("quant_method", "load_in_8bit", "load_in_4bit")
+    if config is not None and all(config.get(entry) in (None, False) for entry in named):
+        yield QUANT_METHOD_UNNAMED.at(where, "quantization_config has no quant_method")
+        return
     if not s.count_quantized:
         return
-    config = quantization(s)
     method = str((config or {}).get("quant_method") or "").lower()
     if method not in QUANT_METHODS:
         rule = QUANT_METHOD_UNKNOWN if config else QUANT_METHOD_MISSING
         what = f"quant_method '{method}' is none that transformers knows" if config else "no quantization_config"
-        where = ("config.json: quantization_config.quant_method",)
         yield rule.at(where, f"{s.count_quantized} modules are quantized; {what}")
 
 
@@ -253,8 +268,15 @@ WRONG_SHAPE = Rule(
 def shapes(s: Subject) -> Iterator[Finding]:
     """core_model_loading.py `set_param_for_module`: a mismatch raises unless `ignore_mismatched_sizes`."""
     wrong = common_rules.of_other_shape(s, experts=False)
+    wrong += [key for key, (parameter, part) in s.places.items() if _too_many(s, parameter, part)]
     if wrong:
         yield WRONG_SHAPE.at(wrong, f"{len(wrong)} {WRONG_SHAPE.title}")
+
+
+def _too_many(s: Subject, parameter: str, part: Part) -> bool:
+    """The weight of an expert beyond those that the class has: all are stacked (core_model_loading.py)."""
+    shape = s.model.shapes[parameter] if s.model is not None else ()
+    return part[:1] == ("converter",) and "*" in str(part[1]) and len(shape) == 3 and part[3] >= shape[0]
 
 
 TIE_NOT_CONFIRMED = Rule(

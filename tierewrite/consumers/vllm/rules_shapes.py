@@ -124,9 +124,9 @@ def shapes(s: VllmSubject) -> Iterator[Finding]:
     if scheme is not None and scheme.detailed:
         for module in s.sound.values():
             wrong += _packed_of_other_shape(s, scheme, module)
-    elif scheme is not None and scheme.whole_elements:
-        keys = [key for module in s.sound.values() if (key := module.weight) is not None]
-        wrong += [key for key in keys if s.size(key) not in (None, s.entries[key].shape)]
+    elif scheme is not None:
+        for name, module in s.sound.items():
+            wrong += _scaled_of_other_shape(s, scheme, name, module)
     for name, entry in s.entries.items():
         if formats.kv_scale(name, s.families) and name.endswith("_scale") and prod(entry.shape) != 1:
             wrong.append(name)
@@ -148,6 +148,26 @@ def _blocks_of_other_size(s: VllmSubject) -> list[str]:
         if key is not None and columns and s.entries[key].shape[-1:] != (columns // NVFP4_GROUP,):
             found.append(key)
     return found
+
+
+def _scaled_of_other_shape(s: VllmSubject, scheme: Scheme, name: str, module: Module) -> Iterator[str]:
+    """A weight of one element a byte, and the scales of a weight, that are of another shape than the config says."""
+    key = module.weight
+    assert key is not None
+    entry, size = s.entries[key], s.size(key)
+    if scheme.whole_elements and size not in (None, entry.shape):
+        yield key
+        return
+    known = len(entry.shape) == 2 and (size is not None or entry.dtype == scheme.dtype)
+    rows, columns = size or (entry.shape[0], entry.shape[1] * scheme.pack) if known else (0, 0)
+    scale = module.key(scheme.covers[0]) if scheme.covers is not None else None
+    if known and scale is not None and not _fits(s.entries[scale].shape, scheme.scale_shapes(rows, columns), name):
+        yield scale
+
+
+def _fits(found: tuple[int, ...], expected: tuple[tuple[int, ...], ...], module: str) -> bool:
+    """One value is copied into all places that an expert's scales have (fused_moe/routed_experts.py)."""
+    return found in expected or (split_expert(module)[1] is not None and prod(found) == 1)
 
 
 def _packed_of_other_shape(s: VllmSubject, scheme: Scheme, module: Module) -> Iterator[str]:

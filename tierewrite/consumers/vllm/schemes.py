@@ -16,12 +16,14 @@ class Scheme:
 
     Attributes:
         family: what `VllmSubject.on_disk_format` calls it; "" where that cannot tell it.
-        weight: leaf and dtype of the weight; `pack` elements of the last axis a byte.
+        weight: leaf and dtype of the weight; `pack` elements of the last axis in one on disk.
         block: leaf of the F8_E4M3 scales [out, in / group], or None.
         scalars: leaves of the other scales that must be there: F32 scalars, where `detailed`.
         optional: leaves that are read if there, or dropped.
         shared: the scalar that the shards of a fused parameter must have in common, or None.
         detailed: shapes and dtypes are known too.
+        covers: of schemes that are not `detailed`, the leaf of the weight's scales, and how many rows and columns one
+            of them is for; 0 for all. None where that is not known.
     """
 
     family: Literal["nvfp4", "nvfp4-packed", "fp8", ""]
@@ -33,6 +35,15 @@ class Scheme:
     optional: tuple[str, ...] = ()
     shared: str | None = None
     detailed: bool = True
+    covers: tuple[str, int, int] | None = None
+
+    def scale_shapes(self, rows: int, columns: int) -> tuple[tuple[int, ...], ...]:
+        """The shapes that the scales of a weight may have, by `covers`; parameter.py asserts that they are equal."""
+        assert self.covers is not None
+        _, high, wide = self.covers
+        if not high and not wide:
+            return (), (1,)
+        return ((-(-rows // high) if high else 1, -(-columns // wide) if wide else 1),)
 
     @property
     def whole_elements(self) -> bool:
@@ -79,11 +90,14 @@ def scheme_of(method: str, algo: str, config: Mapping[str, Any]) -> Scheme | Non
     if method == "compressed-tensors":
         return _compressed(algo, config)
     if method == "fp8":
-        if config.get("weight_block_size"):
-            return _scales_only("weight", "F8_E4M3", ("weight_scale_inv",), "input_scale", "weight_scale")
+        blocks = config.get("weight_block_size")
+        if blocks:
+            known = _scales_only("weight", "F8_E4M3", ("weight_scale_inv",), "input_scale", "weight_scale")
+            return replace(known, covers=_blocks("weight_scale_inv", blocks))
         static = config.get("activation_scheme") == "static"
         inputs = ("input_scale",)
-        return _scales_only("weight", "F8_E4M3", ("weight_scale", *(inputs if static else ())), *inputs)
+        known = _scales_only("weight", "F8_E4M3", ("weight_scale", *(inputs if static else ())), *inputs)
+        return replace(known, covers=("weight_scale", 0, 0))
     if method == "awq":
         zeros = ("qzeros",) if config.get("zero_point", True) else ()
         return _scales_only("qweight", "I32", ("scales", *zeros), "qzeros")
@@ -112,13 +126,34 @@ def _of_group(algo: str, group: Mapping[str, Any]) -> Scheme | None:
         return None
     static = isinstance(inputs, Mapping) and not inputs.get("dynamic")
     scales = ("weight_scale", *(("input_scale",) if static else ()))
-    kind = (weights.get("type"), weights.get("num_bits"))
+    bits = weights.get("num_bits")
+    kind = (weights.get("type"), bits)
+    covers = _covered(weights)
     if algo in ("float-quantized", "naive-quantized") and kind == ("float", 8):
-        return _scales_only("weight", "F8_E4M3", scales)
+        return replace(_scales_only("weight", "F8_E4M3", scales), covers=covers)
     if algo == "int-quantized" and kind == ("int", 8):
-        return _scales_only("weight", "I8", scales, "weight_zero_point", "input_zero_point")
+        known = _scales_only("weight", "I8", scales, "weight_zero_point", "input_zero_point")
+        return replace(known, covers=covers)
     if algo == "pack-quantized":
         zeros = () if weights.get("symmetric", True) else ("weight_zero_point",)
         shape = ("weight_shape", "weight_g_idx", "weight_zero_point")
-        return _scales_only("weight_packed", "I32", ("weight_scale", *zeros), *shape)
+        known = _scales_only("weight_packed", "I32", ("weight_scale", *zeros), *shape)
+        return replace(known, pack=32 // bits, covers=covers) if bits in (4, 8) else known
     return None
+
+
+def _covered(weights: Mapping[str, Any]) -> tuple[str, int, int] | None:
+    """By compressed-tensors' strategy, what one scale is for."""
+    strategy, group = weights.get("strategy"), weights.get("group_size")
+    if strategy == "block":
+        return _blocks("weight_scale", weights.get("block_structure"))
+    if strategy == "group" and isinstance(group, int) and group > 0:
+        return "weight_scale", 1, group
+    return {"tensor": ("weight_scale", 0, 0), "channel": ("weight_scale", 1, 0)}.get(str(strategy))
+
+
+def _blocks(leaf: str, blocks: object) -> tuple[str, int, int] | None:
+    """Of blocks as a config gives them, [rows, columns]."""
+    if not isinstance(blocks, list) or len(blocks) != 2 or not all(isinstance(b, int) and b > 0 for b in blocks):
+        return None
+    return leaf, blocks[0], blocks[1]
