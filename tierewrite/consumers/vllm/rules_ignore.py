@@ -135,11 +135,17 @@ def _one_sided(s: VllmSubject, entry: str) -> bool:
 UNLISTED_HEAD = Rule(
     id="unlisted-lm-head",
     title="lm_head is not quantized, and no ignore entry names it",
+    when="any other format",
     severity="error",
-    consequence="vLLM builds a quantized head; its scales are never loaded",
+    consequence="vLLM builds a quantized head without its scales; FP8's keep their initial values, without a warning",
     fix="add lm_head to the ignore list, as rewrite --for vllm does",
     fixed_by=FOR_VLLM,
     source=f"{MODELOPT} ModelOptQuantConfigBase.get_quant_method",
+)
+UNLISTED_NVFP4_HEAD = replace(
+    UNLISTED_HEAD,
+    when="NVFP4",
+    consequence="vLLM builds a packed head and aborts: at its weight, or if that is tied at scales that are not there",
 )
 UNLISTED = Rule(
     id="unlisted-unquantized",
@@ -159,7 +165,7 @@ UNLISTED_PART = replace(
 )
 
 
-@RULES.add(UNLISTED_HEAD, UNLISTED, UNLISTED_PART)
+@RULES.add(UNLISTED_NVFP4_HEAD, UNLISTED_HEAD, UNLISTED, UNLISTED_PART)
 def unlisted_unquantized(s: VllmSubject) -> Iterator[Finding]:
     """modelopt.py `get_quant_method`: every linear layer that no entry names is built quantized, the head included."""
     q = s.quantization
@@ -173,7 +179,8 @@ def unlisted_unquantized(s: VllmSubject) -> Iterator[Finding]:
         return
     head = s.plain_head
     if head is not None and not s.ignore.reasons(head):
-        yield UNLISTED_HEAD.at((q.ignore_path,), "lm_head is not quantized, and no ignore entry names it")
+        rule = UNLISTED_NVFP4_HEAD if q.scheme is not None and q.scheme.family == "nvfp4" else UNLISTED_HEAD
+        yield rule.at((q.ignore_path,), f"{head} is not quantized, and no ignore entry names it")
     whole: list[str] = []
     partly: list[str] = []
     for name, parts in s.linear.items():
