@@ -395,6 +395,28 @@ def test_a_folder_of_an_images_layer_stays_as_it_is_and_the_error_says_why(tmp_p
         subprocess.run(["umount", tmp_path / "merged"], check=True)
 
 
+def test_what_is_asked_whether_it_can_be_moved_stays_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The question is a rename onto a folder that is not empty. Even where somebody empties it, nothing is lost."""
+    src = checkpoint(tmp_path / "src")
+    rewrite(src, tmp_path / "out")
+    before = files(tmp_path / "out")
+    emptied: list[str] = []
+
+    def emptying(folder: Path) -> bool:
+        for path in folder.parent.glob(".*/*"):
+            emptied.append(path.name)
+            path.unlink()
+        return True
+
+    monkeypatch.setattr("tierewrite.output.staging.is_on_overlay", emptying)
+    with pytest.raises(tierewrite.SystemFailure, match="it was removed while the run was using it"):
+        rewrite(src, tmp_path / "out", overwrite=True)
+    assert emptied
+    assert files(tmp_path / "out") == before
+
+
 def test_an_object_that_is_gone_in_mid_run_is_an_error_and_nothing_stays(tmp_path: Path) -> None:
     import fsspec
 

@@ -194,6 +194,9 @@ class Staging:
             except OSError as error:
                 if error.errno == errno.EXDEV:
                     raise
+            else:  # somebody emptied the staging folder meanwhile: what moved goes back
+                os.rename(self.path, target)
+                raise FileNotFoundError(errno.ENOENT, "it was removed while the run was using it", str(self.path))
 
     def _recover(self) -> None:
         """Ends a swap in two renames that a killed run began: what it had moved aside goes back, or is removed.
