@@ -385,6 +385,22 @@ def test_module_and_version() -> None:
     assert done.stdout.startswith("tierewrite, version ")
 
 
+def test_a_process_ends_with_what_libraries_want_done_and_takes_nothing_apart() -> None:
+    code = (
+        "import atexit, os, sys, types; from tierewrite.cli import main, running\n"
+        "class Model:\n"
+        "    def __del__(self, write=os.write): write(2, b'taken apart')\n"
+        "def run(arguments):\n"
+        "    sys.modules['library'] = types.ModuleType('library')\n"
+        "    sys.modules['library'].model = Model()\n"
+        "    atexit.register(print, 'what a library registered')\n"
+        "    return 3\n"
+        "running.run = run; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "what a library registered\n", "")
+
+
 def test_piped_output_that_is_closed_early_gives_no_traceback(naive: Naive) -> None:
     command = f"{sys.executable} -m tierewrite inspect --no-ties --json {naive('dg_nvfp4_sharded')} | head -c 10"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=FIXTURES.parent, check=False)
