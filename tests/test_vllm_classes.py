@@ -212,12 +212,26 @@ def other_shape(draft: Draft, name: str, *shape: int) -> Draft:
     return draft
 
 
+def with_kv(draft: Draft) -> Draft:
+    for layer in range(2):
+        for kind in ("k", "v"):
+            draft[f"model.layers.{layer}.self_attn.{kind}_proj.{kind}_scale"] = f32(0.5)
+    return draft
+
+
+def listed(draft: Draft, entry: str, *modules: str | None) -> Draft:
+    """The list of modules that are not quantized; None: a null in its place."""
+    draft.config["quantization_config"][entry] = None if None in modules else list(modules)
+    return draft
+
+
 def declared_mtp(draft: Draft) -> Draft:
     draft.config["num_nextn_predict_layers"] = 1
     return draft
 
 
 L0 = "model.layers.0"
+ROUTERS = ("model.layers.0.mlp.gate", "model.layers.1.mlp.gate")
 PLAIN_ROUTERS = ("lm_head", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate")
 KINDS: dict[str, Kind] = {
     "llama without the base prefix": Kind(
@@ -385,6 +399,28 @@ KINDS |= {
 }
 
 
+KINDS |= {
+    "llama with the base prefix twice": Kind(
+        lambda: renamed(plain("LlamaForCausalLM"), lambda name: f"model.{name}"),
+        "names-not-read",
+        "model.model.norm.weight",
+    ),
+    "kv scales and no config": Kind(
+        lambda: with_kv(plain("LlamaForCausalLM")), "unexpected-tensor", f"{L0}.self_attn.k_proj.k_scale"
+    ),
+    "fp8 blocks with an entry for one expert": Kind(
+        lambda: listed(
+            fp8_blocks(plain("Qwen3MoeForCausalLM")), "modules_to_not_convert", f"{L0}.mlp.experts.1.up_proj", *ROUTERS
+        ),
+        "ignore-one-expert",
+        fixed=True,
+    ),
+    "compressed fp8 with a list of null": Kind(
+        lambda: listed(compressed_fp8(plain("LlamaForCausalLM")), "ignore", None), "quant-config-invalid"
+    ),
+}
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_kind_of_defect_is_found(name: str, tmp_path: Path) -> None:
     kind = KINDS[name]
@@ -402,6 +438,12 @@ def test_kind_of_defect_is_fixed_by_a_rewrite(name: str, tmp_path: Path) -> None
     assert (errors(report), warnings(report)) == (set(), set())
     verified = tierewrite.verify(tmp_path / "src", tmp_path / "out", consumer="vllm")
     assert verified.ok, verified.problems
+
+
+def test_weights_of_other_formats_are_not_called_those_of_a_few(tmp_path: Path) -> None:
+    draft = awq(plain("LlamaForCausalLM"))
+    draft["model.embed_tokens.weight"] = zeros("F8_E4M3", *draft["model.embed_tokens.weight"].shape)
+    assert "quant-algo-mismatch" not in errors(checked(draft, tmp_path))
 
 
 UNFIXED = [name for name, kind in KINDS.items() if not kind.fixed and kind.severity == "error"]

@@ -110,14 +110,18 @@ class ModeloptIgnore:
 
 class ExactIgnore:
     """compressed-tensors' and fp8's: an entry is a module's name, or a pattern after `re:`. A fused module is excluded
-    when all of its shards are, experts when expert 0 is.
+    when all of its shards are, experts when expert 0 is; to fp8 when an entry names anything of them.
+
+    Args:
+        any_expert: it is fp8's.
     """
 
-    def __init__(self, entries: tuple[str, ...], backbone: Backbone) -> None:
+    def __init__(self, entries: tuple[str, ...], backbone: Backbone, *, any_expert: bool = False) -> None:
         self.entries = entries
         self.unreadable: tuple[str, ...] = ()
         self.fused = backbone.fused
         old = backbone.facts is not None and any(key.endswith(".experts.*.w1.weight") for key in backbone.facts.reads)
+        self._any_expert = any_expert
         self._projections = ("w1", "w3", "w2") if old else ("gate_proj", "up_proj", "down_proj")
         self._exact: dict[str, list[int]] = {}
         self._patterns: list[tuple[BoundedRegex, int]] = []
@@ -153,8 +157,16 @@ class ExactIgnore:
             return tuple(f"{module}.0.{projection}" for projection in self._projections)
         return (module,)
 
+    def _inside(self, module: str) -> dict[int, str]:
+        """Entries that name something of a layer's experts (quant_utils.py `is_layer_skipped`)."""
+        if not self._any_expert or module.rpartition(".")[2] != "experts":
+            return {}
+        return {n: "expert" for entry, numbers in self._exact.items() if module in entry for n in numbers}
+
     def partly(self, module: str) -> tuple[str, ...]:
         """See Ignore."""
+        if self._inside(module):
+            return ()
         parts = self._parts(module)
         named = tuple(part.rpartition(".")[2] for part in parts if self._named(part))
         return named if len(named) < len(parts) and module not in self._exact else ()
@@ -162,7 +174,7 @@ class ExactIgnore:
     def reasons(self, module: str) -> dict[int, str]:
         """See Ignore."""
         parts = [self._named(part) for part in self._parts(module)]
-        found = dict(self._named(module)) if module in self._exact else {}
+        found = dict(self._named(module)) if module in self._exact else self._inside(module)
         if all(parts):
             for part in parts:
                 found |= part

@@ -149,6 +149,9 @@ class Quantization:
                     algo = "W4A16_NVFP4"
         elif method == "compressed-tensors":
             algo = str(found.get("format") or "")
+            problem = problem or _listed_oddly(found, "ignore", needed=False)
+        elif method == "quark":
+            problem = problem or _listed_oddly(found, "exclude", needed=True)
         try:
             group_size = 16 if group is None else int(group)
         except (TypeError, ValueError):
@@ -198,6 +201,13 @@ def _modelopt_problem(declared: str, body: Mapping[str, Any], key: str, ignore: 
         if lacking:
             return f"{', '.join(lacking)} missing: the legacy form must have it for NVFP4"
     return None
+
+
+def _listed_oddly(found: Mapping[str, Any], key: str, *, needed: bool) -> str | None:
+    """What vLLM iterates over has to be a list; `needed`: it has to be there."""
+    if key not in found:
+        return f"{key} is missing" if needed else None
+    return None if isinstance(found[key], list) else f"{key} is no list"
 
 
 def _targets(method: str, found: Mapping[str, Any]) -> tuple[str, ...]:

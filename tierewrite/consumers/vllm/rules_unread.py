@@ -101,7 +101,7 @@ def _place_of(s: VllmSubject, found: Unread, key: str) -> list[str] | None:
     if key in s.places:
         if _beyond_the_last_expert(s, key):
             return found.ignored
-        if what == "refused":
+        if what == "refused" or (what is None and _prefixed_once_more(s, unquantized)):
             return found.other_names
         return found.passed_over if what == "ignored" and s.places[key][1] else None
     if s.model is None and what is None:
@@ -117,6 +117,15 @@ def _place_of(s: VllmSubject, found: Unread, key: str) -> list[str] | None:
     if what == "ignored" or s.backbone.passes_over(s.backbone.map(key)):
         return None  # tables that are computed anyway are no loss
     return _unplaced(s, found, key, what == "refused")
+
+
+def _prefixed_once_more(s: VllmSubject, name: str) -> bool:
+    """The name is one that the class reads, with the base model's prefix before it, as a trainer's module leaves it."""
+    prefix = f"{s.model.base_model_prefix}." if s.model is not None and s.model.base_model_prefix else ""
+    if not prefix or not name.startswith(prefix) or s.facts is None or s.facts.odd.get("unknown") != "refused":
+        return False
+    bare = name.removeprefix(prefix)
+    return s.facts.what(bare) == "reads" and s.facts.map(bare) != s.facts.map(name)
 
 
 def _of_mtp(s: VllmSubject, found: Unread, key: str) -> list[str] | None:
@@ -142,7 +151,7 @@ def _unplaced(s: VllmSubject, found: Unread, key: str, refused: bool) -> list[st
     if s.quantization is not None and s.scheme is None and part is not None and part[0] in s.places:
         return None  # such as bitsandbytes' `weight.nested_absmax`: its own loader reads it
     if formats.kv_scale(key, s.families) or formats.kv_scale(key):
-        return None
+        return found.unexpected if _kv_scale_without_config(s, key) else None
     if leaf in BUFFERS and s.facts is not None:
         what = s.facts.odd.get(f"buffer {leaf}") or s.facts.odd.get(f"buffer rotary_emb.{leaf}")
         return None if what in ("ignored", "reads") else found.unexpected if what == "refused" else found.not_known
@@ -162,6 +171,15 @@ def _unplaced(s: VllmSubject, found: Unread, key: str, refused: bool) -> list[st
         return found.unexpected
     in_layer = s.facts.what(key) is None and any(part.isdecimal() for part in key.split("."))
     return _of_odd(s, found, key, in_layer=in_layer)
+
+
+def _kv_scale_without_config(s: VllmSubject, key: str) -> bool:
+    """Without a quantization config attention has no scales: a class that reads them otherwise looks for the name as it
+    is (model_loader/weight_utils.py `maybe_remap_kv_scale_name`).
+    """
+    if s.quantization is not None or s.facts is None or s.facts.odd.get("unknown in a layer") != "refused":
+        return False
+    return s.facts.odd.get("kv k_proj.k_scale") == "reads"
 
 
 def _of_odd(s: VllmSubject, found: Unread, key: str, *, in_layer: bool) -> list[str]:

@@ -130,7 +130,9 @@ class VllmSubject(Subject):
         """vLLM's reading of another list."""
         q = self.quantization
         exact = q is not None and not q.modelopt
-        return (ExactIgnore if exact else ModeloptIgnore)(entries, self.backbone)
+        if not exact:
+            return ModeloptIgnore(entries, self.backbone)
+        return ExactIgnore(entries, self.backbone, any_expert=q is not None and q.method == "fp8")
 
     @cached_property
     def destinations(self) -> Mapping[str, list[str]]:
@@ -309,9 +311,9 @@ class VllmSubject(Subject):
                 seen["nvfp4-packed"] += 1
             elif "weight_scale_2" in module.leaves:
                 seen["nvfp4"] += 1
-            elif self.entries[key].dtype == "F8_E4M3":
-                seen["fp8"] += 1
-        return seen.most_common(1)[0][0] if seen else None
+            else:
+                seen["fp8" if self.entries[key].dtype == "F8_E4M3" else ""] += 1
+        return (seen.most_common(1)[0][0] or None) if seen else None
 
     def in_features(self, key: str) -> int | None:
         """Columns of the unquantized weight: by the model class, else by what is packed."""
