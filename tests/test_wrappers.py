@@ -152,6 +152,18 @@ def test_a_ties_file_may_speak_of_the_names_with_or_without_wrappers(spelled: st
     assert dropped(plan) == {f"_orig_mod.{HEAD}": f"_orig_mod.{EMBEDDING}"}
 
 
+@pytest.mark.parametrize("alone", [HEAD, "model.norm.weight"])
+def test_a_ties_file_may_speak_of_one_side_that_is_there_without_wrappers(alone: str, tmp_path: Path) -> None:
+    """Nobody knows the class: what stands alone takes its own canonical name, spelled as the others are."""
+    src = renamed(tmp_path / "src", "module.")
+    (src / "config.json").write_text("{}")
+    edit_tensors(src, {f"module.{EMBEDDING}": None})
+    plan = tierewrite.plan(src, ties={alone: EMBEDDING})
+    assert [(p.name, p.target) for p in plan.tensors.values() if p.action.value == "rename"] == [
+        (f"module.{alone}", f"module.{EMBEDDING}")
+    ]
+
+
 def test_what_a_class_calls_its_parts_is_no_wrapper() -> None:
     keys = ["module.head.weight", "module.embed.weight"]
     model = ModelNames("Own", "", dict.fromkeys(keys, (4, 4)), Renames.of((), ()))

@@ -26,7 +26,7 @@ from tierewrite.source.regular_files import read_bounded
 from tierewrite.source.strict_json import BadJson, kind_of_json, strict_json
 from tierewrite.source.table import as_names
 from tierewrite.ties.scopes import Scopes
-from tierewrite.ties.tie import Declared, rooted
+from tierewrite.ties.tie import Declared, Tie, rooted
 from tierewrite.ties.wrappers import unwrapped
 
 TIES_WANTED = "expected a JSON object {alias: canonical}"
@@ -328,11 +328,18 @@ def spellings(keys: Collection[str]) -> Iterator[Collection[str]]:
 
 
 def expanded_over_keys(
-    declared: Mapping[str, str], path: Path | None, keys: Collection[str], what: str, *, done: bool = False
+    declared: Mapping[str, str],
+    path: Path | None,
+    keys: Collection[str],
+    what: str,
+    *,
+    both: bool = False,
+    done: bool = False,
 ) -> Declared:
     """The ties of a checked mapping, which messages call `what`; `path` is the file it came from, if any.
 
     Args:
+        both: names without those of wrappers count only where both sides of a tie are there.
         done: aliases may be missing altogether, as after a rewrite, if a canonical name is there.
 
     Raises:
@@ -345,7 +352,7 @@ def expanded_over_keys(
         return Declared((), "ties-file")
     for spelled in spellings(keys):
         found = _expanded_over(declared, path, spelled, what, done)
-        if found is not None:
+        if found is not None and (spelled is keys or not both or _any_whole(found.ties, spelled)):
             return found
     raise TieFileError(
         f"{what} matches nothing of the checkpoint: none of its aliases is there; write the names as they "
@@ -353,6 +360,12 @@ def expanded_over_keys(
         file=path,
         details={"idle": list(declared)[:50]},
     )
+
+
+def _any_whole(ties: Iterable[Tie], keys: Collection[str]) -> bool:
+    """Whether both sides of a tie are there."""
+    names = parameters_of(keys)
+    return any(tie.alias in names and tie.canonical in names for tie in ties)
 
 
 def _expanded_over(

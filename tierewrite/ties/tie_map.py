@@ -165,11 +165,17 @@ def _given(
         path, source, what = local_file(ties, "a ties file"), "ties-file", "the ties file"
         declared = patterns.read_ties(path)
     try:
-        found = patterns.expanded_over_keys(declared, path, keys, what)
+        # A wrapper may be called like a part of the class (language_model): one side alone proves nothing.
+        found = patterns.expanded_over_keys(declared, path, keys, what, both=True)
     except TieFileError as idle:
         if "idle" not in idle.details:
             raise
-        known = _given_in_memory(declared, path, root, config, keys, trust_remote_code, idle)
+        try:
+            known = _given_in_memory(declared, path, root, config, keys, trust_remote_code, idle)
+        except TieFileError as error:
+            if error is not idle:
+                raise
+            known = patterns.expanded_over_keys(declared, path, keys, what)
         # Nobody knows the names: nothing is wrong with a checkpoint that is canonical already.
         found = known or patterns.expanded_over_keys(declared, path, keys, what, done=True)
     says = [*([str(path)] if path is not None else []), *(["nothing is tied"] if not declared else [])]
