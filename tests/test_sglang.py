@@ -14,7 +14,7 @@ import pytest
 import tierewrite
 from tests.checkpoints import FIXTURES, read_tensors
 from tests.sglang_defects import BASES, VARIANTS, Variant, make_all
-from tests.tiny_classes import plain
+from tests.tiny_classes import nvfp4, plain
 from tierewrite import cli
 from tierewrite.consumers import check
 from tierewrite.consumers.sglang import SGLANG
@@ -161,3 +161,13 @@ def test_a_method_that_sglang_does_not_take_is_an_error(
     draft.write(tmp_path / "src")
     report = check(tmp_path / "src", "sglang", loader="off")
     assert [finding.found for finding in report.errors if finding.id == "quant-config-invalid"] == [found] * bool(found)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "unlisted"),
+    [("Qwen3MoeForCausalLM", True), ("MixtralForCausalLM", False), ("Qwen3ForCausalLM", True)],
+)
+def test_a_head_that_the_class_quantizes_has_to_be_listed(architecture: str, unlisted: bool, tmp_path: Path) -> None:
+    nvfp4(plain(architecture), ignore=("*gate",)).write(tmp_path / "src")
+    found = [finding.where for finding in check(tmp_path / "src", "sglang", loader="off").errors]
+    assert found == [("lm_head.weight",)] * unlisted

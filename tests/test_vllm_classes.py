@@ -26,6 +26,7 @@ from tests.tiny_classes import (
     nvfp4,
     ones,
     plain,
+    quark_fp8,
     renamed,
     zeros,
 )
@@ -128,6 +129,7 @@ SOUND: dict[str, Callable[[], Draft]] = {
         nvfp4(plain("Gemma3ForConditionalGeneration"), "vision", ignore=("language_model.lm_head", "vision_tower*")),
         lambda name: name.replace("vision_tower.", "vision_tower.vision_model."),
     ),
+    "qwen3moe quark fp8": lambda: quark_fp8(plain("Qwen3MoeForCausalLM"), exclude=("re:.*mlp.gate$",)),
     "whisper nvfp4 with another q": lambda: cross_attention(plain("WhisperForConditionalGeneration")),
 }
 
@@ -414,6 +416,25 @@ KINDS |= {
         ),
         "ignore-one-expert",
         fixed=True,
+    ),
+    "quark fp8 with attention not listed": Kind(
+        lambda: quark_fp8(plain("LlamaForCausalLM"), "self_attn"), "unlisted-unquantized", fixed=True
+    ),
+    "quark fp8 with q listed": Kind(
+        lambda: quark_fp8(plain("LlamaForCausalLM"), exclude=(f"{L0}.self_attn.q_proj",)),
+        "ignore-partly-fused",
+        fixed=True,
+    ),
+    "quark fp8 without a scale": Kind(
+        lambda: dropped(quark_fp8(plain("LlamaForCausalLM")), f"{L0}.mlp.down_proj.weight_scale"), "scale-missing"
+    ),
+    "quark fp8 with an entry for one expert": Kind(
+        lambda: quark_fp8(plain("Qwen3MoeForCausalLM"), exclude=(*ROUTERS, f"{L0}.mlp.experts.2.down_proj")),
+        "ignore-one-expert",
+        fixed=True,
+    ),
+    "quark without a list": Kind(
+        lambda: listed(quark_fp8(plain("LlamaForCausalLM")), "exclude", None), "quant-config-invalid"
     ),
     "compressed fp8 with a list of null": Kind(
         lambda: listed(compressed_fp8(plain("LlamaForCausalLM")), "ignore", None), "quant-config-invalid"

@@ -203,6 +203,20 @@ def compressed_fp8(draft: Draft, *without: str, ignore: tuple[str, ...] = ("lm_h
     return draft
 
 
+def quark_fp8(draft: Draft, *without: str, exclude: tuple[str, ...] = ("lm_head",)) -> Draft:
+    """Quark's FP8: one scale for a weight, one for its activations."""
+    for module in linears(draft, *without):
+        draft[f"{module}.weight"] = zeros("F8_E4M3", *draft[f"{module}.weight"].shape)
+        draft[f"{module}.weight_scale"] = draft[f"{module}.input_scale"] = f32(0.5)
+    spec = {"dtype": "fp8_e4m3", "is_dynamic": False, "qscheme": "per_tensor", "symmetric": None, "group_size": None}
+    draft.config["quantization_config"] = {
+        "quant_method": "quark", "exclude": list(exclude), "layer_quant_config": {}, "layer_type_quant_config": {},
+        "export": {"kv_cache_group": [], "pack_method": "reorder", "weight_format": "real_quantized"},
+        "global_quant_config": {"bias": None, "input_tensors": spec, "output_tensors": None, "weight": spec},
+    }  # fmt: skip
+    return draft
+
+
 def awq(draft: Draft) -> Draft:
     """AWQ with 4 bits and groups of 32."""
     for module in linears(draft):

@@ -211,10 +211,18 @@ def excluded_modules(s: SglangSubject) -> Iterator[Finding]:
 
 def _untied_head_is_built(s: SglangSubject) -> bool:
     """modelopt_quant.py `_get_quant_method`: a ParallelLMHead is quantized like a linear layer, where the class hands
-    its quantization config on; those with a head of their own do not (mixtral.py, qwen3_moe.py).
+    its quantization config on. Of those with a head of their own mixtral.py and stablelm.py do not.
     """
+    if s.known.head == "own":
+        return s.architecture in OWN_HEADS_QUANTIZED
     return s.known.head == "tied" and not s.config.get("tie_word_embeddings")
 
+
+OWN_HEADS_QUANTIZED = frozenset({
+    "ArceeForCausalLM", "Glm4MoeForCausalLM", "OlmoeForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM",
+    "Glm4MoeLiteForCausalLM", "Lfm2MoeForCausalLM", "MiniMaxM2ForCausalLM", "Qwen3NextForCausalLM",
+})  # fmt: skip
+"""Seen of the first five, read of the others."""
 
 SCALE_MISSING = Rule(
     id="scale-missing",

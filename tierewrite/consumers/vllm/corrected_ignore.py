@@ -121,8 +121,11 @@ def corrected_ignore_lists(s: VllmSubject) -> tuple[dict[str, bytes], tuple[str,
     return contents, tuple(sentence.format(name) for name in contents)
 
 
+LISTS = ("ignore", "exclude_modules", "ignored_layers", "modules_to_not_convert")
+
+
 def _lists(content: Any) -> Iterator[tuple[dict[str, Any], str]]:
-    """The parts of a config that hold an ignore list of ModelOpt's, with its key."""
+    """The parts of a config that hold a list of modules that are not quantized, with its key."""
     text = content.get("text_config")
     for part in (content, text if isinstance(text, dict) else {}):
         for name in ("quantization_config", "quantization"):
@@ -130,8 +133,9 @@ def _lists(content: Any) -> Iterator[tuple[dict[str, Any], str]]:
             for found in (inner, inner.get("quantization") if isinstance(inner, dict) else None):
                 if not isinstance(found, dict):
                     continue
-                keys = ("ignore", "exclude_modules", "ignored_layers", "modules_to_not_convert")
-                listed = [key for key in keys if isinstance(found.get(key), list)]
+                listed = [key for key in LISTS if isinstance(found.get(key), list)]
+                if found.get("quant_method") == "quark":
+                    listed = ["exclude"]
                 if not listed and found.get("quant_method") == "fp8":
                     listed = ["modules_to_not_convert"]
                 yield from ((found, key) for key in listed)

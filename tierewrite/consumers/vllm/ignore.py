@@ -110,10 +110,10 @@ class ModeloptIgnore:
 
 class ExactIgnore:
     """compressed-tensors' and fp8's: an entry is a module's name, or a pattern after `re:`. A fused module is excluded
-    when all of its shards are, experts when expert 0 is; to fp8 when an entry names anything of them.
+    when all of its shards are, experts when expert 0 is; to fp8 and Quark when an entry names anything of them.
 
     Args:
-        any_expert: it is fp8's.
+        any_expert: it is fp8's or Quark's.
     """
 
     def __init__(self, entries: tuple[str, ...], backbone: Backbone, *, any_expert: bool = False) -> None:
@@ -158,7 +158,7 @@ class ExactIgnore:
         return (module,)
 
     def _inside(self, module: str) -> dict[int, str]:
-        """Entries that name something of a layer's experts (quant_utils.py `is_layer_skipped`)."""
+        """Entries that name something of a layer's experts (quant_utils.py `is_layer_skipped`; quark/utils.py)."""
         if not self._any_expert or module.rpartition(".")[2] != "experts":
             return {}
         return {n: "expert" for entry, numbers in self._exact.items() if module in entry for n in numbers}

@@ -82,13 +82,16 @@ class Quantization:
         """Whether it is known how vLLM reads its list of modules that are not quantized."""
         if self.modelopt:
             return self.algo != "MIXED_PRECISION"  # a list of quantized layers says more
+        if self.method == "quark":
+            return self.scheme is not None  # the same for every layer
         return self.method in ("compressed-tensors", "fp8")
 
     @property
     def quantizes_head(self) -> bool:
         """Whether an untied lm_head that the list does not name is built quantized.
 
-        fp8.py quantizes `LinearBase` alone; compressed_tensors.py finds no target for `ParallelLMHead` among Linear.
+        fp8.py and quark.py quantize `LinearBase` alone; compressed_tensors.py finds no target for `ParallelLMHead`
+        among Linear.
         """
         return self.modelopt
 
@@ -183,6 +186,8 @@ def _ignore_key(method: str, body: Mapping[str, Any], *, old: bool) -> str:
     """The entry that lists the modules that are not quantized."""
     if method == "compressed-tensors":
         return "ignore"
+    if method == "quark":
+        return "exclude"
     if method == "fp8":
         return "ignored_layers" if body.get("ignored_layers") else "modules_to_not_convert"
     return "ignore" if not old and "ignore" in body else "exclude_modules"

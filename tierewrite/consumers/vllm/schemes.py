@@ -1,6 +1,7 @@
 """What a quantized linear module has on disk, for the quantization algorithms that vLLM's rules know.
 
-Read in vLLM 0.33, model_executor/layers/quantization/: modelopt.py, compressed_tensors/schemes/, fp8.py, auto_awq.py.
+Read in vLLM 0.33, model_executor/layers/quantization/: modelopt.py, compressed_tensors/schemes/, fp8.py,
+auto_awq.py, quark/.
 """
 
 from __future__ import annotations
@@ -98,10 +99,31 @@ def scheme_of(method: str, algo: str, config: Mapping[str, Any]) -> Scheme | Non
         inputs = ("input_scale",)
         known = _scales_only("weight", "F8_E4M3", ("weight_scale", *(inputs if static else ())), *inputs)
         return replace(known, covers=("weight_scale", 0, 0))
+    if method == "quark":
+        return _quark(config)
     if method == "awq":
         zeros = ("qzeros",) if config.get("zero_point", True) else ()
         return _scales_only("qweight", "I32", ("scales", *zeros), "qzeros")
     return None
+
+
+def _quark(config: Mapping[str, Any]) -> Scheme | None:
+    """Quark's FP8 where it is the same for every layer (quark/quark.py `_is_fp8_w8a8`); None for anything else."""
+    if config.get("layer_quant_config") or config.get("layer_type_quant_config"):
+        return None
+    everywhere = config.get("global_quant_config")
+    weights, inputs = (
+        everywhere.get(e) if isinstance(everywhere, Mapping) else None for e in ("weight", "input_tensors")
+    )
+    if not isinstance(weights, Mapping) or not isinstance(inputs, Mapping):
+        return None
+    if (weights.get("dtype"), inputs.get("dtype")) != ("fp8_e4m3", "fp8_e4m3") or weights.get("is_dynamic"):
+        return None
+    static = ("input_scale",) if not inputs.get("is_dynamic") else ()
+    if weights.get("qscheme") not in ("per_tensor", "per_channel"):
+        return None
+    known = _scales_only("weight", "F8_E4M3", ("weight_scale", *static), "input_scale")
+    return replace(known, covers=("weight_scale", 0, 0)) if weights["qscheme"] == "per_tensor" else known
 
 
 def _has_inputs(config: Mapping[str, Any]) -> bool:

@@ -132,7 +132,7 @@ class VllmSubject(Subject):
         exact = q is not None and not q.modelopt
         if not exact:
             return ModeloptIgnore(entries, self.backbone)
-        return ExactIgnore(entries, self.backbone, any_expert=q is not None and q.method == "fp8")
+        return ExactIgnore(entries, self.backbone, any_expert=q is not None and q.method in ("fp8", "quark"))
 
     @cached_property
     def destinations(self) -> Mapping[str, list[str]]:
