@@ -572,10 +572,12 @@ def test_a_config_without_a_method_harms_nobody_where_nothing_is_quantized(quant
     assert errors(checked(declared(quantization), tmp_path)) == set()
 
 
-@pytest.mark.parametrize("architecture", ["CodeGenForCausalLM", "MptForCausalLM", "XGLMForCausalLM"])
+@pytest.mark.parametrize(
+    "architecture", ["CodeGenForCausalLM", "MptForCausalLM", "MPTForCausalLM", "BaichuanForCausalLM", "XGLMForCausalLM"]
+)
 def test_a_class_that_vllm_refuses_by_name_is_an_error(architecture: str, tmp_path: Path) -> None:
     draft = plain("LlamaForCausalLM")
-    draft.config |= {"architectures": [architecture]}
+    draft.config |= {"architectures": [architecture], "auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}
     assert "architectures" in errors(checked(draft, tmp_path))
 
 

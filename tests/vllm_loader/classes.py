@@ -511,6 +511,13 @@ def attributes(architecture: str) -> dict[str, Any]:
     }
 
 
+def retired() -> dict[str, str]:
+    """Classes that vLLM had once, with the last version that did."""
+    from vllm.model_executor.models.registry import _PREVIOUSLY_SUPPORTED_MODELS
+
+    return dict(_PREVIOUSLY_SUPPORTED_MODELS)
+
+
 def one(architecture: str, names: list[dict[str, Any]], known: bool) -> dict[str, Any]:
     """The facts of one class, or what is known without building it."""
     problem = "transformers has no class of this name: its names are not known"
@@ -521,6 +528,8 @@ def one(architecture: str, names: list[dict[str, Any]], known: bool) -> dict[str
             if os.environ.get("TB"):
                 traceback.print_exc()
             problem = f"{type(e).__name__}: {telling(' '.join(str(e).split()))}"
+    elif not known and architecture in retired():
+        problem = f"Model architecture {architecture} was supported in vLLM until v{retired()[architecture]}"
     found: dict[str, Any] = {"problem": problem}
     if known:
         try:
@@ -539,7 +548,7 @@ def run_all(target: Path, files: list[str], only: list[str]) -> None:
 
     registered = set(ModelRegistry.models)
     (target / "registry").write_text(json.dumps(sorted(registered)), encoding="utf-8")
-    for architecture in only or sorted(registered | {a for t in tables for a in t}):
+    for architecture in only or sorted(registered | retired().keys() | {a for t in tables for a in t}):
         file = target / f"{architecture}.json"
         if file.exists() and not only:
             continue
