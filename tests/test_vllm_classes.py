@@ -581,6 +581,27 @@ def test_a_class_that_vllm_refuses_by_name_is_an_error(architecture: str, tmp_pa
     assert "architectures" in errors(checked(draft, tmp_path))
 
 
+def undone(draft: Draft) -> Draft:
+    """The config of a quantized checkpoint beside the plain weights."""
+    original = plain(draft.config["architectures"][0])
+    original.config["quantization_config"] = draft.config["quantization_config"]
+    return original
+
+
+@pytest.mark.parametrize("make", [nvfp4, fp8_blocks, compressed_fp8, quark_fp8])
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3MoeForCausalLM"])
+def test_a_config_of_quantized_weights_beside_plain_ones_is_an_error(
+    make: Callable[[Draft], Draft], architecture: str, tmp_path: Path
+) -> None:
+    assert errors(checked(undone(make(plain(architecture))), tmp_path)) == {"quant-algo-mismatch"}
+
+
+@pytest.mark.parametrize("ignore", ["*", "model.layers.*"])
+def test_a_config_that_excludes_every_module_suits_plain_weights(ignore: str, tmp_path: Path) -> None:
+    draft = undone(nvfp4(plain("LlamaForCausalLM"), ignore=(ignore, "lm_head")))
+    assert errors(checked(draft, tmp_path)) == set()
+
+
 # --- what is not known -------------------------------------------------------------------------------------
 
 

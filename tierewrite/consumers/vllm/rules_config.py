@@ -90,15 +90,27 @@ QUANT_METHOD_DEPRECATED = replace(
 QUANT_ALGO_MISMATCH = Rule(
     id="quant-algo-mismatch",
     title="the config names another algorithm than the tensors have",
+    when="they are quantized otherwise",
     severity="error",
     consequence="vLLM builds parameters of other shapes; the load aborts",
     fix="restore the config from the export",
     source=f"{MODELOPT} LINEAR_ALGOS",
 )
+NOTHING_QUANTIZED = replace(
+    QUANT_ALGO_MISMATCH,
+    when="none is quantized",
+    consequence="vLLM builds quantized parameters: the load aborts, or takes the weights by value with scales unset",
+    fix="remove the quantization config if plain weights are meant; else bring the quantized files",
+)
 
 
 @RULES.add(
-    QUANT_CONFIG_MISSING, QUANT_CONFIG_INVALID, QUANT_METHOD_UNKNOWN, QUANT_METHOD_DEPRECATED, QUANT_ALGO_MISMATCH
+    QUANT_CONFIG_MISSING,
+    QUANT_CONFIG_INVALID,
+    QUANT_METHOD_UNKNOWN,
+    QUANT_METHOD_DEPRECATED,
+    QUANT_ALGO_MISMATCH,
+    NOTHING_QUANTIZED,
 )
 def quant_config(s: VllmSubject) -> Iterator[Finding]:
     """config/model.py `_verify_quantization`; modelopt.py `ModelOptQuantConfigBase.from_config`."""
@@ -117,6 +129,9 @@ def quant_config(s: VllmSubject) -> Iterator[Finding]:
     elif s.declared_otherwise:
         found = f"the config says {q.declared or q.algo}, the tensors are {s.on_disk_format}"
         yield QUANT_ALGO_MISMATCH.at((f"{q.where}.quant_algo",), found)
+    elif s.built_quantized_of_plain:
+        found = f"the config says {q.declared or q.algo or q.method}, and no module is quantized"
+        yield NOTHING_QUANTIZED.at((q.where,), found)
     elif q.scheme is None:
         s.notes.append(f"{q.algo or q.method}: names and completeness are checked, scales and shapes are not")
 

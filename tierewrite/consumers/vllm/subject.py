@@ -17,6 +17,7 @@ from tierewrite.consumers.vllm.quantization import VISION, Quantization
 from tierewrite.consumers.vllm.schemes import Scheme
 from tierewrite.formats.experts import split_expert
 
+HEADS = ("lm_head", "proj_out", "embed_out")
 QUANTIZABLE = ("linear", "head", "experts")
 MTP_ENTRIES = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "num_mtp_layers")
 MTP_MODULES = ("mtp", "mtp_layers", "mtp_block")
@@ -292,6 +293,14 @@ class VllmSubject(Subject):
             for name, m in self.quantized.items()
             if self.is_linear(name) and self.built_as(name) not in self.excluded and m.weight is not None
         }
+
+    @property
+    def built_quantized_of_plain(self) -> bool:
+        """Nothing is quantized on disk, and vLLM builds linear modules quantized all the same."""
+        q = self.quantization
+        if q is None or q.scheme is None or not q.lists_known or self.count_quantized or not self.known:
+            return False
+        return any(name not in self.excluded for name in self.linear if name.rpartition(".")[2] not in HEADS)
 
     @cached_property
     def declared_otherwise(self) -> bool:
