@@ -260,9 +260,10 @@ class _Handler(BaseHTTPRequestHandler):
         # The answer to HEAD says how long the object is.
         said = answer.getheader("Content-Length") if self.command == "HEAD" else None
         self.send_header("Content-Length", said or str(len(data)))
-        self.end_headers()
         part = data[: len(data) // 2] if fault == "cut" else data
+        # Before the headers go out: with an answer that has no body, whoever asked goes on then.
         self._note(request, len(body), len(part), 0 if fault == "cut" else answer.status)
+        self.end_headers()
         self.wfile.write(part)
         if fault == "cut":
             self._cut()
