@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from tierewrite.consumers import common_rules
 from tierewrite.consumers.subject import FLOATS, Module, Subject
 from tierewrite.formats.experts import split_expert
 
@@ -131,8 +132,15 @@ def wrong_dtypes(s: Subject, modules: Mapping[str, Module], layout: Layout) -> I
                 yield key, dtype
 
 
-def wrong_weight_shapes(s: Subject, modules: Mapping[str, Module], layout: Layout) -> list[str]:
-    """Keys of quantized weights that have not the size that the model class gives them."""
+def wrong_weight_shapes(s: Subject, modules: Mapping[str, Module], layout: Layout | None) -> list[str]:
+    """Keys of weights that have not the size that the model class gives them, of experts too: of plain ones, and of
+    the quantized ones of `modules` where their layout is known.
+    """
+    plain = common_rules.of_other_shape(s, experts=True)
+    return list(dict.fromkeys([*plain, *(_wrong_quantized(s, modules, layout) if layout is not None else [])]))
+
+
+def _wrong_quantized(s: Subject, modules: Mapping[str, Module], layout: Layout) -> list[str]:
     wrong = []
     for module in modules.values():
         size = s.size(module.weight) if module.weight is not None else None

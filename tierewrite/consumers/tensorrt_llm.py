@@ -193,9 +193,7 @@ def parameters(s: TensorrtSubject) -> Iterator[Finding]:
     names = [*plain, *shards, *experts]
     if names:
         yield PARAMETER_MISSING.at(names, f"{len(names)} {PARAMETER_MISSING.title}")
-    wrong = common_rules.of_other_shape(s, experts=True)
-    if s.layout is not None:
-        wrong = list(dict.fromkeys([*wrong, *modelopt.wrong_weight_shapes(s, s.built_quantized, s.layout)]))
+    wrong = modelopt.wrong_weight_shapes(s, s.built_quantized, s.layout)
     if wrong:
         yield WRONG_SHAPE.at(wrong, f"{len(wrong)} {WRONG_SHAPE.title}")
 

@@ -195,9 +195,7 @@ WRONG_SHAPE = Rule(
 @RULES.add(WRONG_SHAPE)
 def shapes(s: SglangSubject) -> Iterator[Finding]:
     """parameter.py asserts equal shapes; fused_moe_triton/layer.py narrows what is there."""
-    wrong = common_rules.of_other_shape(s, experts=True)
-    if s.layout is not None:
-        wrong = list(dict.fromkeys([*wrong, *modelopt.wrong_weight_shapes(s, s.built_quantized, s.layout)]))
+    wrong = modelopt.wrong_weight_shapes(s, s.built_quantized, s.layout)
     if wrong:
         yield WRONG_SHAPE.at(wrong, f"{len(wrong)} {WRONG_SHAPE.title}")
 

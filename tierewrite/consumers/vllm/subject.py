@@ -79,17 +79,23 @@ class VllmSubject(Subject):
         """Keys of layers for multi-token prediction: below `mtp`, or of a layer beyond the model's last."""
         return frozenset(k for k in self.entries if k.split(".", 1)[0] in MTP_MODULES or self.beyond_last_layer(k))
 
+    def _behind_last_layer(self, key: str) -> int | None:
+        """How many layers of the language model stand between its last, by config.json, and that of the key; None if
+        the key's is no layer behind it.
+        """
+        found = _LAYER.match(key)
+        if found is None or self.layer_count is None or int(found[1]) < self.layer_count:
+            return None
+        return int(found[1]) - self.layer_count
+
     def beyond_last_layer(self, key: str) -> bool:
         """The key belongs to a layer of the language model, of a higher number than config.json gives it."""
-        found = _LAYER.match(key)
-        return self.layer_count is not None and found is not None and int(found[1]) >= self.layer_count
+        return self._behind_last_layer(key) is not None
 
     def of_declared_mtp(self, key: str) -> bool:
         """The key belongs to a layer behind the model's last that config.json declares to be for such prediction."""
-        found = _LAYER.match(key)
-        if found is None or self.layer_count is None:
-            return False
-        return self.layer_count <= int(found[1]) < self.layer_count + self.mtp[1]
+        behind = self._behind_last_layer(key)
+        return behind is not None and behind < self.mtp[1]
 
     @cached_property
     def _stacks(self) -> Mapping[str, int]:
@@ -130,10 +136,9 @@ class VllmSubject(Subject):
     def ignore_of(self, entries: tuple[str, ...]) -> Ignore:
         """vLLM's reading of another list."""
         q = self.quantization
-        exact = q is not None and not q.modelopt
-        if not exact:
+        if q is None or q.modelopt:
             return ModeloptIgnore(entries, self.backbone)
-        return ExactIgnore(entries, self.backbone, any_expert=q is not None and q.method in ("fp8", "quark"))
+        return ExactIgnore(entries, self.backbone, any_expert=q.method in ("fp8", "quark"))
 
     @cached_property
     def destinations(self) -> Mapping[str, list[str]]:
