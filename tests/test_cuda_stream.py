@@ -11,6 +11,7 @@ import ctypes
 import threading
 import time
 import types
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -33,28 +34,37 @@ class NumpyGpu:
     number = 0
 
     def __init__(self, before_copy: Callable[[], object], before_launch: Callable[[], object]) -> None:
-        def copy(target: int, source: int, nbytes: int, kind: int, stream: int) -> None:
+        def copy(target: int, source: int, nbytes: int, stream: int) -> None:
             before_copy()
             ctypes.memmove(target, source, nbytes)
 
-        def alloc(nbytes: int) -> Any:
-            memory = np.zeros(nbytes, np.uint8)
-            return types.SimpleNamespace(ptr=memory.ctypes.data, memory=memory)
+        def copy_of_tables(target: int, source: int, nbytes: int, kind: int, stream: int) -> None:
+            ctypes.memmove(target, source, nbytes)
 
-        event = types.SimpleNamespace(record=lambda stream: None, synchronize=lambda: None)
+        event = types.SimpleNamespace(record=lambda stream: None, synchronize=lambda: None, done=True)
         self._before_launch = before_launch
         cuda: dict[str, Any] = {
             "runtime": types.SimpleNamespace(
-                memcpyAsync=copy, memcpyHostToDevice=1, memcpyDeviceToHost=2, hostAllocPortable=1
+                memcpyAsync=copy_of_tables, memcpyHostToDevice=1, memcpyDeviceToHost=2, hostAllocPortable=1
             ),
             "Device": lambda number: contextlib.nullcontext(),
             "Stream": lambda **options: _Queue(),
             "Event": lambda **options: event,
-            "alloc": alloc,
             "PinnedMemory": lambda nbytes, flags: np.zeros(nbytes, np.uint8),
             "PinnedMemoryPointer": lambda memory, start: memory,
         }
         self.cupy = types.SimpleNamespace(cuda=types.SimpleNamespace(**cuda))
+        self.copies = types.SimpleNamespace(put=copy)
+        self.lent: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.left: list[int] = []  # at each giving back, how many still had an owner
+
+    def room(self, nbytes: int) -> Any:
+        owner = _Memory(nbytes)
+        self.lent.add(owner)
+        return owner
+
+    def give_back(self) -> None:
+        self.left.append(len(self.lent))
 
     def launch(self, plan: Schedule, table: int, scratch: int, out: int) -> None:
         self._before_launch()
@@ -65,6 +75,12 @@ class NumpyGpu:
             data = ctypes.string_at(start, length)
             counter, root = tag & ~(1 << 63), bool(tag >> 63)
             results[32 * i : 32 * i + 32] = blake3(data).digest() if root else subtree(data, counter)
+
+
+class _Memory:
+    def __init__(self, nbytes: int) -> None:
+        self.array = np.zeros(nbytes, np.uint8)
+        self.ptr = self.array.ctypes.data
 
 
 class _Queue:
@@ -85,7 +101,8 @@ class _Queue:
 
 def stream_on(*gpus: NumpyGpu, buffer_size: int = MIB, batch: int = 4, monkeypatch: pytest.MonkeyPatch) -> CudaStream:
     monkeypatch.setattr(cuda_stream, "_BATCH", batch)
-    monkeypatch.setattr(cuda_stream, "_CELLS", 3 * batch)
+    monkeypatch.setattr(cuda_stream, "_GROUP", 4)
+    monkeypatch.setattr(cuda_stream, "_GROUPS", batch // 2 + 2)
     return CudaStream(gpus, buffer_size)  # type: ignore[arg-type]
 
 
@@ -140,6 +157,18 @@ def test_many_threads_give_the_digests_of_every_tensor(seed: int, gpus: int, mon
         crew = Crew(stream, turns=20)
         assert crew.run() == []
         assert stream.finish() == crew.expected
+    assert [device.left for device in devices] == [[0]] * gpus
+
+
+def test_a_stream_that_is_left_unfinished_gives_its_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = NumpyGpu(lambda: None, lambda: None)
+    with stream_on(gpu, monkeypatch=monkeypatch) as stream:
+        for turn in range(7):  # one batch is hashed, three buffers wait for the next
+            stream.update(np.zeros(MIB, np.uint8), [(turn, 0, MIB, MIB, 0)])
+        assert len(gpu.lent) >= 2
+    assert gpu.left == [0]
+    stream.close()
+    assert gpu.left == [0]
 
 
 @pytest.mark.parametrize("for_good", [False, True])
@@ -184,8 +213,8 @@ def test_spans_that_break_a_rule_are_refused_and_no_thread_hangs(start: int, mon
         with ThreadPoolExecutor(8) as pool:
             for future in [pool.submit(work) for _ in range(8)]:
                 assert future.exception(timeout=60) is None
-        if start:  # they leave their buffer: whoever hashes a batch finds it
-            assert len(refused) == 8 * 20 // 4 - 1
+        if start:  # they leave their buffer: found when the first batch is hashed, and told to all who come after
+            assert len(refused) >= 8 * 20 - 16 - 8
             assert all("does not lie in its buffer of 1048576 bytes" in text for text in refused)
         else:
             assert refused == []

@@ -229,17 +229,18 @@ def test_what_came_through_before_a_failure_can_be_salvaged(
     digester: Digester, noise: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda_stream, "_BATCH", 4)
+    monkeypatch.setattr(cuda_stream, "_GROUPS", 2)
     buffer = digester.host_buffer(2 * MIB)
     buffer[:] = np.frombuffer(noise[: 2 * MIB], np.uint8)
     with digester.stream(2 * MIB) as stream:
-        for turn in range(80):  # more than eight GPUs gather before they hash
-            stream.update(buffer, [Span(turn, turn, MIB, MIB, 0), Span(100 + turn, MIB + turn, 3, 3, 0)]).wait()
-        stream.update(buffer, [Span(99, 0, 2 * MIB, 4 * MIB, 0)]).wait()
+        for turn in range(200):  # more than eight GPUs have room for
+            stream.update(buffer, [Span(turn, turn % 90, MIB, MIB, 0), Span(1000 + turn, MIB + turn, 3, 3, 0)]).wait()
+        stream.update(buffer, [Span(999, 0, 2 * MIB, 4 * MIB, 0)]).wait()
         known = stream.salvage()
     assert known
-    assert 99 not in known
+    assert 999 not in known
     for i, digest in known.items():
-        start, length = (i, MIB) if i < 100 else (MIB + i - 100, 3)
+        start, length = (i % 90, MIB) if i < 999 else (MIB + i - 1000, 3)
         assert digest == blake3(noise[start : start + length]).digest()
 
 
@@ -560,11 +561,21 @@ class TestOnTheGpu:
         expected = [blake3(noise[i : i + 3 * MIB]).digest() for i in range(len(arrays))]
         assert gpu.digest_arrays(arrays) == expected
         with gpu.stream(4 * MIB) as stream:
-            cells = [stream._cells.take() for _ in gpu.gpus]
-            assert {cell.owner.gpu.number for cell in cells} == {one.number for one in gpu.gpus}
+            cells = [stream._cells.take() for _ in range(cuda_stream._GROUP * len(gpu.gpus))]
+            assert {cell.share.gpu.number for cell in cells} == {one.number for one in gpu.gpus}
         tensors = [noise[i : i + 3 * MIB + 7 * i] for i in range(24 * len(gpu.gpus))]
         found = streamed(gpu, tensors, 4 * MIB)
         assert found == {i: blake3(data).digest() for i, data in enumerate(tensors)}
+
+    def test_a_stream_gives_its_memory_back_to_the_device(self, gpu: cuda_room.CudaDigester, noise: bytes) -> None:
+        cupy = pytest.importorskip("cupy")
+        cupy.get_default_memory_pool().free_all_blocks()
+        free, _ = cupy.cuda.runtime.memGetInfo()
+        with gpu.stream(8 * MIB) as stream:
+            for turn in range(20):
+                stream.update(np.frombuffer(noise, np.uint8)[: 8 * MIB], [(turn, 0, 8 * MIB, 8 * MIB, 0)]).wait()
+            assert cupy.cuda.runtime.memGetInfo()[0] < free - 128 * MIB
+        assert cupy.cuda.runtime.memGetInfo()[0] >= free - 32 * MIB
 
     def test_torch_tensors_of_any_dtype_are_hashed_where_they_are(self, gpu: cuda_room.CudaDigester) -> None:
         torch = pytest.importorskip("torch")

@@ -28,6 +28,9 @@ from blake3 import blake3
 from tierewrite.digest import Span
 from tierewrite.digest.cuda import CudaDigester
 from tierewrite.digest.schedule import schedule
+from tierewrite.output.buffers import Buffers
+from tierewrite.output.result import BUFFER_BYTES
+from tierewrite.source.threads import io_threads
 
 GB = 1e9
 GIB = 1 << 30
@@ -151,8 +154,8 @@ def sequences(lengths: list[int], buffer_size: int) -> list[list[Step]]:
     return large + small
 
 
-def from_file(digester: CudaDigester, path: Path, threads: int, buffer_size: int, each: int) -> list[dict[str, Any]]:
-    """A file in the page cache through pinned buffers, `each` for a thread: reading, copying and all together."""
+def from_file(digester: CudaDigester, path: Path, threads: int) -> list[dict[str, Any]]:
+    """A file in the page cache through pinned buffers, as in a pass: reading, copying and all together."""
     cupy = digester._cupy
     size = path.stat().st_size
     lengths = mixed_lengths()
@@ -160,20 +163,18 @@ def from_file(digester: CudaDigester, path: Path, threads: int, buffer_size: int
     ends = np.cumsum(lengths)
     keep = int(np.searchsorted(ends, size, side="right"))
     lengths = [*lengths[:keep], size - int(ends[keep - 1])]  # the last one takes what is left of the file
-    work = sequences(lengths, buffer_size)
+    work = sequences(lengths, BUFFER_BYTES)
     assert sum(nbytes for steps in work for _, nbytes, _ in steps) == size
-    buffers = [[digester.host_buffer(buffer_size) for _ in range(each)] for _ in range(threads)]
+    buffers = Buffers(digester, threads)
     file = os.open(path, os.O_RDONLY)
 
     def passes(hand_over: Callable[[Any, Any], Any]) -> None:
-        """Threads take sequences, and read the steps of each into their buffers in turn."""
+        """Threads take sequences, and read the steps of each into buffers."""
         lock = threading.Lock()
         upcoming = iter(work)
         failures: list[BaseException] = []
 
-        def reader(mine: list[Any]) -> None:
-            tickets: list[Any] = [None] * each
-            turn = 0
+        def reader() -> None:
             try:
                 while not failures:
                     with lock:
@@ -181,20 +182,15 @@ def from_file(digester: CudaDigester, path: Path, threads: int, buffer_size: int
                     if steps is None:
                         break
                     for offset, nbytes, spans in steps:
-                        if tickets[turn] is not None:
-                            tickets[turn].wait()
-                        done = 0
-                        while done < nbytes:
-                            done += os.preadv(file, [mine[turn].data[done:nbytes]], offset + done)
-                        tickets[turn] = hand_over(mine[turn][:nbytes], spans)
-                        turn = (turn + 1) % each
+                        with buffers.one() as buffer:
+                            done = 0
+                            while done < nbytes:
+                                done += os.preadv(file, [buffer.array.data[done:nbytes]], offset + done)
+                            buffer.ticket = hand_over(buffer.array[:nbytes], spans)
             except BaseException as error:
                 failures.append(error)
-            for ticket in tickets:
-                if ticket is not None:
-                    ticket.wait()
 
-        crew = [threading.Thread(target=reader, args=(mine,)) for mine in buffers]
+        crew = [threading.Thread(target=reader) for _ in range(threads)]
         for thread in crew:
             thread.start()
         for thread in crew:
@@ -205,19 +201,20 @@ def from_file(digester: CudaDigester, path: Path, threads: int, buffer_size: int
     found: dict[int, bytes] = {}
 
     def everything() -> None:
-        with digester.stream(buffer_size) as stream:
+        with digester.stream(BUFFER_BYTES) as stream:
             passes(stream.update)
             found.update(stream.finish())
 
     reading = wall(lambda: passes(lambda *_: None))
-    there = cupy.empty(buffer_size, np.uint8)
+    there = cupy.empty(BUFFER_BYTES, np.uint8)
+    pinned = [digester.host_buffer(BUFFER_BYTES) for _ in range(threads)]
     queue = cupy.cuda.Stream(non_blocking=True)
     runtime = cupy.cuda.runtime
 
     def copies() -> None:
         for i in range(256):
-            here = buffers[i % threads][0].ctypes.data
-            runtime.memcpyAsync(there.data.ptr, here, buffer_size, runtime.memcpyHostToDevice, queue.ptr)
+            here = pinned[i % threads].ctypes.data
+            runtime.memcpyAsync(there.data.ptr, here, BUFFER_BYTES, runtime.memcpyHostToDevice, queue.ptr)
         queue.synchronize()
 
     copying = wall(copies)
@@ -231,10 +228,10 @@ def from_file(digester: CudaDigester, path: Path, threads: int, buffer_size: int
                 hasher.update(source.read(min(64 << 20, lengths[i] - begin)))
             assert found[i] == hasher.digest(), f"tensor {i}"
     assert len(found) == len(lengths)
-    floor = min(size / reading, 256 * buffer_size / copying) / GB
+    floor = min(size / reading, 256 * BUFFER_BYTES / copying) / GB
     return [
         {"what": f"reading alone, {threads} threads", "bytes": size, "GB/s": size / reading / GB},
-        {"what": "copying to the GPU alone", "bytes": 256 * buffer_size, "GB/s": 256 * buffer_size / copying / GB},
+        {"what": "copying to the GPU alone", "bytes": 256 * BUFFER_BYTES, "GB/s": 256 * BUFFER_BYTES / copying / GB},
         {
             "what": f"file -> pinned -> GPU -> {len(lengths):,} digests",
             "bytes": size,
@@ -249,9 +246,7 @@ def main() -> int:
     parser.add_argument("--gib", type=float, default=8, help="GiB of large tensors on the GPU")
     parser.add_argument("--file-gib", type=float, default=24, help="GiB of the file; 0 leaves that part out")
     parser.add_argument("--folder", help="where to make the file (default: the system's temporary folder)")
-    parser.add_argument("--threads", type=int, default=8, help="reader threads")
-    parser.add_argument("--buffer-mib", type=int, default=8, help="MiB of each buffer")
-    parser.add_argument("--buffers", type=int, default=1, help="buffers of each thread (default: 1, as in a pass)")
+    parser.add_argument("--threads", type=int, default=io_threads(), help="reader threads (default: as in a pass)")
     parser.add_argument("--json", help="also write the figures to this file")
     args = parser.parse_args()
     begin = time.perf_counter()
@@ -267,7 +262,7 @@ def main() -> int:
                 left = int(args.file_gib * GIB)
                 while left:
                     left -= file.write(block[: min(left, len(block) - 5)])
-            rows += from_file(digester, path, args.threads, args.buffer_mib << 20, args.buffers)
+            rows += from_file(digester, path, args.threads)
     for row in rows:
         ratios = "".join(f"  {value:5.1%} {key}" for key, value in row.items() if key.startswith("of "))
         print(f"{row['what']:<48} {row['bytes'] / GB:8.2f} GB {row['GB/s']:9.1f} GB/s{ratios}")

@@ -50,6 +50,9 @@ class DeviceFailed(SystemFailure):
 class Ticket(Protocol):
     """A buffer handed to a stream."""
 
+    def done(self) -> bool:
+        """Whether the buffer's bytes are no longer needed. False also where the device failed: `wait` says it."""
+
     def wait(self) -> None:
         """Blocks until the buffer's bytes are no longer needed. Raises DeviceFailed."""
 
@@ -88,7 +91,7 @@ class Stream(Protocol):
         """
 
     def close(self) -> None:
-        """Gives the memory back. Idempotent; never raises."""
+        """Gives the memory back, also to the GPU. Idempotent; never raises."""
 
     def __enter__(self) -> Stream: ...
 
@@ -125,7 +128,7 @@ class Digester(Protocol):
     def stream(self, buffer_size: int) -> Stream:
         """A new stream for buffers of at most `buffer_size` bytes (at least PIECE).
 
-        Memory is bounded: on CUDA 48 buffers of that size on each GPU, a tenth of it more, and 10 MB of pinned memory,
+        Memory is bounded: on CUDA 80 buffers of that size on each GPU, 5 % more, and 3 MB of pinned memory,
         all taken as it is needed; on the CPU nothing to speak of.
         """
 

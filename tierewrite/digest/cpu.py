@@ -25,6 +25,9 @@ _INLINE = 256 << 10
 class _Done:
     """The ticket of work done within the call."""
 
+    def done(self) -> bool:
+        return True
+
     def wait(self) -> None:
         return None
 

@@ -12,7 +12,7 @@ multiprocessor, which bounds an H100 (132 of them at 1.98 GHz) at 2.4 TB/s; its 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from tierewrite.digest import DeviceFailed
+from tierewrite.digest.cuda_driver import Copies
 from tierewrite.digest.kernels import SOURCE
 from tierewrite.digest.schedule import FAN, Schedule, Table, schedule
 from tierewrite.digest.spans import CHUNK, PIECE, Bytes
@@ -71,7 +72,11 @@ def pinned(cupy: Any, nbytes: int) -> Bytes:
 
 
 class Gpu:
-    """One device with the kernels loaded, checked against known digests."""
+    """One device with the kernels loaded, checked against known digests.
+
+    Attributes:
+        copies: to the device.
+    """
 
     def __init__(self, cupy: Any, number: int) -> None:
         self.cupy = cupy
@@ -82,7 +87,18 @@ class Gpu:
             self._parents = module.get_function("parents")
             properties = cupy.cuda.runtime.getDeviceProperties(number)
             self.name = properties["name"].decode()
+            self.copies = Copies()
+            self._pool = cupy.cuda.MemoryPool()  # CuPy's own would keep what we gave back
             self._self_test()
+
+    def room(self, nbytes: int) -> Any:
+        """Device memory: an owner with an address, `ptr`. For work on the device while it is current."""
+        return self._pool.malloc(nbytes)
+
+    def give_back(self) -> None:
+        """Gives memory that nobody owns any more back to the device: others in this process may need it."""
+        with suppress(Exception), self.cupy.cuda.Device(self.number):  # a dead device has none
+            self._pool.free_all_blocks()
 
     def launch(self, plan: Schedule, table: int, scratch: int, out: int) -> None:
         """Enqueues a batch on CuPy's current stream. The arguments after the plan are device addresses."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property
 from queue import Empty, SimpleQueue
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,14 +21,12 @@ from tierewrite.digest.tree import combine
 
 _JOBS = 32768
 """Spans of a batch at most."""
-_BATCH = 16
+_BATCH = 32
 """Buffers that are hashed together: launching costs the same for many as for few."""
-_CELLS = 3 * _BATCH
-"""Buffers that each GPU has room for: while a batch is hashed, others are gathered and on their way."""
-_DESKS = 3
-"""Batches that each GPU hashes at once."""
-
-T = TypeVar("T")
+_GROUP = 8
+"""Cells that are made at once: each allocation takes a while."""
+_GROUPS = 2 * _BATCH // _GROUP + 2
+"""Groups on each GPU: while a batch is hashed, the next is gathered, and some buffers are on their way."""
 
 
 @dataclass(frozen=True)
@@ -61,34 +60,36 @@ class _Jobs:
         return schedule(address.astype(np.uint64), lengths.astype(np.uint64), counter.astype(np.uint64), whole)
 
 
-class _Pool(Generic[T]):
-    """Things that are lent out, made when they are first needed, and up to a number."""
+class _Cells:
+    """Room for buffers on the GPUs: lent out, made in groups when it is first needed, and up to a number of groups."""
 
-    def __init__(self, make: Callable[[int], T], most: int) -> None:
+    def __init__(self, make: Callable[[int], list[_Cell]], groups: int) -> None:
         self._make = make
-        self._most = most
+        self._groups = groups
         self._made = 0
         self._making = threading.Lock()
-        self._free: SimpleQueue[T] = SimpleQueue()
+        self._free: SimpleQueue[_Cell] = SimpleQueue()
 
-    def take(self) -> T:
+    def take(self) -> _Cell:
         """One that nobody has; waits until there is one."""
         with suppress(Empty):
             return self._free.get_nowait()
         with self._making:
-            if self._made < self._most:
-                made = self._make(self._made)
+            if self._made < self._groups:
+                group = self._make(self._made)
                 self._made += 1
-                return made
+                for cell in group[1:]:
+                    self._free.put(cell)
+                return group[0]
         return self._free.get()
 
-    def give(self, thing: T) -> None:
+    def give(self, cell: _Cell) -> None:
         """Takes it back."""
-        self._free.put(thing)
+        self._free.put(cell)
 
     def clear(self) -> None:
         """Lets go of all that are here, and makes no more."""
-        self._most = 0
+        self._groups = 0
         with suppress(Empty):
             while True:
                 self._free.get_nowait()
@@ -98,10 +99,9 @@ class _Pool(Generic[T]):
 class _Cell:
     """Room for one buffer on a GPU."""
 
-    owner: _Share
-    memory: Any  # owns the device memory
+    share: _Share
+    memory: Any  # owns the device memory of its group
     address: int
-    stream: Any  # of its copies
     copied: Any  # an event
 
 
@@ -119,6 +119,7 @@ class _Desk:
 
     gpu: Gpu
     stream: Any
+    copied: Any  # an event
     memory: Any  # owns the device memory; the next three are addresses in it
     table: int
     scratch: int
@@ -126,14 +127,36 @@ class _Desk:
     table_here: Table  # pinned
     out_here: Bytes  # pinned
 
-    def run(self, plan: Schedule, cells: Sequence[_Cell]) -> None:
-        """Carries out a plan once what the cells hold has arrived; then its results are in `out_here`."""
+    @classmethod
+    def on(cls, gpu: Gpu, buffer_size: int) -> _Desk:
+        """One on a GPU. Raises DeviceFailed."""
+        cupy, room = gpu.cupy, _BATCH * buffer_size
+        most = _JOBS + room // PIECE  # the pieces of large tensors come on top of one job for each span
+        words, values = bounds(most, room)
+        sizes = [-(-n // 256) * 256 for n in (8 * words, DIGEST * values, DIGEST * most)]
+        with device_work("allocating buffers"), cupy.cuda.Device(gpu.number):
+            memory = gpu.room(sum(sizes))
+            table, scratch, out = (memory.ptr + sum(sizes[:i]) for i in range(3))
+            return cls(
+                gpu=gpu,
+                stream=cupy.cuda.Stream(non_blocking=True),
+                copied=cupy.cuda.Event(disable_timing=True),
+                memory=memory,
+                table=table,
+                scratch=scratch,
+                out=out,
+                table_here=pinned(cupy, 8 * words).view(np.uint64),
+                out_here=pinned(cupy, DIGEST * most),
+            )
+
+    def run(self, plan: Schedule, copying: Any) -> None:
+        """Carries out a plan once all that `copying` was given has arrived; then its results are in `out_here`."""
         self.table_here[: len(plan.table)] = plan.table
         runtime, queue = self.gpu.cupy.cuda.runtime, self.stream.ptr
-        with self.gpu.cupy.cuda.Device(self.gpu.number), self.stream:
+        with device_work("hashing"), self.gpu.cupy.cuda.Device(self.gpu.number), self.stream:
             try:
-                for cell in cells:
-                    self.stream.wait_event(cell.copied)
+                self.copied.record(copying)
+                self.stream.wait_event(self.copied)
                 here = self.table_here.ctypes.data
                 runtime.memcpyAsync(self.table, here, plan.table.nbytes, runtime.memcpyHostToDevice, queue)
                 self.gpu.launch(plan, self.table, self.scratch, self.out)
@@ -143,28 +166,44 @@ class _Desk:
                 self.stream.synchronize()  # also after a failure: the memory must outlive the work on it
 
 
-@dataclass(eq=False)
 class _Share:
-    """What one GPU does of a stream: the parts that it was given and that are not hashed yet."""
+    """What one GPU does of a stream: a queue of copies, the parts that are not hashed yet, and a thread that hashes."""
 
-    gpu: Gpu
-    desks: _Pool[_Desk]
-    parts: list[_Part] = field(default_factory=list)
-    spans: int = 0
+    def __init__(self, gpu: Gpu, buffer_size: int) -> None:
+        self.gpu = gpu
+        with device_work("preparing a queue"), gpu.cupy.cuda.Device(gpu.number):
+            self.copying = gpu.cupy.cuda.Stream(non_blocking=True)
+        self.hashing = ThreadPoolExecutor(1, thread_name_prefix="tierewrite-hash")
+        self._buffer_size = buffer_size
+        self._parts: list[_Part] = []
+        self._spans = 0
+
+    @cached_property
+    def desk(self) -> _Desk:
+        """For the thread that hashes. Raises DeviceFailed."""
+        return _Desk.on(self.gpu, self._buffer_size)
 
     def add(self, part: _Part) -> list[_Part]:
         """One more; the parts that came before it, if they are a batch."""
         full: list[_Part] = []
-        if len(self.parts) == _BATCH or self.spans + len(part.spans) > _JOBS:
+        if len(self._parts) == _BATCH or self._spans + len(part.spans) > _JOBS:
             full = self.rest()
-        self.parts.append(part)
-        self.spans += len(part.spans)
+        self._parts.append(part)
+        self._spans += len(part.spans)
         return full
 
     def rest(self) -> list[_Part]:
         """All parts; then there are none."""
-        parts, self.parts, self.spans = self.parts, [], 0
+        parts, self._parts, self._spans = self._parts, [], 0
         return parts
+
+    def close(self) -> None:
+        """Waits for all that is under way, and lets go of what it has."""
+        self.hashing.shutdown()
+        with suppress(Exception):  # a dead device's memory is gone either way
+            self.copying.synchronize()  # the memory must outlive the work on it
+        self.rest()
+        self.__dict__.pop("desk", None)
 
 
 class Copied:
@@ -172,6 +211,10 @@ class Copied:
 
     def __init__(self, events: list[Any]) -> None:
         self._events = events
+
+    def done(self) -> bool:
+        """See `Ticket`."""
+        return all(event.done for event in self._events)
 
     def wait(self) -> None:
         """See `Ticket`."""
@@ -183,56 +226,35 @@ class Copied:
 class CudaStream:
     """Digests of tensors that arrive buffer by buffer; see `tierewrite.digest.Stream`.
 
-    Each buffer is copied at once, to a cell of its own. Whoever finds that a batch is full hashes it, while the others
-    go on. Of a buffer only what must be is done when it arrives: with eight threads the interpreter's lock takes longer
-    to get back than most calls take.
+    Each buffer is copied at once, to a cell of its own; of each GPU a thread of the stream's hashes many together.
+    Whoever hands over a buffer so does little: while many threads ask for the interpreter's lock, each call after
+    which one has to get it back costs more than the call.
     """
 
     def __init__(self, gpus: Sequence[Gpu], buffer_size: int) -> None:
         if buffer_size < PIECE:
             raise ValueError(f"a buffer of {buffer_size} bytes is too small: at least {PIECE} are needed")
         self.buffer_size = buffer_size
-        self._runtime = gpus[0].cupy.cuda.runtime
         self._ledger = Ledger()
         self._digests: dict[int, bytes] = {}
         self._leaves: dict[int, npt.NDArray[np.uint32]] = {}  # tensor -> chaining values of its pieces
         self._gathering = threading.Lock()  # held by who adds to a batch
         self._filing = threading.Lock()  # held by who enters results
-        self._shares = [_Share(gpu, _Pool(partial(self._desk, gpu), _DESKS)) for gpu in gpus]
-        self._cells = _Pool(self._cell, _CELLS * len(gpus))
-        self._copying: list[Any] = []  # streams
+        self._failure: Exception | None = None  # the first one of hashing
+        self._shares = [_Share(gpu, buffer_size) for gpu in gpus]
+        self._cells = _Cells(self._group, _GROUPS * len(gpus))
 
-    def _cell(self, number: int) -> _Cell:
-        """One on each GPU in turn."""
+    def _group(self, number: int) -> list[_Cell]:
+        """Cells, on each GPU in turn."""
         share = self._shares[number % len(self._shares)]
-        cuda = share.gpu.cupy.cuda
-        with device_work("allocating buffers"), cuda.Device(share.gpu.number):
-            memory = cuda.alloc(self.buffer_size)
-            stream = cuda.Stream(non_blocking=True)
-            self._copying.append(stream)
-            return _Cell(share, memory, memory.ptr, stream, cuda.Event(disable_timing=True))
-
-    def _desk(self, gpu: Gpu, number: int) -> _Desk:
-        cupy, room = gpu.cupy, _BATCH * self.buffer_size
-        most = _JOBS + room // PIECE  # the pieces of large tensors come on top of one job for each span
-        words, values = bounds(most, room)
-        sizes = [-(-n // 256) * 256 for n in (8 * words, DIGEST * values, DIGEST * most)]
-        with device_work("allocating buffers"), cupy.cuda.Device(gpu.number):
-            memory = cupy.cuda.alloc(sum(sizes))
-            table, scratch, out = (memory.ptr + sum(sizes[:i]) for i in range(3))
-            return _Desk(
-                gpu=gpu,
-                stream=cupy.cuda.Stream(non_blocking=True),
-                memory=memory,
-                table=table,
-                scratch=scratch,
-                out=out,
-                table_here=pinned(cupy, 8 * words).view(np.uint64),
-                out_here=pinned(cupy, DIGEST * most),
-            )
+        gpu, size = share.gpu, self.buffer_size
+        with device_work("allocating buffers"), gpu.cupy.cuda.Device(gpu.number):
+            memory = gpu.room(_GROUP * size)
+            events = [gpu.cupy.cuda.Event(disable_timing=True) for _ in range(_GROUP)]
+            return [_Cell(share, memory, memory.ptr + i * size, event) for i, event in enumerate(events)]
 
     def update(self, buffer: Bytes, spans: Sequence[Row] | Columns) -> Copied:
-        """See `Stream`. A broken rule may be found later only, when the batch is hashed or at the end."""
+        """See `Stream`. A rule that was broken may be told by a later call only, or at the end."""
         view = host_bytes(buffer)
         if len(view) > self.buffer_size:
             raise ValueError(f"a buffer of {len(view)} bytes: this stream takes up to {self.buffer_size}")
@@ -240,39 +262,50 @@ class CudaStream:
         return Copied([self._copy(view, columns[at : at + _JOBS]) for at in range(0, len(columns), _JOBS)])
 
     def _copy(self, view: Bytes, spans: Columns) -> Any:
-        """Puts a copy in line, and hashes a batch if one is full; the event returned marks the copy's end."""
+        """Puts a copy in line, and a batch that is full; the event returned marks the copy's end."""
+        self._raise_failure()
         cell = self._cells.take()
-        # a copy may be put into the stream of another device than the current one, an event may not (CUDA programming
-        # guide, "Stream and event behavior"): it is made with its device current, and recorded wherever
-        with device_work("copying"):
-            if len(view):
-                to_device = self._runtime.memcpyHostToDevice
-                self._runtime.memcpyAsync(cell.address, view.ctypes.data, len(view), to_device, cell.stream.ptr)
-            cell.copied.record(cell.stream)
+        share = cell.share
+        try:
+            # an event is made with its device current, and recorded wherever (CUDA programming guide, "Stream and event
+            # behavior")
+            with device_work("copying"):
+                if len(view):
+                    share.gpu.copies.put(cell.address, view.ctypes.data, len(view), share.copying.ptr)
+                cell.copied.record(share.copying)
+        except BaseException:
+            self._cells.give(cell)
+            raise
         with self._gathering:
             self._ledger.enter(spans)
-            full = cell.owner.add(_Part(cell, len(view), spans))
+            full = share.add(_Part(cell, len(view), spans))
         if full:
-            self._hash(cell.owner, full)
+            share.hashing.submit(self._hash, share, full)
         return cell.copied
 
     def _hash(self, share: _Share, batch: Sequence[_Part]) -> None:
-        """Hashes a batch, files the results, and sets what it used free whatever happens."""
-        desk = share.desks.take()
+        """Hashes a batch and files the results; whatever happens, its cells are free again. Never raises."""
         try:
-            counts = [len(part.spans) for part in batch]
-            spans = np.concatenate([part.spans for part in batch])
-            checked(spans, np.repeat([part.size for part in batch], counts))
-            spans[:, 1] += np.repeat([part.cell.address for part in batch], counts)
-            jobs = _Jobs.of(spans)
-            with device_work("hashing"):
-                desk.run(jobs.schedule(), [part.cell for part in batch])
-            with self._filing:
-                self._file(jobs, desk.out_here)
+            if batch and self._failure is None:
+                counts = [len(part.spans) for part in batch]
+                spans = np.concatenate([part.spans for part in batch])
+                checked(spans, np.repeat([part.size for part in batch], counts))
+                spans[:, 1] += np.repeat([part.cell.address for part in batch], counts)
+                jobs = _Jobs.of(spans)
+                desk = share.desk
+                desk.run(jobs.schedule(), share.copying)
+                with self._filing:
+                    self._file(jobs, desk.out_here)
+        except Exception as error:
+            self._failure = self._failure or error
         finally:
-            share.desks.give(desk)
             for part in batch:
                 self._cells.give(part.cell)
+
+    def _raise_failure(self) -> None:
+        """What hashing failed of, in whatever thread asks."""
+        if self._failure is not None:
+            raise self._failure
 
     def _file(self, jobs: _Jobs, out: Bytes) -> None:
         """Enters the results of jobs: digests of whole tensors, chaining values of pieces."""
@@ -289,9 +322,9 @@ class CudaStream:
 
     def finish(self) -> dict[int, bytes]:
         """See `Stream`."""
-        for share in self._shares:
-            if share.parts:
-                self._hash(share, share.rest())
+        for last in [share.hashing.submit(self._hash, share, share.rest()) for share in self._shares]:
+            last.result()
+        self._raise_failure()
         self._ledger.close()
         with self._filing:
             self._digests.update(zip(self._leaves, combine(list(self._leaves.values())), strict=True))
@@ -300,15 +333,16 @@ class CudaStream:
 
     def salvage(self) -> dict[int, bytes]:
         """See `Stream`."""
-        return dict(self._digests)
+        with self._filing:
+            return dict(self._digests)
 
     def close(self) -> None:
         """See `Stream`."""
-        for stream in self._copying:
-            with suppress(Exception):  # a dead device's memory is gone either way
-                stream.synchronize()  # the memory must outlive the work on it
-        self._copying.clear()
+        for share in self._shares:
+            share.close()
         self._cells.clear()
+        for share in self._shares:
+            share.gpu.give_back()
         self._shares.clear()
         self._leaves.clear()
 

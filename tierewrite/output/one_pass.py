@@ -1,7 +1,7 @@
 """Moving bytes: each byte that matters is read once, hashed and written from the same buffer.
 
 Any worker can carry out any task, in any order, with the same result: the work says where every byte goes. Memory is
-bounded by the number of workers times one buffer, whatever the size of the checkpoint.
+bounded by the number of workers, each of which has one buffer at a time, whatever the size of the checkpoint.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 from tierewrite.digest import DeviceFailed, Digester, Stream, select
-from tierewrite.digest.spans import Bytes
+from tierewrite.output.buffers import Buffer, Buffers
 from tierewrite.output.files import PartFiles
 from tierewrite.output.result import BUFFER_BYTES, Result
 from tierewrite.output.work import AnyTask, CopyTask, MadeTask, Task, Work
@@ -120,20 +120,22 @@ class Transfer:
         """One go at `work` on the present digester; the digests that are known are kept, also when it fails."""
         stop = threading.Event()
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="tierewrite")
-        with _Lanes(self.digester) as lanes:
+        with _Lanes(self.digester, self.threads) as lanes:
 
             def one(task: AnyTask) -> None:
                 if stop.is_set():
                     return
-                stream, buffer = lanes.mine()
-                if isinstance(task, MadeTask):
-                    self._make(task, buffer.data, stop)
-                elif isinstance(task, CopyTask):
-                    self._copy(task, buffer.data, stop)
-                elif task.nbytes > BUFFER_BYTES:
-                    self._large(task, buffer, stream, stop)
+                stream, buffers = lanes.now()
+                if not isinstance(task, (MadeTask, CopyTask)) and task.nbytes > BUFFER_BYTES:
+                    self._large(task, buffers, stream, stop)
                 else:
-                    self._batch(task, buffer, stream)
+                    with buffers.one() as buffer:
+                        if isinstance(task, MadeTask):
+                            self._make(task, buffer.array.data, stop)
+                        elif isinstance(task, CopyTask):
+                            self._copy(task, buffer.array.data, stop)
+                        else:
+                            self._batch(task, buffer, stream)
                 if not stop.is_set():
                     self._completed(task)
 
@@ -153,27 +155,26 @@ class Transfer:
                 stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
 
-    def _batch(self, task: Task, array: Bytes, stream: Stream) -> None:
+    def _batch(self, task: Task, buffer: Buffer, stream: Stream) -> None:
         """Tensors that fit into a buffer together: read, hand over for hashing, write meanwhile."""
-        buffer = array.data
+        data = buffer.array.data
         steps = self.work.steps(task)
-        self._sources[task.shard].read_runs(steps.reads, buffer)
-        ticket = stream.update(array[: task.nbytes], steps.hashed) if len(steps.hashed) else None
+        self._sources[task.shard].read_runs(steps.reads, data)
+        if len(steps.hashed):
+            buffer.ticket = stream.update(buffer.array[: task.nbytes], steps.hashed)
         if self.outputs is not None and task not in self._done:
-            if ticket is not None and steps.patched:
-                ticket.wait()  # the buffer is about to be changed
+            if steps.patched:
+                buffer.wait()
             for name, content, start, end in steps.patched:
                 maker = Maker(content)
-                maker.fill(buffer[start:end])
+                maker.fill(data[start:end])
                 self._result.made[name] = maker.made()
             for out, start, end, position in steps.writes:
-                self.outputs.write(out, buffer[start:end], position)
-        if ticket is not None:
-            ticket.wait()
+                self.outputs.write(out, data[start:end], position)
         self.advance(task.nbytes)
 
-    def _large(self, task: Task, array: Bytes, stream: Stream, stop: threading.Event) -> None:
-        """One tensor larger than the buffer, piece by piece."""
+    def _large(self, task: Task, buffers: Buffers, stream: Stream, stop: threading.Event) -> None:
+        """One tensor larger than a buffer, piece by piece."""
         row, start, end, hashed, out, place = (column[task.first].item() for column in self.work.columns)
         writes = self.outputs is not None and out >= 0 and task not in self._done
         name, content = self.work.patch(row) or ("", COPY)
@@ -183,17 +184,16 @@ class Transfer:
             if stop.is_set():
                 return
             length = min(BUFFER_BYTES, total - position)
-            piece = array.data[:length]
-            self._sources[task.shard].read_runs([(start + position, start + position + length)], piece)
-            ticket = stream.update(array[:length], [(row, 0, length, total, position)]) if hashed else None
-            if maker is not None:
-                if ticket is not None:
-                    ticket.wait()  # the buffer is about to be changed
-                maker.fill(piece)
-            if writes and self.outputs is not None:
-                self.outputs.write(out, piece, place + position)
-            if ticket is not None:
-                ticket.wait()
+            with buffers.one() as buffer:
+                piece = buffer.array.data[:length]
+                self._sources[task.shard].read_runs([(start + position, start + position + length)], piece)
+                if hashed:
+                    buffer.ticket = stream.update(buffer.array[:length], [(row, 0, length, total, position)])
+                if maker is not None:
+                    buffer.wait()
+                    maker.fill(piece)
+                if writes and self.outputs is not None:
+                    self.outputs.write(out, piece, place + position)
             self.advance(length)
         if maker is not None:
             self._result.made[name] = maker.made()
@@ -235,32 +235,28 @@ class Transfer:
 
 
 class _Lanes:
-    """The streams of one pass, one for each digester that came to work, and a buffer for each thread."""
+    """The streams of one pass, one for each digester that came to work, and the buffers that go through each."""
 
-    def __init__(self, digester: Callable[[], Digester]) -> None:
+    def __init__(self, digester: Callable[[], Digester], workers: int) -> None:
         self._digester = digester
-        self._streams: dict[Digester, Stream] = {}
-        self._local = threading.local()
+        self._workers = workers
+        self._lanes: dict[Digester, tuple[Stream, Buffers]] = {}
         self._lock = threading.Lock()
 
-    def mine(self) -> tuple[Stream, Bytes]:
-        """The stream that takes the next task, and this thread's buffer for it. Raises DeviceFailed."""
+    def now(self) -> tuple[Stream, Buffers]:
+        """The stream that takes the next task, and the buffers for it. Raises DeviceFailed."""
         digester = self._digester()
-        if getattr(self._local, "digester", None) is not digester:
-            with self._lock:
-                stream = self._streams.get(digester)
-                if stream is None:
-                    stream = self._streams[digester] = digester.stream(BUFFER_BYTES)
-            self._local.buffer = digester.host_buffer(BUFFER_BYTES)
-            self._local.stream, self._local.digester = stream, digester
-        return self._local.stream, self._local.buffer
+        with self._lock:
+            if digester not in self._lanes:
+                self._lanes[digester] = digester.stream(BUFFER_BYTES), Buffers(digester, self._workers)
+            return self._lanes[digester]
 
     def streams(self) -> list[Stream]:
-        return list(self._streams.values())
+        return [stream for stream, _ in self._lanes.values()]
 
     def __enter__(self) -> _Lanes:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for stream in self._streams.values():
+        for stream in self.streams():
             stream.close()
