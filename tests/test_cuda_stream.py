@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import threading
 import time
 import types
@@ -22,6 +23,7 @@ from blake3 import blake3
 
 from tests.test_digest import subtree
 from tierewrite.digest import DeviceFailed, Span, cuda_stream
+from tierewrite.digest.cuda_driver import Copies
 from tierewrite.digest.cuda_stream import CudaStream
 from tierewrite.digest.schedule import Schedule
 
@@ -235,3 +237,78 @@ def test_pieces_and_whole_tensors_are_hashed_together(monkeypatch: pytest.Monkey
         stream.update(rest, spans).wait()
         found = stream.finish()
     assert found == {7: blake3(data).digest(), 8: blake3(data[:100]).digest()}
+
+
+class Driver:
+    """The CUDA driver's functions that `Copies` calls: a thread has a stack of contexts, a copy needs the device's."""
+
+    def __init__(self, name: str) -> None:
+        assert name == "libcuda.so.1"
+        self.local = threading.local()
+        self.fails: list[int] = []
+        self.copied: list[tuple[int, int, int, int]] = []
+        for function in (self.device_get, self.retain, self.push, self.pop, self.copy, self.text):
+            setattr(
+                self, DRIVER_NAMES[function.__name__], functools.partial(function)
+            )  # takes attributes, as ctypes' do
+
+    def stack(self) -> list[int]:
+        self.local.stack = getattr(self.local, "stack", [])
+        return self.local.stack  # type: ignore[no-any-return]
+
+    def device_get(self, handle: Any, number: int) -> int:
+        handle.value = 70 + number
+        return 0
+
+    def retain(self, context: Any, handle: Any) -> int:
+        context.value = 1000 + handle.value
+        return 0
+
+    def push(self, context: Any) -> int:
+        self.stack().append(context.value)
+        return 0
+
+    def pop(self, context: Any) -> int:
+        context.value = self.stack().pop()
+        return 0
+
+    def copy(self, target: int, source: int, nbytes: int, stream: int) -> int:
+        if self.fails:
+            return self.fails.pop()
+        if not self.stack() or self.stack()[-1] != 1071:
+            return 201
+        self.copied.append((target, source, nbytes, stream))
+        return 0
+
+    def text(self, result: int, text: Any) -> int:
+        text.value = {700: b"an illegal memory access was encountered", 201: b"invalid device context"}.get(result)
+        return 0
+
+
+DRIVER_NAMES = {
+    "device_get": "cuDeviceGet",
+    "retain": "cuDevicePrimaryCtxRetain",
+    "push": "cuCtxPushCurrent_v2",
+    "pop": "cuCtxPopCurrent_v2",
+    "copy": "cuMemcpyHtoDAsync_v2",
+    "text": "cuGetErrorString",
+}
+
+
+def test_a_copy_is_put_in_the_devices_context_and_the_threads_own_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    drivers: list[Driver] = []
+    monkeypatch.setattr(ctypes, "PyDLL", lambda name: drivers.append(Driver(name)) or drivers[-1])  # type: ignore[func-returns-value]
+    copies = Copies(1)
+    (driver,) = drivers
+    with ThreadPoolExecutor(1) as pool:  # a thread without a context
+        pool.submit(copies.put, 1, 2, 3, 4).result()
+        assert pool.submit(driver.stack).result() == []
+    driver.stack().append(5)  # a thread that works with another device
+    copies.put(5, 6, 7, 8)
+    assert driver.copied == [(1, 2, 3, 4), (5, 6, 7, 8)]
+    driver.fails = [12, 700]
+    with pytest.raises(RuntimeError, match=r"^CUDA error 700: an illegal memory access was encountered$"):
+        copies.put(1, 2, 3, 4)
+    with pytest.raises(RuntimeError, match=r"^CUDA error 12: it has no text$"):
+        copies.put(1, 2, 3, 4)
+    assert driver.stack() == [5]

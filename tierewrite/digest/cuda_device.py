@@ -87,7 +87,7 @@ class Gpu:
             self._parents = module.get_function("parents")
             properties = cupy.cuda.runtime.getDeviceProperties(number)
             self.name = properties["name"].decode()
-            self.copies = Copies()
+            self.copies = Copies(number)
             self._pool = cupy.cuda.MemoryPool()  # CuPy's own would keep what we gave back
             self._self_test()
 
