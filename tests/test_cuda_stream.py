@@ -15,13 +15,17 @@ import types
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from blake3 import blake3
 
+import tierewrite
+from tests.checkpoints import digests, right_answer
 from tests.test_digest import subtree
+from tierewrite import digest
 from tierewrite.digest import DeviceFailed, Span, cuda_stream
 from tierewrite.digest.cuda_driver import Copies
 from tierewrite.digest.cuda_stream import CudaStream
@@ -237,6 +241,52 @@ def test_pieces_and_whole_tensors_are_hashed_together(monkeypatch: pytest.Monkey
         stream.update(rest, spans).wait()
         found = stream.finish()
     assert found == {7: blake3(data).digest(), 8: blake3(data[:100]).digest()}
+
+
+class NumpyDigester:
+    """`CudaDigester` with such a device."""
+
+    device = "cuda"
+    description = "a GPU of NumPy"
+
+    def __init__(self, gpu: NumpyGpu) -> None:
+        self.gpu = gpu
+
+    def host_buffer(self, nbytes: int) -> Any:
+        return np.zeros(nbytes, np.uint8)
+
+    def stream(self, buffer_size: int) -> CudaStream:
+        return CudaStream([self.gpu], buffer_size)  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("what", "at"), [("nothing", 0), *((what, at) for what in ("copy", "launch") for at in (1, 2, 5))]
+)
+@pytest.mark.parametrize("case", ["dg_nvfp4_sharded", "dg_bf16", "qwen3_torchao_head"])
+def test_a_rewrite_goes_through_the_stream_and_on_without_it(
+    case: str, what: str, at: int, naive: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, lock = {"copy": 0, "launch": 0}, threading.Lock()
+
+    def called(which: str) -> None:
+        with lock:
+            calls[which] += 1
+            if what == which and calls[which] >= at:
+                raise RuntimeError("cudaErrorLaunchFailure")
+
+    gpu = NumpyGpu(functools.partial(called, "copy"), functools.partial(called, "launch"))
+    select = digest.select
+    choose = lambda device, **more: NumpyDigester(gpu) if device == "cuda" else select(device, **more)  # noqa: E731
+    monkeypatch.setattr(digest, "select", choose)
+    monkeypatch.setattr(cuda_stream, "_BATCH", 2)
+    for module in ("buffers", "one_pass", "work"):
+        monkeypatch.setattr(f"tierewrite.output.{module}.BUFFER_BYTES", MIB)
+    monkeypatch.setattr("tierewrite.output.work._TENSORS_PER_TASK", 8)
+    report = tierewrite.rewrite(naive(case), tmp_path / "out", device="cuda", threads=4)
+    assert digests(tmp_path / "out") == right_answer(case)
+    failed = what != "nothing" and calls[what] >= at
+    assert report.device == ("CPU" if failed else "a GPU of NumPy")
+    assert calls["launch"] > 0 or failed
 
 
 class Driver:
