@@ -173,7 +173,10 @@ class Gpu:
     def _self_test(self) -> None:
         lengths = np.array([0, 1, 64, 1025, 5000, CHUNK * FAN + 1], np.uint64)
         data = (np.arange(int(lengths.max()) + 3, dtype=np.uint32) * 2654435761 >> 13).astype(np.uint8)
-        there = self.cupy.asarray(data)
+        here = pinned(self.cupy, len(data))  # copied as a stream's buffers are
+        here[:] = data
+        there = self.cupy.empty(len(data), np.uint8)
+        self.copies.put(there.data.ptr, here.ctypes.data, len(data), self.cupy.cuda.get_current_stream().ptr)
         starts = np.arange(len(lengths), dtype=np.uint64) % np.uint64(4)
         found = self.digests(starts + np.uint64(there.data.ptr), lengths)
         for start, length, digest in zip(starts.tolist(), lengths.tolist(), found, strict=True):
