@@ -292,6 +292,18 @@ def test_facts_are_read_by_their_names_and_paths_become_what_users_call_them() -
     assert dict(found.keys_together()) == {"p": ("a", "b")}
 
 
+def test_paths_that_are_no_ascii_or_no_text_become_what_users_call_them_too() -> None:
+    for path in ("/tmp/mod\u00e8le", '/tmp/a"b', os.fsdecode(b"/tmp/\xff")):
+        facts = {
+            "schema": LOADED_SCHEMA,
+            "consumer": "vllm",
+            "version": "1",
+            "outcome": "refused",
+            "reason": f"in {path}",
+        }
+        assert read([json.dumps(facts).encode()], {path: "out"})[0].reason == "in out"
+
+
 def test_kv_scales_of_which_one_half_or_none_is_filled() -> None:
     def unset(name: str) -> Unfilled:
         return Unfilled(name, (), 1, 1, "default")

@@ -7,6 +7,7 @@ consumer's, names of keys the checkpoint's.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -220,7 +221,7 @@ def read(lines: Iterable[bytes], names: Mapping[str, str]) -> list[DryLoad]:
     for line in lines:
         text = line.decode("utf-8")
         for path, name in names.items():
-            text = text.replace(msgspec.json.encode(path).decode()[1:-1], msgspec.json.encode(name).decode()[1:-1])
+            text = text.replace(json.dumps(path)[1:-1], json.dumps(name)[1:-1])  # as the script writes them
         try:
             one = decoder.decode(text)
         except msgspec.MsgspecError as e:
