@@ -404,6 +404,22 @@ def test_a_cache_that_cannot_be_is_no_error(where: str, tmp_path: Path, monkeypa
     assert resolve(QWEN) == resolve(QWEN)
 
 
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="only root mounts, and only on Linux")
+def test_an_answer_on_a_read_only_file_system_is_taken(cache: Path) -> None:
+    """A cache that a container is given, say: nothing can be noted there, not even that a file was used."""
+    first = resolve(QWEN)
+    steps = (["--bind", str(cache), str(cache)], ["-o", "remount,bind,ro", str(cache)])
+    if subprocess.run(["mount", *steps[0]], capture_output=True, check=False).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        subprocess.run(["mount", *steps[1]], capture_output=True, check=True)
+        again = resolve(QWEN)
+    finally:
+        subprocess.run(["umount", str(cache)], check=True)
+    assert again.remembered
+    assert again == first
+
+
 # --- the files
 
 
@@ -421,6 +437,21 @@ def test_kept_files_are_bounded_and_the_one_used_longest_ago_goes_first(tmp_path
     few.keep("e", b"e")
     assert [bool(few.read(name)) for name in "acde"].count(True) == 2
     assert few.read("e") == b"e"
+
+
+def test_files_of_a_time_when_the_clock_was_wrong_go_first(tmp_path: Path) -> None:
+    kept = KeptFiles(tmp_path / "kept", 3, 200, 1000)
+    for name in "abc":
+        kept.keep(name, name.encode())
+        os.utime(kept.path(name), ns=(2**62, 2**62))
+    (kept.folder / "b.part").touch()
+    os.utime(kept.folder / "b.part", ns=(2**62, 2**62))
+    (kept.folder / "gone.part").touch()
+    os.utime(kept.folder / "gone.part", ns=(2**62, 2**62))
+    kept.keep("d", b"d")
+    kept.keep("e", b"e")
+    assert (kept.read("d"), kept.read("e")) == (b"d", b"e")
+    assert not (kept.folder / "gone.part").exists()
 
 
 def test_the_unfinished_file_of_a_writer_that_was_killed_goes(tmp_path: Path) -> None:

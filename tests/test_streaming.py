@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
+import shutil
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterable
@@ -365,6 +367,33 @@ def test_a_canonical_checkpoint_has_nothing_to_hash(naive: Naive, tmp_path: Path
     stream = tierewrite.stream(tmp_path / "out")
     assert stream.hashed_bytes == 0
     assert {name: as_stored(tensor) for name, tensor in stream} == read_tensors(tmp_path / "out")
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_source_whose_path_is_no_text_is_remembered_too(
+    naive: Naive, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TIEREWRITE_CACHE", str(tmp_path / "cache"))
+    try:
+        folder = shutil.copytree(naive("qwen3_tied_bf16"), tmp_path / os.fsdecode(b"\xff"))
+    except OSError:
+        pytest.skip("file names here are text")
+    assert tierewrite.stream(folder, remember=True).hashed_bytes > 0
+    assert tierewrite.stream(folder, remember=True).hashed_bytes == 0
+
+
+@pytest.mark.usefixtures("settled")
+def test_the_lock_of_a_folder_that_others_can_write_to_is_not_waited_for(naive: Naive, tmp_path: Path) -> None:
+    source = open_checkpoint(naive("qwen3_tied_bf16"))
+    keys = list(source.tensors)[:1]
+    tmp_path.chmod(0o777)
+    with (tmp_path / f"{identity_of(source)}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting = Counting()
+        thread = threading.Thread(target=lambda: Digests(waiting, tmp_path).hash(source, keys, ""), daemon=True)
+        thread.start()
+        thread.join(60)
+        assert waiting.asked == keys
 
 
 @pytest.mark.usefixtures("settled")

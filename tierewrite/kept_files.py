@@ -21,8 +21,10 @@ from blake3 import blake3
 
 log = logging.getLogger(__name__)
 
-_ABANDONED_SECONDS = 3600
+_ABANDONED_NS = 3600 * 10**9
 """So old is the unfinished file of a writer that was killed, or the lock of what was not kept in the end."""
+_AHEAD_NS = 3600 * 10**9
+"""A time so far ahead is of a clock that was wrong: such files go first, or they would stay and all new ones go."""
 
 
 def cache_folder(kind: str) -> Path | None:
@@ -59,7 +61,7 @@ class KeptFiles:
     def read(self, name: str) -> bytes:
         """What is kept under `name`; empty where there is nothing that can be trusted."""
         try:
-            with self._own_folder() as folder:
+            with self.own_folder() as folder:
                 data = self._trusted(name, folder)
         except OSError:
             return b""
@@ -80,7 +82,7 @@ class KeptFiles:
             return
         try:
             self.make_folder()
-            with self._own_folder():
+            with self.own_folder():
                 pass
             fd, part = tempfile.mkstemp(dir=self.folder, prefix=".", suffix=".part")
             try:
@@ -99,7 +101,7 @@ class KeptFiles:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     @contextlib.contextmanager
-    def _own_folder(self) -> Iterator[int]:
+    def own_folder(self) -> Iterator[int]:
         """The folder, opened. Raises OSError: there is none, or others can write to it."""
         fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -119,7 +121,8 @@ class KeptFiles:
             if not (stat.S_ISREG(status.st_mode) and _is_ours(status) and status.st_size <= self.most_bytes):
                 self.ignored(name, f"it is no file of at most {self.most_bytes:,} bytes that only this user can write")
                 return b""
-            os.utime(fd)  # used now: others go first
+            with contextlib.suppress(OSError):  # as on a read-only file system, where nothing goes
+                os.utime(fd)  # used now: others go first
             with open(fd, "rb", closefd=False) as file:
                 return file.read(self.most_bytes)
         finally:
@@ -128,14 +131,16 @@ class KeptFiles:
     def _forget(self) -> None:
         """Leaves the files that were used last, as many as are kept."""
         found: list[tuple[int, int, Path]] = []
+        now = time.time_ns()
         for path in self.folder.iterdir():
             with contextlib.suppress(FileNotFoundError):  # another process forgot it
                 status = path.stat(follow_symlinks=False)
+                used = status.st_mtime_ns if status.st_mtime_ns < now + _AHEAD_NS else 0
                 if path.suffix == ".json":
-                    found.append((status.st_mtime_ns, status.st_size, path))
+                    found.append((used, status.st_size, path))
                 elif (
                     path.suffix in (".part", ".lock")
-                    and status.st_mtime < time.time() - _ABANDONED_SECONDS
+                    and used < now - _ABANDONED_NS
                     and not path.with_suffix(".json").exists()
                 ):
                     path.unlink()

@@ -56,7 +56,7 @@ def identity_of(source: Checkpoint) -> str:
             shard.version,
             shard.data_start,
         )
-        hasher.update(msgspec.json.encode(row) + b"\n")
+        hasher.update(repr(row).encode() + b"\n")  # a path need not be text: repr escapes what is none
     return hasher.hexdigest()
 
 
@@ -110,9 +110,9 @@ def _locked(files: KeptFiles, name: str) -> Iterator[None]:
     fd = -1
     try:
         files.make_folder()
-        fd = os.open(
-            files.path(name).with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
-        )
+        with files.own_folder() as folder:  # in another's, whoever can write there could hold the lock for ever
+            lock = files.path(name).with_suffix(".lock").name
+            fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=folder)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
