@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +28,36 @@ def test_size_beyond_64_bits_is_no_limit(size: Any) -> None:
     case = FIXTURES / "dg_nvfp4_sharded" / "naive"
     (shard,) = tierewrite.plan(case, max_shard_size=size).shards
     assert shard.names == tierewrite.plan(case, max_shard_size="1GB").shards[0].names
+
+
+@pytest.mark.parametrize(
+    ("package", "fault"),
+    [
+        ("torch", "OSError('libcudart.so.12: cannot open shared object file')"),
+        ("torch", "ImportError('version GLIBCXX_3.4.32 not found')"),
+        ("transformers", "ImportError('huggingface-hub>=1.0 is required')"),
+        ("transformers", "RuntimeError('of another time')"),
+    ],
+)
+@pytest.mark.parametrize("command", [("plan",), ("check", "--for", "transformers")])
+def test_a_broken_installation_is_neither_an_internal_error_nor_the_fault_of_a_checkpoint(
+    command: tuple[str, ...], package: str, fault: str, tmp_path: Path
+) -> None:
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text(f"raise {fault}\n")
+    root = Path(tierewrite.__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-m", "tierewrite", *command, str(SRC)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 5, done
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert f"cannot be imported here: {fault.partition('(')[0]}: " in done.stderr
+    assert "--ties FILE" in done.stderr
 
 
 @pytest.mark.parametrize("threads", [0, -1, 1.5, True, "2"])

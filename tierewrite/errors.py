@@ -35,8 +35,8 @@ EXIT_CODES: dict[int, str] = {
     EXIT_USAGE: "wrong usage: DST not empty, SRC and DST overlap, a broken, cyclic or idle --ties file",
     EXIT_REFUSED: "refused: a declared tie was not confirmed, or a tied module has an unknown companion",
     EXIT_SOURCE: "something is wrong in SRC: headers, index, configs, model class, remote code, file kinds",
-    EXIT_SYSTEM: "the system failed: disk full, no permission, I/O error, no thread starts, SRC changed underfoot, or "
-    "standard output did not take the result",
+    EXIT_SYSTEM: "the system failed: disk full, no permission, I/O error, no thread starts, torch or transformers "
+    "cannot be imported, SRC changed underfoot, or standard output did not take the result",
     EXIT_FINDINGS: "verify or check found something wrong (an unreadable DST too), or one of a batch failed",
     EXIT_SIGHUP: "the terminal was closed (SIGHUP, unless it is ignored, as nohup has it)",
     EXIT_SIGINT: "interrupted (SIGINT)",

@@ -19,7 +19,7 @@ from tierewrite.consumers.backbone import Backbone, BackboneTable
 from tierewrite.consumers.folder import Folder
 from tierewrite.consumers.loaded import DryLoad
 from tierewrite.consumers.parts import parts_missing, projections
-from tierewrite.errors import TierewriteError
+from tierewrite.errors import SystemFailure, TierewriteError
 from tierewrite.formats.experts import split_expert
 from tierewrite.numbers.float8 import float8_values
 from tierewrite.source.bytes import open_source, read_tensors
@@ -91,7 +91,7 @@ class Subject:
                 trust_remote_code=trust_remote_code,
             )
         except TierewriteError as e:
-            if ties is not None:
+            if ties is not None or isinstance(e, SystemFailure):  # this machine's fault is no finding
                 raise
             self.ties, self.class_problem = None, str(e)
         if self.ties is not None and self.ties.instead_of:

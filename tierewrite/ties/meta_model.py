@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tierewrite.errors import Interrupted, shown
+from tierewrite.errors import Interrupted, SystemFailure, shown
 from tierewrite.ties.flags import flag_places
 from tierewrite.ties.patterns import safe_pattern
 from tierewrite.ties.renames import Renames
@@ -49,6 +49,19 @@ def in_one_line(exc: BaseException) -> str:
     return shown(f"{type(exc).__name__}: {text}" if text else type(exc).__name__)
 
 
+@contextlib.contextmanager
+def _importing() -> Iterator[None]:
+    """What fails inside is the installation of torch and transformers: no fault of a checkpoint, and no bug here."""
+    try:
+        yield
+    except BaseException as exc:  # a library that was built for another system raises much else than ImportError
+        stop_if_fatal(exc)
+        raise SystemFailure(
+            f"torch and transformers, which know what is tied, cannot be imported here: {in_one_line(exc)}; repair "
+            "their installation, or say what is tied with --ties FILE"
+        ) from exc
+
+
 class _Collector(logging.Handler):
     """Takes transformers' log records and keeps none."""
 
@@ -58,10 +71,15 @@ class _Collector(logging.Handler):
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing that transformers, torch or remote code says reaches the user; loggers are as before afterwards."""
-    import transformers  # configures its logger on import
+    """Nothing that transformers, torch or remote code says reaches the user; loggers are as before afterwards.
 
-    _ = transformers
+    Raises:
+        SystemFailure: torch or transformers cannot be imported.
+    """
+    with _importing():
+        import transformers  # configures its logger on import
+
+        _ = transformers
     saved = []
     for name in ("transformers", "huggingface_hub", "torch", "transformers_modules"):
         logger = logging.getLogger(name)
@@ -71,6 +89,11 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
+            with _importing():
+                import torch
+                from transformers import PreTrainedModel
+
+                _ = torch, PreTrainedModel
             yield
     finally:
         for logger, handlers, propagate in saved:

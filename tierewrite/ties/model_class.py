@@ -63,7 +63,7 @@ def from_class(root: Path, config: dict[str, Any], trust_remote_code: bool, keys
 
     Raises:
         ConfigError: config.json is malformed, or its class is unknown, cannot be built, or is remote code, and no class
-            of its model_type takes the keys.
+            of its model_type takes the keys. SystemFailure: torch or transformers cannot be imported.
     """
     asked = partial(_asked_now, root, config, trust_remote_code, keys)
     entry = class_memory.entry_of(config, keys, trust_remote_code)
