@@ -609,6 +609,31 @@ def test_remote_code_that_fails_is_the_sources_fault(tmp_path: Path, code: str) 
         resolve(config, tmp_path, trust_remote_code=True)
 
 
+NO_MODELS = {
+    "a class": "class OddModel: pass",
+    "a module of torch's": "class OddModel(torch.nn.Module): pass",
+    "a function": "OddModel = lambda config: None",
+    "a number": "OddModel = 3",
+}
+
+
+@pytest.mark.usefixtures("own_modules")
+@pytest.mark.parametrize("code", NO_MODELS.values(), ids=NO_MODELS)
+def test_remote_code_that_is_no_model_of_transformers_cannot_be_asked(tmp_path: Path, code: str) -> None:
+    config = remote(tmp_path, "{}")
+    with (tmp_path / "modeling_odd.py").open("a") as file:
+        file.write(f"\n{code}\n")
+    with pytest.raises(ConfigError, match=r"OddModel is no class of a transformers model.*ties=FILE"):
+        resolve(config, tmp_path, trust_remote_code=True)
+
+
+@pytest.mark.usefixtures("own_modules")
+@pytest.mark.parametrize("declared", ["7", "{1: 2}", '{"head.weight": None}', '{b"head.weight": "embed.weight"}'])
+def test_remote_code_whose_ties_are_no_names_is_the_sources_fault(tmp_path: Path, declared: str) -> None:
+    with pytest.raises(ConfigError, match="OddModel"):
+        resolve(remote(tmp_path, declared), tmp_path, trust_remote_code=True)
+
+
 def test_code_beside_a_class_that_transformers_has_is_not_needed() -> None:
     config = {**QWEN, "auto_map": {"AutoModelForCausalLM": "modeling_qwen3.Qwen3ForCausalLM"}}
     assert pairs(resolve(config)) == HEAD

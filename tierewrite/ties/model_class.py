@@ -349,7 +349,9 @@ def _class_level(
     if not getattr(built_config, "tie_word_embeddings", False):
         declared = {}
     plain = isinstance(declared, dict) and all(
-        not is_regex(n) and n.rpartition(".")[2] in ("weight", "bias") for pair in declared.items() for n in pair
+        isinstance(n, str) and not is_regex(n) and n.rpartition(".")[2] in ("weight", "bias")
+        for pair in declared.items()
+        for n in pair
     )
     if not plain:
         raise ConfigError(

@@ -27,7 +27,7 @@ def imported(root: Path, config: Mapping[str, Any], names: Sequence[str], regist
         registered: transformers' config class of the model_type, for code that brings none.
 
     Raises:
-        ConfigError: `auto_map` is malformed, or the code cannot be imported.
+        ConfigError: `auto_map` is malformed, or the code cannot be imported, or it is no model of transformers.
     """
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -51,6 +51,12 @@ def imported(root: Path, config: Mapping[str, Any], names: Sequence[str], regist
             f"remote code {shown(chosen)} cannot be imported: {meta_model.in_one_line(exc)}; {versions(config)}",
             file=file,
         ) from exc
+    if not (isinstance(model_class, type) and hasattr(model_class, "get_expanded_tied_weights_keys")):
+        raise ConfigError(
+            f"remote code {shown(chosen)} is no class of a transformers model (PreTrainedModel), and so cannot be "
+            "asked what is tied; say it with --ties FILE",
+            file=file,
+        )
     if config_class is None:
         config_class = getattr(model_class, "config_class", None)
     if config_class is None or not hasattr(config_class, "from_dict"):
