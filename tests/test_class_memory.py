@@ -420,6 +420,24 @@ def test_an_answer_on_a_read_only_file_system_is_taken(cache: Path) -> None:
     assert again == first
 
 
+@pytest.mark.parametrize("options", [{}, {"verify": True}, {"in_place": True}])
+def test_nothing_is_kept_inside_the_checkpoint(
+    options: dict[str, Any], copied: Naive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container may have its home folder there; the checkpoint would change while it is read."""
+    folder = copied(QWEN)
+    before = sorted(path.name for path in folder.iterdir())
+    (tmp_path / "home").symlink_to(folder)
+    monkeypatch.delenv("TIEREWRITE_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    tierewrite.rewrite(folder, *([] if "in_place" in options else [tmp_path / "out"]), **options)
+    list(tierewrite.stream(folder, remember=True))
+    left = folder.with_name(f"{folder.name}.bak") if "in_place" in options else folder
+    assert sorted(path.name for path in left.iterdir()) == before
+    assert not (folder / ".cache").exists()
+
+
 # --- the files
 
 

@@ -27,15 +27,19 @@ _AHEAD_NS = 3600 * 10**9
 """A time so far ahead is of a clock that was wrong: such files go first, or they would stay and all new ones go."""
 
 
-def cache_folder(kind: str) -> Path | None:
-    """The folder of what `kind` names: below TIEREWRITE_CACHE, else XDG_CACHE_HOME/tierewrite; None: nowhere, if it is
-    empty.
+def cache_folder(kind: str, source: object) -> Path | None:
+    """The folder of what `kind` names: below TIEREWRITE_CACHE, else XDG_CACHE_HOME/tierewrite.
+
+    None: nowhere, where it is empty, or inside `source`, the path of a checkpoint, as where that is a home folder: a
+    checkpoint is not written to, and would change while it is read.
     """
     given = os.environ.get("TIEREWRITE_CACHE")
     if given is None:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         given = os.path.join(home, "tierewrite")
-    return Path(given) / kind if os.path.isabs(given) else None
+    if not os.path.isabs(given) or Path(os.path.realpath(given)).is_relative_to(os.path.realpath(str(source))):
+        return None
+    return Path(given) / kind
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,7 @@ def stream(
         )
         in_files = opened.checkpoint.tensors
         opened = with_needed(opened.under(policy), policy, consumer)
-        hasher = Digests(workers, cache_folder("digests") if remember else None)
+        hasher = Digests(workers, cache_folder("digests", place) if remember else None)
         found = confirmed(opened, policy, hasher)
     if missing := unknown_to_torch(opened.checkpoint.tensors.kinds):
         raise UsageError(f"the installed torch has no dtype for {', '.join(missing)}; update torch", file=src)

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -148,9 +149,13 @@ class Entry:
             self.files.keep(self.key, msgspec.json.encode(kept))
 
 
-def entry_of(config: Mapping[str, Any], keys: Collection[str], trust_remote_code: bool) -> Entry | None:
-    """Where the answer for this config and these names is kept; None where it is not to be remembered."""
-    folder = cache_folder("classes")
+def entry_of(root: Path, config: Mapping[str, Any], keys: Collection[str], trust_remote_code: bool) -> Entry | None:
+    """Where the answer for this config and these names is kept; None where it is not to be remembered.
+
+    Args:
+        root: the checkpoint's folder.
+    """
+    folder = cache_folder("classes", root)
     if folder is None or trust_remote_code or config.get("auto_map") or candidates.registered_here(config):
         return None
     here = installed.digest()

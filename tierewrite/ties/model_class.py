@@ -66,7 +66,7 @@ def from_class(root: Path, config: dict[str, Any], trust_remote_code: bool, keys
             of its model_type takes the keys. SystemFailure: torch or transformers cannot be imported.
     """
     asked = partial(_asked_now, root, config, trust_remote_code, keys)
-    entry = class_memory.entry_of(config, keys, trust_remote_code)
+    entry = class_memory.entry_of(root, config, keys, trust_remote_code)
     return asked() if entry is None else entry.answer(asked)
 
 
