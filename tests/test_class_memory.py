@@ -441,59 +441,78 @@ def test_nothing_is_kept_inside_the_checkpoint(
 # --- the files
 
 
+A, B, C, D, E, F = (letter * 64 for letter in "abcdef")
+"""Names of kept files, as digests are written."""
+
+
 def test_kept_files_are_bounded_and_the_one_used_longest_ago_goes_first(tmp_path: Path) -> None:
     kept = KeptFiles(tmp_path / "kept", 3, 200, 1000)
-    for number, name in enumerate("abc"):
-        kept.keep(name, name.encode())
+    for number, name in enumerate((A, B, C)):
+        kept.keep(name, name[:1].encode())
         os.utime(kept.path(name), ns=(number, number))
-    assert kept.read("a") == b"a"
-    kept.keep("d", b"d")
-    assert [kept.read(name) for name in "abcd"] == [b"a", b"", b"c", b"d"]
-    kept.keep("large", b"." * 200)
-    assert kept.read("large") == b""
+    assert kept.read(A) == b"a"
+    kept.keep(D, b"d")
+    assert [kept.read(name) for name in (A, B, C, D)] == [b"a", b"", b"c", b"d"]
+    kept.keep(F, b"." * 200)
+    assert kept.read(F) == b""
     few = KeptFiles(tmp_path / "kept", 3, 200, 140)
-    few.keep("e", b"e")
-    assert [bool(few.read(name)) for name in "acde"].count(True) == 2
-    assert few.read("e") == b"e"
+    few.keep(E, b"e")
+    assert [bool(few.read(name)) for name in (A, C, D, E)].count(True) == 2
+    assert few.read(E) == b"e"
+
+
+def test_only_what_is_called_as_ours_is_goes(tmp_path: Path) -> None:
+    """A user may name a folder that holds files of theirs, such as one of classes.json."""
+    kept = KeptFiles(tmp_path / "kept", 1, 200, 1000)
+    kept.make_folder()
+    theirs = ["labels.json", "poetry.lock", ".download.part", f"{A[:40]}.json", f"{A}.txt"]
+    for name in theirs:
+        (kept.folder / name).write_text("theirs")
+        os.utime(kept.folder / name, (0, 0))
+    (kept.folder / f"{F}.json").mkdir()
+    for name in (A, B):
+        kept.keep(name, b"ours")
+        os.utime(kept.path(name), (1, 1))
+    kept.keep(C, b"ours")
+    assert {path.name for path in kept.folder.iterdir()} == {*theirs, f"{F}.json", f"{C}.json"}
 
 
 def test_files_of_a_time_when_the_clock_was_wrong_go_first(tmp_path: Path) -> None:
     kept = KeptFiles(tmp_path / "kept", 3, 200, 1000)
-    for name in "abc":
-        kept.keep(name, name.encode())
+    for name in (A, B, C):
+        kept.keep(name, b"old")
         os.utime(kept.path(name), ns=(2**62, 2**62))
-    (kept.folder / "b.part").touch()
-    os.utime(kept.folder / "b.part", ns=(2**62, 2**62))
-    (kept.folder / "gone.part").touch()
-    os.utime(kept.folder / "gone.part", ns=(2**62, 2**62))
-    kept.keep("d", b"d")
-    kept.keep("e", b"e")
-    assert (kept.read("d"), kept.read("e")) == (b"d", b"e")
-    assert not (kept.folder / "gone.part").exists()
+    part = kept.folder / f".{A}.killed.part"
+    part.touch()
+    os.utime(part, ns=(2**62, 2**62))
+    kept.keep(D, b"d")
+    kept.keep(E, b"e")
+    assert (kept.read(D), kept.read(E)) == (b"d", b"e")
+    assert not part.exists()
 
 
 def test_the_unfinished_file_of_a_writer_that_was_killed_goes(tmp_path: Path) -> None:
     kept = KeptFiles(tmp_path / "kept", 3, 200, 1000)
-    kept.keep("a", b"a")
-    old, new = kept.folder / ".old.part", kept.folder / ".new.part"
+    kept.keep(A, b"a")
+    old, new = kept.folder / f".{A}.old.part", kept.folder / f".{A}.new.part"
     for path in (old, new):
         path.write_bytes(b"")
     os.utime(old, (0, 0))
-    kept.keep("b", b"b")
+    kept.keep(B, b"b")
     assert (old.exists(), new.exists()) == (False, True)
 
 
 def test_the_lock_of_what_was_not_kept_in_the_end_goes(tmp_path: Path) -> None:
     """Digests of files that were written a moment ago are not kept, and each such load leaves a lock."""
     kept = KeptFiles(tmp_path / "kept", 3, 200, 1000)
-    kept.keep("a", b"a")
-    for name in ("a.lock", "gone.lock", "somebody's"):
+    kept.keep(A, b"a")
+    for name in (f"{A}.lock", f"{E}.lock", "somebody's"):
         (kept.folder / name).touch()
         os.utime(kept.folder / name, (0, 0))
-    (kept.folder / "new.lock").touch()
-    kept.keep("b", b"b")
+    (kept.folder / f"{F}.lock").touch()
+    kept.keep(B, b"b")
     there = sorted(path.name for path in kept.folder.iterdir())
-    assert there == ["a.json", "a.lock", "b.json", "new.lock", "somebody's"]
+    assert there == [f"{A}.json", f"{A}.lock", f"{B}.json", f"{F}.lock", "somebody's"]
 
 
 def test_several_writers_leave_one_whole_file(tmp_path: Path) -> None:

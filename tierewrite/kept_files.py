@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import stat
 import tempfile
 import time
@@ -25,6 +26,8 @@ _ABANDONED_NS = 3600 * 10**9
 """So old is the unfinished file of a writer that was killed, or the lock of what was not kept in the end."""
 _AHEAD_NS = 3600 * 10**9
 """A time so far ahead is of a clock that was wrong: such files go first, or they would stay and all new ones go."""
+_NAME = re.compile(r"[0-9a-f]{64}\.(?:json|lock)|\.[0-9a-f]{64}\.[^.]+\.part")
+"""What a file is called that may be removed: the folder that a user names may hold files of theirs."""
 
 
 def cache_folder(kind: str, source: object) -> Path | None:
@@ -59,7 +62,7 @@ class KeptFiles:
     all_bytes: int
 
     def path(self, name: str) -> Path:
-        """The file that is kept under `name`."""
+        """The file that is kept under `name`, 64 hexadecimal digits."""
         return self.folder / f"{name}.json"
 
     def read(self, name: str) -> bytes:
@@ -88,7 +91,7 @@ class KeptFiles:
             self.make_folder()
             with self.own_folder():
                 pass
-            fd, part = tempfile.mkstemp(dir=self.folder, prefix=".", suffix=".part")
+            fd, part = tempfile.mkstemp(dir=self.folder, prefix=f".{name}.", suffix=".part")
             try:
                 with open(fd, "wb") as file:
                     file.write(data)
@@ -139,14 +142,12 @@ class KeptFiles:
         for path in self.folder.iterdir():
             with contextlib.suppress(FileNotFoundError):  # another process forgot it
                 status = path.stat(follow_symlinks=False)
+                if not (_NAME.fullmatch(path.name) and stat.S_ISREG(status.st_mode)):
+                    continue
                 used = status.st_mtime_ns if status.st_mtime_ns < now + _AHEAD_NS else 0
                 if path.suffix == ".json":
                     found.append((used, status.st_size, path))
-                elif (
-                    path.suffix in (".part", ".lock")
-                    and used < now - _ABANDONED_NS
-                    and not path.with_suffix(".json").exists()
-                ):
+                elif used < now - _ABANDONED_NS and not path.with_suffix(".json").exists():
                     path.unlink()
         total = 0
         for number, (_, nbytes, path) in enumerate(sorted(found, reverse=True)):
