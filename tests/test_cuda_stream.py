@@ -1,7 +1,7 @@
 """The stream of CUDA GPUs on a device made of NumPy: who copies, who hashes and who waits, without a GPU.
 
-Its memory is the host's, a copy is done when it is asked for, and a launch carries out the schedule. Whether the
-kernels are right is tested on a GPU (test_digest.py).
+Its memory is the host's, a copy is done when it is asked for (or late), and a launch carries out the schedule.
+Whether the kernels are right is tested on a GPU (test_digest.py).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import threading
 import time
 import types
 import weakref
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +31,12 @@ from tierewrite.digest import DeviceFailed, Span, cuda_stream
 from tierewrite.digest.cuda_driver import Copies
 from tierewrite.digest.cuda_stream import CudaStream
 from tierewrite.digest.schedule import Schedule
+from tierewrite.output.buffers import Buffers
+from tierewrite.output.one_pass import Transfer
+from tierewrite.output.work import work_of
+from tierewrite.planning.plan import OutShard, OutTensor
+from tierewrite.source.folder import open_folder
+from tierewrite.values.content import Patch
 
 MIB = 1 << 20
 
@@ -105,6 +112,104 @@ class _Queue:
         pass
 
 
+class LateGpu(NumpyGpu):
+    """One that does everything late: when somebody waits for it, and a part before, as chance has it.
+
+    What changes bytes before their copy, or takes results before they are there, gets wrong digests.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(lambda: None, lambda: None)
+        self.lock = threading.RLock()
+        self.queues: list[_LateQueue] = []
+        self.current = threading.local()
+        self._random = np.random.default_rng(seed)
+        cuda = self.cupy.cuda
+        cuda.Stream = lambda **options: _LateQueue(self)
+        cuda.Event = lambda **options: _LateEvent(self)
+        cuda.runtime.memcpyAsync = lambda target, source, nbytes, kind, stream: self._copy(
+            target, source, nbytes, stream
+        )
+        self.copies.put = self._copy
+
+    def _copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
+        self.queues[stream].put(functools.partial(ctypes.memmove, target, source, nbytes))
+
+    def launch(self, plan: Schedule, table: int, scratch: int, out: int) -> None:
+        self.current.queue.put(functools.partial(super().launch, plan, table, scratch, out))
+
+    def some(self) -> None:
+        """Does some of what waits, in any of the queues."""
+        while self._random.random() < 0.4:
+            if (queue := self.queues[int(self._random.integers(len(self.queues)))]).works:
+                queue.works.popleft()()
+
+
+class _LateQueue:
+    """Work in its order."""
+
+    def __init__(self, gpu: LateGpu) -> None:
+        self.gpu, self.ptr = gpu, len(gpu.queues)
+        self.works: deque[Callable[[], object]] = deque()
+        gpu.queues.append(self)
+
+    def __enter__(self) -> _LateQueue:
+        self.gpu.current.queue = self
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def put(self, work: Callable[[], object]) -> None:
+        with self.gpu.lock:
+            self.works.append(work)
+            self.gpu.some()
+
+    def wait_event(self, event: _LateEvent) -> None:
+        self.put(event.end())
+
+    def synchronize(self) -> None:
+        with self.gpu.lock:
+            while self.works:
+                self.works.popleft()()
+
+
+class _LateEvent:
+    """A place in a queue: that of the last `record`."""
+
+    def __init__(self, gpu: LateGpu) -> None:
+        self.gpu = gpu
+        self._reached = threading.Event()
+        self._reached.set()
+        self._queue: _LateQueue | None = None
+
+    def record(self, queue: _LateQueue) -> None:
+        with self.gpu.lock:
+            self._queue, self._reached = queue, threading.Event()
+            queue.put(self._reached.set)
+
+    @property
+    def done(self) -> bool:
+        with self.gpu.lock:
+            self.gpu.some()
+            return self._reached.is_set()
+
+    def end(self) -> Callable[[], None]:
+        """Gets to that place, also if the event is recorded again meanwhile."""
+        with self.gpu.lock:
+            queue, reached = self._queue, self._reached
+
+        def run() -> None:
+            with self.gpu.lock:
+                while queue is not None and not reached.is_set():
+                    queue.works.popleft()()
+
+        return run
+
+    def synchronize(self) -> None:
+        self.end()()
+
+
 def stream_on(*gpus: NumpyGpu, buffer_size: int = MIB, batch: int = 4, monkeypatch: pytest.MonkeyPatch) -> CudaStream:
     monkeypatch.setattr(cuda_stream, "_BATCH", batch)
     monkeypatch.setattr(cuda_stream, "_GROUP", 4)
@@ -164,6 +269,94 @@ def test_many_threads_give_the_digests_of_every_tensor(seed: int, gpus: int, mon
         assert crew.run() == []
         assert stream.finish() == crew.expected
     assert [device.left for device in devices] == [[0]] * gpus
+
+
+@pytest.mark.parametrize("gpus", [1, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_bytes_are_copied_late_and_results_come_late(seed: int, gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = [LateGpu(seed + i) for i in range(gpus)]
+    with stream_on(*devices, monkeypatch=monkeypatch) as stream:
+        crew = Crew(stream, turns=10)
+        assert crew.run() == []
+        assert stream.finish() == crew.expected
+    assert [device.left for device in devices] == [[0]] * gpus
+
+
+def test_who_waits_for_a_cell_of_a_closed_stream_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a second Ctrl-C, while the workers of a pass end, leaves no thread for which the interpreter waits forever."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def launch() -> None:
+        begun.set()
+        go_on.wait(60)
+
+    stream = stream_on(NumpyGpu(lambda: None, launch), batch=4, monkeypatch=monkeypatch)
+    buffer = np.zeros(MIB, np.uint8)
+
+    def work() -> None:
+        with contextlib.suppress(ValueError, RuntimeError):  # what a thread pool says that takes no more
+            for turn in range(60):  # more than there are cells
+                stream.update(buffer, [(turn, 0, 8, 8, 0)])
+
+    working = [threading.Thread(target=work, daemon=True) for _ in range(3)]
+    for thread in working:
+        thread.start()
+    assert begun.wait(60)
+    monkeypatch.setattr(stream, "_hash", lambda share, batch: None)  # no cell comes back any more
+    threading.Timer(0.1, go_on.set).start()
+    stream.close()
+    for thread in working:
+        thread.join(20)
+        assert not thread.is_alive()
+    with pytest.raises(ValueError, match="the stream is closed"):
+        stream.update(buffer, [(1, 0, 8, 8, 0)])
+
+
+def test_threads_that_begin_together_share_one_group_of_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = NumpyGpu(lambda: None, lambda: None)
+    room, together = gpu.room, threading.Barrier(4)
+    monkeypatch.setattr(gpu, "room", lambda nbytes: time.sleep(0.05) or room(nbytes))
+
+    def work(number: int) -> None:
+        together.wait(60)
+        stream.update(np.zeros(MIB, np.uint8), [(number, 0, 8, 8, 0)]).wait()
+
+    with stream_on(gpu, monkeypatch=monkeypatch) as stream, ThreadPoolExecutor(4) as pool:
+        for future in [pool.submit(work, number) for number in range(4)]:
+            future.result(60)
+        assert len(gpu.lent) == 1
+
+
+def test_after_a_failure_the_memory_is_given_back_while_the_error_is_still_held(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails() -> None:
+        raise RuntimeError("out of memory")
+
+    gpu = NumpyGpu(lambda: None, fails)
+    with stream_on(gpu, monkeypatch=monkeypatch) as stream:
+        for turn in range(3):
+            stream.update(np.zeros(MIB, np.uint8), [(turn, 0, MIB, MIB, 0)])
+        with pytest.raises(DeviceFailed) as failure:
+            stream.finish()
+    assert gpu.left == [0]
+    assert "out of memory" in str(failure.value)
+
+
+def test_a_buffer_that_is_refused_may_be_changed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many spans take two cells, and the second cannot be had: of the first copy nobody gets a ticket."""
+    gpu, buffer = LateGpu(0), np.full(MIB, 7, np.uint8)
+    monkeypatch.setattr(gpu, "some", lambda: None)  # nothing before somebody waits
+    monkeypatch.setattr(cuda_stream, "_JOBS", 1)
+    with stream_on(gpu, monkeypatch=monkeypatch) as stream:
+        monkeypatch.setattr(cuda_stream, "_GROUP", 2)
+        stream.update(buffer, [(0, 0, 8, 8, 0)]).wait()
+        room = gpu.room
+        monkeypatch.setattr(gpu, "room", lambda nbytes: room(nbytes) if nbytes != 2 * MIB else 1 / 0)
+        with pytest.raises(DeviceFailed):
+            stream.update(buffer, [(1, 0, 8, 8, 0), (2, 0, 8, 8, 0)])
+        buffer[:] = 0
+        assert stream.finish()[1] == blake3(b"\7" * 8).digest()
 
 
 def test_a_stream_that_is_left_unfinished_gives_its_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,6 +452,17 @@ class NumpyDigester:
         return CudaStream([self.gpu], buffer_size)  # type: ignore[list-item]
 
 
+def through(digester: NumpyDigester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of "cuda" is that digester's from now on, with small buffers and tasks."""
+    select = digest.select
+    choose = lambda device, **more: digester if device == "cuda" else select(device, **more)  # noqa: E731
+    monkeypatch.setattr(digest, "select", choose)
+    monkeypatch.setattr(cuda_stream, "_BATCH", 2)
+    for module in ("buffers", "one_pass", "work"):
+        monkeypatch.setattr(f"tierewrite.output.{module}.BUFFER_BYTES", MIB)
+    monkeypatch.setattr("tierewrite.output.work._TENSORS_PER_TASK", 8)
+
+
 @pytest.mark.parametrize(
     ("what", "at"), [("nothing", 0), *((what, at) for what in ("copy", "launch") for at in (1, 2, 5))]
 )
@@ -275,18 +479,89 @@ def test_a_rewrite_goes_through_the_stream_and_on_without_it(
                 raise RuntimeError("cudaErrorLaunchFailure")
 
     gpu = NumpyGpu(functools.partial(called, "copy"), functools.partial(called, "launch"))
-    select = digest.select
-    choose = lambda device, **more: NumpyDigester(gpu) if device == "cuda" else select(device, **more)  # noqa: E731
-    monkeypatch.setattr(digest, "select", choose)
-    monkeypatch.setattr(cuda_stream, "_BATCH", 2)
-    for module in ("buffers", "one_pass", "work"):
-        monkeypatch.setattr(f"tierewrite.output.{module}.BUFFER_BYTES", MIB)
-    monkeypatch.setattr("tierewrite.output.work._TENSORS_PER_TASK", 8)
+    through(NumpyDigester(gpu), monkeypatch)
     report = tierewrite.rewrite(naive(case), tmp_path / "out", device="cuda", threads=4)
     assert digests(tmp_path / "out") == right_answer(case)
     failed = what != "nothing" and calls[what] >= at
     assert report.device == ("CPU" if failed else "a GPU of NumPy")
     assert calls["launch"] > 0 or failed
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8])
+@pytest.mark.parametrize("case", ["dg_nvfp4_sharded", "dg_nvfp4_decoder_uncalibrated"])
+def test_a_rewrite_changes_no_buffer_before_its_bytes_are_copied(
+    case: str, threads: int, naive: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    through(NumpyDigester(LateGpu(threads)), monkeypatch)
+    report = tierewrite.rewrite(
+        naive(case), tmp_path / "out", device="cuda", threads=threads, digests=True, verify=True, copy="never"
+    )
+    assert digests(tmp_path / "out") == right_answer(case)
+    assert report.device == "a GPU of NumPy"
+
+
+class Written:
+    """What `Transfer` writes."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.data = bytearray(nbytes)
+
+    def incomplete(self) -> list[int]:
+        return [0]
+
+    def write(self, index: int, data: memoryview, position: int) -> None:
+        self.data[position : position + len(data)] = data
+
+    def complete(self, index: int) -> None:
+        pass
+
+
+def test_what_is_hashed_and_replaced_is_replaced_once_it_is_copied(
+    naive: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digester = NumpyDigester(LateGpu(1))
+    through(digester, monkeypatch)
+    checkpoint = open_folder(naive("dg_bf16"))
+    (file,) = naive("dg_bf16").glob("*.safetensors")
+    raw, names, tensors = file.read_bytes(), list(checkpoint.tensors.names), []
+    originals = {name: raw[checkpoint.tensors[name].start : checkpoint.tensors[name].end] for name in names}
+    for name in names:
+        at = tensors[-1].end if tensors else 0
+        tensors.append(OutTensor(name, name, at, at + len(originals[name])))
+    shards = (OutShard.of("model.safetensors", checkpoint.tensors, tensors),)
+    contents = {name: Patch(b"\xee" * len(data), data, name) for name, data in originals.items()}
+    out = Written(tensors[-1].end)
+    work = work_of(checkpoint, names, shards, (0,), contents=contents)
+    result = Transfer(work, lambda: digester, out, threads=4).run()  # type: ignore[arg-type, return-value]
+    assert set(out.data) == {0xEE}
+    assert result.digests == {name: blake3(data).digest() for name, data in originals.items()}
+
+
+def test_a_rewrite_goes_on_where_no_pinned_memory_is_left(
+    naive: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers go on until they are told to stop: each asks again, and fails of the same."""
+    digester = NumpyDigester(NumpyGpu(lambda: None, lambda: None))
+
+    def host_buffer(nbytes: int) -> Any:
+        raise DeviceFailed("pinning host memory failed on the GPU: cudaErrorMemoryAllocation")
+
+    monkeypatch.setattr(digester, "host_buffer", host_buffer)
+    through(digester, monkeypatch)
+    monkeypatch.setattr("tierewrite.output.work._TENSORS_PER_TASK", 1)
+    tierewrite.rewrite(naive("dg_nvfp4"), tmp_path / "out", device="cuda", threads=8)
+    assert digests(tmp_path / "out") == right_answer("dg_nvfp4")
+
+
+def test_buffers_that_could_not_be_made_are_not_counted() -> None:
+    class Failing:
+        def host_buffer(self, nbytes: int) -> Any:
+            raise DeviceFailed("pinning host memory failed on the GPU: cudaErrorMemoryAllocation")
+
+    buffers = Buffers(Failing(), 1)  # type: ignore[arg-type]
+    for _ in range(9):
+        with pytest.raises(DeviceFailed), buffers.one():
+            pass
 
 
 class Driver:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from tierewrite.digest import DeviceFailed
 from tierewrite.digest.cuda_device import DIGEST, Gpu, device_work, pinned, split
 from tierewrite.digest.schedule import Schedule, Table, bounds, schedule
 from tierewrite.digest.spans import CHUNK, PIECE, Bytes, Columns, Ledger, Row, checked, host_bytes
@@ -68,31 +70,40 @@ class _Cells:
         self._groups = groups
         self._made = 0
         self._making = threading.Lock()
-        self._free: SimpleQueue[_Cell] = SimpleQueue()
+        self._free: SimpleQueue[_Cell | None] = SimpleQueue()  # None: there will be no more
 
     def take(self) -> _Cell:
-        """One that nobody has; waits until there is one."""
+        """One that nobody has; waits until there is one. Raises ValueError once they are cleared."""
         with suppress(Empty):
-            return self._free.get_nowait()
+            return self._or_closed(self._free.get_nowait())
         with self._making:
+            with suppress(Empty):  # while this thread waited, another one made some
+                return self._or_closed(self._free.get_nowait())
             if self._made < self._groups:
                 group = self._make(self._made)
                 self._made += 1
                 for cell in group[1:]:
                     self._free.put(cell)
                 return group[0]
-        return self._free.get()
+        return self._or_closed(self._free.get())
+
+    def _or_closed(self, cell: _Cell | None) -> _Cell:
+        if cell is None:
+            self._free.put(None)  # for the next one who waits
+            raise ValueError("the stream is closed")
+        return cell
 
     def give(self, cell: _Cell) -> None:
         """Takes it back."""
         self._free.put(cell)
 
     def clear(self) -> None:
-        """Lets go of all that are here, and makes no more."""
+        """Lets go of all that are here, and makes no more; whoever waits for one waits no longer."""
         self._groups = 0
         with suppress(Empty):
             while True:
                 self._free.get_nowait()
+        self._free.put(None)
 
 
 @dataclass(eq=False)
@@ -210,16 +221,16 @@ class Copied:
     """The ticket of a buffer on its way to the GPU."""
 
     def __init__(self, events: list[Any]) -> None:
-        self._events = events
+        self.events = events
 
     def done(self) -> bool:
         """See `Ticket`."""
-        return all(event.done for event in self._events)
+        return all(event.done for event in self.events)
 
     def wait(self) -> None:
         """See `Ticket`."""
         with device_work("copying"):
-            for event in self._events:
+            for event in self.events:
                 event.synchronize()
 
 
@@ -259,7 +270,15 @@ class CudaStream:
         if len(view) > self.buffer_size:
             raise ValueError(f"a buffer of {len(view)} bytes: this stream takes up to {self.buffer_size}")
         columns = np.asarray(spans, np.int64).reshape(-1, 5)
-        return Copied([self._copy(view, columns[at : at + _JOBS]) for at in range(0, len(columns), _JOBS)])
+        copied = Copied([])
+        try:
+            for at in range(0, len(columns), _JOBS):
+                copied.events.append(self._copy(view, columns[at : at + _JOBS]))
+        except BaseException:
+            with suppress(DeviceFailed):  # whoever gets no ticket may change the buffer at once
+                copied.wait()
+            raise
+        return copied
 
     def _copy(self, view: Bytes, spans: Columns) -> Any:
         """Puts a copy in line, and a batch that is full; the event returned marks the copy's end."""
@@ -283,7 +302,7 @@ class CudaStream:
             share.hashing.submit(self._hash, share, full)
         return cell.copied
 
-    def _hash(self, share: _Share, batch: Sequence[_Part]) -> None:
+    def _hash(self, share: _Share, batch: list[_Part]) -> None:
         """Hashes a batch and files the results; whatever happens, its cells are free again. Never raises."""
         try:
             if batch and self._failure is None:
@@ -301,6 +320,7 @@ class CudaStream:
         finally:
             for part in batch:
                 self._cells.give(part.cell)
+            batch.clear()  # a failure remembers who called, and with what
 
     def _raise_failure(self) -> None:
         """What hashing failed of, in whatever thread asks."""
@@ -340,6 +360,8 @@ class CudaStream:
         """See `Stream`."""
         for share in self._shares:
             share.close()
+        if self._failure is not None:  # what was at work when it failed holds the last batch's memory
+            traceback.clear_frames(self._failure.__traceback__)
         self._cells.clear()
         for share in self._shares:
             share.gpu.give_back()

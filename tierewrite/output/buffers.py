@@ -64,4 +64,9 @@ class Buffers:
             if self._made == self._most or (first is not None and (first.ticket is None or first.ticket.done())):
                 return self._given_back.popleft()
             self._made += 1
-        return Buffer(self._digester.host_buffer(BUFFER_BYTES))
+        try:
+            return Buffer(self._digester.host_buffer(BUFFER_BYTES))
+        except BaseException:  # the others go on until they are told to stop: what is counted has to be there
+            with self._lock:
+                self._made -= 1
+            raise

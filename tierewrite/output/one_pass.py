@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
@@ -81,6 +82,7 @@ class Transfer:
                 self._pass(self.work.tasks)
             except DeviceFailed as error:
                 log.warning("the GPU failed (%s); the CPU goes on", error)
+                traceback.clear_frames(error.__traceback__)  # they hold buffers: pinned memory
                 cpu = select("cpu", threads=1)
                 self.digester, self.failed = lambda: cpu, True
                 self._pass([task for task in self.work.tasks if self._is_left(task)])
@@ -260,3 +262,4 @@ class _Lanes:
     def __exit__(self, *exc: object) -> None:
         for stream in self.streams():
             stream.close()
+        self._lanes.clear()
