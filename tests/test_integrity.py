@@ -243,6 +243,22 @@ def test_names_of_files_may_be_anything(tmp_path: Path) -> None:
     assert run("verify", dst) == 6
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS takes only names in UTF-8")
+@pytest.mark.parametrize("changed", [b"\xff.txt", b"\\udcff.txt", b"\\x5cudcff.txt", b"\\\xff.txt"])
+def test_a_file_whose_name_reads_like_the_escaped_name_of_another_is_a_file_of_its_own(
+    changed: bytes, tmp_path: Path
+) -> None:
+    src = os.fsencode(shutil.copytree(FIXTURES / "qwen3_tied_bf16" / "naive", tmp_path / "src"))
+    for name in (b"\xff.txt", b"\\udcff.txt", b"\\x5cudcff.txt", b"\\\xff.txt"):
+        Path(os.fsdecode(src + b"/" + name)).write_bytes(b"one")
+    dst = tmp_path / "dst"
+    tierewrite.rewrite(tmp_path / "src", dst, ties={"lm_head.weight": "model.embed_tokens.weight"})
+    assert len(manifest_of(dst)["output"]["files"]) == len(list(dst.iterdir())) - 2  # the shard and the manifest
+    assert tierewrite.verify_integrity(dst).ok
+    Path(os.fsdecode(os.fsencode(dst) + b"/" + changed)).write_bytes(b"two")
+    assert [problem.id for problem in tierewrite.verify_integrity(dst).problems] == ["bytes"]
+
+
 def test_a_manifest_of_an_earlier_version_cannot_vouch_for_files(written: dict[str, Path], tmp_path: Path) -> None:
     dst = shutil.copytree(written["plain"], tmp_path / "dst")
     manifest = manifest_of(dst)

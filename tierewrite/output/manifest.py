@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -241,9 +242,15 @@ def output_of(
     return ManifestOutput(shards, named, UNSET if tensors is None else dict(tensors))
 
 
+_LIKE_AN_ESCAPE = re.compile(r"\\(?=udc[89a-f][0-9a-f]|x5c)")
+
+
 def name_of_file(name: str) -> str:
-    r"""A file's name as the manifest has it: bytes that are no UTF-8, which JSON cannot hold, as in "\udcff.txt"."""
-    return name.encode("utf-8", "backslashreplace").decode()
+    r"""A file's name as the manifest has it: bytes that are no UTF-8, which JSON cannot hold, as in "\udcff.txt".
+
+    A name that itself reads like that has its backslash as "\x5c": no two files have one name.
+    """
+    return _LIKE_AN_ESCAPE.sub(r"\\x5c", name).encode("utf-8", "backslashreplace").decode()
 
 
 def ties_on_disk(disk: DiskTies) -> dict[str, str]:
