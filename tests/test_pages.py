@@ -703,6 +703,19 @@ def test_a_broken_manifest_is_a_page_or_a_documented_error(tmp_path: Path) -> No
     assert min(outcomes["page"], outcomes["error"]) > 10, outcomes
 
 
+@pytest.mark.parametrize("member", ["ratio", "calibrated"])
+def test_a_merged_scale_that_does_not_say_how_it_was_merged_is_refused(
+    member: str, rewritten: Callable[..., Path], tmp_path: Path
+) -> None:
+    manifest = json.loads((rewritten("dg_nvfp4") / "tierewrite.json").read_text())
+    scales = [one for group in manifest["groups"] for one in group["tensors"].values() if one["merged"]]
+    del scales[0][member]
+    path = tmp_path / "tierewrite.json"
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(errors.SourceError, match="not described as it should be"):
+        tierewrite.report_page(path)
+
+
 def test_an_error_about_a_manifest_alone_names_it(tmp_path: Path) -> None:
     path = tmp_path / "tierewrite.json"
     path.write_text("{")

@@ -359,5 +359,7 @@ def _can_be(tensor: ManifestTensor) -> bool:
         return False
     if not tensor.merged:
         return True
-    ratio = None if tensor.ratio is UNSET else tensor.ratio
-    return tensor.calibrated is not UNSET and (ratio is None or (not math.isnan(ratio) and ratio >= 1))
+    ratio = tensor.ratio
+    if ratio is UNSET or tensor.calibrated is UNSET:
+        return False
+    return ratio is None or (not math.isnan(ratio) and ratio >= 1)
