@@ -6,16 +6,15 @@ Building is bounded: a class that makes more modules, or takes longer, than any 
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
 import re
+import sys
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tierewrite.errors import Interrupted, SystemFailure, shown
+from tierewrite.ties import this_thread
 from tierewrite.ties.flags import flag_places
 from tierewrite.ties.patterns import safe_pattern
 from tierewrite.ties.renames import Renames
@@ -62,16 +61,9 @@ def _importing() -> Iterator[None]:
         ) from exc
 
 
-class _Collector(logging.Handler):
-    """Takes transformers' log records and keeps none."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        return
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing that transformers, torch or remote code says reaches the user; loggers are as before afterwards.
+    """Nothing that transformers, torch or remote code says in this thread reaches the user; others are heard.
 
     Raises:
         SystemFailure: torch or transformers cannot be imported.
@@ -80,25 +72,15 @@ def quiet() -> Iterator[None]:
         import transformers  # configures its logger on import
 
         _ = transformers
-    saved = []
-    for name in ("transformers", "huggingface_hub", "torch", "transformers_modules"):
-        logger = logging.getLogger(name)
-        saved.append((logger, logger.handlers[:], logger.propagate))
-        logger.handlers = [_Collector()]
-        logger.propagate = False
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            with _importing():
-                import torch
-                from transformers import PreTrainedModel
+    loggers = ("transformers", "huggingface_hub", "torch", "transformers_modules")
+    with this_thread.logging_nothing(*loggers), this_thread.printing_nothing():
+        with this_thread.warning_of_nothing(), _importing():
+            import torch
+            from transformers import PreTrainedModel
 
-                _ = torch, PreTrainedModel
+            _ = torch, PreTrainedModel
+        with this_thread.warning_of_nothing(others_stay=False):
             yield
-    finally:
-        for logger, handlers, propagate in saved:
-            logger.handlers = handlers
-            logger.propagate = propagate
 
 
 class _TrueHere:
@@ -131,9 +113,12 @@ def _bounded() -> Iterator[None]:
 
     count = 0
     deadline = time.monotonic() + MAX_BUILD_SECONDS
+    here = this_thread.ThisThread()
 
     def on_module(*_: Any) -> None:
         nonlocal count
+        if not here:  # another thread's model
+            return
         count += 1
         if count > MAX_MODULES or (count % 1024 == 0 and time.monotonic() > deadline):
             raise TooLarge(f"more than {MAX_MODULES:,} modules or {MAX_BUILD_SECONDS:.0f} s to build")
@@ -161,28 +146,40 @@ def legacy_lists(found: dict[int, list[str]]) -> Iterator[None]:
         expanded_here: dict[str, str] = original(self, all_submodels=all_submodels)
         return expanded_here
 
-    PreTrainedModel.get_expanded_tied_weights_keys = expanded
-    try:
+    with this_thread.replaced(PreTrainedModel, "get_expanded_tied_weights_keys", expanded):
         yield
-    finally:
-        PreTrainedModel.get_expanded_tied_weights_keys = original
 
 
 def build(model_class: Any, built_config: Any) -> tuple[Any, dict[int, list[str]]]:
     """The model on the meta device: names and shapes, no storage, no initialisation."""
     import torch
-    from transformers import initialization
 
     legacy: dict[int, list[str]] = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(_bounded())
         stack.enter_context(legacy_lists(legacy))
         stack.enter_context(torch.device("meta"))
-        for name in ("no_init_weights", "no_tie_weights"):
-            context = getattr(initialization, name, None)
-            if context is not None:
-                stack.enter_context(context())
+        for owner, name in _filling():
+            stack.enter_context(this_thread.replaced(owner, name, _nothing))
         return model_class(built_config), legacy
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """In place of what fills or ties weights that have no storage."""
+
+
+def _filling() -> Iterator[tuple[Any, str]]:
+    """The functions that fill weights, and those that tie them, as (owner, name).
+
+    Not by transformers' own `no_init_weights`: it switches `torch.nn.init` off for every thread of the process.
+    """
+    from transformers import PreTrainedModel, initialization
+
+    functions = getattr(initialization, "TORCH_INIT_FUNCTIONS", ())
+    for module in map(sys.modules.get, getattr(initialization, "TORCH_MODULES_TO_PATCH", ())):
+        yield from ((module, name) for name in functions if hasattr(module, name))
+    yield PreTrainedModel, "init_weights"
+    yield PreTrainedModel, "tie_weights"
 
 
 def declared_by(
