@@ -1129,6 +1129,25 @@ def test_an_interrupt_during_the_proof_leaves_no_dst(
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_signal_while_the_folders_above_the_outputs_are_made_leaves_none(
+    depth: int, tmp_path: Path, ties_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny(tmp_path / "models" / "a")
+    below = Path("out", "1", "2", "3")
+    mkdir = Path.mkdir
+
+    def struck(path: Path, *args: Any, **options: Any) -> None:
+        mkdir(path, *args, **options)
+        if path == tmp_path.joinpath(*below.parts[:depth]):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Path, "mkdir", struck)
+    with pytest.raises(KeyboardInterrupt):
+        tierewrite.batch(tmp_path / "models", into=tmp_path / below, ties=ties_file)
+    assert not (tmp_path / "out").exists()
+
+
 # ------------------------------------------------------------------------------------------------ a person watching
 
 

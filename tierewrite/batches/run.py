@@ -142,8 +142,9 @@ def _make(folder: Path, made: list[Path]) -> None:
         missing.append(folder)
         folder = folder.parent
     for one in reversed(missing):
-        one.mkdir()
-        made.append(one)
+        with interrupts.held():  # one that is made is one that is removed
+            one.mkdir()
+            made.append(one)
 
 
 class _Stop(BaseException):
