@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.checkpoints import FIXTURES, digests, read_tensors, right_answer
 from tierewrite import cli, errors
-from tierewrite.cli import commands
+from tierewrite.cli import commands, terminal
 
 Naive = Callable[[str], Path]
 
@@ -52,9 +54,28 @@ def test_plan_lists_each_source_tensor_once_and_writes_nothing(
     assert sorted(naive("dg_nvfp4").iterdir()) == before
 
 
-def test_plan_names_actions_and_targets_of_a_merged_scale(
-    naive: Naive, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_signal_that_comes_while_the_result_is_printed_adds_no_second_object(
+    whole: bool, naive: Naive, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pieces = terminal.chunks
+
+    def struck(data: dict[str, Any], ascii_only: bool) -> Iterator[str]:
+        text = "".join(pieces(data, ascii_only=ascii_only))
+        yield text if whole else text[:1000]
+        raise errors.Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(terminal, "chunks", struck)
+    assert run("plan", naive("qwen3_tied_bf16"), "--json") == 143
+    out, err = capsys.readouterr()
+    assert out.count('"schema"') == 1
+    assert "tierewrite/plan/1" in out
+    assert "stopped by signal 15" in err
+    if whole:
+        json.loads(out)
+
+
+def test_plan_names_actions_and_targets_of_a_merged_scale(naive: Naive, capsys: pytest.CaptureFixture[str]) -> None:
     run("plan", naive("dg_nvfp4"), "--json")
     tensors = {tensor["name"]: tensor for tensor in json.loads(capsys.readouterr().out)["tensors"]}
     stem = "layers.0.mlp.up_proj.input_scale"

@@ -77,8 +77,11 @@ def _failed(error: TierewriteError | Interrupted, as_json: bool) -> int:
 
 
 def _print_error(error: TierewriteError | Interrupted, as_json: bool) -> None:
-    """The error's own exit code stands, whether or not its JSON arrives."""
-    if as_json:
+    """The error's own exit code stands, whether or not its JSON arrives.
+
+    One object is printed: behind a result that was begun (a signal came late) the error's would make both unreadable.
+    """
+    if as_json and not (isinstance(sys.stdout, Door) and sys.stdout.object_begun):
         with contextlib.suppress(Undelivered):
             print_json({"schema": ERROR_SCHEMA, "error": error.to_json()})
             sys.stdout.flush()

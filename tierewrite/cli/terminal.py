@@ -29,6 +29,9 @@ class Door:
     Args:
         stream: where it goes; None where the process was started without it.
         must_arrive: raise Undelivered; for standard error there is nobody to tell.
+
+    Attributes:
+        object_begun: a JSON object was printed, or a part of one.
     """
 
     errors = "backslashreplace"
@@ -39,6 +42,7 @@ class Door:
         self._must_arrive = must_arrive
         self._failure: Undelivered | None = None
         self._console: Console | None = None
+        self.object_begun = False
         self.encoding: str = getattr(stream, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:
@@ -129,7 +133,9 @@ def console(stderr: bool = False) -> Console:
 def print_json(data: dict[str, Any]) -> None:
     """One JSON object, in ASCII. Raises Undelivered."""
     # Its strings hold escapes for all but printable ASCII, so a Door has nothing to look for.
-    write = sys.stdout.pass_on if isinstance(sys.stdout, Door) else sys.stdout.write
+    write = sys.stdout.write
+    if isinstance(sys.stdout, Door):
+        write, sys.stdout.object_begun = sys.stdout.pass_on, True
     for text in chunks(data, ascii_only=True):
         write(text)
 
