@@ -260,6 +260,18 @@ def test_a_file_that_changes_while_it_is_read_is_refused(copied: Naive) -> None:
         next(iter(stream))
 
 
+def test_a_file_that_another_reader_read_and_that_changed_is_refused(copied: Naive) -> None:
+    """What was dropped or passed on was confirmed in bytes that are there no more."""
+    folder = copied("qwen3_tied_bf16")
+    stream = tierewrite.stream(folder)
+    file = folder / "model.safetensors"
+    with file.open("r+b") as opened:
+        opened.seek(-1, os.SEEK_END)
+        opened.write(b"\xff")
+    with pytest.raises(SourceChanged, match=r"model\.safetensors"):
+        list(stream.through(load_file(file).items()))
+
+
 def test_writing_to_a_tensor_reaches_nothing_else(copied: Naive) -> None:
     folder = copied("qwen3_tied_bf16")
     before = (folder / "model.safetensors").read_bytes()

@@ -109,10 +109,13 @@ class Stream(Iterable[tuple[str, "torch.Tensor"]]):
             KeyError: a key that the source does not have. SourceChanged, SystemFailure: as `tensors`.
         """
         plan, made = self.plan, _Made(self._unwritten())
+        read: set[int] = set()  # numbers of files
         with made.output:
             for name, tensor in tensors:
                 # The reader gives names as they are in the files, the plan may have them without those of wrappers.
-                fate = plan.tensors[plan.source.names[self._in_files.row[name]]]
+                row = self._in_files.row[name]
+                read.add(int(self._in_files.shard[row]))
+                fate = plan.tensors[plan.source.names[row]]
                 if fate.action is Action.DROP:
                     continue
                 if self._contents.get(fate.target, COPY) is COPY:
@@ -123,6 +126,9 @@ class Stream(Iterable[tuple[str, "torch.Tensor"]]):
                 for one in shard.tensors:
                     if one.added:
                         yield one.name, made.tensor(one.name)
+            for number in sorted(read):
+                made.output.source(number)
+            made.output.finish()
 
     def _unwritten(self) -> UnwrittenOutput:
         return UnwrittenOutput(self._checkpoint, self.plan, self._contents)
