@@ -7,9 +7,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import tierewrite
@@ -170,6 +172,32 @@ def test_scan_counts_a_checkpoint_once_by_whatever_names(tmp_path: Path) -> None
     (tmp_path / "list.txt").write_text(f'{SRC}\n{{"src": "{SRC}", "kv_scales": "merge"}}\n')
     report = tierewrite.batch([tmp_path / "list.txt", SRC], plan_only=True, ties={})
     assert [result.src for result in report.results] == [str(SRC), str(SRC)]  # two plans
+
+
+class Mode(str, Enum):
+    KEEP = "keep"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"on_mismatch": Mode.KEEP},
+        {"exclude": np.str_("*.txt")},
+        {"exclude": [np.str_("*.txt")]},
+        {"ties": {np.str_("lm_head.weight"): np.str_("model.embed_tokens.weight")}},
+    ],
+)
+def test_texts_of_numpy_and_of_enumerations_are_texts(options: Any, tmp_path: Path) -> None:
+    """They were found at the end of the rewrite, by the encoder of the manifest."""
+    report = tierewrite.rewrite(SRC, tmp_path / "out", **{"ties": TIES, **options})
+    assert report.to_json()["after"]["tensors"] == 24
+    assert tierewrite.verify(SRC, tmp_path / "out", **{"ties": TIES, **options}).ok
+
+
+def test_a_wildcard_that_is_no_text_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(tierewrite.UsageError, match=r"exclude is '\\udcff\*', which is no text in UTF-8; write \?"):
+        tierewrite.rewrite(SRC, tmp_path / "out", ties=TIES, exclude="\udcff*")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_sample_goes_with_values() -> None:

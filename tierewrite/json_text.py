@@ -22,6 +22,11 @@ class Compact(list[msgspec.Struct]):
     """Entries that are written without spaces: where there are as many as tensors, spacing them would take longest."""
 
 
+def plain_text(text: str) -> str:
+    """`text` as a `str` and no subclass of it, which NumPy's and enumerations are and no encoder takes."""
+    return str.__str__(text)
+
+
 def dumps(data: Mapping[str, Any], ascii_only: bool = False) -> str:
     """`data` as JSON text that ends with a newline; each item of a list of objects stands on a line of its own."""
     return "".join(chunks(data, ascii_only))

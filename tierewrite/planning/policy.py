@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 from tierewrite.errors import UsageError, shown
+from tierewrite.json_text import plain_text
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -126,7 +127,10 @@ class Policy:
     def __post_init__(self) -> None:
         object.__setattr__(self, "exclude", _patterns(self.exclude))
         for option in OPTIONS.values():
-            option.check(getattr(self, option.name))
+            value = getattr(self, option.name)
+            option.check(value)
+            if isinstance(value, str):
+                object.__setattr__(self, option.name, plain_text(value))
         if self.max_shard_size is not None and self.max_shard_size <= 0:
             raise UsageError(f"max_shard_size is {self.max_shard_size}; expected at least 1 byte")
 
@@ -216,7 +220,11 @@ def _patterns(value: Any) -> tuple[str, ...]:
     found = (value,) if isinstance(value, str) else value
     if not isinstance(found, (list, tuple)) or not all(isinstance(one, str) and one for one in found):
         raise UsageError(f"exclude is {value!r}; expected wildcards such as '*.bin', a text or a list of texts")
-    return tuple(found)
+    try:
+        "".join(found).encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"exclude is {value!r}, which is no text in UTF-8; write ? in place of what is none") from None
+    return tuple(map(plain_text, found))
 
 
 def of_type(value: Any, types: tuple[type, ...]) -> bool:

@@ -22,6 +22,7 @@ import numpy as np
 from tierewrite import formats
 from tierewrite.bounded_regex import LONGEST, BadPattern, BoundedRegex
 from tierewrite.errors import ConfigError, TieFileError, shown
+from tierewrite.json_text import plain_text
 from tierewrite.source.regular_files import read_bounded
 from tierewrite.source.strict_json import BadJson, kind_of_json, strict_json
 from tierewrite.source.table import as_names
@@ -316,7 +317,7 @@ def checked_mapping(
             )
         if alias == canonical:
             raise error(f"{what} ties '{shown(alias)}' to itself", file=file, details={"cycle": [alias]})
-    return data
+    return {plain_text(alias): plain_text(canonical) for alias, canonical in data.items()}
 
 
 def spellings(keys: Collection[str]) -> Iterator[Collection[str]]:
