@@ -810,6 +810,20 @@ def _missing_side_file(src: Path, dst: Path) -> None:
     (dst / "config.json").unlink()
 
 
+def _tensor_gone(src: Path, dst: Path) -> None:
+    (shard,) = dst.glob("*.safetensors")
+    write_shard(shard, {"model.embed_tokens.weight": ("F32", [4, 2], bytes(range(32)))}, {"format": "pt"})
+    index = dst / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    del listed["weight_map"]["model.norm.weight"]
+    index.write_text(json.dumps(listed))
+
+
+def _other_index(src: Path, dst: Path) -> None:
+    with open(dst / "model.safetensors.index.json", "a") as file:
+        file.write("\n")
+
+
 def _other_version(src: Path, dst: Path) -> None:
     manifest = json.loads((dst / "tierewrite.json").read_text())
     manifest["tool"]["version"] = "0.0.1"
@@ -828,6 +842,8 @@ def _broken_manifest(src: Path, dst: Path) -> None:
         (_other_sizes, "shards of other names, sizes or headers"),
         (_other_side_files, "side files"),
         (_missing_side_file, "side files"),
+        (_tensor_gone, "sizes and headers that were written"),
+        (_other_index, "sizes and headers that were written"),
         (_other_version, "tierewrite 0.0.1 made it"),
         (_broken_manifest, "cannot be read"),
     ],

@@ -3,7 +3,7 @@
 Cheap, from headers, manifest and a few tensors; `tierewrite verify` is the proof. DST must have been written by this
 version, from shards of the same names, sizes and headers, with the same options and ties; nothing in SRC may be newer
 than it, every side file must be there in the same size, and the bytes of a few tensors must agree (two models of one
-kind have the same names and sizes).
+kind have the same names and sizes). Its own files must have the names, sizes and headers that its manifest lists.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import msgspec
 
 import tierewrite
 from tierewrite.errors import shown
-from tierewrite.output.manifest import source_of, ties_on_disk
+from tierewrite.output.manifest import name_of_file, source_of, ties_on_disk
 from tierewrite.planning.policy import Policy
 from tierewrite.proof.files import manifest_or_problem
 from tierewrite.source.bytes import read_tensors
@@ -102,9 +102,22 @@ def made(
     skipped = _CONFIGS if policy.fix_ignore or policy.fix_config else ()
     if _sides(source, skipped) != _sides(target, skipped):
         return "its side files (configurations, tokenizer) are not those of SRC"
+    if not _as_written(target, manifest):
+        return "its files are not of the names, sizes and headers that were written"
     if not _sample_agrees(source, target, manifest):
         return "it was made from other weights"
     return _numbers(source, target, manifest)
+
+
+def _as_written(target: Checkpoint, manifest: Mapping[str, Any]) -> bool:
+    """Whether DST has the files that its manifest lists, by their names, sizes and headers."""
+    output = manifest.get("output")
+    if output is None or output["shards"] != msgspec.to_builtins(source_of(target).shards):
+        return False
+    there = {name_of_file(side.name): side.size for side in target.side_files}
+    if target.index_metadata is not None:
+        there[INDEX_NAME] = (target.root / INDEX_NAME).stat().st_size
+    return there == {name: file["size"] for name, file in output["files"].items()}
 
 
 def _sides(checkpoint: Checkpoint, skipped: tuple[str, ...]) -> list[tuple[str, int]]:
