@@ -212,6 +212,15 @@ def test_topics_are_made_from_the_records(capsys: Printed) -> None:
     assert "qzeros, scales, g_idx" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("topic", ["exit-codes", "json", "formats", "gptq-awq"])
+def test_a_topic_that_has_no_object_says_so(topic: str, capsys: Printed) -> None:
+    """Not that there is no such topic."""
+    assert run("explain", topic, "--json") == 2
+    out, err = capsys.readouterr()
+    assert f"'{topic}' is explained in words only; leave out --json" in err
+    assert json.loads(out)["error"]["exit_code"] == 2
+
+
 def test_every_schema_that_is_printed_is_explained() -> None:
     import re
 

@@ -37,6 +37,10 @@ def explain(topic: str | None, all_topics: bool, as_json: bool) -> None:
     from tierewrite.consumers import explain as rules
 
     if as_json:
+        if topic is not None and topics.explained(topic) is not None:
+            raise click.UsageError(
+                f"'{topic}' is explained in words only; leave out --json (only rules have an object)"
+            )
         print_json(rules.to_json(topic))
     elif topic is None:
         click.echo(f"{topics.listed()}\n\n{rules.listed()}")
