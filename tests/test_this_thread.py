@@ -127,3 +127,29 @@ def test_filters_of_what_is_imported_for_a_class_stay(tmp_path: Path) -> None:
     ]
     assert set(eval(said[0])) <= set(eval(said[1]))
     assert "torch" in said[0]
+
+
+def test_a_process_that_is_forked_while_a_class_is_asked_can_ask_one_too() -> None:
+    """A server forks its workers while a thread of its own plans."""
+    script = """
+import os, threading
+from tierewrite.ties import model_class
+holding, over = threading.Event(), threading.Event()
+def ask():
+    with model_class._BUILD_LOCK:
+        holding.set()
+        over.wait()
+asking = threading.Thread(target=ask)
+asking.start()
+holding.wait()
+child = os.fork()
+if child == 0:
+    os._exit(0 if model_class._BUILD_LOCK.acquire(blocking=False) else 1)
+status = os.waitpid(child, 0)[1]
+assert not model_class._BUILD_LOCK.acquire(blocking=False)  # here it is still held
+over.set()
+asking.join()
+raise SystemExit(os.waitstatus_to_exitcode(status))
+"""
+    root = Path(__file__).parent.parent
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=root, check=False).returncode == 0

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -48,6 +49,15 @@ _RUN_TIME_KEYS = frozenset(
     }
 )
 _BUILD_LOCK = threading.Lock()
+
+
+def _new_lock() -> None:
+    """For a forked process: the thread that may have held the lock is not in it, and would never give it back."""
+    global _BUILD_LOCK
+    _BUILD_LOCK = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_new_lock)
 
 
 def from_class(root: Path, config: dict[str, Any], trust_remote_code: bool, keys: Collection[str] = ()) -> Declared:
