@@ -612,6 +612,7 @@ def test_report_leaves_the_checkpoint_as_it_was(
         (["less.json"], errors.EXIT_SOURCE, "is not described as it should be"),
         (["good.json", "--for", "vllm"], errors.EXIT_USAGE, "needs the folder"),
         (["good.json", "--html", "empty"], errors.EXIT_USAGE, "is a folder"),
+        (["good.json", "--html", "r.html", "--png", "./empty/../r.html"], errors.EXIT_USAGE, "name the same file"),
         (["good.json", "--html", "no/where/r.html"], errors.EXIT_SYSTEM, "cannot be written"),
         (["stranger"], errors.EXIT_SOURCE, "belongs to another checkpoint"),
     ],

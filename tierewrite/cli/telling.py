@@ -11,6 +11,7 @@ from tierewrite.cli.options import FILE, SOURCE, backbone_option, json_option, r
 from tierewrite.cli.terminal import console, print_json
 from tierewrite.errors import shown
 from tierewrite.planning.policy import ConsumerName
+from tierewrite.stores.places import chain, located
 
 
 @click.command()
@@ -87,6 +88,8 @@ def report_command(
       tierewrite report s3://bucket/canonical --html report.html
       tierewrite report canonical/ --json | jq '.divergence[] | [.projection, .median, .max]'
     """
+    if html is not None and png is not None and chain(located(html))[0] == chain(located(png))[0]:
+        raise click.UsageError("--html and --png name the same file; give each a name of its own")
     page = tierewrite.report_page(target, consumer, backbone=backbone, worst=worst)
     if html is not None:
         page.write_html(html)
