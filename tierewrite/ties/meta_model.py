@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -87,10 +86,10 @@ class _TrueHere:
     """A switch that is on in the thread that made it, and elsewhere what it was."""
 
     def __init__(self, elsewhere: object) -> None:
-        self._thread, self._elsewhere = threading.get_ident(), elsewhere
+        self._here, self._elsewhere = this_thread.ThisThread(), elsewhere
 
     def __bool__(self) -> bool:
-        return bool(self._elsewhere) or threading.get_ident() == self._thread
+        return bool(self._elsewhere) or bool(self._here)
 
 
 @contextlib.contextmanager
