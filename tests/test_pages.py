@@ -594,7 +594,9 @@ def test_report_leaves_the_checkpoint_as_it_was(
     before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
     assert run("report", out, "--html", out / "report.html") == errors.EXIT_USAGE
     assert "lies inside" in capsys.readouterr().err
-    assert run("report", out / "tierewrite.json", "--html", out / "tierewrite.json") == errors.EXIT_USAGE
+    for page in ("tierewrite.json", "report.html"):
+        assert run("report", out / "tierewrite.json", "--html", out / page) == errors.EXIT_USAGE
+        assert "lies inside" in capsys.readouterr().err
     assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
 
 
@@ -612,6 +614,7 @@ def test_report_leaves_the_checkpoint_as_it_was(
         (["less.json"], errors.EXIT_SOURCE, "is not described as it should be"),
         (["good.json", "--for", "vllm"], errors.EXIT_USAGE, "needs the folder"),
         (["good.json", "--html", "empty"], errors.EXIT_USAGE, "is a folder"),
+        (["good.json", "--html", "./empty/../good.json"], errors.EXIT_USAGE, "is the manifest that the page is about"),
         (["good.json", "--html", "r.html", "--png", "./empty/../r.html"], errors.EXIT_USAGE, "name the same file"),
         (["good.json", "--html", "no/where/r.html"], errors.EXIT_SYSTEM, "cannot be written"),
         (["stranger"], errors.EXIT_SOURCE, "belongs to another checkpoint"),

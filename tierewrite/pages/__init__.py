@@ -26,6 +26,7 @@ from tierewrite.errors import SystemFailure, UsageError, shown
 from tierewrite.pages.facts import WORST_SHOWN, Facts, read_facts
 from tierewrite.planning.policy import ConsumerName
 from tierewrite.source.regular_files import kind_of_file
+from tierewrite.source.table import INDEX_NAME
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.places import FilePath, chain, is_local, local_file, located
 from tierewrite.tables import repr_of
@@ -101,10 +102,12 @@ class Page:
         target = local_file(path, "a page")
         if target.is_dir():
             raise UsageError("is a folder; expected the name of a file to write", file=target)
-        if is_local(self.source) and chain(self.source)[0] in chain(target):
-            raise UsageError(
-                f"lies inside of {self.source}, whose every file counts for verify; write it elsewhere", file=target
-            )
+        checkpoint = _checkpoint_of(self.source)
+        if checkpoint is not None and chain(checkpoint)[0] in chain(target):
+            what = f"lies inside of '{shown(checkpoint)}', whose every file counts for verify; write it elsewhere"
+            raise UsageError(what, file=target)
+        if is_local(self.source) and chain(self.source)[0] == chain(target)[0]:
+            raise UsageError("is the manifest that the page is about; write it elsewhere", file=target)
         return target
 
 
@@ -129,6 +132,16 @@ def report_page(
         SystemFailure: the system does not let us read it (exit 5).
     """
     return Page(located(path), read_facts(path, consumer, backbone=backbone), worst)
+
+
+def _checkpoint_of(source: FilePath) -> Path | None:
+    """The folder of this machine that a page is about: of a manifest the one that it lies in, if that has an index."""
+    if not is_local(source):
+        return None
+    if source.is_dir():
+        return source
+    beside = Path(os.path.realpath(source)).parent
+    return beside if (beside / INDEX_NAME).exists() else None
 
 
 def _write(path: Path, data: bytes) -> None:
