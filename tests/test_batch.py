@@ -1145,6 +1145,27 @@ def test_an_interrupt_during_the_proof_leaves_no_dst(
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("method", ["start", "advance", "part", "finish"])
+def test_what_the_callers_progress_raises_is_passed_on(
+    method: str, jobs: int, tmp_path: Path, ties_file: Path
+) -> None:
+    """It was told as an internal error of each checkpoint."""
+    for name in "abc":
+        tiny(tmp_path / "models" / name)
+
+    def give_up(*args: object) -> None:
+        raise OverflowError("my own") from KeyError("why")
+
+    progress = type("Watch", (tierewrite.Progress,), {method: give_up})()
+    with pytest.raises(OverflowError, match="my own") as raised:
+        tierewrite.batch(tmp_path / "models", into=tmp_path / "out", ties=ties_file, jobs=jobs, progress=progress)
+    assert isinstance(raised.value.__cause__, KeyError)
+    left = [path.name for path in (tmp_path / "out").rglob("*")] if method == "finish" else []
+    assert [name for name in left if name.startswith(".")] == []
+    assert (tmp_path / "out").exists() is (method == "finish")  # what was finished stays
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_a_signal_while_the_folders_above_the_outputs_are_made_leaves_none(
     depth: int, tmp_path: Path, ties_file: Path, monkeypatch: pytest.MonkeyPatch

@@ -16,7 +16,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -85,7 +85,7 @@ def batch(
         SourceError: nothing was begun: a folder holds no checkpoint (exit 4).
         SystemFailure: nothing was begun: a list or folder cannot be read, or there is no cluster (exit 5).
         BatchInterrupted: a signal arrived, and the handler raised `Interrupted`, as the command line's does. (A
-            KeyboardInterrupt is passed on; it, too, leaves nothing half-done.)
+            KeyboardInterrupt, and whatever `progress` raises, is passed on; it, too, leaves nothing half-done.)
     """
     engine_options, item_options = _split(options)
     if jobs < 1:
@@ -151,6 +151,14 @@ class _Stop(BaseException):
     """Raised in a rewrite when the batch is to end. No Exception: no handler takes it for a failure and goes on."""
 
 
+class _CallersOwn(BaseException):
+    """What the caller's progress raised: it ends the batch, as it ends a rewrite. No Exception, as `_Stop`."""
+
+    def __init__(self, raised: Exception) -> None:
+        super().__init__(raised)
+        self.raised = raised
+
+
 class _Stoppable(Progress):
     """Passes everything on until the batch is to end."""
 
@@ -160,18 +168,29 @@ class _Stoppable(Progress):
 
     def start(self, phase: str, total: int) -> None:
         self._go_on()
-        self.inner.start(phase, total)
+        with _callers_own():
+            self.inner.start(phase, total)
 
     def advance(self, nbytes: int) -> None:
         self._go_on()
-        self.inner.advance(nbytes)
+        with _callers_own():
+            self.inner.advance(nbytes)
 
     def note(self, text: str) -> None:
-        self.inner.note(text)
+        with _callers_own():
+            self.inner.note(text)
 
     def _go_on(self) -> None:
         if self.stop.is_set():
             raise _Stop
+
+
+@contextlib.contextmanager
+def _callers_own() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise _CallersOwn(error) from error
 
 
 class _Batch:
@@ -201,13 +220,15 @@ class _Batch:
                 return self._report(None)
             except Interrupted as interrupt:
                 raise BatchInterrupted(interrupt.exit_code - 128, self._report(interrupt)) from None
+            except _CallersOwn as own:
+                raised = own.raised
+            raise raised  # with the causes that it has, and no others
 
     def _at_a_time(self) -> None:
         pool = ThreadPoolExecutor(self.jobs, thread_name_prefix="tierewrite-batch")
         try:
             futures = [pool.submit(self._run_item, index) for index in range(len(self.items))]
-            wait(futures)
-            for future in futures:
+            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
                 future.result()
         finally:
             self.stop.set()
