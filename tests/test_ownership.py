@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -437,3 +438,58 @@ def test_an_object_that_is_gone_in_mid_run_is_an_error_and_nothing_stays(tmp_pat
         assert sorted(path.name for path in tmp_path.iterdir()) == ["src", "ties.json"]
     finally:
         store.rm("/vanishes", recursive=True)
+
+
+@contextlib.contextmanager
+def flagged(path: Path, flag: str) -> Iterator[None]:
+    """`path` with a flag of chattr(1)."""
+    if shutil.which("chattr") is None or subprocess.run(["chattr", f"+{flag}", path], capture_output=True).returncode:
+        pytest.skip("needs root and a file system with such flags")
+    try:
+        yield
+    finally:
+        subprocess.run(["chattr", f"-{flag}", path], check=True)
+
+
+@pytest.mark.parametrize("flag", ["i", "a"])
+@pytest.mark.parametrize("which", ["a/src", "a", "a/src/config.json", "a/src/sub"])
+@pytest.mark.parametrize("how", ["in place", "without backup", "overwrite"])
+def test_what_cannot_be_swapped_out_is_found_before_the_work(
+    how: str, which: str, flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was found at the swap, after everything was written; or DST was complete and the old one stayed beside it."""
+    src = checkpoint(tmp_path / "a" / "src")
+    (src / "sub").mkdir()
+    (src / "sub" / "file").touch()
+    other = checkpoint(tmp_path / "other" / "src")
+    before = files(tmp_path)
+
+    def call() -> tierewrite.Report:
+        if how == "overwrite":
+            return rewrite(other, src, overwrite=True)
+        return rewrite(src, None, in_place=True, backup=how == "in place")
+
+    with flagged(tmp_path / which, flag):
+        if how == "in place" and which.startswith("a/src/"):  # kept, not removed
+            call()
+            shutil.rmtree(src)
+            (src.parent / "src.bak").rename(src)
+        else:
+            with monkeypatch.context() as patched:
+                patched.setattr("tierewrite.rewriting.run.Opened.open", lambda *_, **__: pytest.fail("work was begun"))
+                with pytest.raises(tierewrite.SystemFailure, match=f"{which}: is immutable or append-only.*chattr"):
+                    call()
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(("mode", "backup"), [(0o1777, True), (0o755, False)])
+def test_another_users_folder_is_found_before_the_work(
+    mode: int, backup: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    src = checkpoint(tmp_path / "a" / "src")
+    src.parent.chmod(mode)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 4321)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(tierewrite.SystemFailure, match=r"belongs to another user.*run as its owner"):
+        rewrite(src, None, in_place=True, backup=backup)
+    assert sorted(path.name for path in src.parent.iterdir()) == ["src", "ties.json"]

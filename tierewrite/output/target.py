@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tierewrite.errors import SourceChanged, SourceError, SystemFailure, UsageError, shown, system_errors
+from tierewrite.output.immovable import refuse_immovable
 from tierewrite.planning.plan import OutShard
 from tierewrite.source.table import INDEX_NAME, Checkpoint, Shard
 from tierewrite.stores.local import can_share
@@ -44,6 +45,7 @@ class Target:
 
         Raises:
             UsageError: SRC.bak exists already, or SRC cannot be moved.
+            SystemFailure: see `refuse_immovable`.
         """
         with system_errors("looking at SRC", src):
             real = src.resolve()
@@ -66,6 +68,8 @@ class Target:
                     "earlier original; or, if a run was killed during its swap, the new checkpoint)",
                     file=src,
                 )
+        if real.is_dir():
+            refuse_immovable(real, removed=not backup)
         return cls(real, True, kept if backup else None, keep_permissions=True)
 
     @classmethod
@@ -74,6 +78,7 @@ class Target:
 
         Raises:
             UsageError: SRC and DST are the same or inside one another, or DST is not an empty or absent folder.
+            SystemFailure: see `refuse_immovable`.
         """
         with system_errors("looking at DST", dst):
             try:
@@ -98,6 +103,7 @@ class Target:
                     raise UsageError(_MOUNTED.format("DST"), file=dst, advice="name a folder inside it")
                 if not overwrite and any(real.iterdir()):
                     raise UsageError("DST is not empty; choose another folder, or use --overwrite", file=dst)
+                refuse_immovable(real, removed=True)
         return cls(real, overwrite)
 
 
