@@ -667,6 +667,19 @@ def test_unpacked_experts_speak_of_the_fused_parameters() -> None:
     assert {"mlp.experts.up_proj", "mlp.experts.down_proj"} <= set(parameters_of(plain))
 
 
+@pytest.mark.parametrize("declared", [{"b": "a"}, {"b.experts": "a.experts"}, {r"b\.(.*)": r"a\.(.*)"}])
+@pytest.mark.parametrize("projections", [("gate_proj", "up_proj"), ("gate_up_proj",), ("up_proj",)])
+def test_a_pattern_ties_the_experts_of_a_layer_as_one_parameter(
+    projections: tuple[str, ...], declared: dict[str, str]
+) -> None:
+    """Expert by expert and once more as the parameter that they may be, of which nothing was left on disk."""
+    keys = [f"{side}.experts.{e}.{p}.weight" for side in "ab" for e in (0, 1) for p in (*projections, "down_proj")]
+    disk = on_disk(TieMap.from_mapping(declared, keys), keys)
+    fused = "up_proj" if projections == ("up_proj",) else "gate_up_proj"
+    assert {group.id for group in disk.groups} == {f"a.experts.{fused}", "a.experts.down_proj"}
+    assert (disk.idle, disk.warnings) == ((), ())
+
+
 # --- what only saves time
 
 

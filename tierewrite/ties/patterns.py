@@ -112,8 +112,12 @@ def _fused_experts(names: Iterable[str]) -> Iterator[str]:
     for container, projections in containers.items():
         for projection in sorted(projections):
             yield f"{container}.{projection}"
-        if {"gate_proj", "up_proj"} <= projections:
-            yield f"{container}.gate_up_proj"
+        if set(_HALVES) <= projections:
+            yield f"{container}.{_BOTH}"
+
+
+_HALVES, _BOTH = ("gate_proj", "up_proj"), "gate_up_proj"
+"""Projections of an expert that are one in a fused parameter, and what that is called."""
 
 
 def parameters_declared(declared: Mapping[str, str], keys: Collection[str], names: Collection[str]) -> dict[str, str]:
@@ -195,7 +199,7 @@ def expand(
     The rule (`PreTrainedModel.get_expanded_tied_weights_keys`): both patterns are searched, anchored at the start; the
     sorted matches of the alias pattern are paired with the sorted matches of the canonical pattern, cycled. Where the
     canonical side is incomplete on disk that pairing would be off by one, so here each alias is first paired with the
-    name that differs from it as the patterns do (`_counterpart`), and the cycle serves only what remains.
+    name that differs from it as the patterns do (`_pair`), and the cycle serves only what remains.
     """
     pairs: dict[str, str] = {}
     idle: list[str] = []
@@ -222,7 +226,8 @@ def expand(
             )
         for target, source in made:
             if target != source:
-                pairs[target] = pairs.get(source, source) if source in pairs and pairs[source] != target else source
+                root = pairs.get(source, source)
+                pairs[target] = source if root == target else root
     _prefer_fused(pairs)
     return pairs, idle
 
@@ -240,13 +245,11 @@ def _prefer_fused(pairs: dict[str, str]) -> None:
             tail = f".{index}.{projection}.{leaf}"
         else:
             container, projection, tail = module, leaf, f".{leaf}"
-        for fused in (f"{container}.{projection}", f"{container}.gate_up_proj"):
-            if fused == alias or (fused.endswith("gate_up_proj") and projection not in ("gate_proj", "up_proj", fused)):
-                continue
-            other = pairs.get(fused)
-            if other is not None and canonical == other.rpartition(".")[0] + tail:
-                covered.append(alias)
-                break
+        words = (projection, _BOTH) if projection in _HALVES else (projection,)
+        fused = (f"{container}.{word}" for word in words)
+        others = [pairs[name] for name in fused if name in pairs and name != alias]
+        if any(canonical == other.rpartition(".")[0] + tail for other in others):
+            covered.append(alias)
     for alias in covered:
         del pairs[alias]
 
