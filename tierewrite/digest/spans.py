@@ -89,7 +89,8 @@ def checked(spans: Sequence[Row] | Columns, size: int | Columns) -> Columns:
     rows: Columns = np.asarray(spans, np.int64).reshape(-1, 5)
     start, length, total, position = rows.T[1:]
     end = position + length
-    outside = (rows[:, 1:] < 0).any(axis=1) | (start + length > size) | (end > total)
+    negative = (start | length | total | position) < 0  # the sign bit of one is the sign bit of all
+    outside = negative | (start + length > size) | (end > total)
     if outside.any():
         first = int(outside.argmax())
         room = np.broadcast_to(size, len(rows))[first]
@@ -115,7 +116,7 @@ class Ledger:
         """Raises ValueError if a tensor came in another order than its own, twice, or without its end."""
         rows = np.concatenate([np.empty((0, 5), np.int64), *self._entered])
         rows = rows[np.argsort(rows[:, 0], kind="stable")]
-        tensor, _, length, total, position = rows.T
+        tensor, _, length, total, position = np.ascontiguousarray(rows.T)
         end = position + length
         same = np.zeros(len(rows), bool)  # the span before is of the same tensor
         same[1:] = tensor[1:] == tensor[:-1]
