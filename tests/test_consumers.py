@@ -442,6 +442,17 @@ def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
         check(tmp_path, "vllm")
 
 
+@pytest.mark.parametrize("consumer", CONSUMERS)
+@pytest.mark.parametrize("case", ["dg_nvfp4", "dg_nvfp4_sharded"])  # without an index, and with one
+def test_hidden_files_are_read_by_nobody(case: str, consumer: str, tmp_path: Path) -> None:
+    """macOS puts `._X` beside every X on others' file systems; no loader's `glob("*.safetensors")` finds it."""
+    shutil.copytree(FIXTURES / case / "naive", tmp_path / "same")
+    before = check(tmp_path / "same", consumer, loader="off")  # type: ignore[arg-type]
+    for path in list((tmp_path / "same").glob("*.safetensors")):
+        path.with_name(f"._{path.name}").write_bytes(b"Mac OS X        ")
+    assert check(tmp_path / "same", consumer, loader="off") == before  # type: ignore[arg-type]
+
+
 def test_a_config_that_is_no_json_is_refused(good: Good, tmp_path: Path) -> None:
     shutil.copytree(good("dg_nvfp4"), tmp_path / "v")
     (tmp_path / "v" / "config.json").write_text("{", encoding="utf-8")

@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tierewrite.batches.no_models import PIPELINE_NAME, no_model, pointers, safetensors_of
+from tierewrite.batches.no_models import PIPELINE_NAME, no_model, pointers
 from tierewrite.errors import SourceError, SystemFailure, shown, system_errors
-from tierewrite.source.folder import natural_key
+from tierewrite.source.folder import natural_key, safetensors_among
 from tierewrite.source.table import INDEX_NAME
 from tierewrite.stores.places import chain, is_local, is_remote, located
 from tierewrite.stores.remote import RemotePath, listing
@@ -108,7 +108,7 @@ def _all(found: list[Found], without_weights: list[Found], folders: int, root: o
 
 def _ends_here(files: Sequence[str]) -> bool:
     """Whether what lies below a folder with files of these names belongs to it."""
-    return INDEX_NAME in files or PIPELINE_NAME in files or bool(safetensors_of(files))
+    return INDEX_NAME in files or PIPELINE_NAME in files or bool(safetensors_among(files))
 
 
 def _folders_and_files(entries: Iterator[os.DirEntry[str]]) -> tuple[list[os.DirEntry[str]], list[str]]:

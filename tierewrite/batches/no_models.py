@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from tierewrite.errors import shown
-from tierewrite.source.folder import loader_of
+from tierewrite.source.folder import loader_of, safetensors_among
 from tierewrite.source.side_files import in_other_formats
 from tierewrite.source.table import INDEX_NAME
 
@@ -18,16 +18,11 @@ _POINTER_BYTES = 1024
 """The most that a pointer has (git-lfs' docs/spec.md)."""
 
 
-def safetensors_of(files: Collection[str]) -> list[str]:
-    """The files among `files` that make a folder a checkpoint, if there are any."""
-    return [name for name in files if name.endswith(".safetensors") and not name.startswith(".")]
-
-
 def no_model(files: Collection[str]) -> str | None:
     """Why a folder with files of these names is none that a rewrite is for; None if it may be one, or is neither."""
     if PIPELINE_NAME in files:
         return f"a pipeline of diffusers ({PIPELINE_NAME}), whose parts are loaded together"
-    weights = safetensors_of(files)
+    weights = safetensors_among(files)
     if weights:
         kinds = [loader_of(name) for name in weights]
         if INDEX_NAME not in files and all(kinds):
@@ -46,7 +41,7 @@ def no_model(files: Collection[str]) -> str | None:
 
 def pointers(folder: Path, files: Collection[str]) -> str | None:
     """Why a checkpoint cannot be read: its weights are Git LFS pointers. None if they are not."""
-    for name in safetensors_of(files):
+    for name in safetensors_among(files):
         try:
             if (folder / name).stat().st_size > _POINTER_BYTES:
                 continue

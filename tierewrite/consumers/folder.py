@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from tierewrite.errors import SourceError
-from tierewrite.source.folder import WANTED, natural_key, read_config, refuse_half_written, what_is_here
+from tierewrite.source.folder import (
+    WANTED,
+    natural_key,
+    read_config,
+    refuse_half_written,
+    safetensors_among,
+    what_is_here,
+)
 from tierewrite.source.header import read_header
 from tierewrite.source.index import read_index
 from tierewrite.source.open import RemoteCheckpoint, rename_in_errors
@@ -83,7 +90,7 @@ class Folder:
                 raise SourceError(f"{what}; {WANTED}{did_you_mean(root)}", file=root)
             top = [p.name for p in root.iterdir()]
         refuse_half_written(top, where)
-        there = sorted((n for n in top if n.endswith(".safetensors")), key=natural_key)
+        there = sorted(safetensors_among(top), key=natural_key)
         alone = tuple(n for n in there if fnmatchcase(n, reads_alone))
         weight_map = read_index(root / INDEX_NAME)[1] if (root / INDEX_NAME).exists() else None
         absent: list[str] = []

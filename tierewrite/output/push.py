@@ -21,6 +21,7 @@ import tierewrite
 from tierewrite.errors import SystemFailure, TierewriteError, UsageError, first_line, shown
 from tierewrite.report import Pushed
 from tierewrite.source import hub
+from tierewrite.source.folder import safetensors_among
 from tierewrite.spelling import of_a_command
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.places import FilePath, is_local, located
@@ -151,8 +152,8 @@ class Push:
 
     def _refuse_other_weights(self, api: HfApi, folder: Path, state: str) -> None:
         """Weights that stay beside ours would be read by some loaders."""
-        there = [name for name in api.list_repo_files(self.repo) if "/" not in name]
-        others = [name for name in there if name.endswith(".safetensors") and not (folder / name).exists()]
+        there = (name for name in api.list_repo_files(self.repo) if "/" not in name)
+        others = [name for name in safetensors_among(there) if not (folder / name).exists()]
         if others:
             raise UsageError(
                 f"'{self.repo}' holds '{shown(others[0])}', which DST does not have, and a loader may read both: push "

@@ -20,6 +20,7 @@ from typing import Any
 import tierewrite
 from tierewrite.errors import UsageError, shown, system_errors
 from tierewrite.output.target import beside_of
+from tierewrite.source.folder import safetensors_among
 from tierewrite.source.table import STAGING_MARK_NAME
 from tierewrite.stores.local import sync_folder, write_file
 
@@ -175,8 +176,8 @@ def keep_permissions(new: Path, old: Path) -> None:
     Files that `old` lacks are like its first shard, folders like `old` itself. The mode of `new` itself comes last of
     all, by `keep_mode`. Raises OSError.
     """
-    shards = sorted(path for path in old.iterdir() if path.name.endswith(".safetensors") and path.is_file())
-    default = shards[0] if shards else None
+    shards = (old / name for name in sorted(safetensors_among(os.listdir(old))))
+    default = next(filter(Path.is_file, shards), None)
     for place, folders, names in os.walk(new, topdown=False):
         for name in (*names, *folders):
             path = Path(place, name)

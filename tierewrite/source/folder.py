@@ -10,7 +10,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -139,9 +139,17 @@ def assembled(
     )
 
 
+def safetensors_among(names: Iterable[str]) -> list[str]:
+    """Those of the names in a folder that loaders' `glob("*.safetensors")` finds: no hidden ones.
+
+    macOS puts a hidden `._X` beside every X on file systems of others.
+    """
+    return [name for name in names if name.endswith(".safetensors") and not name.startswith(".")]
+
+
 def _shard_names(top: list[str], weight_map: dict[str, str] | None, where: FilePath) -> tuple[list[str], list[str]]:
     """The files that are shards, in natural order, and the safetensors files that the index does not name."""
-    local = [name for name in top if name.endswith(".safetensors") and not name.startswith(".")]
+    local = safetensors_among(top)
     if weight_map is not None:
         listed = set(weight_map.values())
         return sorted(listed, key=natural_key), [name for name in local if name not in listed]

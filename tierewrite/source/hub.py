@@ -32,7 +32,7 @@ from tierewrite.errors import (
     first_line,
     shown,
 )
-from tierewrite.source.folder import assembled, open_folder
+from tierewrite.source.folder import assembled, open_folder, safetensors_among
 from tierewrite.source.header import MAX_HEADER_BYTES, parse_header
 from tierewrite.source.table import INDEX_NAME, Checkpoint, Header, Shard, SideFile
 from tierewrite.stores.base import PathLike
@@ -182,8 +182,7 @@ class _Remote:
             path = Path(self.api.hf_hub_download(self.repo, name, revision=self.commit))
             root = path.parents[name.count("/")]
         top = sorted({name.partition("/")[0] for name in self.sizes})
-        shards = [n for n in self.sizes if "/" not in n and n.endswith(".safetensors") and not n.startswith(".")]
-        with prefetched(shards, self.header) as header:
+        with prefetched(safetensors_among(top), self.header) as header:
             return assembled(
                 root,
                 top,

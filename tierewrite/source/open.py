@@ -15,7 +15,7 @@ from typing import Any
 
 from tierewrite.errors import HeaderError, ShardIndexError, TierewriteError, UsageError, shown
 from tierewrite.source import hub
-from tierewrite.source.folder import assembled, open_folder
+from tierewrite.source.folder import assembled, open_folder, safetensors_among
 from tierewrite.source.header import digest_of, header_length, parse_header, read_header
 from tierewrite.source.index import MAX_INDEX_BYTES
 from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME, Checkpoint, Header, Shard, SideFile
@@ -109,7 +109,7 @@ class RemoteCheckpoint:
 
     def checkpoint(self, ignore_unindexed: bool) -> Checkpoint:
         """All that `Checkpoint.open` would read, and nothing more."""
-        shards = [n for n in self.infos if "/" not in n and n.endswith(".safetensors") and not n.startswith(".")]
+        shards = safetensors_among(self.top)
         with rename_in_errors(self.folder.base, self.root), self.headers(shards) as header:
             return assembled(
                 self.root,
