@@ -180,6 +180,25 @@ def test_a_module_says_its_job_and_what_is_public_says_what_it_does(path: Path) 
     assert not silent, "a sentence each, or `See Protocol`"
 
 
+def test_members_of_our_classes_that_texts_name_exist() -> None:
+    """`Checkpoint.open`, say, in docstrings, comments and READMEs; of classes that inherit nothing."""
+    members: dict[str, set[str]] = {}
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and not node.bases:
+                there = members.setdefault(node.name, set())
+                for part in ast.walk(node):
+                    name = getattr(part, "name", getattr(part, "attr", getattr(part, "id", None)))
+                    there.add(str(name))
+    gone = [
+        f"{path.relative_to(PACKAGE)}: {found[0]}"
+        for path in (*MODULES, *PACKAGE.rglob("*.md"))
+        for found in re.finditer(r"`([A-Z]\w*)\.(\w+)(?:\(.*?\))?`", path.read_text(encoding="utf-8"))
+        if found[1] in members and found[2] not in members[found[1]]
+    ]
+    assert not gone
+
+
 def public(
     tree: ast.Module | ast.ClassDef, of: str = ""
 ) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]]:

@@ -1,8 +1,8 @@
 """What the rules look at: a folder as a loader reads it, its names, its quantization config and its scales.
 
-Names are those under the consumer's backbone. Nothing is decided here. Unlike `Checkpoint.open`, which refuses a folder
-that contradicts itself, the folder is read the way loaders read it: what an index lacks or invents, and names that
-several files hold, become facts for the rules. Malformed headers and configs that are no JSON are refused all the same.
+Names are those under the consumer's backbone. Nothing is decided here. Unlike `open_folder`, which refuses one that
+contradicts itself, a folder is read the way loaders read it: what an index lacks or invents, and names that several
+files hold, become facts for the rules. Malformed headers and configs that are no JSON are refused all the same.
 """
 
 from __future__ import annotations

@@ -51,7 +51,8 @@ class Companion:
         merge: for ACTIVATION and KV, which of the sides' values covers all of them: "max" of scales, "min"
             where the reciprocal is stored; None where values cannot be merged and must be equal.
         family: the name of the family whose table lists it (the first one, where several agree).
-        uncalibrated: values that mean "calibration never reached this", beyond the general ones of `scales`.
+        uncalibrated: values that mean "calibration never reached this", beyond those that mean it in any format
+            (`numbers.merging`).
         optional: the exporter also writes it where activations are not quantized, with an `uncalibrated` value: that
             calibration reached no side is then usual, and no reason for a warning.
         main: it is the weight itself in this family's form (`weight`, `weight_packed`, `qweight`).

@@ -6,7 +6,7 @@ differently, and then an input scale of one is wrong for the other. So in a smoo
 is confirmed only together with its neighbours:
 
 - the norms of its layer. ModelOpt finds the one whose output the linear reads by hooks
-  (modelopt/torch/export/ unified_export_hf.py `_fuse_shared_input_modules`, quant_utils.py
+  (modelopt/torch/export/unified_export_hf.py `_fuse_shared_input_modules`, quant_utils.py
   `fuse_prequant_layernorm`: q/k/v into `input_layernorm`, gate/up into `post_attention_layernorm` or
   `pre_feedforward_layernorm`); AutoAWQ has a table per architecture (awq/models/*.py). The name cannot be
   known from the files, so every norm of the layer counts.

@@ -116,11 +116,11 @@ def open_checkpoint(
     Args:
         src: folder or hub id.
         revision: branch, tag or commit of a hub id; None: its main branch.
-        ignore_unindexed: as in `Checkpoint.open`.
+        ignore_unindexed: as in `folder.open_folder`.
         trust_remote_code: fetch the repository's Python files too, for the model class to be asked.
 
     Raises:
-        As `Checkpoint.open` and `fetched`.
+        As `folder.open_folder` and `fetched`.
     """
     repo = repo_id(src)
     if repo is None:
@@ -173,7 +173,7 @@ class _Remote:
         return f"{self.repo}/{file}"
 
     def checkpoint(self, ignore_unindexed: bool, trust_remote_code: bool) -> Checkpoint:
-        """All that `Checkpoint.open` would read, and nothing more (Python files if they may be run)."""
+        """All that `open_folder` would read, and nothing more (Python files if they may be run)."""
         wanted = [name for name in _CONFIGS if name in self.sizes]
         if trust_remote_code:
             wanted += [name for name in self.sizes if name.endswith(".py")]

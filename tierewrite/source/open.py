@@ -69,12 +69,12 @@ def open_checkpoint(
     Args:
         src: the folder.
         revision: branch, tag or commit of a hub id; None: its main branch.
-        ignore_unindexed: as in `Checkpoint.open`.
+        ignore_unindexed: as in `folder.open_folder`.
         trust_remote_code: fetch its Python files too, for the model class to be asked.
         plain: it is no hub id.
 
     Raises:
-        As `Checkpoint.open`, `hub.fetched` and `remote.listing`.
+        As `folder.open_folder`, `hub.fetched` and `remote.listing`.
     """
     found = folder_of(src)
     if is_local(found):
@@ -108,7 +108,7 @@ class RemoteCheckpoint:
         self.root, self.top = self.mirror.root, self.mirror.top
 
     def checkpoint(self, ignore_unindexed: bool) -> Checkpoint:
-        """All that `Checkpoint.open` would read, and nothing more."""
+        """All that `open_folder` would read, and nothing more."""
         shards = safetensors_among(self.top)
         with rename_in_errors(self.folder.base, self.root), self.headers(shards) as header:
             return assembled(

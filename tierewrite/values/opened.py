@@ -119,7 +119,7 @@ class Opened:
             meanwhile: entered while a model class may have to be asked, which takes seconds.
 
         Raises:
-            What `Checkpoint.open` and `TieMap.resolve` raise.
+            What `open_checkpoint` and `TieMap.resolve` raise.
         """
         checkpoint = open_checkpoint(
             src, revision=revision, ignore_unindexed=ignore_unindexed, trust_remote_code=trust_remote_code
