@@ -11,15 +11,8 @@ import pytest
 from tests.checkpoints import FIXTURES, read_shapes
 from tierewrite.formats import FAMILIES, Adjacency, Role, classify, concerns, detect, kv_scale
 from tierewrite.formats.detection import recognise, unknown_words
-from tierewrite.formats.ignore_lists import (
-    CONFIG,
-    QUANT_CONFIG,
-    EntryProblem,
-    fixed,
-    fixed_text,
-    inconsistencies,
-    sorted_modules,
-)
+from tierewrite.formats.ignore_lists import EntryProblem, fixed, fixed_text, inconsistencies, sorted_modules
+from tierewrite.source.table import CONFIG_NAME, QUANT_CONFIG_NAME
 
 CHECKPOINTS = sorted({path.parent for path in FIXTURES.rglob("config.json") if list(path.parent.glob("*.safetensors"))})
 
@@ -495,14 +488,14 @@ def test_entry_that_names_an_alias_whose_canonical_is_quantized_is_removed() -> 
     (finding,) = inconsistencies(config, {}, PAIRS[:1], {"dec.layers.1.q"}, {"lm_head", "vision.a"})
     assert finding.replacement == ()
     assert "'enc.layers.1.q'" in finding.message
-    assert fixed(config, CONFIG, [finding]) == config_with(MODELOPT, "ignore", "lm_head", "vision*")
+    assert fixed(config, CONFIG_NAME, [finding]) == config_with(MODELOPT, "ignore", "lm_head", "vision*")
 
 
 def test_wildcard_that_covers_more_keeps_what_is_not_quantized() -> None:
     config = config_with(MODELOPT, "ignore", "enc*", "enc.vision.b")
     plain = ["enc.vision.a", "enc.vision.b", "dec.layers.1.router"]
     findings = inconsistencies(config, {}, PAIRS[:1], {"dec.layers.1.q"}, plain)
-    assert fixed(config, CONFIG, findings) == config_with(MODELOPT, "ignore", "enc.vision.a", "enc.vision.b")
+    assert fixed(config, CONFIG_NAME, findings) == config_with(MODELOPT, "ignore", "enc.vision.a", "enc.vision.b")
 
 
 def test_what_takes_an_entrys_place_has_an_order_of_its_own() -> None:
@@ -517,10 +510,10 @@ def test_entry_that_names_an_alias_whose_canonical_is_plain_gains_the_canonical(
     (finding,) = inconsistencies({}, quant_config, PAIRS, {"dec.layers.1.q"}, {"dec.layers.1.router"})
     assert finding.problem is EntryProblem.MISSES_PLAIN
     assert finding.path == ("quantization", "exclude_modules")
-    assert fixed(quant_config, QUANT_CONFIG, [finding]) == {
+    assert fixed(quant_config, QUANT_CONFIG_NAME, [finding]) == {
         "quantization": {"exclude_modules": ["enc.layers.1.router*", "dec.layers.1.router", "lm_head"]}
     }
-    assert fixed({"a": 1}, CONFIG, [finding]) == {"a": 1}
+    assert fixed({"a": 1}, CONFIG_NAME, [finding]) == {"a": 1}
 
 
 def test_a_head_is_listed_without_the_embedding_that_it_is_tied_to() -> None:
@@ -543,7 +536,7 @@ def test_unconfirmed_tie_with_one_plain_side_is_reported_and_not_changed() -> No
     (finding,) = inconsistencies(config, {}, PAIRS[:1], {"dec.layers.1.q"}, {"enc.layers.1.q"})
     assert finding.problem is EntryProblem.SIDES_DIFFER
     assert finding.replacement is None
-    assert fixed(config, CONFIG, [finding]) == config
+    assert fixed(config, CONFIG_NAME, [finding]) == config
 
 
 @pytest.mark.parametrize("style", [{"indent": 2}, {"indent": 4}, {"indent": "\t"}, {}], ids=["2", "4", "tab", "none"])
@@ -558,10 +551,10 @@ def test_fixed_text_keeps_the_files_style(style: dict, end: str) -> None:
     for escaped in (True, False):
         text = json.dumps(config, ensure_ascii=escaped, **style) + end
         findings = inconsistencies(config, {}, PAIRS[:1], {"dec.layers.1.q"}, ())
-        config_after = fixed(config, CONFIG, findings)
+        config_after = fixed(config, CONFIG_NAME, findings)
         assert config_after != config
-        assert fixed_text(text, CONFIG, findings) == json.dumps(config_after, ensure_ascii=escaped, **style) + end
-        assert fixed_text(text, CONFIG, []) is text
+        assert fixed_text(text, CONFIG_NAME, findings) == json.dumps(config_after, ensure_ascii=escaped, **style) + end
+        assert fixed_text(text, CONFIG_NAME, []) is text
 
 
 @pytest.mark.parametrize("folder", CHECKPOINTS, ids=lambda path: path.relative_to(FIXTURES).as_posix())

@@ -24,7 +24,7 @@ from tierewrite.planning.policy import Policy
 from tierewrite.proof.files import manifest_or_problem
 from tierewrite.source.bytes import read_tensors
 from tierewrite.source.open import open_checkpoint
-from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME, Checkpoint
+from tierewrite.source.table import CONFIG_NAMES, INDEX_NAME, MANIFEST_NAME, Checkpoint
 from tierewrite.stores.places import FilePath, is_remote
 from tierewrite.stores.remote import listing
 from tierewrite.ties.tie import TiesGiven
@@ -32,7 +32,6 @@ from tierewrite.values.opened import Opened
 
 _SAMPLES = 16
 _SAMPLE_BYTES = 4 << 20
-_CONFIGS = ("config.json", "hf_quant_config.json")
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def made(
     changed = _newer(source, target)
     if changed is not None:
         return changed
-    skipped = _CONFIGS if policy.fix_ignore or policy.fix_config else ()
+    skipped = CONFIG_NAMES if policy.fix_ignore or policy.fix_config else ()
     if _sides(source, skipped) != _sides(target, skipped):
         return "its side files (configurations, tokenizer) are not those of SRC"
     if not _as_written(target, manifest):

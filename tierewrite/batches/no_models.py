@@ -8,7 +8,7 @@ from pathlib import Path
 from tierewrite.errors import shown
 from tierewrite.source.folder import loader_of, safetensors_among
 from tierewrite.source.side_files import in_other_formats
-from tierewrite.source.table import INDEX_NAME
+from tierewrite.source.table import CONFIG_NAME, INDEX_NAME
 
 PIPELINE_NAME = "model_index.json"
 """What makes a folder a pipeline of diffusers (diffusers' `DiffusionPipeline.config_name`)."""
@@ -34,7 +34,7 @@ def no_model(files: Collection[str]) -> str | None:
     if others:
         what = "GGUF weights" if others[0].endswith(".gguf") else "weights in another format than safetensors"
         return f"holds {what} ('{shown(others[0])}')"
-    if any(name.startswith("tokenizer") or name == "config.json" for name in files):
+    if any(name.startswith("tokenizer") or name == CONFIG_NAME for name in files):
         return "holds a tokenizer or a config, and no weights"
     return None
 

@@ -23,7 +23,17 @@ from tierewrite.source.header import read_header
 from tierewrite.source.index import read_index
 from tierewrite.source.open import RemoteCheckpoint, rename_in_errors
 from tierewrite.source.suggestion import did_you_mean
-from tierewrite.source.table import INDEX_NAME, Checkpoint, Header, Shard, TensorEntry, Tensors
+from tierewrite.source.table import (
+    CONFIG_NAME,
+    CONFIG_NAMES,
+    INDEX_NAME,
+    QUANT_CONFIG_NAME,
+    Checkpoint,
+    Header,
+    Shard,
+    TensorEntry,
+    Tensors,
+)
 from tierewrite.stores.mirror import Place, folder_of, is_remote_folder
 from tierewrite.stores.places import FilePath
 
@@ -61,7 +71,7 @@ class Folder:
 
     def with_configs(self, folder: Path) -> Folder:
         """This folder with the config.json and hf_quant_config.json of another."""
-        config, quant_config = (read_config(folder / name, []) for name in ("config.json", "hf_quant_config.json"))
+        config, quant_config = (read_config(folder / name, []) for name in CONFIG_NAMES)
         return replace(self, root=folder, config=config, quant_config=quant_config)
 
     @classmethod
@@ -130,8 +140,8 @@ class Folder:
             tuple(absent),
             unread,
             alone,
-            read_config(root / "config.json", []),
-            read_config(root / "hf_quant_config.json", []),
+            read_config(root / CONFIG_NAME, []),
+            read_config(root / QUANT_CONFIG_NAME, []),
             read_config(root / "generation_config.json", []),
             mirror,
         )

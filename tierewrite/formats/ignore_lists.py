@@ -36,9 +36,7 @@ from tierewrite.bounded_regex import SHORT_NAME, BadPattern, BoundedRegex
 from tierewrite.errors import ConfigError, shown
 from tierewrite.formats import classify
 from tierewrite.json_text import in_style_of
-
-CONFIG = "config.json"
-QUANT_CONFIG = "hf_quant_config.json"
+from tierewrite.source.table import CONFIG_NAME, QUANT_CONFIG_NAME
 
 
 class EntryProblem(str, Enum):
@@ -124,9 +122,9 @@ def _lists(
     config: Mapping[str, Any], quant_config: Mapping[str, Any]
 ) -> Iterable[tuple[str, tuple[str, ...], list[Any], Language]]:
     """Every list of unquantized modules: file, path to it, the list, and its language."""
-    for file, root in ((CONFIG, config), (QUANT_CONFIG, quant_config)):
+    for file, root in ((CONFIG_NAME, config), (QUANT_CONFIG_NAME, quant_config)):
         for path, part in _parts(file, root):
-            modelopt = file == QUANT_CONFIG or "modelopt" in str(part.get("quant_method")).lower()
+            modelopt = file == QUANT_CONFIG_NAME or "modelopt" in str(part.get("quant_method")).lower()
             for key, value in part.items():
                 if isinstance(value, list) and key in _LANGUAGES:
                     language = _wildcard_and_below if modelopt and key == "ignore" else _LANGUAGES[key]
@@ -135,7 +133,7 @@ def _lists(
 
 def _parts(file: str, root: Mapping[str, Any]) -> Iterable[tuple[tuple[str, ...], Mapping[str, Any]]]:
     """The mappings that can hold such a list, with the path to each."""
-    if file == QUANT_CONFIG:
+    if file == QUANT_CONFIG_NAME:
         yield (), root
         if isinstance(inner := root.get("quantization"), Mapping):
             yield ("quantization",), inner

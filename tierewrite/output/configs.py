@@ -12,7 +12,7 @@ from tierewrite.output.metadata import moved_parameters
 from tierewrite.output.tie_flags import fixed_flags, with_flags
 from tierewrite.planning.plan import RewritePlan
 from tierewrite.source.bytes import read_side_file
-from tierewrite.source.table import Checkpoint
+from tierewrite.source.table import CONFIG_NAME, Checkpoint
 from tierewrite.ties.on_disk import DiskTies
 from tierewrite.ties.tie_map import TieMap
 
@@ -36,7 +36,7 @@ def configs_of(
         return contents, warnings
     changes, said = fixed_flags(checkpoint.config, plan, ties)
     for side in checkpoint.side_files:
-        if changes and side.name == entries.CONFIG:
+        if changes and side.name == CONFIG_NAME:
             text = (contents.get(side.name) or read_side_file(side)).decode()
             made = in_style_of(text, with_flags(json.loads(text), changes))
             contents = {**contents, side.name: made.encode()}

@@ -23,15 +23,14 @@ from types import TracebackType
 from tierewrite import interrupts
 from tierewrite.errors import SourceError, SystemFailure, TierewriteError, UsageError, shown
 from tierewrite.source.folder import is_half_written
-from tierewrite.source.table import INCOMPLETE_NAME, INDEX_NAME
+from tierewrite.source.table import CONFIG_NAMES, INCOMPLETE_NAME, INDEX_NAME
 from tierewrite.stores.mirror import RemoteFolder
 from tierewrite.stores.places import FilePath, chain, is_remote
 from tierewrite.stores.remote import RemotePath, listing, with_timeout
 
 log = logging.getLogger(__name__)
 
-_CONFIGS = ("config.json", "hf_quant_config.json")
-_LATE = (*_CONFIGS, INDEX_NAME)
+_LATE = (*CONFIG_NAMES, INDEX_NAME)
 """Without them no loader begins: they are written once all else is there, in this order."""
 
 INCOMPLETE_SCHEMA = "tierewrite/incomplete/1"
@@ -165,7 +164,7 @@ class RemoteStaging:
         interrupts.check()
         self.still_ours()
         self._refuse_changed()
-        for name in _CONFIGS:
+        for name in CONFIG_NAMES:
             if name in self._late:
                 interrupts.check()
                 (self.folder / name).write_bytes(self._late[name])

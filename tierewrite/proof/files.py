@@ -24,7 +24,14 @@ from tierewrite.proof.metadata import expected_header_metadata, expected_index_m
 from tierewrite.proof.reading import hash_file
 from tierewrite.source.bytes import read_side_file
 from tierewrite.source.strict_json import strict_json
-from tierewrite.source.table import INCOMPLETE_NAME, INDEX_NAME, MANIFEST_NAME, Checkpoint, SideFile
+from tierewrite.source.table import (
+    CONFIG_NAMES,
+    INCOMPLETE_NAME,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    Checkpoint,
+    SideFile,
+)
 from tierewrite.source.threads import io_threads
 from tierewrite.stores.mirror import Place
 from tierewrite.stores.places import store_of
@@ -162,8 +169,8 @@ def corrected_for(
         dst: whose tensors' names and shapes are looked at; they are proved.
         configs: the configurations that the rewrite has corrected before; the others are those of `source`.
     """
-    wanted = ("config.json", "hf_quant_config.json")
-    contents = {side.name: read_side_file(side) for side in source.side_files if side.name in wanted} | dict(configs)
+    own = [side for side in source.side_files if side.name in CONFIG_NAMES]
+    contents = {side.name: read_side_file(side) for side in own} | dict(configs)
     with tempfile.TemporaryDirectory(prefix="tierewrite-") as folder:
         for name, data in contents.items():
             Path(folder, name).write_bytes(data)

@@ -7,11 +7,9 @@ from typing import Any
 
 from tierewrite.proof import Problem
 from tierewrite.proof.judge import Group
-from tierewrite.source.table import Checkpoint
+from tierewrite.source.table import CONFIG_NAME, Checkpoint
 from tierewrite.ties.tie import FLAG, ConfigPath
 from tierewrite.ties.tie_map import TieMap
-
-_CONFIG = "config.json"
 
 
 def check_flags(source: Checkpoint, target: Checkpoint, groups: Sequence[Group], ties: TieMap) -> Iterator[Problem]:
@@ -22,7 +20,7 @@ def check_flags(source: Checkpoint, target: Checkpoint, groups: Sequence[Group],
     """
     before, after = dict(_flags(source.config)), dict(_flags(target.config))
     for place in sorted(before.keys() - after.keys()):
-        yield Problem("side-file", _CONFIG, f"lacks {'.'.join((*place, FLAG))}, which SRC has")
+        yield Problem("side-file", CONFIG_NAME, f"lacks {'.'.join((*place, FLAG))}, which SRC has")
     for place, value in after.items():
         if value is before.get(place):
             continue
@@ -30,7 +28,8 @@ def check_flags(source: Checkpoint, target: Checkpoint, groups: Sequence[Group],
         gone = any(group.reason is None or _absent(group, source) for group in hanging)
         kept = any(group.reason is not None or group.kept for group in hanging)
         if (gone, kept) != (value, not value):
-            yield Problem("side-file", _CONFIG, f"{'.'.join((*place, FLAG))} is {value}; SRC gives no reason for that")
+            said = f"{'.'.join((*place, FLAG))} is {value}; SRC gives no reason for that"
+            yield Problem("side-file", CONFIG_NAME, said)
 
 
 def _hangs_on(group: Group, place: ConfigPath, ties: TieMap) -> bool:

@@ -25,9 +25,11 @@ from tierewrite.source.side_files import in_other_formats
 from tierewrite.source.strict_json import kind_of_json, repeated_key
 from tierewrite.source.suggestion import did_you_mean
 from tierewrite.source.table import (
+    CONFIG_NAME,
     INCOMPLETE_NAME,
     INDEX_NAME,
     MANIFEST_NAME,
+    QUANT_CONFIG_NAME,
     STAGING_MARK_NAME,
     Checkpoint,
     Header,
@@ -104,8 +106,8 @@ def assembled(
     """
     refuse_half_written(top, origin or root)
     warnings: list[str] = []
-    config = read_config(root / "config.json", warnings)
-    quant_config = read_config(root / "hf_quant_config.json", warnings)
+    config = read_config(root / CONFIG_NAME, warnings)
+    quant_config = read_config(root / QUANT_CONFIG_NAME, warnings)
 
     metadata, weight_map = read_index(root / INDEX_NAME) if INDEX_NAME in top else (None, None)
     names, strays = _shard_names(top, weight_map, origin or root)

@@ -34,14 +34,13 @@ from tierewrite.errors import (
 )
 from tierewrite.source.folder import assembled, open_folder, safetensors_among
 from tierewrite.source.header import MAX_HEADER_BYTES, parse_header
-from tierewrite.source.table import INDEX_NAME, Checkpoint, Header, Shard, SideFile
+from tierewrite.source.table import CONFIG_NAMES, INDEX_NAME, Checkpoint, Header, Shard, SideFile
 from tierewrite.stores.base import PathLike
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 
-_CONFIGS = ("config.json", "hf_quant_config.json", INDEX_NAME)
 _PARALLEL = 8
 
 # The rules of huggingface_hub.utils.validate_repo_id, with the namespace that it lets out: a single word is a folder.
@@ -174,7 +173,7 @@ class _Remote:
 
     def checkpoint(self, ignore_unindexed: bool, trust_remote_code: bool) -> Checkpoint:
         """All that `open_folder` would read, and nothing more (Python files if they may be run)."""
-        wanted = [name for name in _CONFIGS if name in self.sizes]
+        wanted = [name for name in (*CONFIG_NAMES, INDEX_NAME) if name in self.sizes]
         if trust_remote_code:
             wanted += [name for name in self.sizes if name.endswith(".py")]
         root = Path(self.repo)

@@ -18,13 +18,13 @@ from tierewrite.source import hub
 from tierewrite.source.folder import assembled, open_folder, safetensors_among
 from tierewrite.source.header import digest_of, header_length, parse_header, read_header
 from tierewrite.source.index import MAX_INDEX_BYTES
-from tierewrite.source.table import INDEX_NAME, MANIFEST_NAME, Checkpoint, Header, Shard, SideFile
+from tierewrite.source.table import CONFIG_NAMES, INDEX_NAME, MANIFEST_NAME, Checkpoint, Header, Shard, SideFile
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.mirror import Mirror, Place, RemoteFolder, folder_of, is_remote_folder
 from tierewrite.stores.places import FilePath, is_local, is_remote, located, store_of, without_scheme
 from tierewrite.stores.remote import RemoteFile, RemotePath, identity
 
-_CONFIGS = ("config.json", "hf_quant_config.json", "generation_config.json", MANIFEST_NAME, INDEX_NAME)
+_COPIED = (*CONFIG_NAMES, "generation_config.json", MANIFEST_NAME, INDEX_NAME)
 _GUESS_BYTES = 100_000
 
 
@@ -102,7 +102,7 @@ class RemoteCheckpoint:
 
     def __init__(self, folder: RemoteFolder, python: bool = False) -> None:
         self.mirror = Mirror(
-            folder, lambda name: name in _CONFIGS or (python and name.endswith(".py")), MAX_INDEX_BYTES
+            folder, lambda name: name in _COPIED or (python and name.endswith(".py")), MAX_INDEX_BYTES
         )
         self.folder, self.infos = folder, self.mirror.infos
         self.root, self.top = self.mirror.root, self.mirror.top

@@ -7,9 +7,8 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from tierewrite.errors import shown
-from tierewrite.source.table import Checkpoint
+from tierewrite.source.table import CONFIG_NAMES, Checkpoint
 
-_ALWAYS = ("config.json", "hf_quant_config.json")
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".gguf", ".ckpt", ".msgpack", ".h5", ".onnx")
 _NO_WEIGHTS = ("training_args.bin", "scheduler.pt", "rng_state.pth")
 
@@ -34,7 +33,7 @@ def excluding(checkpoint: Checkpoint, patterns: Sequence[str]) -> Checkpoint:
 
     A warning names each wildcard that leaves nothing out: it may be misspelled.
     """
-    names = [side.name for side in checkpoint.side_files if side.name not in _ALWAYS]
+    names = [side.name for side in checkpoint.side_files if side.name not in CONFIG_NAMES]
     matched = {pattern: {name for name in names if _matches(name, pattern)} for pattern in patterns}
     idle = [f"'{shown(pattern)}'" for pattern, found in matched.items() if not found]
     said = (f"exclude {', '.join(idle)} leaves out nothing: no file of SRC that may be left out has such a name",)

@@ -15,6 +15,11 @@ from tierewrite.stores.places import FilePath
 from tierewrite.stores.remote import RemotePath
 
 INDEX_NAME = "model.safetensors.index.json"
+CONFIG_NAME = "config.json"
+QUANT_CONFIG_NAME = "hf_quant_config.json"
+"""ModelOpt's, beside config.json."""
+CONFIG_NAMES = (CONFIG_NAME, QUANT_CONFIG_NAME)
+"""What says how a checkpoint is quantized: a rewrite may change these, and `Checkpoint` holds them."""
 MANIFEST_NAME = "tierewrite.json"
 STAGING_MARK_NAME = ".tierewrite-staging.json"
 """Stands in a folder of this machine for as long as a rewrite stages its output there."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tierewrite.errors import ConfigError, shown
+from tierewrite.source.table import CONFIG_NAME
 
 # A count in a config (layers, experts, labels ...) above this is no real model's. The largest models today have a few
 # hundred layers and under a thousand experts.
@@ -24,7 +25,7 @@ _SIZE_KEY = re.compile(
 
 def check_config(root: Path, config: Any) -> None:
     """Refuse, before transformers sees it, what no real config holds: huge counts, deep nesting, no object."""
-    file = root / "config.json"
+    file = root / CONFIG_NAME
     if not isinstance(config, dict):
         raise ConfigError(f"expected a JSON object, found a {type(config).__name__}; {CONFIG_FIX}", file=file)
     stack: list[tuple[str, Any, int]] = [("", config, 0)]

@@ -17,7 +17,7 @@ from tierewrite.ties import this_thread
 from tierewrite.ties.flags import flag_places
 from tierewrite.ties.patterns import safe_pattern
 from tierewrite.ties.renames import Renames
-from tierewrite.ties.tie import ModelNames
+from tierewrite.ties.tie import FLAG, ModelNames
 
 # Both bounds are far above what the largest class of transformers needs.
 MAX_MODULES = 2_000_000
@@ -139,7 +139,7 @@ def legacy_lists(found: dict[int, list[str]]) -> Iterator[None]:
     def expanded(self: Any, all_submodels: bool = False) -> dict[str, str]:
         declared = self._tied_weights_keys
         if not all_submodels and declared is not None and not isinstance(declared, dict):
-            if getattr(self.config, "tie_word_embeddings", False):
+            if getattr(self.config, FLAG, False):
                 found[id(self)] = [d for d in declared if isinstance(d, str)]
             return {}
         expanded_here: dict[str, str] = original(self, all_submodels=all_submodels)
@@ -235,7 +235,7 @@ def _expanded(model: Any) -> dict[str, str]:
 def _list_of(module: Any) -> list[str]:
     """The legacy list of a class that never calls `post_init()`, if its config switches ties on."""
     declared = module._tied_weights_keys
-    if isinstance(declared, dict) or not declared or not getattr(module.config, "tie_word_embeddings", False):
+    if isinstance(declared, dict) or not declared or not getattr(module.config, FLAG, False):
         return []
     return [name for name in declared if isinstance(name, str)]
 

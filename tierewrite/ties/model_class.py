@@ -23,13 +23,14 @@ from typing import Any
 
 from tierewrite.errors import ConfigError, shown
 from tierewrite.source.header import gc_paused
+from tierewrite.source.table import CONFIG_NAME
 from tierewrite.ties import candidates, class_memory, meta_model, remote_class
 from tierewrite.ties.candidates import Candidate
 from tierewrite.ties.config_limits import CONFIG_FIX
 from tierewrite.ties.fit import Fit, all_loaded, fit_of
 from tierewrite.ties.patterns import is_regex
 from tierewrite.ties.renames import Renames
-from tierewrite.ties.tie import Declared, ModelNames, Tie, rooted
+from tierewrite.ties.tie import FLAG, Declared, ModelNames, Tie, rooted
 from tierewrite.ties.tied_in_code import tied_in_code
 
 # What a config may carry that changes how a model runs, never which parameters it has. Each can make transformers
@@ -82,7 +83,7 @@ def from_class(root: Path, config: dict[str, Any], trust_remote_code: bool, keys
 
 def _asked_now(root: Path, config: dict[str, Any], trust_remote_code: bool, keys: Collection[str]) -> Declared:
     """What `from_class` gives, asked of the class itself."""
-    file = root / "config.json"
+    file = root / CONFIG_NAME
     names, warned = _classes_named(config, file)
     config = {**config, "architectures": list(names)} if names else config
     # Imports make a million objects that stay: collecting garbage meanwhile is a quarter of the time, and finds none.
@@ -116,7 +117,7 @@ def _undeclared(declared: Declared, config: Mapping[str, Any], keys: Collection[
 
 def _says_tied(config: Mapping[str, Any]) -> bool:
     parts = (config, *(part for part in config.values() if isinstance(part, dict)))
-    return any(part.get("tie_word_embeddings") is True for part in parts)
+    return any(part.get(FLAG) is True for part in parts)
 
 
 def _classes_named(config: Mapping[str, Any], file: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -356,7 +357,7 @@ def _class_level(
     name = model_class.__name__
     why = meta_model.in_one_line(cause)
     declared = model_class._tied_weights_keys or {}
-    if not getattr(built_config, "tie_word_embeddings", False):
+    if not getattr(built_config, FLAG, False):
         declared = {}
     plain = isinstance(declared, dict) and all(
         isinstance(n, str) and not is_regex(n) and n.rpartition(".")[2] in ("weight", "bias")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tierewrite.errors import ConfigError, TieFileError, UsageError, shown
 from tierewrite.source.open import rename_in_errors
-from tierewrite.source.table import Checkpoint
+from tierewrite.source.table import CONFIG_NAME, Checkpoint
 from tierewrite.stores.places import local_file
 from tierewrite.tables import Summary, count, table, text, ties_lines, warning_lines
 from tierewrite.ties import meta_model, model_class, patterns
@@ -213,7 +213,7 @@ def _given_in_memory(
 def _from_config(
     root: Path, config: dict[str, Any], declared: Any, keys: Collection[str], trust_remote_code: bool
 ) -> Declared | None:
-    file = root / "config.json"
+    file = root / CONFIG_NAME
     if isinstance(declared, (list, tuple)):
         # The legacy form says which names are aliases, not of what: only the class can pair them.
         if not all(isinstance(name, str) for name in declared):
@@ -229,10 +229,10 @@ def _from_config(
     off = next(_switched_off(config, ""), None)
     if off is not None:
         said = f"config.json declares ties and switches them off: it says {off}; all names are kept"
-        return Declared((), "config", "config.json", warnings=(said,))
+        return Declared((), "config", CONFIG_NAME, warnings=(said,))
     if not declared:
         return None
-    rooted(declared, dict.fromkeys(declared, "config.json"), ConfigError, file)
+    rooted(declared, dict.fromkeys(declared, CONFIG_NAME), ConfigError, file)
     pairs: dict[str, str] = {}
     names: Collection[str] = ()
     for spelled in patterns.spellings(keys):
@@ -247,8 +247,8 @@ def _from_config(
         model = asked.model
         if model is not None and model.shapes:
             pairs, _ = patterns.expand(declared, model.shapes, file, ConfigError)
-    ties = rooted(pairs, dict.fromkeys(pairs, "config.json"), ConfigError, file)
-    return Declared(ties, "config", "config.json", model=model)
+    ties = rooted(pairs, dict.fromkeys(pairs, CONFIG_NAME), ConfigError, file)
+    return Declared(ties, "config", CONFIG_NAME, model=model)
 
 
 def _switched_off(part: Any, path: str) -> Iterator[str]:

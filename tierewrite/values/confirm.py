@@ -16,6 +16,7 @@ from tierewrite.formats.ignore_lists import sorted_modules
 from tierewrite.planning.plan import GroupPlan, RewritePlan
 from tierewrite.source.table import Checkpoint
 from tierewrite.tables import of_which, some
+from tierewrite.ties.tie import FLAG
 
 _LISTED = 12
 
@@ -170,5 +171,5 @@ def _what_it_means(checkpoint: Checkpoint, plan: RewritePlan, refused: Sequence[
 
 def _forced(checkpoint: Checkpoint, plan: RewritePlan) -> Iterator[str]:
     """A sentence where config.json unties what the class ties all the same."""
-    if plan.ties_source == "class" and checkpoint.config.get("tie_word_embeddings") is False:
+    if plan.ties_source == "class" and checkpoint.config.get(FLAG) is False:
         yield f"config.json says that tie_word_embeddings is false; {shown(plan.ties_detail)} ties them all the same."

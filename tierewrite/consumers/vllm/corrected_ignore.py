@@ -14,6 +14,7 @@ from typing import Any
 from tierewrite.consumers.subject import Module
 from tierewrite.consumers.vllm.subject import VllmSubject
 from tierewrite.json_text import in_style_of
+from tierewrite.source.table import CONFIG_NAMES
 
 
 def consistent_ignore(s: VllmSubject) -> list[str] | None:
@@ -106,7 +107,7 @@ def corrected_ignore_lists(s: VllmSubject) -> tuple[dict[str, bytes], tuple[str,
     if patterns is None:
         return {}, ()
     contents = {}
-    for name in ("config.json", "hf_quant_config.json"):
+    for name in CONFIG_NAMES:
         path = s.folder.root / name
         if not path.exists():
             continue
