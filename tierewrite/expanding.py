@@ -285,7 +285,7 @@ def _write(
     sides = {side.name: side.size for side in checkpoint.side_files}
     staging.expect({**sides, **{shard.name: shard.nbytes for shard in output.sizes()}})
     progress.start("copying other files", sum(sides.values()))
-    copy_side_files(checkpoint.side_files, checkpoint.directories, staging, progress.advance)
+    copy_side_files(checkpoint, staging, progress.advance)
 
 
 def _outcome(src: str, dst: str, opened: Opened, plan: RewritePlan, aliases: Sequence[Alias]) -> Expansion:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from tierewrite import digest
 from tierewrite.consumers.needed import with_needed_names
-from tierewrite.errors import UsageError, shown
+from tierewrite.errors import UsageError, first_line, shown
 from tierewrite.planning.plan import Action, RewritePlan, needed_for_confirmation
 from tierewrite.planning.policy import KVScales, NamesFor, Policy
 from tierewrite.report import Report, build_report
@@ -283,17 +283,13 @@ def _missing_bytes(tensor: torch.Tensor) -> str | None:
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         needed = (tensor.storage_offset() + last + 1) * tensor.element_size() if tensor.numel() else 0
     except (RuntimeError, NotImplementedError, TypeError) as error:
-        return f"has no memory that can be read ({_first_line(error)}); expected a plain tensor with its bytes"
+        return f"has no memory that can be read ({shown(first_line(error))}); expected a plain tensor with its bytes"
     if there >= needed:
         return None
     return (
         f"says that it takes {needed} bytes, and its memory has {there}: freed, as by FSDP between two steps. Gather "
         "the state dict first: get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {shown((str(error).splitlines() or [''])[0])}"
 
 
 def _bytes_view(name: str, tensor: torch.Tensor, *, on_cpu: bool = False) -> torch.Tensor:
@@ -312,7 +308,7 @@ def _bytes_view(name: str, tensor: torch.Tensor, *, on_cpu: bool = False) -> tor
     except (RuntimeError, NotImplementedError, TypeError) as error:
         raise UsageError(
             f"is a {type(tensor).__name__} of {tensor.dtype} on {tensor.device} whose bytes cannot be read "
-            f"({_first_line(error)}); expected a plain tensor, as a checkpoint holds it",
+            f"({shown(first_line(error))}); expected a plain tensor, as a checkpoint holds it",
             tensor=name,
         ) from error
 

@@ -94,7 +94,7 @@ def _all(found: list[Found], without_weights: list[Found], folders: int, root: o
     Raises:
         SourceError: nothing was found.
     """
-    holders = {above for one in found for above in _above(one.below, root=True)}
+    holders = {above for one in found for above in _above(one.below)}
     found = [*found, *(one for one in without_weights if one.below not in holders)]
     if not found:
         hold = "folder holds" if folders == 1 else "folders hold"
@@ -154,7 +154,7 @@ def below_url(root: RemotePath, into: str | None) -> list[Found]:
     for folder in sorted(folders, key=lambda name: (name.count("/") + bool(name), name)):
         if is_remote(output) and folder and chain(output)[0] in chain(root / folder):
             continue
-        if not found.keys().isdisjoint(_above(folder, root=True)):
+        if not found.keys().isdisjoint(_above(folder)):
             continue
         why = no_model(folders[folder])
         if _ends_here(folders[folder]):
@@ -164,12 +164,9 @@ def below_url(root: RemotePath, into: str | None) -> list[Found]:
     return _all([*found.values()], without_weights, len(folders), root)
 
 
-def _above(key: str, root: bool = False) -> Iterator[str]:
-    """`key` and every folder that holds it; with `root`, the nameless one too."""
-    yield key
-    while "/" in key.rstrip("/"):
-        key = key.rstrip("/").rpartition("/")[0]
-        if key:
-            yield key
-    if root:
-        yield ""
+def _above(key: str) -> Iterator[str]:
+    """`key` and every folder that holds it, the nameless one too."""
+    while key:
+        yield key
+        key = key.rpartition("/")[0]
+    yield ""

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 import tierewrite
-from tierewrite.errors import escaped, shown
+from tierewrite.errors import escaped
 from tierewrite.json_text import dumps
+from tierewrite.tables import some
 
 if TYPE_CHECKING:
     from tierewrite.consumers import Finding, ReadinessReport
@@ -84,10 +85,8 @@ def as_junit(report: ReadinessReport) -> str:
 
 def _text(finding: Finding) -> str:
     """A finding on one line: what, where, what happens, what to do."""
-    where = ", ".join(shown(name) for name in finding.where[:3])
-    more = f" and {len(finding.where) - 3} more" if len(finding.where) > 3 else ""
     fix = f". Fix: {finding.fix}" if finding.fix else ""
-    return f"{escaped(finding.found)} [{where}{more}]: {escaped(finding.consequence)}{escaped(fix)}"
+    return f"{escaped(finding.found)} [{some(finding.where)}]: {escaped(finding.consequence)}{escaped(fix)}"
 
 
 def _data(text: str) -> str:

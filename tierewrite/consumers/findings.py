@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from tierewrite.errors import EXIT_FINDINGS, EXIT_OK, shown
+from tierewrite.errors import EXIT_FINDINGS, EXIT_OK
 from tierewrite.tables import Summary, count, some, text
 
 if TYPE_CHECKING:
@@ -66,9 +66,7 @@ class Finding(Summary):
         return cls(**{name: data[name] for name in cls.__slots__ if name != "where"}, where=tuple(data["where"]))
 
     def __str__(self) -> str:
-        listed = ", ".join(shown(name) for name in self.where[:3])
-        more = f" and {len(self.where) - 3} more" if len(self.where) > 3 else ""
-        return f"{self.severity}: {self.id}: {self.found} [{listed}{more}]; {self.consequence}"
+        return f"{self.severity}: {self.id}: {self.found} [{some(self.where)}]; {self.consequence}"
 
 
 @dataclass(frozen=True, slots=True, repr=False)

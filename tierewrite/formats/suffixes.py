@@ -5,31 +5,19 @@ This is the only place that knows suffixes; whoever has to tell a weight from wh
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
 from tierewrite.formats.families import FAMILIES
-from tierewrite.formats.family import Companion, Family, Role
-
-
-def _named(companion: Companion, family: Family, suffix: str | None = None) -> Companion:
-    return Companion(
-        suffix or companion.suffix,
-        companion.role,
-        companion.merge,
-        family.name,
-        companion.uncalibrated,
-        companion.main,
-        companion.optional,
-    )
+from tierewrite.formats.family import Companion, Role
 
 
 @lru_cache(maxsize=256)
 def _tables(
     families: tuple[str, ...] | None,
 ) -> tuple[dict[str, Companion], dict[str, Companion], dict[str, Companion]]:
-    """The companions, fused patterns and KV tensors of `families` (None: the union without
-    contradictions)."""
+    """The companions, fused patterns and KV tensors of `families` (None: the union without contradictions)."""
     tables: tuple[dict[str, Companion], ...] = ({}, {}, {})
     for family in FAMILIES.values():
         if families is not None and family.name not in families and family.name != "plain":
@@ -38,7 +26,7 @@ def _tables(
             for row in rows:
                 if families is None and row.suffix in family.own_only:
                     continue
-                table.setdefault(row.suffix, _named(row, family))
+                table.setdefault(row.suffix, replace(row, family=family.name))
     # What sits on an attention module is also a companion of the projection it hangs on: "k_proj.k_scale" is
     # `k_scale` under `k_proj`, and has to be known there.
     for row in tables[2].values():
@@ -80,7 +68,7 @@ def classify(leaf: str, suffix: str, families: tuple[str, ...] | None = None) ->
     if not concerns(leaf, suffix):
         return None
     found = fused.get(suffix.replace(leaf, "{leaf}", 1))
-    return None if found is None else _named(found, FAMILIES[found.family], suffix)
+    return None if found is None else replace(found, suffix=suffix)
 
 
 def kv_scale(key: str, families: tuple[str, ...] | None = None) -> tuple[str, str, Companion] | None:
@@ -138,7 +126,7 @@ def _forms() -> _Forms:
     for family in FAMILIES.values():
         for row in family.fused:
             before, _, after = row.suffix.partition("{leaf}")
-            fused.setdefault((before, after), _named(row, family))
+            fused.setdefault((before, after), replace(row, family=family.name))
     plain = FAMILIES["plain"]
     alone = frozenset(row.suffix for row in plain.companions if row.role is Role.PER_SIDE)
     alone_ends = tuple(row.suffix.removeprefix("{leaf}") for row in plain.fused if row.role is Role.PER_SIDE)

@@ -73,7 +73,7 @@ class Push:
                 raise SystemFailure(f"HF_HUB_OFFLINE forbids to ask {constants.ENDPOINT}: unset it, or do not push")
             if get_token() is None:
                 raise SystemFailure(f"there is no token for {constants.ENDPOINT}: {_LOG_IN}; nothing was uploaded")
-            api = _api()
+            api = hub.api()
             api.whoami()
             push._refuse_public(api, "nothing was uploaded")
         return push
@@ -87,7 +87,7 @@ class Push:
         """
         state = self._state(folder)
         with _errors(self.repo, state):
-            api = _api()
+            api = hub.api()
             api.create_repo(self.repo, private=self.private or None, exist_ok=True)
             self._refuse_public(api, state)
             self._refuse_other_weights(api, folder, state)
@@ -197,12 +197,6 @@ def _uploaded(folder: Path) -> dict[str, int]:
     names = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     own = (".git/", ".cache/huggingface/")
     return {name: path.stat().st_size for name, path in names.items() if not name.startswith(own)}
-
-
-def _api() -> HfApi:
-    from huggingface_hub import HfApi
-
-    return HfApi(library_name="tierewrite", library_version=tierewrite.__version__)
 
 
 @contextlib.contextmanager

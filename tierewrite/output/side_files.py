@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from blake3 import blake3
 
@@ -10,20 +11,20 @@ from tierewrite.output.files import open_sink
 from tierewrite.output.manifest import ManifestFile
 from tierewrite.output.staging import Staged
 from tierewrite.source.bytes import chunks_of, read_side_file
-from tierewrite.source.table import SideFile
+from tierewrite.source.table import Checkpoint
 from tierewrite.stores.places import store_of
 
 
 def copy_side_files(
-    side_files: Sequence[SideFile],
-    directories: Sequence[str],
+    checkpoint: Checkpoint,
     staging: Staged,
-    advance: Callable[[int], None] = lambda n: None,
-    contents: Mapping[str, bytes] | None = None,
+    advance: Callable[[int], None],
+    contents: Mapping[str, bytes] = MappingProxyType({}),
 ) -> dict[str, ManifestFile]:
     """Copies every other file of the source, byte for byte; links arrive as files.
 
     Args:
+        advance: called with the bytes of each piece.
         contents: name -> bytes to write instead of the file's own.
 
     Returns:
@@ -36,16 +37,12 @@ def copy_side_files(
     written: dict[str, ManifestFile] = {}
     folder = staging.folder
     store = store_of(folder)
-    for name in directories:
+    for name in checkpoint.directories:
         store.make_folder(folder / name)
-    for side in side_files:
-        if contents is not None and side.name in contents:
-            read_side_file(side)  # what is written was worked out from it: it has to be that file still
-            staging.put(side.name, contents[side.name])
-            written[side.name] = ManifestFile.of(contents[side.name])
-            continue
-        if side.name in staging.held_back:
-            data = read_side_file(side)
+    for side in checkpoint.side_files:
+        if side.name in contents or side.name in staging.held_back:
+            own = read_side_file(side)  # also where other bytes are written: it has to be what they were made from
+            data = contents.get(side.name, own)
             staging.put(side.name, data)
             written[side.name] = ManifestFile.of(data)
             continue

@@ -18,7 +18,7 @@ from tierewrite.errors import Refused, shown
 from tierewrite.planning.alignment import data_start_of
 from tierewrite.planning.groups import canonical_key
 from tierewrite.planning.kv_scales import Attentions, common_sides, kv_tensors
-from tierewrite.planning.layout import fullest, shards
+from tierewrite.planning.layout import fullest, shard_name, shards
 from tierewrite.planning.plan import Action, OutShard, RewritePlan
 from tierewrite.planning.policy import KVScales, Policy
 from tierewrite.planning.sides import Composition, Sides
@@ -140,7 +140,8 @@ def expansion(
     if max_shard_size is None:
         nothing = np.empty(0, np.int64)
         copied = shards(tensors, nothing, [], unmerged, added, fullest(tensors)) if added else ()
-        files = _numbered([*_as_they_are(tensors, order, len(checkpoint.shards)), *copied])
+        apart = [*_as_they_are(tensors, order, len(checkpoint.shards)), *copied]
+        files = tuple(replace(file, name=shard_name(number, len(apart))) for number, file in enumerate(apart))
     else:
         files = shards(tensors, order, names, unmerged, added, max_shard_size)
     return RewritePlan(
@@ -166,13 +167,3 @@ def _as_they_are(tensors: Tensors, order: np.ndarray, count: int) -> Iterator[Ou
         names = [tensors.names[row] for row in rows.tolist()]
         place = data_start_of(tensors, rows)
         yield OutShard("", tensors, names, rows, np.cumsum(tensors.nbytes[rows]), np.zeros(len(rows), bool), place)
-
-
-def _numbered(files: Sequence[OutShard]) -> tuple[OutShard, ...]:
-    """`files` under the names of the shards of a checkpoint."""
-    if len(files) == 1:
-        return (replace(files[0], name="model.safetensors"),)
-    return tuple(
-        replace(file, name=f"model-{number:05d}-of-{len(files):05d}.safetensors")
-        for number, file in enumerate(files, 1)
-    )

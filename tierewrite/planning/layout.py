@@ -56,10 +56,9 @@ def shards(
     for number, members in enumerate(files):
         within = arranged(tensors, rows[members], width[members], copied[members])
         order = members[within.order]
-        suffix = "" if len(files) == 1 else f"-{number + 1:05d}-of-{len(files):05d}"
         made.append(
             OutShard(
-                f"model{suffix}.safetensors",
+                shard_name(number, len(files)),
                 tensors,
                 list(map(names.__getitem__, order.tolist())),
                 rows[order],
@@ -69,6 +68,11 @@ def shards(
             )
         )
     return tuple(made)
+
+
+def shard_name(number: int, count: int) -> str:
+    """The file of the shard of this number, from 0 on, of `count`; as transformers and huggingface_hub name them."""
+    return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
 def fullest(tensors: Tensors) -> int:

@@ -13,6 +13,7 @@ from tierewrite.proof.kv import kv_stands
 from tierewrite.proof.orphans import orphans
 from tierewrite.proof.reading import Contents
 from tierewrite.source.table import MANIFEST_NAME, Checkpoint
+from tierewrite.tables import some
 from tierewrite.ties.on_disk import DiskTies
 
 
@@ -145,10 +146,8 @@ class Proof:
                 self._say("missing", name, "not in DST; expected")
         reasons = {group.tie.id: group.reason or "; ".join(group.kept.values()) for group in refuted.values()}
         for group, keys in lost.items():
-            listed = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
-            self._say(
-                "unconfirmed-drop", group, f"{listed} gone, though SRC does not confirm the tie: {reasons[group]}"
-            )
+            said = f"{some(keys, 4)} gone, though SRC does not confirm the tie: {reasons[group]}"
+            self._say("unconfirmed-drop", group, said)
         sources = {key: stand.target for stand in self.expected.stands.values() for key in stand.sources}
         for name in self.target.tensors:
             if name not in self.expected.wants and name not in left:

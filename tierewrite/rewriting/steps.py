@@ -186,7 +186,7 @@ def finish(
     sides = {side.name: side.size for side in checkpoint.side_files}
     staging.expect({**sides, **{shard.name: shard.nbytes for shard in output.sizes()}})
     progress.start("copying other files", sum(side.size for side in checkpoint.side_files))
-    files = copy_side_files(checkpoint.side_files, checkpoint.directories, staging, progress.advance, configs)
+    files = copy_side_files(checkpoint, staging, progress.advance, configs)
     files[INDEX_NAME] = ManifestFile.of(index)
     if consumer is not None and run.policy.fix_ignore:
         from tierewrite.consumers import corrected_configs

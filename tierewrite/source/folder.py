@@ -248,8 +248,8 @@ def _check_stray(path: Path, held: Tensors, tensors: Tensors, has_index: bool, w
         ShardIndexError: it does.
     """
     twice = [name for name in held.names if name in tensors.row]
+    why = f"is not in {INDEX_NAME}" if has_index else f"is named as {loader_of(path.name)}"
     if twice:
-        why = f"is not in {INDEX_NAME}" if has_index else f"is named as {loader_of(path.name)}"
         raise ShardIndexError(
             f"{why}, yet holds {len(twice)} of the model's tensors",
             file=path,
@@ -257,7 +257,6 @@ def _check_stray(path: Path, held: Tensors, tensors: Tensors, has_index: bool, w
             details={"overlap": twice},
             advice="remove the file, or the index if the file is what counts",
         )
-    why = f"is not in {INDEX_NAME}" if has_index else f"is named as {loader_of(path.name)}"
     warnings.append(f"{shown(path.name)} {why}: copied as it is, its tensors are not looked at")
 
 

@@ -126,12 +126,12 @@ def open_checkpoint(
         _no_revision(src, revision)
         return open_folder(Path(src), ignore_unindexed=ignore_unindexed)
     with _hub(repo, revision, bars=False):
-        from huggingface_hub import HfApi, constants, snapshot_download
+        from huggingface_hub import constants, snapshot_download
 
         if constants.HF_HUB_OFFLINE:
             folder = snapshot_download(repo, revision=revision, **_library())
             return open_folder(Path(folder), ignore_unindexed=ignore_unindexed)
-        return _Remote(HfApi(**_library()), repo, revision).checkpoint(ignore_unindexed, trust_remote_code)
+        return _Remote(api(), repo, revision).checkpoint(ignore_unindexed, trust_remote_code)
 
 
 def local_only(src: PathLike, doing: str) -> None:
@@ -147,6 +147,13 @@ def _no_revision(src: PathLike, revision: str | None) -> None:
             f"'{shown(os.fspath(src))}' is a folder or no hub id (org/name); a revision belongs to a hub id. Leave out "
             "--revision, or check the id"
         )
+
+
+def api() -> HfApi:
+    """huggingface_hub's client, under our name."""
+    from huggingface_hub import HfApi
+
+    return HfApi(**_library())
 
 
 def _library() -> dict[str, str]:

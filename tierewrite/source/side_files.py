@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 from tierewrite.errors import shown
 from tierewrite.source.table import CONFIG_NAMES, Checkpoint
+from tierewrite.tables import some
 
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".gguf", ".ckpt", ".msgpack", ".h5", ".onnx")
 _NO_WEIGHTS = ("training_args.bin", "scheduler.pt", "rng_state.pth")
@@ -23,9 +24,9 @@ def other_weights(checkpoint: Checkpoint) -> tuple[str, ...]:
     found = in_other_formats(side.name for side in checkpoint.side_files)
     if not found:
         return ()
-    listed = ", ".join(shown(name) for name in found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
     nbytes = sum(side.size for side in checkpoint.side_files if side.name in set(found))
-    return (f"weights in other formats are copied as they are, {nbytes:,} bytes: {listed}; --exclude leaves them out",)
+    what = f"weights in other formats are copied as they are, {nbytes:,} bytes: {some(found, 5)}"
+    return (f"{what}; --exclude leaves them out",)
 
 
 def excluding(checkpoint: Checkpoint, patterns: Sequence[str]) -> Checkpoint:

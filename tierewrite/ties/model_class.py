@@ -326,10 +326,8 @@ def _asked(candidate: Candidate, config: dict[str, Any], file: Path) -> Declared
 def _without_run_time(value: Any) -> Any:
     if isinstance(value, dict):
         out = {k: _without_run_time(v) for k, v in value.items() if k not in _RUN_TIME_KEYS}
-        for key in ("use_pretrained_backbone",):
-            # Weights of a backbone would be fetched; its names are the same without.
-            if key in out:
-                out[key] = False
+        if "use_pretrained_backbone" in out:  # its weights would be fetched; its names are the same without
+            out["use_pretrained_backbone"] = False
         return out
     if isinstance(value, list):
         return [_without_run_time(v) for v in value]
