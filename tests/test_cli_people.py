@@ -222,8 +222,6 @@ def test_a_topic_that_has_no_object_says_so(topic: str, capsys: Printed) -> None
 
 
 def test_every_schema_that_is_printed_is_explained() -> None:
-    import re
-
     package = Path(tierewrite.__file__).parent
     used = {
         found
@@ -232,6 +230,32 @@ def test_every_schema_that_is_printed_is_explained() -> None:
     }
     internal = {"tierewrite/staging/1", "tierewrite/incomplete/1", "tierewrite/digests/1", "tierewrite/class/2"}
     assert {schema.name for schema in SCHEMAS} >= {name for name in used if name not in internal}
+
+
+def test_every_member_of_an_object_is_explained(tmp_path: Path, capsys: Printed) -> None:
+    src, dst = FIXTURES / "qwen3_tied_bf16" / "naive", tmp_path / "dst"
+    explained = {schema.name: set(re.findall(r"`(\w+)`", schema.members)) for schema in SCHEMAS}
+    seen = set()
+    for arguments in (
+        ("plan", src),
+        ("rewrite", src, dst),
+        ("inspect", src),
+        ("verify", src, dst),
+        ("verify", dst),
+        ("check", dst, "--loader", "off"),
+        ("explain", "parameter-missing"),
+        ("expand", dst, tmp_path / "expanded"),
+        ("batch", src, "--plan-only"),
+        ("report", dst),
+        ("plan", tmp_path / "nowhere"),
+    ):
+        run(*arguments, "--json")
+        found = json.loads(capsys.readouterr().out)
+        seen.add(found["schema"])
+        assert found.keys() - explained[found["schema"]] == {"schema"}, arguments
+    manifest = json.loads((dst / "tierewrite.json").read_text(encoding="utf-8"))
+    assert manifest.keys() - explained[manifest["schema"]] == {"schema"}
+    assert {*seen, manifest["schema"]} == explained.keys()
 
 
 @pytest.mark.parametrize("readme", sorted({place for place, _ in tables.TABLES.values()}))

@@ -34,13 +34,14 @@ SCHEMAS = (
         "`src`, `dst`, `options`, `ties`, `formats`, `device`, `before`, `after`, `counts`, `ratios`, `groups` "
         "(with `status` `rewritten`, `canonical` or `kept`, `reason`, and `scales` with the `ratio` between the "
         "sides), `reencoded`, `filled`, `readiness`, `warnings`, `seconds`, `verified`, `pushed` "
-        "(`id`, `commit`, `url`; null without `--push`)",
+        "(`id`, `commit`, `url`; null without `--push`), `means` (how many bytes of the shards were `shared`, "
+        "`copied_in_kernel`, `copied_by_store`, `written`)",
     ),
     Schema(
         "tierewrite/inspection/1",
         "`inspect --json`",
-        "`shards`, `dtypes`, `formats`, `recognised` (by which tensors and configs), `side_files`, `ties` (`groups` "
-        "with `origins`), `tensors`",
+        "`root`, `bytes`, `shards`, `dtypes`, `formats`, `recognised` (by which tensors and configs), `side_files`, "
+        "`ties` (`groups` with `origins`), `tensors`, `warnings`",
     ),
     Schema(
         "tierewrite/verification/1",
@@ -56,8 +57,9 @@ SCHEMAS = (
     Schema(
         "tierewrite/readiness/1",
         "`check --json`",
-        "`ready`, `errors`, `warnings`, `findings` (`id`, `severity`, `where`, `found`, `consequence`, `fix`, "
-        "`source`), `notes`",
+        "`consumer`, `consumer_version`, `checkpoint`, `ready`, `errors`, `warnings` (how many), `tensors`, "
+        "`bytes_read`, `findings` (`id`, `severity`, `where`, `found`, `consequence`, `fix`, `fixed_by`, `source`), "
+        "`notes`",
     ),
     Schema(
         "tierewrite/rules/1",
@@ -83,7 +85,9 @@ SCHEMAS = (
     Schema(
         "tierewrite/page/1",
         "`report --json`",
-        "what the page shows: `checkpoint`, `parts`, `divergence`, `worst`, `kept`, `readiness`, ...",
+        "what the page shows: `name`, `tool`, `options`, `ties`, `hub` (`id` and `commit` of the source, or null), "
+        "`sizes` (null where the manifest came alone), `scales`, `divergence` (the same of each projection), `worst`, "
+        "`groups`, `kept`, `consumers` (what `check` found for each), `readiness` (the first of these)",
     ),
     Schema(
         "tierewrite/error/1",
