@@ -26,7 +26,7 @@ from blake3 import blake3
 from tierewrite.engines.progress import ProgressLike, progress_of
 from tierewrite.errors import SourceChanged, SourceError, SystemFailure, shown, system_errors
 from tierewrite.output.manifest import name_of_file
-from tierewrite.proof import Problem
+from tierewrite.proof import Problem, problem_lines, verdict
 from tierewrite.proof.files import manifest_or_problem
 from tierewrite.proof.reading import hash_files, hash_tensors
 from tierewrite.source.open import fetched, name_in_messages, open_checkpoint
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 __all__ = ["INTEGRITY_SCHEMA", "Integrity", "verify_integrity"]
 
 INTEGRITY_SCHEMA = "tierewrite/integrity/1"
-_SHOWN = 50
 _OF_THE_HUB = (".gitattributes", "README.md")
 """Files that the hub writes, or has people write, in a repository that holds DST."""
 _DOWNLOAD_NOTES = ".cache/huggingface/"
@@ -80,8 +79,7 @@ class Integrity(Summary):
 
     def one_line(self) -> str:
         """See `Summary`."""
-        found = "OK" if self.ok else f"{count(len(self.problems), 'problem')}, the first: {self.problems[0].id}"
-        return f"{found}; {self._compared()}"
+        return f"{verdict(self.problems)}; {self._compared()}"
 
     def _compared(self) -> str:
         return f"{count(self.files, 'file')}, {self.digests:,} of {count(self.tensors, 'tensor')} by digest"
@@ -91,17 +89,10 @@ class Integrity(Summary):
         if self.source is not None:
             yield text(f"Made from {shown(self.source[0])} at commit {shown(self.source[1])}.")
         yield text(f"Compared: {self._compared()}.")
-        for problem in self.problems[:_SHOWN]:
-            yield text(f"{problem.id}: {shown(problem.where)}: {problem.message}", "red")
-        if len(self.problems) > _SHOWN:
-            yield text(f"... and {len(self.problems) - _SHOWN} more (all of them with --json)", "red")
-        for note in self.notes:
-            yield text(f"note: {note}")
+        yield from problem_lines(self.problems, self.notes)
         if self.ok:
             yield text(f"OK: DST is as tierewrite {shown(self.version)} wrote it.", "green")
             yield text("That the rewrite was right, `tierewrite verify SRC DST` shows. The manifest is not signed.")
-        else:
-            yield text(f"{count(len(self.problems), 'problem')} found.", "red")
 
     def to_json(self) -> dict[str, Any]:
         """The object that `tierewrite verify DST --json` prints (schema tierewrite/integrity/1)."""

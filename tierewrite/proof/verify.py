@@ -50,9 +50,9 @@ from typing import TYPE_CHECKING, Any
 
 from tierewrite.consumers.needed import with_needed_names
 from tierewrite.engines.progress import ProgressLike, progress_of
-from tierewrite.errors import SourceError, SystemFailure, shown
+from tierewrite.errors import SourceError, SystemFailure
 from tierewrite.planning.policy import ConsumerName, Policy, PolicyOptions
-from tierewrite.proof import Problem
+from tierewrite.proof import Problem, problem_lines, verdict
 from tierewrite.proof.compare import Proof, check_statements
 from tierewrite.proof.exact import check_files, check_manifest, exact_files, unchecked_commit
 from tierewrite.proof.files import (
@@ -72,7 +72,7 @@ from tierewrite.source.open import fetched, name_in_messages, open_checkpoint
 from tierewrite.source.table import MANIFEST_NAME, Checkpoint
 from tierewrite.spelling import said_once, spelled
 from tierewrite.stores.mirror import Place
-from tierewrite.tables import Summary, count, text
+from tierewrite.tables import Summary, text
 from tierewrite.ties import class_memory
 from tierewrite.ties.on_disk import on_disk
 from tierewrite.ties.tie import Tie, TiesGiven
@@ -86,7 +86,6 @@ if TYPE_CHECKING:
 __all__ = ["VERIFICATION_SCHEMA", "Problem", "Verification", "verify"]
 
 VERIFICATION_SCHEMA = "tierewrite/verification/1"
-_SHOWN = 50
 
 
 @dataclass(frozen=True, repr=False)
@@ -116,25 +115,15 @@ class Verification(Summary):
 
     def one_line(self) -> str:
         """See `Summary`."""
-        found = "OK" if self.ok else f"{count(len(self.problems), 'problem')}, the first: {self.problems[0].id}"
-        return f"{found}; {', '.join(f'{number:,} {fate}' for fate, number in self.counts().items())}"
+        return f"{verdict(self.problems)}; {', '.join(f'{number:,} {fate}' for fate, number in self.counts().items())}"
 
     def lines(self) -> Iterator[RenderableType]:
         """See `Summary`."""
         yield text(", ".join(f"{number:,} {fate}" for fate, number in self.counts().items()))
-        for problem in self.problems[:_SHOWN]:
-            where = shown(problem.where)
-            message = problem.message.removeprefix(f"{where}: ")  # an error's own text begins with its file
-            yield text(f"{problem.id}: {where}: {message}", "red")
-        if len(self.problems) > _SHOWN:
-            yield text(f"... and {len(self.problems) - _SHOWN} more (all of them with --json)", "red")
-        for note in self.notes:
-            yield text(f"note: {note}")
+        yield from problem_lines(self.problems, self.notes)
         if self.ok:
             under = f" under the ties that DST's {MANIFEST_NAME} declares" if self.ties_source == "manifest" else ""
             yield text(f"OK: DST is exactly what rewriting SRC gives{under}.", "green")
-        else:
-            yield text(f"{count(len(self.problems), 'problem')} found.", "red")
 
     def counts(self) -> dict[str, int]:
         """Fate -> how many tensors of SRC met it."""
