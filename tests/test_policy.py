@@ -15,6 +15,7 @@ import pytest
 import tierewrite
 from tests.checkpoints import FIXTURES
 from tierewrite.cli.commands import cli
+from tierewrite.consumers import LoaderMode
 from tierewrite.errors import UsageError
 from tierewrite.planning.policy import (
     FOR_CONSUMER,
@@ -26,7 +27,9 @@ from tierewrite.planning.policy import (
     PolicyOptions,
     size_in_bytes,
 )
-from tierewrite.rewriting.options import ITEM_TYPES, ItemOptions, RewriteOptions
+from tierewrite.rewriting.options import ITEM_TYPES, Device, EngineName, ItemOptions, RewriteOptions
+from tierewrite.spelling import spelled
+from tierewrite.stores.base import CopyMode
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Policy))
 
@@ -46,6 +49,29 @@ def test_the_types_say_what_rewrite_takes() -> None:
     parameters = inspect.signature(tierewrite.rewrite).parameters.values()
     own = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
     assert own | set(FIELDS) == set(RewriteOptions.__optional_keys__)
+
+
+CHOICES: dict[str, Any] = {
+    "consumer": ConsumerName,
+    "copy": CopyMode,
+    "device": Device,
+    "engine": EngineName,
+    "loader": LoaderMode,
+}
+"""The options of a run that are choices, with their types."""
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_the_choices_of_an_option_of_a_run_are_those_of_its_type(name: str, tmp_path: Path) -> None:
+    choices = get_args(CHOICES[name])
+    shown = {str(one.type.choices) for command in cli.commands.values() for one in command.params if one.name == name}
+    assert shown == {str(choices)}
+    flag = {"consumer": "for"}.get(name, name)
+    assert [spelled(f"--{flag} {choice}") for choice in choices] == [f'{name}="{choice}"' for choice in choices]
+    options: dict[str, Any] = {"consumer": "vllm", name: "gpu"}
+    with pytest.raises(UsageError, match=rf"'gpu'; expected one of {', '.join(choices)}"):
+        tierewrite.rewrite(FIXTURES / "qwen3_tied_bf16" / "naive", tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("command", ["rewrite", "plan", "batch", "verify"])

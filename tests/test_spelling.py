@@ -66,6 +66,9 @@ def test_every_spelling_is_an_argument_and_every_option_that_is_one_is_spelled()
     shared = {name for name in options if name.replace("-", "_") in KEYWORDS}
     assert shared - known == set()
     assert {name for name in known & set(options) if options[name].is_flag} == SWITCHES & set(options)
+    for name in VALUES & set(options):
+        for choice in getattr(options[name].type, "choices", ()):
+            assert spelled(f"--{name} {choice}") == f'{name.replace("-", "_")}="{choice}"'
 
 
 def test_an_error_of_the_library_speaks_python_and_one_of_a_command_flags(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 
 from tierewrite.cli.help import option
 from tierewrite.cli.logs import say_more
 from tierewrite.planning.policy import FOR_CONSUMER, OPTIONS, Option
-from tierewrite.rewriting.options import ITEM_TYPES
+from tierewrite.rewriting.options import ITEM_TYPES, Device, EngineName
 from tierewrite.stores.base import COPY_MODES
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -121,7 +121,7 @@ run_options: Decorator[Any] = together(
     option(
         "--device",
         heading=WORK,
-        type=click.Choice(["auto", "cpu", "cuda"]),
+        type=click.Choice(get_args(Device)),
         default="auto",
         show_default=True,
         help="Where the hashing happens; the output is the same. auto: the CPU, and a GPU where much is left and it is "
@@ -140,7 +140,7 @@ run_options: Decorator[Any] = together(
     option(
         "--engine",
         heading=WORK,
-        type=click.Choice(["local", "ray"]),
+        type=click.Choice(get_args(EngineName)),
         default="local",
         show_default=True,
         help="Who hashes and writes: this machine, or the tasks of a Ray cluster whose nodes all see SRC and DST.",

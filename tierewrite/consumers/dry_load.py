@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Literal, get_args
 
 from tierewrite import interrupts
 from tierewrite.consumers.loaded import DryLoad, read
@@ -76,8 +76,8 @@ class LoaderOptions:
     timeout: float = field(default=TIMEOUT_SECONDS, repr=False)
 
     def __post_init__(self) -> None:
-        if self.mode not in ("auto", "require", "off"):
-            raise UsageError(f"loader is {self.mode!r}; expected auto, require or off")
+        if self.mode not in get_args(LoaderMode):
+            raise UsageError(f"loader is {self.mode!r}; expected one of {', '.join(get_args(LoaderMode))}")
         if not 1 <= self.tensor_parallel_size <= 64:
             raise UsageError(f"tensor_parallel_size is {self.tensor_parallel_size}; expected 1 to 64")
 

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from tierewrite.engines.progress import Progress
-from tierewrite.errors import UsageError
+from tierewrite.errors import UsageError, shown
 from tierewrite.output.engine import Engine as Worker
 
+DEVICES = ("auto", "cpu", "cuda")
 ENGINES = ("local", "ray")
 
 
@@ -56,11 +57,13 @@ def open_engine(
             one on this machine.
 
     Raises:
-        UsageError: no such engine, Ray is not installed, or an option of another engine.
+        UsageError: no such engine or device, Ray is not installed, or an option of another engine.
         SystemFailure: there is no cluster at that address.
     """
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise UsageError(f"threads is {threads!r}; expected a whole number of workers, at least 1")
+    if device not in DEVICES:
+        raise UsageError(f"there is no device '{shown(device)}'; expected one of {', '.join(DEVICES)}")
     if engine == "local":
         if ray_address is not None:
             raise UsageError("--ray-address belongs to --engine ray; leave one of them out, or add the other")
@@ -70,7 +73,7 @@ def open_engine(
             yield local
         return
     if engine != "ray":
-        raise UsageError(f"there is no engine '{engine}'; expected one of {', '.join(ENGINES)}")
+        raise UsageError(f"there is no engine '{shown(engine)}'; expected one of {', '.join(ENGINES)}")
     if threads is not None:
         raise UsageError("--threads belongs to the local engine; on Ray the cluster says how many tasks run at a time")
     from tierewrite.engines.on_ray import RayEngine

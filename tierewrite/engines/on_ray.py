@@ -80,8 +80,6 @@ class RayEngine:
     """Its workers are other processes: they take jobs."""
 
     def __init__(self, device: str = "auto", progress: Progress | None = None, address: str | None = None) -> None:
-        if device not in ("auto", "cpu", "cuda"):
-            raise UsageError(f"there is no device '{device}': expected auto, cpu or cuda")
         self.progress = progress or Progress()
         self._asked = device
         self._address = address
