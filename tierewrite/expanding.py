@@ -6,7 +6,6 @@ if both sides had had these values from the start. Every tensor and file of the 
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from tierewrite import interrupts
 from tierewrite.engines import Engine, open_engine
 from tierewrite.engines.progress import Progress, ProgressLike, progress_of
 from tierewrite.errors import SourceError, UsageError, VerificationFailed, shown
+from tierewrite.formats.numbered import pattern_of
 from tierewrite.output.manifest import read_manifest
 from tierewrite.output.metadata import header_metadata, index_metadata, with_descriptions
 from tierewrite.output.safetensors import index_bytes
@@ -93,7 +93,7 @@ class Expansion(Summary):
         """See `Summary`."""
         before = self.before_bytes, self.before_tensors, self.before_shards
         yield sizes(before, (self.after_bytes, self.after_tensors, len(self.shards)))
-        kinds = [*dict.fromkeys(re.sub(r"(?<=\.)[0-9]+(?=\.)", "*", name) for name in self.written)]
+        kinds = [*dict.fromkeys(map(pattern_of, self.written))]
         yield text(f"Names written out: {some(kinds)}." if kinds else "Every name was there already.")
         for warning in self.warnings:
             yield text(f"warning: {warning}", "yellow")

@@ -10,24 +10,13 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from tierewrite.formats.numbered import pattern_of, with_numbers
+
 What = Literal["reads", "ignored", "refused"]
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
-
-
-@lru_cache(maxsize=1 << 16)
-def pattern_of(name: str) -> str:
-    """The name with every numeric component replaced by `*`."""
-    return _NUMBER.sub("*", name)
-
-
-def with_numbers(pattern: str, name: str) -> str:
-    """`pattern` with its wildcards replaced by the numbers of `name`, from left to right."""
-    numbers = iter(_NUMBER.findall(name))
-    return re.sub(r"\*", lambda match: next(numbers, match[0]), pattern)
 
 
 @dataclass(frozen=True)

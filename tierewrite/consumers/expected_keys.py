@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from tierewrite.consumers.loaded import Rank, Unfilled
+from tierewrite.formats.numbered import pattern_of
 
 
 class ExpectedKeys:
@@ -15,13 +16,13 @@ class ExpectedKeys:
         self.rank = rank
 
     @cached_property
-    def _filled(self) -> dict[tuple[str, ...], list[str]]:
+    def _filled(self) -> dict[str, list[str]]:
         """Parameters that are filled whole, by their names without numbers."""
         partly = {one.parameter for one in self.rank.unfilled}
-        found: dict[tuple[str, ...], list[str]] = {}
+        found: dict[str, list[str]] = {}
         for parameter in self.rank.written:
             if parameter not in partly:
-                found.setdefault(_numberless(parameter), []).append(parameter)
+                found.setdefault(pattern_of(parameter), []).append(parameter)
         return found
 
     def is_scale(self, parameter: str) -> bool:
@@ -36,16 +37,16 @@ class ExpectedKeys:
 
     def has_like(self, unfilled: Unfilled) -> bool:
         """Whether some key wrote into a parameter of that name, whatever its numbers."""
-        return _numberless(unfilled.parameter) in self._written
+        return pattern_of(unfilled.parameter) in self._written
 
     @cached_property
-    def _written(self) -> set[tuple[str, ...]]:
-        return {_numberless(parameter) for parameter in self.rank.written}
+    def _written(self) -> set[str]:
+        return {pattern_of(parameter) for parameter in self.rank.written}
 
     def of(self, unfilled: Unfilled) -> tuple[str, ...]:
         """Keys that would have filled it, without those that wrote into it; () where none is known."""
         there = dict.fromkeys(self.rank.written.get(unfilled.parameter, ()))
-        like = next(iter(self._filled.get(_numberless(unfilled.parameter), ())), None)
+        like = next(iter(self._filled.get(pattern_of(unfilled.parameter), ())), None)
         wanted: dict[str, None] = {}
         if like is not None:
             numbers = _numbers(like), _numbers(unfilled.parameter)
@@ -63,10 +64,6 @@ class ExpectedKeys:
 def is_weight(leaf: str) -> bool:
     """The last part of a parameter's name is a weight's: `weight`, `w13_weight`, `qweight`, `weight_packed`."""
     return "weight" in leaf and "scale" not in leaf and "zero" not in leaf
-
-
-def _numberless(name: str) -> tuple[str, ...]:
-    return tuple("*" if part.isdecimal() else part for part in name.split("."))
 
 
 def _numbers(name: str) -> list[str]:

@@ -15,7 +15,8 @@ from tierewrite.consumers.findings import Finding
 from tierewrite.consumers.loaded import Cast, Rank, RefusedKey, Unfilled
 from tierewrite.consumers.rules import Rule, RuleSet
 from tierewrite.consumers.subject import FLOATS, Subject, numbers, rounded_to_e4m3
-from tierewrite.formats.experts import split_expert
+from tierewrite.formats.experts import expert_of
+from tierewrite.formats.numbered import pattern_of
 from tierewrite.tables import count
 
 KV_LEAVES = frozenset(f"{of}_{what}" for of in ("q", "k", "v", "prob") for what in ("scale", "zero_point"))
@@ -205,12 +206,13 @@ class _Rules:
             if rank.refused:  # the others are missing because the load had to go without those
                 keys = tuple(key for key in keys if key not in s.entries)
             elif not keys:
-                keys = tuple(k for k in rank.written.get(one.parameter, ()) if _shape_of(s, k) != shapes.get(_like(k)))
+                wrote = rank.written.get(one.parameter, ())
+                keys = tuple(key for key in wrote if _shape_of(s, key) != shapes.get(pattern_of(key)))
                 rule = self.short if keys else rule
                 keys = keys or (one.parameter,)
             for key in keys:
-                expert = _expert_of(key)
-                if rule in (self.missing, self.shards) and expert in gone:
+                expert = expert_of(key)
+                if rule in (self.missing, self.shards) and expert is not None and expert in gone:
                     yield self.experts, expert, one
                 else:
                     yield rule, key, one
@@ -294,21 +296,16 @@ def _matters(expected: ExpectedKeys, one: Unfilled) -> bool:
     return not (one.buffer and one.initial == "default" and not expected.has_like(one))
 
 
-def _expert_of(key: str) -> str:
-    """The expert that a key is a part of: `...experts.3`; "" where it is none's."""
-    container, number, _ = split_expert(key.rpartition(".")[0])
-    return "" if number is None else f"{container}.{number}"
-
-
 def _container(key: str) -> str:
-    return split_expert(key.rpartition(".")[0])[0] if _expert_of(key) else ""
+    """The experts among which a key's is; "" where it is none's."""
+    return (expert_of(key) or "").rpartition(".")[0]
 
 
 def _whole_experts(lacking: list[Unfilled], expected: ExpectedKeys) -> set[str]:
     """Experts of which no weight is there."""
     weights = [key for one in lacking if is_weight(one.parameter.rpartition(".")[2]) for key in expected.of(one)]
-    candidates = {expert for key in weights if (expert := _expert_of(key))}
-    there = {_expert_of(key) for keys in expected.rank.written.values() for key in keys}
+    candidates = {expert for key in weights if (expert := expert_of(key))}
+    there = {expert_of(key) for keys in expected.rank.written.values() for key in keys}
     return candidates - there
 
 
@@ -316,10 +313,6 @@ def _brief(said: str) -> str:
     """The beginning of a consumer's words, in one line."""
     text = " ".join(said.split(". The available")[0].split())
     return text if len(text) <= 240 else f"{text[:240]}..."
-
-
-def _like(key: str) -> str:
-    return ".".join("*" if part.isdecimal() else part for part in key.split("."))
 
 
 def _shape_of(s: Subject, key: str) -> tuple[int, ...] | None:
@@ -331,7 +324,7 @@ def _common_shapes(s: Subject) -> dict[str, tuple[int, ...]]:
     """The shape that most tensors of a name have, whatever its numbers."""
     found: dict[str, Counter[tuple[int, ...]]] = {}
     for key, entry in s.entries.items():
-        found.setdefault(_like(key), Counter())[entry.shape] += 1
+        found.setdefault(pattern_of(key), Counter())[entry.shape] += 1
     return {like: shapes.most_common(1)[0][0] for like, shapes in found.items()}
 
 

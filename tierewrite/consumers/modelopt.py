@@ -16,6 +16,7 @@ import numpy as np
 from tierewrite.consumers import common_rules
 from tierewrite.consumers.subject import FLOATS, Module, Subject
 from tierewrite.formats.experts import split_expert
+from tierewrite.formats.numbered import pattern_of
 
 CONFIG = "config.json: quantization_config"
 HF_QUANT = "hf_quant_config.json: quantization"
@@ -205,17 +206,9 @@ def fused_scales(s: Subject, modules: Mapping[str, Module], leaf: str) -> Iterat
 
 def plain_linears(s: Subject, modules: Mapping[str, Module]) -> dict[str, Module]:
     """Unquantized modules of a kind that is quantized in another layer, by name."""
-    kinds = {kind(name) for name in modules}
-    return {
-        name: m
-        for name, m in s.modules.items()
-        if name not in s.quantized and kind(name) in kinds and (w := m.key("weight")) and s.entries[w].dtype in FLOATS
-    }
-
-
-def kind(name: str) -> str:
-    """The name with every number in it replaced by *."""
-    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+    kinds = {pattern_of(name) for name in modules}
+    plain = {name: m for name, m in s.modules.items() if name not in s.quantized and pattern_of(name) in kinds}
+    return {name: m for name, m in plain.items() if (key := m.key("weight")) and s.entries[key].dtype in FLOATS}
 
 
 def fused_name(module: str) -> str:

@@ -20,7 +20,7 @@ from tierewrite.consumers.folder import Folder
 from tierewrite.consumers.loaded import DryLoad
 from tierewrite.consumers.parts import parts_missing, projections
 from tierewrite.errors import SystemFailure, TierewriteError
-from tierewrite.formats.experts import split_expert
+from tierewrite.formats.experts import expert_of
 from tierewrite.numbers.float8 import float8_values
 from tierewrite.source.bytes import open_source, read_tensors
 from tierewrite.source.table import TensorEntry
@@ -168,10 +168,8 @@ class Subject:
         for _, keys in self.loaded.keys_together():
             sets: dict[str | None, list[str]] = {}
             for key in keys:
-                module, _, found = key.rpartition(".")
-                if found == leaf and key in self.entries and key not in lost:
-                    container, number, _ = split_expert(module)
-                    sets.setdefault(None if number is None else f"{container}.{number}", []).append(key)
+                if key.rpartition(".")[2] == leaf and key in self.entries and key not in lost:
+                    sets.setdefault(expert_of(key), []).append(key)
             yield from (each for each in sets.values() if len(each) > 1)
 
     @cached_property
@@ -282,7 +280,7 @@ class Subject:
                 plain.append(parameter)
         gone = [expert for expert in bare if expert not in self._experts_there]
         lost = set(gone)
-        plain = [name for name in plain if _expert_of(name) not in lost]
+        plain = [name for name in plain if expert_of(name) not in lost]
         shards = [name for name in plain if name.endswith(".weight") and self.partner_there(name)]
         of_fused = set(shards)
         return [name for name in plain if name not in of_fused], shards, gone
@@ -293,7 +291,7 @@ class Subject:
 
     @cached_property
     def _experts_there(self) -> set[str]:
-        return {expert for key in self.places if (expert := _expert_of(key)) is not None}
+        return {expert for key in self.places if (expert := expert_of(key)) is not None}
 
     def needs(self, parameter: str) -> bool:
         """Whether the consumer reads this parameter of the model class."""
@@ -392,12 +390,6 @@ def _siblings(first: str, second: str) -> bool:
     """Companions of two projections, such as gate and up, of which the consumer keeps one value for both."""
     (one, leaf), (other, _) = (f".{key}".rsplit(".", 2)[-2:] for key in (first, second))
     return one != other and formats.is_companion(leaf)
-
-
-def _expert_of(key: str) -> str | None:
-    """The expert that a tensor belongs to: `...experts.3`; None where it is no expert's."""
-    container, number, _ = split_expert(key.rpartition(".")[0])
-    return None if number is None else f"{container}.{number}"
 
 
 def _shows_quantization(leaf: str) -> bool:

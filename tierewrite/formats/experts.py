@@ -42,3 +42,9 @@ def split_expert(module: str) -> tuple[str, int | None, str]:
     if number.isdecimal() and number.isascii() and container.rpartition(".")[2] == "experts":
         return container, int(number), projection
     return module, None, ""
+
+
+def expert_of(key: str) -> str | None:
+    """The expert that a tensor belongs to: `...experts.3`; None where it is no expert's."""
+    container, number, _ = split_expert(key.rpartition(".")[0])
+    return None if number is None else f"{container}.{number}"

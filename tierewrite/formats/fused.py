@@ -8,18 +8,17 @@ q_a is with kv_a.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from tierewrite.formats.numbered import pattern_of
+
 Sets = tuple[tuple[str, ...], ...]
 
 USUAL: Sets = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 """Projections of one module that are fused (vLLM: QKVParallelLinear, MergedColumnParallelLinear, FusedMoE)."""
-
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 class FusedSets:
@@ -41,7 +40,7 @@ class FusedSets:
 
     def below(self, module: str) -> Sets:
         """The sets of projections of one module."""
-        return self._others.get(_NUMBER.sub("*", module), USUAL) if self._others else USUAL
+        return self._others.get(pattern_of(module), USUAL) if self._others else USUAL
 
 
 @lru_cache(maxsize=1)

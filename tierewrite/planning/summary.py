@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from tierewrite.errors import shown
+from tierewrite.formats.numbered import pattern_of
 from tierewrite.planning.plan import GroupPlan, RewritePlan
 from tierewrite.tables import count, kept_lines, of_which, sizes, some, text, tied_parameters, ties_lines, warning_lines
 from tierewrite.units import size
@@ -83,5 +83,5 @@ def dropped_lines(groups: Sequence[GroupPlan]) -> Iterator[Text]:
     going = [group for group in groups if group.dropped and group.status == "planned"]
     names = [name for group in going for name in group.side_names[1:] if name not in group.kept_names]
     if names:
-        kinds = [*dict.fromkeys(re.sub(r"(?<=\.)[0-9]+(?=\.)", "*", name) for name in names)]
+        kinds = [*dict.fromkeys(map(pattern_of, names))]
         yield text(f"Names that go: {some(kinds)}.")

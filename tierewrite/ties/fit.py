@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from tierewrite.formats.numbered import pattern_of
 from tierewrite.source.table import as_names
 from tierewrite.ties.patterns import parameters_of, safe_pattern, spellings
 from tierewrite.ties.tie import Declared, ModelNames
 from tierewrite.ties.translator import Translator
 from tierewrite.ties.wrappers import unwrapped
 
-_NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 _LAYER = re.compile(r"(?:^|\.)layers\.([0-9]+)\.")
 # Buffers of older checkpoints that transformers passes over for all classes (`_adjust_missing_and_unexpected_keys`).
 _FORMER_BUFFER = re.compile(r"rotary_emb\.inv_freq|(?:^|\.)position_ids$")
@@ -74,7 +74,7 @@ def _fit(model: ModelNames, declared: Declared, keys: Collection[str], config: M
     for name in translator.in_loading_order(list(spoken)):
         place = translator.locate(name)
         if place is not None:
-            found.update(map(kind_of, (place[0], *translator.covers.get(name, ()))))
+            found.update(map(pattern_of, (place[0], *translator.covers.get(name, ()))))
         elif name in there or name.endswith(".weight"):  # others are guesses at fused experts
             strange.append(name)
     strange = [name for name in strange if not _is_no_evidence(name, model, config)]
@@ -123,26 +123,21 @@ def _missing(model: ModelNames, declared: Declared, found: Collection[str]) -> l
     group = {name: names for names in sides.values() for name in names}
     missing: dict[str, str] = {}
     for name in model.shapes:
-        kind = kind_of(name)
+        kind = pattern_of(name)
         if kind in found or kind in missing or name in model.optional:
             continue
-        if not any(kind_of(side) in found for side in group.get(name, ())):
+        if not any(pattern_of(side) in found for side in group.get(name, ())):
             missing[kind] = name
     return list(missing.values())
 
 
-def kind_of(name: str) -> str:
-    """`name` with a mark in place of every number that is a part of its path."""
-    return _NUMBER.sub("#", name)
-
-
 def one_of_each_kind(keys: Collection[str]) -> list[str]:
-    """The first key of each kind, in the order of `keys`."""
+    """The first of the keys that differ in numbers alone, in the order of `keys`."""
     table = as_names(keys)
     if not len(table):
         return []
     kinds: dict[str, int] = {}
-    numbers = [kinds.setdefault(kind_of(module), len(kinds)) for module in table.modules]
+    numbers = [kinds.setdefault(pattern_of(module), len(kinds)) for module in table.modules]
     rows = np.array(numbers, np.int64)[table.module] * max(len(table.leaves), 1) + table.leaf
     first: Sequence[int] = np.sort(np.unique(rows, return_index=True)[1]).tolist()
     return [table.names[row] for row in first]

@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 
 from tierewrite import formats
-from tierewrite.consumers.class_facts import pattern_of
 from tierewrite.consumers.findings import Finding
 from tierewrite.consumers.rules import Rule, RuleSet
 from tierewrite.consumers.subject import Module
@@ -17,6 +16,7 @@ from tierewrite.consumers.vllm.sources import FILL, KV_CACHE, MODELOPT
 from tierewrite.consumers.vllm.subject import VllmSubject
 from tierewrite.formats import Role
 from tierewrite.formats.experts import split_expert
+from tierewrite.formats.numbered import pattern_of
 
 RULES: RuleSet[VllmSubject] = RuleSet()
 SMALLEST_NORMAL = 2.0**-126  # of F32: what is below was never computed from data

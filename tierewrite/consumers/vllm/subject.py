@@ -10,12 +10,13 @@ from typing import Any
 
 from tierewrite import formats
 from tierewrite.consumers.backbone import matches
-from tierewrite.consumers.class_facts import ClassFacts, pattern_of
+from tierewrite.consumers.class_facts import ClassFacts
 from tierewrite.consumers.subject import PACKED, Module, Subject
 from tierewrite.consumers.vllm.ignore import ExactIgnore, Ignore, ModeloptIgnore
 from tierewrite.consumers.vllm.quantization import VISION, Quantization
 from tierewrite.consumers.vllm.schemes import Scheme
 from tierewrite.formats.experts import split_expert
+from tierewrite.formats.numbered import pattern_of
 
 HEADS = ("lm_head", "proj_out", "embed_out")
 QUANTIZABLE = ("linear", "head", "experts")
