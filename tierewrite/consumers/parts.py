@@ -6,12 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from tierewrite.ties.on_disk import Part
 from tierewrite.ties.tie import ModelNames
-
-
-def projections(fused: str) -> tuple[str, ...]:
-    """The modules that exporters unpack a fused parameter into: gate_up_proj -> gate_proj, up_proj."""
-    words = fused.split("_")
-    return tuple(f"{word}_{words[-1]}" for word in words[:-1]) if len(words) > 2 else (fused,)
+from tierewrite.ties.unpacked import projections
 
 
 def parts_missing(parts: Mapping[Part, str], model: ModelNames, parameter: str) -> tuple[list[str], list[str]]:

@@ -18,7 +18,7 @@ from tierewrite import formats
 from tierewrite.consumers.backbone import Backbone, BackboneTable
 from tierewrite.consumers.folder import Folder
 from tierewrite.consumers.loaded import DryLoad
-from tierewrite.consumers.parts import parts_missing, projections
+from tierewrite.consumers.parts import parts_missing
 from tierewrite.errors import SystemFailure, TierewriteError
 from tierewrite.formats.experts import expert_of
 from tierewrite.numbers.float8 import float8_values
@@ -28,6 +28,7 @@ from tierewrite.ties.on_disk import WHOLE, Part, on_disk, wrappers_of
 from tierewrite.ties.tie import ModelNames, TiesGiven
 from tierewrite.ties.tie_map import TieMap
 from tierewrite.ties.translator import Translator
+from tierewrite.ties.unpacked import projections
 
 FLOATS = frozenset({"F64", "F32", "BF16", "F16"})
 BATCH = 64 << 20  # bytes of scales held at a time

@@ -28,6 +28,7 @@ from tierewrite.source.strict_json import BadJson, kind_of_json, strict_json
 from tierewrite.source.table import as_names
 from tierewrite.ties.scopes import Scopes
 from tierewrite.ties.tie import Declared, Tie, rooted
+from tierewrite.ties.unpacked import projections
 from tierewrite.ties.wrappers import unwrapped
 
 TIES_WANTED = "expected a JSON object {alias: canonical}"
@@ -109,15 +110,15 @@ def _fused_experts(names: Iterable[str]) -> Iterator[str]:
         words = name.rsplit(".", 3)
         if len(words) == 4 and words[3] == "weight" and words[0] and words[1].isdecimal():
             containers[words[0]].add(words[2])
-    for container, projections in containers.items():
-        for projection in sorted(projections):
+    for container, found in containers.items():
+        for projection in sorted(found):
             yield f"{container}.{projection}"
-        if set(_HALVES) <= projections:
+        if found.issuperset(_HALVES):
             yield f"{container}.{_BOTH}"
 
 
-_HALVES, _BOTH = ("gate_proj", "up_proj"), "gate_up_proj"
-"""Projections of an expert that are one in a fused parameter, and what that is called."""
+_BOTH = "gate_up_proj"
+_HALVES = projections(_BOTH)
 
 
 def parameters_declared(declared: Mapping[str, str], keys: Collection[str], names: Collection[str]) -> dict[str, str]:

@@ -14,6 +14,12 @@ from tierewrite.ties.tie_group import Part
 ENDINGS = (".weight", ".bias")
 
 
+def projections(fused: str) -> tuple[str, ...]:
+    """The modules that exporters unpack a fused parameter into: gate_up_proj -> gate_proj, up_proj."""
+    words = fused.split("_")
+    return tuple(f"{word}_{words[-1]}" for word in words[:-1]) if len(words) > 2 else (fused,)
+
+
 class FusedParameters:
     """The parameters of a model that experts may have been unpacked from; remembers every answer."""
 
@@ -39,21 +45,12 @@ class FusedParameters:
 
     def _fused_of(self, container: str, projection: str, leaf: str) -> str | None:
         """The parameter of `container` that holds the experts' `projection`."""
-        candidates = self._fused_leaves(container)
         end = "_bias" if leaf == "bias" else ""
-        for fused in candidates:
-            if end and not fused.endswith(end):
-                continue
-            stem = fused[: len(fused) - len(end)]
-            if stem == projection:
-                return f"{container}.{fused}"
-        for fused in candidates:
-            if end and not fused.endswith(end):
-                continue
-            words = fused[: len(fused) - len(end)].split("_")
-            if len(words) > 2 and projection in {f"{word}_{words[-1]}" for word in words[:-1]}:
-                return f"{container}.{fused}"
-        return None
+        stems = {fused.removesuffix(end): fused for fused in self._fused_leaves(container) if fused.endswith(end)}
+        if projection in stems:
+            return f"{container}.{stems[projection]}"
+        found = (fused for stem, fused in stems.items() if projection in projections(stem))
+        return next((f"{container}.{fused}" for fused in found), None)
 
     def _fused_leaves(self, container: str) -> list[str]:
         if self._leaves is None:
