@@ -200,6 +200,12 @@ def test_a_wildcard_that_is_no_text_is_refused_before_any_work(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
+def test_engine_that_is_no_text_in_utf_8_is_named_as_escapes(tmp_path: Path) -> None:
+    with pytest.raises(tierewrite.UsageError) as error:
+        tierewrite.rewrite(SRC, tmp_path / "out", ties=TIES, engine="\ud800")  # type: ignore[arg-type]
+    assert str(error.value).encode() == rb"there is no engine '\ud800'; expected one of local, ray"
+
+
 def test_sample_goes_with_values() -> None:
     with pytest.raises(tierewrite.UsageError, match="sample goes with values=True"):
         tierewrite.check(SRC, ties=TIES, sample=3)

@@ -16,6 +16,7 @@ SRC = FIXTURES / "qwen3_tied_bf16" / "naive"
 IMPOSSIBLE = {
     "empty": "", "NUL": "a\0b", "NUL in a URL": "memory://a\0b", "NUL in a hub id": "org/na\0me",
     "surrogate": "a\ud800b", "long part": "x" * 256, "long": "x/" * 3000, "surrogate in a URL": "s3://bucket/\udcff",
+    "bytes": b"a",
 }  # fmt: skip
 
 

@@ -204,8 +204,8 @@ class RemoteStaging:
         if not with_timeout(self.still_ours):
             if self._marked:
                 log.warning(
-                    "%s cannot be cleaned up: the store does not answer. What is there is marked as half-written: a "
-                    "next run uses it (--resume) or removes it (--overwrite)",
+                    "%s cannot be cleaned up: the store does not answer. If anything is there, it is marked as "
+                    "half-written: a next run uses it (--resume) or removes it (--overwrite)",
                     self.folder,
                 )
             return

@@ -61,6 +61,8 @@ def located(where: PathLike | RemotePath) -> FilePath:
     if isinstance(where, RemotePath):
         return where
     text = os.fspath(where)
+    if isinstance(text, bytes):
+        raise UsageError("a path is given as bytes; give a text (os.fsdecode makes one)", file=os.fsdecode(text))
     _refuse_impossible(text)
     if not isinstance(where, str) or not _URL.match(text):
         return Path(where)
