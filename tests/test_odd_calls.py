@@ -161,8 +161,9 @@ def test_a_current_folder_that_was_removed_is_told(
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    assert cli.run(["rewrite", str(SRC), "out"]) == 5
-    assert "the current folder was removed: go to another one" in capsys.readouterr().err
+    for command, code in ((["rewrite", str(SRC), "out"], 5), (["plan", "."], 4), (["check", "out"], 4)):
+        assert cli.run(command) == code
+        assert "the current folder was removed: go to another one" in capsys.readouterr().err
 
 
 def test_scan_counts_a_checkpoint_once_by_whatever_names(tmp_path: Path) -> None:

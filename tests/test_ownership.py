@@ -493,3 +493,26 @@ def test_another_users_folder_is_found_before_the_work(
     with pytest.raises(tierewrite.SystemFailure, match=r"belongs to another user.*run as its owner"):
         rewrite(src, None, in_place=True, backup=backup)
     assert sorted(path.name for path in src.parent.iterdir()) == ["src", "ties.json"]
+
+
+@pytest.mark.parametrize("deeper", [False, True])
+@pytest.mark.parametrize("how", ["in place", "overwrite", "empty"])
+def test_the_current_folder_is_not_replaced_beneath_whoever_stands_in_it(
+    how: str, deeper: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`cd SRC; rewrite . --in-place` left the shell in SRC.bak, where `.` was the old one; `rewrite SRC .` in none."""
+    src, out = checkpoint(tmp_path / "src"), tmp_path / "out"
+    if how == "overwrite":
+        checkpoint(out)
+    here = (src if how == "in place" else out) / ("sub" if deeper else "")
+    here.mkdir(parents=True, exist_ok=True)
+    before = files(tmp_path)
+    monkeypatch.chdir(here)
+    link = tmp_path / "link"
+    link.symlink_to(src if how == "in place" else out)
+    for name in (link, Path("..") if deeper else Path()):
+        source, dst = (name, None) if how == "in place" else (src, name)
+        with pytest.raises(tierewrite.UsageError, match=r"the current folder, or holds it.*, and name this one '.*'"):
+            tierewrite.rewrite(source, dst, ties={}, in_place=dst is None, overwrite=how == "overwrite" or deeper)
+    link.unlink()
+    assert files(tmp_path) == before

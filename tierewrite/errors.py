@@ -247,7 +247,7 @@ def to_tierewrite_error(error: BaseException) -> TierewriteError:
     if isinstance(error, TierewriteError):
         return error
     if isinstance(error, OSError):
-        advice = _without_a_folder(error) or "check permissions and the disk"
+        advice = _advice(error, "check permissions and the disk")
         return SystemFailure(f"{error.strerror or error}", file=error.filename, advice=advice)
     if isinstance(error, MemoryError):
         return SystemFailure("out of memory; use fewer --threads or a larger machine")
@@ -261,14 +261,17 @@ def to_tierewrite_error(error: BaseException) -> TierewriteError:
     )
 
 
-def _without_a_folder(error: OSError) -> str:
+def without_a_folder() -> str:
     """What to do where nothing is found because this process is in a folder that was removed; "" if it is not."""
-    if error.errno == errno.ENOENT:
-        try:
-            os.getcwd()
-        except FileNotFoundError:
-            return "the current folder was removed: go to another one (cd), and run again"
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return "the current folder was removed: go to another one (cd), and run again"
     return ""
+
+
+def _advice(error: OSError, otherwise: str) -> str:
+    return (without_a_folder() if error.errno == errno.ENOENT else "") or otherwise
 
 
 def first_line(error: BaseException) -> str:
@@ -295,7 +298,7 @@ def system_errors(what: str, file: object) -> Iterator[None]:
             errno.EIO: "the device reports an I/O error: check the disk",
             errno.EXDEV: "a folder that a container's image holds, say, cannot be moved: write to another place",
             errno.EMFILE: "raise the limit of open files (ulimit -n)",
-        }.get(error.errno or 0, _without_a_folder(error) or "see the system's message")
+        }.get(error.errno or 0, _advice(error, "see the system's message"))
         raise SystemFailure(
             f"{what} failed: {error.strerror or error} ({errno.errorcode.get(error.errno or 0, '?')}); {advice}",
             file=file,

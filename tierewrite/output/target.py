@@ -44,13 +44,14 @@ class Target:
         """The target is the source itself; what was there is kept as SRC.bak if `backup`.
 
         Raises:
-            UsageError: SRC.bak exists already, or SRC cannot be moved.
+            UsageError: SRC.bak exists already, SRC cannot be moved, or the current folder is in it.
             SystemFailure: see `refuse_immovable`.
         """
         with system_errors("looking at SRC", src):
             real = src.resolve()
             if not real.name:
                 raise UsageError("SRC is the root of the file system and cannot be swapped; give a DST", file=src)
+            _refuse_current_folder("SRC", src, real)
             if _is_mounted(real):
                 advice = "give a DST, or mount the folder that SRC is in"
                 raise UsageError(_MOUNTED.format("SRC"), file=src, advice=advice)
@@ -77,7 +78,8 @@ class Target:
         """Decides whether `dst` can be written.
 
         Raises:
-            UsageError: SRC and DST are the same or inside one another, or DST is not an empty or absent folder.
+            UsageError: SRC and DST are the same or inside one another, DST is not an empty or absent folder, or the
+                current folder is in it.
             SystemFailure: see `refuse_immovable`.
         """
         with system_errors("looking at DST", dst):
@@ -96,6 +98,7 @@ class Target:
                 most = len(os.fsencode(real.name)) - (longest - _LONGEST_NAME)
                 what = f"the name of DST has {len(os.fsencode(real.name))} bytes; it may have {most}"
                 raise UsageError(what, file=dst, advice="hidden folders with longer names are made beside it")
+            _refuse_current_folder("DST", dst, real)
             if real.exists():
                 if not real.is_dir():
                     raise UsageError("DST exists and is not a folder; choose another name", file=dst)
@@ -141,6 +144,24 @@ def _refuse_overlap(src: Path, dst: Path, real: Path) -> None:
         if chain(taken)[0] in source:
             what = f"SRC '{shown(src)}' lies where this DST would be staged ('{shown(taken)}'); choose another DST"
             raise UsageError(what, file=dst)
+
+
+def _refuse_current_folder(what: str, folder: Path, real: Path) -> None:
+    """Whoever stands in what is replaced stands in the old one afterwards, or in none, and `.` names that.
+
+    Raises:
+        UsageError: the current folder is `real`, or lies in it.
+    """
+    try:
+        current = chain(Path.cwd())
+    except FileNotFoundError:  # removed: what is relative to it fails by itself
+        return
+    if chain(real)[0] in current:
+        raise UsageError(
+            f"{what} is the current folder, or holds it, and would be replaced beneath it: go to another folder (cd), "
+            f"and name this one '{shown(real)}'",
+            file=folder,
+        )
 
 
 def _is_mounted(folder: Path) -> bool:

@@ -6,11 +6,16 @@ import difflib
 import os
 from pathlib import Path
 
-from tierewrite.errors import shown
+from tierewrite.errors import shown, without_a_folder
 
 
 def did_you_mean(path: Path) -> str:
-    """For a path that does not exist: "; did you mean 'exported/naive'?", or "" where nothing is called like it."""
+    """For a path that does not exist: "; did you mean 'exported/naive'?", or "" where nothing is called like it.
+
+    Where no relative path can be found, this says why.
+    """
+    if not path.is_absolute() and (gone := without_a_folder()):
+        return f"; {gone}"
     first_missing = next((one for one in [*reversed(path.parents), path] if not os.path.exists(one)), None)
     if first_missing is None:
         return ""
