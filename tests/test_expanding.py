@@ -119,6 +119,16 @@ def test_nothing_is_lacking_where_every_name_is_there(tmp_path: Path) -> None:
     assert (dict(made.written), read_tensors(tmp_path / "out")) == ({}, tensors)
 
 
+def test_a_source_that_no_rewrite_makes_is_told_from_a_failing_disk(tmp_path: Path) -> None:
+    """Rewriting its expansion cannot give it again; that was called a bug of ours, or of the disk."""
+    src = checkpoint(tmp_path, dict.fromkeys(("a.q_proj.weight", *TIES), ONE))
+    with pytest.raises(VerificationFailed, match=r"SRC itself is not what a rewrite makes, as at '.*q_proj.weight'"):
+        tierewrite.expand(src, tmp_path / "out", verify=True)
+    assert not (tmp_path / "out").exists()
+    tierewrite.rewrite(src, tmp_path / "canonical")
+    tierewrite.expand(tmp_path / "canonical", tmp_path / "out", verify=True)
+
+
 def test_a_mapping_or_a_file_of_ties_speaks_of_names_that_are_not_there(tmp_path: Path) -> None:
     src = write_checkpoint(tmp_path / "src", {"a.q_proj.weight": ONE}, config={})
     (tmp_path / "ties.json").write_text(json.dumps(TIES))
@@ -183,7 +193,7 @@ def test_calls_that_cannot_be_carried_out(tmp_path: Path) -> None:
     src = checkpoint(tmp_path, {"a.q_proj.weight": ONE})
     with pytest.raises(UsageError, match="it is not known that vllm needs names"):
         tierewrite.expand(src, tmp_path / "out", consumer="vllm")
-    with pytest.raises(UsageError, match="force goes with a consumer"):
+    with pytest.raises(UsageError, match="force=True goes with consumer"):
         tierewrite.expand(src, tmp_path / "out", force=True)
     with pytest.raises(UsageError):
         tierewrite.expand(src, src)

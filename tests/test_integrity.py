@@ -281,6 +281,8 @@ def test_what_the_hub_adds_is_a_note(written: dict[str, Path], tmp_path: Path) -
 def test_options_of_a_rewrite_need_src(written: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert run("verify", written["plain"], "--on-mismatch", "keep") == 2
     assert "--on-mismatch needs SRC" in capsys.readouterr().err
+    assert run("verify", written["plain"], "--for", "vllm") == 2
+    assert "--for needs SRC" in capsys.readouterr().err
     assert run("verify", written["plain"], "--revision", "main") == 2  # no hub id
 
 

@@ -167,7 +167,7 @@ def expand(
     """
     started = time.monotonic()
     if force and consumer is None:
-        raise UsageError("force goes with a consumer; leave it out, or name one")
+        raise UsageError("--force goes with --for; leave it out, or add that")
     ask = _asked_names(consumer)
     limit = Policy.of(max_shard_size=max_shard_size).max_shard_size
     watched = progress_of(progress)
@@ -236,8 +236,8 @@ def _asked_names(consumer: str | None) -> Callable[[Opened], NeededNames] | None
     ask = CONSUMERS[consumer].needed_names
     if ask is None:
         raise UsageError(
-            f"it is not known that {consumer} needs names which a canonical checkpoint lacks; leave out the consumer "
-            "to write out all of them"
+            f"it is not known that {consumer} needs names which a canonical checkpoint lacks; leave out --for to write "
+            "out all of them"
         )
     return ask
 
@@ -319,22 +319,33 @@ def _prove(
         VerificationFailed: one of them does not hold.
     """
     from tierewrite.proof.compare import Proof
-    from tierewrite.proof.reading import hash_tensors, is_scale
+    from tierewrite.proof.reading import Contents, hash_tensors, is_scale
 
     source, names = opened.checkpoint, opened.checkpoint.tensors.names
     written = open_checkpoint(staging.view(), plain=True)
     progress.start("proving", source.total_bytes + written.total_bytes)
-    before = hash_tensors(source, (), progress.advance)
+    before = hash_tensors(source, set(filter(is_scale, source.tensors)), progress.advance)
     after = hash_tensors(written, set(filter(is_scale, written.tensors)), progress.advance)
     expected = {**before.digests, **{alias.name: before.digests[names[alias.row]] for alias in aliases}}
     wrong = sorted(
         name for name in expected.keys() | after.digests.keys() if expected.get(name) != after.digests.get(name)
     )
     if whole and not wrong:
-        disk = on_disk(opened.ties, written.tensors, written.tensors)
-        proof = Proof(written, source, after, before, Policy(on_mismatch="keep", kv_scales=kv_scales))
-        proof.run(disk)
-        wrong = [problem.where for problem in proof.problems]
+        policy = Policy(on_mismatch="keep", kv_scales=kv_scales)
+
+        def unlike_source(checkpoint: Checkpoint, contents: Contents) -> list[str]:
+            """Where a rewrite of `checkpoint` is not the source."""
+            proof = Proof(checkpoint, source, contents, before, policy)
+            proof.run(on_disk(opened.ties, checkpoint.tensors, checkpoint.tensors))
+            return [problem.where for problem in proof.problems]
+
+        wrong = unlike_source(written, after)
+        if wrong and (not_canonical := unlike_source(source, before)):
+            raise VerificationFailed(
+                f"rewriting the output cannot give SRC again: SRC itself is not what a rewrite makes, as at "
+                f"'{shown(not_canonical[0])}'; nothing was left behind. Rewrite SRC first, or leave out --verify",
+                details={"tensors": not_canonical},
+            )
     if wrong:
         raise VerificationFailed(
             f"the output is not what expanding SRC gives ({len(wrong)} differ, the first is '{shown(wrong[0])}'); "

@@ -11,6 +11,7 @@ from tierewrite.cli.help import option
 from tierewrite.cli.logs import say_more
 from tierewrite.planning.policy import FOR_CONSUMER, OPTIONS, Option
 from tierewrite.rewriting.options import ITEM_TYPES, Device, EngineName
+from tierewrite.spelling import RENAMED
 from tierewrite.stores.base import COPY_MODES
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -46,7 +47,8 @@ def given(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def flag_of(name: str) -> str:
     """How the command line writes the option `name`: "--fix-ignore"."""
-    return f"--{name.replace('_', '-')}"
+    renamed = {keyword: flag for flag, keyword in RENAMED.items()}
+    return f"--{renamed.get(name, name).replace('_', '-')}"
 
 
 def _policy_option(one: Option) -> Decorator[Any]:
