@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import tierewrite
+from tests import defects
 from tests.checkpoints import FIXTURES, count_calls
 from tests.defects import CONTROLS, DECODER, DEFECTS, ENCODER, Defect, Draft, Raw, make_good
 from tests.sglang_defects import BASES, halved
@@ -474,6 +475,11 @@ def copy(target: str, source: str) -> Callable[[Draft], None]:
     return lambda d: d.__setitem__(target, d[source])
 
 
+def whole_file_beside_shards(d: Draft) -> None:
+    d.index_follows = False
+    d.shards["model.safetensors"] = {NORM: d[NORM]}
+
+
 NORM = f"{DECODER}norm.weight"
 OTHER = f"{DECODER}layers.0.input_layernorm.weight"
 TRANSFORMERS: list[tuple[str, str, str, Callable[[Draft], None]]] = [
@@ -486,6 +492,9 @@ TRANSFORMERS: list[tuple[str, str, str, Callable[[Draft], None]]] = [
     ("experts-unpacked", "error", "dg_nvfp4", lambda d: None),
     ("scale-missing", "error", "llmc_fp8_static", lambda d: None),
     ("index-missing", "error", "dg_nvfp4_sharded", lambda d: setattr(d, "index", None)),
+    ("index-names-missing-file", "error", "dg_nvfp4_sharded", defects.shard_missing),
+    ("index-shadowed", "error", "dg_nvfp4_sharded", whole_file_beside_shards),
+    ("duplicate-key", "error", "dg_nvfp4_sharded", defects.two_files_hold_one_key_with_other_values),
     ("architectures", "error", "dg_bf16", lambda d: d.config.update(architectures=["NoSuchModel"], model_type="x")),
 ]
 
@@ -609,6 +618,10 @@ def test_transformers_defect_is_found(
     report = check(edited(good(base), tmp_path / "v", whole), "transformers")
     assert (which, severity) in {(f.id, f.severity) for f in report.findings}
     assert all(made_by(f, "transformers") for f in report.findings)
+
+
+def test_every_rule_of_transformers_has_a_defect() -> None:
+    assert {rule.id for rule in CONSUMERS["transformers"].rules.records} == {row[0] for row in TRANSFORMERS}
 
 
 def test_a_deduplicated_plain_checkpoint_is_ready_for_transformers(good: Good) -> None:
