@@ -495,24 +495,29 @@ def test_another_users_folder_is_found_before_the_work(
     assert sorted(path.name for path in src.parent.iterdir()) == ["src", "ties.json"]
 
 
-@pytest.mark.parametrize("deeper", [False, True])
-@pytest.mark.parametrize("how", ["in place", "overwrite", "empty"])
-def test_the_current_folder_is_not_replaced_beneath_whoever_stands_in_it(
-    how: str, deeper: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", [".", "link"])
+@pytest.mark.parametrize("how", ["in place", "in place, no backup", "overwrite", "empty"])
+def test_whoever_stands_in_what_is_replaced_is_told_and_gets_the_same(
+    how: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """`cd SRC; rewrite . --in-place` left the shell in SRC.bak, where `.` was the old one; `rewrite SRC .` in none."""
+    """`cd SRC; rewrite . --in-place` leaves the shell in SRC.bak, where `.` is the old one; `rewrite SRC .` in none."""
     src, out = checkpoint(tmp_path / "src"), tmp_path / "out"
+    rewrite(src, tmp_path / "expected")
+    before = files(src)
     if how == "overwrite":
-        checkpoint(out)
-    here = (src if how == "in place" else out) / ("sub" if deeper else "")
-    here.mkdir(parents=True, exist_ok=True)
-    before = files(tmp_path)
+        shutil.copytree(src, out)
+    in_place = how.startswith("in place")
+    here = src if in_place else out
+    here.mkdir(exist_ok=True)
+    (tmp_path / "link").symlink_to(here)
     monkeypatch.chdir(here)
-    link = tmp_path / "link"
-    link.symlink_to(src if how == "in place" else out)
-    for name in (link, Path("..") if deeper else Path()):
-        source, dst = (name, None) if how == "in place" else (src, name)
-        with pytest.raises(tierewrite.UsageError, match=r"the current folder, or holds it.*, and name this one '.*'"):
-            tierewrite.rewrite(source, dst, ties={}, in_place=dst is None, overwrite=how == "overwrite" or deeper)
-    link.unlink()
-    assert files(tmp_path) == before
+    place = Path(name) if name == "." else tmp_path / name
+    options: dict[str, Any] = {"ties": tmp_path / "ties.json", "device": "cpu", "verify": True}
+    if in_place:
+        tierewrite.rewrite(place, None, in_place=True, backup=how == "in place", **options)
+    else:
+        tierewrite.rewrite(src, place, overwrite=how == "overwrite", **options)
+    assert f"the current folder is '{here}'" in caplog.text and f"(cd '{here}')" in caplog.text
+    assert files(here) == files(tmp_path / "expected")
+    kept = src if not in_place else tmp_path / "src.bak" if how == "in place" else None
+    assert kept is None or files(kept) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import stat
@@ -15,6 +16,8 @@ from tierewrite.planning.plan import OutShard
 from tierewrite.source.table import INDEX_NAME, Checkpoint, Shard
 from tierewrite.stores.local import can_share
 from tierewrite.stores.places import FilePath, chain, is_local
+
+log = logging.getLogger(__name__)
 
 _LONGEST_NAME = 255
 """Bytes, in the file systems of Linux and macOS."""
@@ -44,14 +47,13 @@ class Target:
         """The target is the source itself; what was there is kept as SRC.bak if `backup`.
 
         Raises:
-            UsageError: SRC.bak exists already, SRC cannot be moved, or the current folder is in it.
+            UsageError: SRC.bak exists already, or SRC cannot be moved.
             SystemFailure: see `refuse_immovable`.
         """
         with system_errors("looking at SRC", src):
             real = src.resolve()
             if not real.name:
                 raise UsageError("SRC is the root of the file system and cannot be swapped; give a DST", file=src)
-            _refuse_current_folder("SRC", src, real)
             if _is_mounted(real):
                 advice = "give a DST, or mount the folder that SRC is in"
                 raise UsageError(_MOUNTED.format("SRC"), file=src, advice=advice)
@@ -71,6 +73,7 @@ class Target:
                 )
         if real.is_dir():
             refuse_immovable(real, removed=not backup)
+            _warn_of_current_folder(real)
         return cls(real, True, kept if backup else None, keep_permissions=True)
 
     @classmethod
@@ -78,8 +81,7 @@ class Target:
         """Decides whether `dst` can be written.
 
         Raises:
-            UsageError: SRC and DST are the same or inside one another, DST is not an empty or absent folder, or the
-                current folder is in it.
+            UsageError: SRC and DST are the same or inside one another, or DST is not an empty or absent folder.
             SystemFailure: see `refuse_immovable`.
         """
         with system_errors("looking at DST", dst):
@@ -98,7 +100,6 @@ class Target:
                 most = len(os.fsencode(real.name)) - (longest - _LONGEST_NAME)
                 what = f"the name of DST has {len(os.fsencode(real.name))} bytes; it may have {most}"
                 raise UsageError(what, file=dst, advice="hidden folders with longer names are made beside it")
-            _refuse_current_folder("DST", dst, real)
             if real.exists():
                 if not real.is_dir():
                     raise UsageError("DST exists and is not a folder; choose another name", file=dst)
@@ -107,6 +108,7 @@ class Target:
                 if not overwrite and any(real.iterdir()):
                     raise UsageError("DST is not empty; choose another folder, or use --overwrite", file=dst)
                 refuse_immovable(real, removed=True)
+                _warn_of_current_folder(real)
         return cls(real, overwrite)
 
 
@@ -146,21 +148,18 @@ def _refuse_overlap(src: Path, dst: Path, real: Path) -> None:
             raise UsageError(what, file=dst)
 
 
-def _refuse_current_folder(what: str, folder: Path, real: Path) -> None:
-    """Whoever stands in what is replaced stands in the old one afterwards, or in none, and `.` names that.
-
-    Raises:
-        UsageError: the current folder is `real`, or lies in it.
-    """
+def _warn_of_current_folder(real: Path) -> None:
+    """Whoever stands in a folder that is replaced stands in the old one afterwards, or in none, and `.` names that."""
     try:
         current = chain(Path.cwd())
     except FileNotFoundError:  # removed: what is relative to it fails by itself
         return
     if chain(real)[0] in current:
-        raise UsageError(
-            f"{what} is the current folder, or holds it, and would be replaced beneath it: go to another folder (cd), "
-            f"and name this one '{shown(real)}'",
-            file=folder,
+        log.warning(
+            "the current folder is '%s', or lies in it, and is replaced when this is done: go to it again before the next "
+            "command (cd '%s')",
+            shown(real),
+            shown(real),
         )
 
 
