@@ -517,7 +517,8 @@ def test_whoever_stands_in_what_is_replaced_is_told_and_gets_the_same(
         tierewrite.rewrite(place, None, in_place=True, backup=how == "in place", **options)
     else:
         tierewrite.rewrite(src, place, overwrite=how == "overwrite", **options)
-    assert f"the current folder is '{here}'" in caplog.text and f"(cd '{here}')" in caplog.text
+    assert f"the current folder is '{here}'" in caplog.text
+    assert f"(cd '{here}')" in caplog.text
     assert files(here) == files(tmp_path / "expected")
     kept = src if not in_place else tmp_path / "src.bak" if how == "in place" else None
     assert kept is None or files(kept) == before

@@ -156,8 +156,8 @@ def _warn_of_current_folder(real: Path) -> None:
         return
     if chain(real)[0] in current:
         log.warning(
-            "the current folder is '%s', or lies in it, and is replaced when this is done: go to it again before the next "
-            "command (cd '%s')",
+            "the current folder is '%s', or lies in it, and is replaced when this is done: go to it again before the "
+            "next command (cd '%s')",
             shown(real),
             shown(real),
         )
