@@ -19,6 +19,7 @@ from tierewrite import interrupts
 from tierewrite.ties.tie_map import TieMap
 
 if TYPE_CHECKING:
+    from tests.faults import Machine
     from tests.s3_server import Store
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -129,6 +130,29 @@ def handlers() -> Iterator[None]:
     for signum, handler in before.items():
         signal.signal(signum, handler)
     interrupts.reset()
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """A machine whose system calls fail on request; one for a file of tests."""
+    from tests.faults import Machine, unavailable
+
+    if unavailable() is not None:
+        pytest.skip(str(unavailable()))
+    made = Machine(tmp_path_factory.mktemp("machine"))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers copies remote code to its module cache: here one of the test's own."""
+    from transformers import dynamic_module_utils
+    from transformers.utils import hub
+
+    monkeypatch.setattr(hub, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
 
 
 _TIES: dict[str, TieMap] = {}

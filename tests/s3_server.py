@@ -55,6 +55,11 @@ class Request(NamedTuple):
         return self.op in ("put", "part", "copy", "create", "complete", "delete")
 
 
+def of(op: str, ending: str = "") -> Callable[[Request], bool]:
+    """Requests of that kind, for keys that end so."""
+    return lambda request: request.op == op and request.name.endswith(ending)
+
+
 @dataclass
 class Fault:
     """Something that goes wrong.

@@ -17,7 +17,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,13 +32,6 @@ pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailabl
 KILLS = ("kill_before", "kill_after", "kill_torn")
 WAYS_ON: tuple[tuple[str, ...], ...] = ((), ("--resume",))
 OLD = {"model.safetensors": b"the old checkpoint", "notes/readme.md": b"old"}
-
-
-@pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    made = Machine(tmp_path_factory.mktemp("machine"))
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -315,17 +314,6 @@ def remote(folder: Path, declared: str = "", made: str = POST, override: str = "
     config["auto_map"] = {"AutoConfig": "modeling_own.OwnConfig", "AutoModel": "modeling_own.OwnModel"}
     keys = ["embed.weight", "head.weight", "more.weight", "more.bias"]
     return TieMap.resolve(folder, config, keys=keys, trust_remote_code=True)
-
-
-@pytest.fixture
-def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers copies remote code to its module cache: here one of the test's own."""
-    from transformers import dynamic_module_utils
-    from transformers.utils import hub
-
-    monkeypatch.setattr(hub, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
 
 
 @pytest.mark.usefixtures("own_modules")

@@ -21,7 +21,7 @@ import pytest
 import tierewrite
 from tests.checkpoints import FIXTURES, read_header
 from tests.conftest import snapshot
-from tests.faults import CHANGES, Fault, Machine, contents, names_in, unavailable
+from tests.faults import CHANGES, Fault, Machine, contents, names_in
 from tests.faults.sources import Source, shareable
 from tests.images import MKFS, Unavailable, mounted, shared_bytes
 from tierewrite.engines.local import LocalEngine
@@ -341,15 +341,6 @@ def test_an_empty_subvolume_is_an_empty_folder(work: Path, source: Source, plain
 
 
 # ----------------------------------------------------------------------------------------- crashes and failures
-
-
-@pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    if unavailable() is not None:
-        pytest.skip(str(unavailable()))
-    made = Machine(tmp_path_factory.mktemp("machine"))
-    yield made
-    made.close()
 
 
 def instants(machine: Machine, source: Source, work: Path) -> int:

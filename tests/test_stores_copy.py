@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import pytest
 
 import tierewrite
 from tests.checkpoints import FIXTURES, read_header, write_checkpoint
-from tests.s3_server import Fault, Request, Store
+from tests.s3_server import Fault, Request, Store, of
 from tests.test_stores import Files, files, spans
 from tierewrite.output import copied
 from tierewrite.stores.places import located, store_of
@@ -78,10 +77,6 @@ def across(case: Case, store: Store, **options: Any) -> Files:
 def copied_ranges(store: Store) -> list[tuple[int, int]]:
     found = [request.range.removeprefix("bytes=").split("-") for request in store.asked("copy")]
     return sorted((int(start), int(end) + 1) for start, end in found)
-
-
-def of(op: str, ending: str = "") -> Callable[[Request], bool]:
-    return lambda request: request.op == op and request.name.endswith(ending)
 
 
 def test_survivors_are_copied_by_the_store_and_little_is_uploaded(case: Case, store: Store) -> None:

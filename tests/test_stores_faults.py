@@ -20,7 +20,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 import tierewrite
 from tests.checkpoints import FIXTURES, write_checkpoint
-from tests.s3_server import KEY_ID, SECRET, Fault, Request, Store
+from tests.s3_server import KEY_ID, SECRET, Fault, Request, Store, of
 from tests.test_stores import Files, files, kept
 from tierewrite.errors import Interrupted
 from tierewrite.output import store_staging
@@ -75,10 +75,6 @@ def case(session_case: Case, monkeypatch: pytest.MonkeyPatch) -> Case:
 def impatient(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """botocore's own setting; s3fs tries five times all the same."""
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-
-
-def of(op: str, ending: str = "") -> Callable[[Request], bool]:
-    return lambda request: request.op == op and request.name.endswith(ending)
 
 
 def up(case: Case, store: Store, **options: Any) -> Files:

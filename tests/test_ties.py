@@ -560,17 +560,6 @@ def remote(folder: Path, declared: str) -> dict[str, Any]:
     }
 
 
-@pytest.fixture
-def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers copies remote code to its module cache: here one of the test's own."""
-    from transformers import dynamic_module_utils
-    from transformers.utils import hub
-
-    monkeypatch.setattr(hub, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
-
-
 @pytest.mark.usefixtures("own_modules")
 def test_remote_code_is_not_run_without_leave(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config = remote(tmp_path, '{"head.weight": "embed.weight"}')
