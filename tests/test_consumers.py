@@ -605,6 +605,34 @@ def test_an_fp8_head_beside_an_embedding_that_is_not_aborts_the_load(
     ]
 
 
+@pytest.mark.parametrize("plain", ["model.shared.weight", "model.encoder.embed_tokens.weight"])
+def test_embeddings_that_get_a_plain_weight_need_no_scales_of_a_quantized_head(plain: str, tmp_path: Path) -> None:
+    """amd-quark 0.13 with transformers 5.24: BART whose head alone is quantized loads with nothing missing."""
+    draft = Draft.read(FIXTURES / "bart_bf16" / "naive")
+    shared = draft["model.shared.weight"]
+    for name in ("model.shared", "model.encoder.embed_tokens", "model.decoder.embed_tokens"):
+        draft.drop(f"{name}.weight")
+    draft[plain] = shared
+    draft["lm_head.weight"] = Raw("I8", shared.shape, shared.data[::2])
+    draft["lm_head.weight_scale"] = Raw("F32", [], bytes(4))
+    draft.config["quantization_config"] = {"quant_method": "quark"}
+    draft.write(tmp_path / "v")
+    assert [f.id for f in check(tmp_path / "v", "transformers").findings] == ["tie-not-confirmed"]
+
+
+def test_a_tie_that_torchao_packed_on_both_sides_fails_to_load(tmp_path: Path) -> None:
+    """torchao 0.18 with transformers 5.24: "attempting to run unimplemented operator/function: aten.equal"."""
+    draft = Draft.read(FIXTURES / "qwen3_torchao_head" / "naive")
+    draft.write(tmp_path / "equal")
+    (equal,) = check(tmp_path / "equal", "transformers").findings
+    assert (equal.id, equal.severity, equal.fixed_by) == ("duplicate-names", "error", "rewrite")
+    head = draft["lm_head._weight_qdata"]
+    draft["lm_head._weight_qdata"] = Raw(head.dtype, head.shape, bytes(len(head.data)))
+    draft.write(tmp_path / "differ")
+    (differ,) = check(tmp_path / "differ", "transformers").findings
+    assert (differ.id, differ.severity, differ.where) == ("tie-not-confirmed", "error", ("lm_head._weight_qdata",))
+
+
 @pytest.mark.parametrize(("which", "severity", "base", "edit"), TRANSFORMERS, ids=[row[0] for row in TRANSFORMERS])
 def test_transformers_defect_is_found(
     which: str, severity: str, base: str, edit: Callable[[Draft], None], good: Good, tmp_path: Path

@@ -90,7 +90,8 @@ def dropped_names_warning(opened: Opened) -> tuple[str, ...]:
 def missed_names(config: Mapping[str, Any], disk: DiskTies, entries: Mapping[str, TensorEntry]) -> list[str]:
     """Names that transformers' quantizer needs on one side of a tie and that only another side has, by the rule.
 
-    A side whose weight is there in another dtype is not quantized, and needs none.
+    A side that is stored unquantized needs none, and where there is one, no side that is not stored either: it gets the
+    plain weight (BART's embeddings beside a head that was quantized alone).
     """
     method = quant_method(config)
     if method is None or method in ONE_PARAMETER:
@@ -99,13 +100,14 @@ def missed_names(config: Mapping[str, Any], disk: DiskTies, entries: Mapping[str
     missed: list[str] = []
     for group in disk.groups:
         for slot in group.slots:
-            stems = [name.rpartition(".")[0] for name in slot]
-            named = list(zip(slot, stems, strict=True))
-            wanted = {key[len(stem) :] for name, stem in named for key in sides[name] if key != name}
-            dtypes = {entries[name].dtype for name in slot if name in entries}
-            for name, stem in named:
-                if name not in entries or len(dtypes) == 1:
-                    missed.extend(stem + rest for rest in sorted(wanted) if stem + rest not in entries)
+            stems = {name: name.rpartition(".")[0] for name in slot}
+            added = {name: {key[len(stem) :] for key in sides[name] if key != name} for name, stem in stems.items()}
+            packed = {entries[name].dtype for name in slot if added[name] and name in entries}
+            plain = {name for name in slot if name in entries and not added[name] and entries[name].dtype not in packed}
+            wanted = sorted(set[str]().union(*added.values()))
+            for name, stem in stems.items():
+                if name not in plain and (sides[name] or not plain):
+                    missed.extend(stem + rest for rest in wanted if stem + rest not in entries)
     return missed
 
 

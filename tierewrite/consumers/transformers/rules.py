@@ -300,6 +300,7 @@ TIE_OF_FLOAT8 = Rule(
 DUPLICATE_NAMES = Rule(
     id="duplicate-names",
     title="names of a declared tie are stored more than once",
+    when="torchao packed none of them",
     severity="warning",
     consequence="transformers ties them; disk and loading time are wasted",
     fix="rewrite keeps one of each",
@@ -308,7 +309,16 @@ DUPLICATE_NAMES = Rule(
 )
 
 
-@RULES.add(TIE_NOT_CONFIRMED, TIE_OF_FLOAT8, DUPLICATE_NAMES)
+TORCHAO = "torchao packed one of them"
+TIE_OF_TORCHAO = replace(
+    TIE_OF_FLOAT8,
+    when=TORCHAO,
+    consequence="the load fails where transformers compares them: torchao's tensors have no torch.equal",
+)
+DUPLICATE_OF_TORCHAO = replace(DUPLICATE_NAMES, when=TORCHAO, severity="error", consequence=TIE_OF_TORCHAO.consequence)
+
+
+@RULES.add(TIE_NOT_CONFIRMED, TIE_OF_FLOAT8, TIE_OF_TORCHAO, DUPLICATE_NAMES, DUPLICATE_OF_TORCHAO)
 def ties(s: Subject) -> Iterator[Finding]:
     """modeling_utils.py `PreTrainedModel.tie_weights`: a declared tie whose sides are both there and differ is
     declined, and both are kept.
@@ -321,21 +331,34 @@ def ties(s: Subject) -> Iterator[Finding]:
     pairs = [(leads[root], key) for root, keys in sides.items() for key in keys if key != leads[root]]
     pairs.sort(key=lambda pair: s.entries[pair[0]].nbytes)
     verdicts = s.equal((s.entries[lead], s.entries[key]) for lead, key in pairs)
-    differ: list[str] = []
-    aborting: list[str] = []
-    same: dict[str, None] = {}
-    stays = quant_method_of(s.config) in FLOAT8_STAYS
+    found: dict[Rule, dict[str, None]] = {}
     for pair, verdict in zip(pairs, verdicts, strict=True):
-        if verdict is False:
-            (aborting if stays and _cannot_be_compared(s, *pair) else differ).append(pair[1])
+        if verdict is not False:
+            torchao = any(_packed_by_torchao(s, key) for key in pair)
+            found.setdefault(DUPLICATE_OF_TORCHAO if torchao else DUPLICATE_NAMES, {}).update(dict.fromkeys(pair))
         else:
-            same.update(dict.fromkeys(pair))
-    if aborting:
-        yield TIE_OF_FLOAT8.at(aborting, f"{len(aborting)} {TIE_OF_FLOAT8.title}: {TIE_OF_FLOAT8.when}")
-    if differ:
-        yield TIE_NOT_CONFIRMED.at(differ, f"{len(differ)} {TIE_NOT_CONFIRMED.title}")
-    if same:
-        yield DUPLICATE_NAMES.at(list(same), f"{len(same)} names of declared ties, stored more than once")
+            found.setdefault(_rule_of_a_refuted_tie(s, *pair), {})[pair[1]] = None
+    for rule in (TIE_OF_FLOAT8, TIE_OF_TORCHAO, TIE_NOT_CONFIRMED):
+        if keys := found.get(rule):
+            when = "" if rule is TIE_NOT_CONFIRMED else f": {rule.when}"
+            yield rule.at(keys, f"{len(keys)} {rule.title}{when}")
+    for rule in (DUPLICATE_NAMES, DUPLICATE_OF_TORCHAO):
+        if keys := found.get(rule):
+            yield rule.at(keys, f"{len(keys)} names of declared ties, stored more than once")
+
+
+def _rule_of_a_refuted_tie(s: Subject, one: str, other: str) -> Rule:
+    if _packed_by_torchao(s, one) or _packed_by_torchao(s, other):
+        return TIE_OF_TORCHAO
+    if quant_method_of(s.config) in FLOAT8_STAYS and _cannot_be_compared(s, one, other):
+        return TIE_OF_FLOAT8
+    return TIE_NOT_CONFIRMED
+
+
+def _packed_by_torchao(s: Subject, key: str) -> bool:
+    """Whether a tensor of torchao's is made of it (0.18: none of its types implements `aten.equal`)."""
+    packed = key.rpartition(".")[2] != s.places[key][0].rpartition(".")[2]
+    return packed and quant_method_of(s.config) == "torchao"
 
 
 def _cannot_be_compared(s: Subject, one: str, other: str) -> bool:
