@@ -103,7 +103,3 @@ class RuleSet(Generic[S]):
         for function in self.functions:
             if not (loaded and function in self._left_to_loader):
                 yield from function(subject)
-
-    def of_id(self, id: str) -> tuple[Rule, ...]:
-        """The records of one id."""
-        return tuple(rule for rule in self.records if rule.id == id)

@@ -48,11 +48,6 @@ class VllmSubject(Subject):
         """Whether vLLM's names for this architecture are known, by a backbone or by facts of its class."""
         return bool(self.backbone.linear) or bool(self.backbone.prefixes) or self.facts is not None
 
-    @property
-    def ties_known(self) -> bool:
-        """Whether the installed transformers knows the class."""
-        return self.class_problem is None and self.model is not None
-
     @cached_property
     def _text_config(self) -> Mapping[str, Any]:
         """The config of the language model."""
