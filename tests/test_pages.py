@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import html.parser
 import io
 import json
@@ -575,6 +576,17 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def test_a_full_disk_is_no_wrong_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tierewrite.report_page(write(tmp_path / "m.json", experts(1, 1, lambda layer, e: 2.0)))
+
+    def full(*args: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("tempfile.mkstemp", full)
+    with pytest.raises(errors.SystemFailure, match="No space left on device; free some space, or choose another disk"):
+        page.write_html(tmp_path / "r.html")
 
 
 def test_report_prints_the_table_without_a_file_to_write(

@@ -247,7 +247,7 @@ def to_tierewrite_error(error: BaseException) -> TierewriteError:
     if isinstance(error, TierewriteError):
         return error
     if isinstance(error, OSError):
-        advice = _advice(error, "check permissions and the disk")
+        advice = advice_of(error, "check permissions and the disk")
         return SystemFailure(f"{error.strerror or error}", file=error.filename, advice=advice)
     if isinstance(error, MemoryError):
         return SystemFailure("out of memory; use fewer --threads or a larger machine")
@@ -270,8 +270,26 @@ def without_a_folder() -> str:
     return ""
 
 
-def _advice(error: OSError, otherwise: str) -> str:
-    return (without_a_folder() if error.errno == errno.ENOENT else "") or otherwise
+_ADVICE = {
+    errno.ENOSPC: "free some space, or choose another disk",
+    errno.EDQUOT: "free some of your quota, or choose another disk",
+    errno.EACCES: "check the permissions of the file and of its folder",
+    errno.EPERM: "check the permissions of the file and of its folder",
+    errno.EROFS: "the file system is read-only: choose another one",
+    errno.EFBIG: "a file may not grow this large here: raise the limit, or use a smaller --max-shard-size",
+    errno.ENOTDIR: "a part of its path is a file, not a folder: choose another path",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EIO: "the device reports an I/O error: check the disk",
+    errno.EXDEV: "a folder that a container's image holds, say, cannot be moved: write to another place",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
+
+
+def advice_of(error: OSError, otherwise: str = "see the system's message") -> str:
+    """What to do about an error of the system's."""
+    if error.errno == errno.ENOENT and (gone := without_a_folder()):
+        return gone
+    return _ADVICE.get(error.errno or 0, otherwise)
 
 
 def first_line(error: BaseException) -> str:
@@ -286,20 +304,8 @@ def system_errors(what: str, file: object) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = {
-            errno.ENOSPC: "free some space, or choose another disk",
-            errno.EDQUOT: "free some of your quota, or choose another disk",
-            errno.EACCES: "check the permissions of the file and of its folder",
-            errno.EPERM: "check the permissions of the file and of its folder",
-            errno.EROFS: "the file system is read-only: choose another one",
-            errno.EFBIG: "a file may not grow this large here: raise the limit, or use a smaller --max-shard-size",
-            errno.ENOTDIR: "a part of its path is a file, not a folder: choose another path",
-            errno.ENAMETOOLONG: "choose a shorter name",
-            errno.EIO: "the device reports an I/O error: check the disk",
-            errno.EXDEV: "a folder that a container's image holds, say, cannot be moved: write to another place",
-            errno.EMFILE: "raise the limit of open files (ulimit -n)",
-        }.get(error.errno or 0, _advice(error, "see the system's message"))
         raise SystemFailure(
-            f"{what} failed: {error.strerror or error} ({errno.errorcode.get(error.errno or 0, '?')}); {advice}",
+            f"{what} failed: {error.strerror or error} ({errno.errorcode.get(error.errno or 0, '?')}); "
+            f"{advice_of(error)}",
             file=file,
         ) from error

@@ -22,7 +22,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from tierewrite.errors import SystemFailure, UsageError, shown
+from tierewrite.errors import SystemFailure, UsageError, advice_of, shown
 from tierewrite.pages.facts import WORST_SHOWN, Facts, read_facts
 from tierewrite.planning.policy import ConsumerName
 from tierewrite.source.regular_files import kind_of_file
@@ -156,7 +156,7 @@ def _write(path: Path, data: bytes) -> None:
         os.replace(staged, path)
         staged = None
     except OSError as e:
-        advice = "name a file in a folder that exists and may be written to"
+        advice = advice_of(e, "name a file in a folder that exists and may be written to")
         raise SystemFailure(f"cannot be written: {e.strerror or e}", file=path, advice=advice) from None
     finally:
         if staged is not None:
