@@ -231,3 +231,11 @@ def test_installs_with_every_extra_from_the_index(
         call([command, "report", dst, "--html", tmp_path / "page.html"], tmp_path)
         assert (tmp_path / "page.html").read_text().startswith("<!")
     shutil.rmtree(tmp_path / "venv")  # a gigabyte each
+
+
+def test_imported_from_the_wheel_as_an_archive_it_says_what_to_do(wheel: Path) -> None:
+    code = f"import sys; sys.path.insert(0, {str(wheel)!r}); import tierewrite; tierewrite.plan"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code], env=clean_environment(), capture_output=True, text=True, check=False
+    )
+    assert done.stderr.endswith("tierewrite cannot be imported from an archive: it reads files; pip install it\n")

@@ -26,5 +26,8 @@ def __dir__() -> list[str]:
 def _attach() -> None:
     import lazy_loader
 
-    public = lazy_loader.attach_stub(__name__, __file__)
+    try:
+        public = lazy_loader.attach_stub(__name__, __file__)
+    except ValueError as error:
+        raise ImportError("tierewrite cannot be imported from an archive: it reads files; pip install it") from error
     globals().update(zip(("__getattr__", "__dir__", "__all__"), public, strict=True))
