@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -436,6 +438,23 @@ def test_nothing_is_kept_inside_the_checkpoint(
     left = folder.with_name(f"{folder.name}.bak") if "in_place" in options else folder
     assert sorted(path.name for path in left.iterdir()) == before
     assert not (folder / ".cache").exists()
+
+
+@pytest.mark.parametrize("case", ["llava_tied_bf16", "mixtral_tied_bf16"])
+def test_an_inspection_goes_to_other_processes_whether_or_not_it_was_remembered(case: str) -> None:
+    """As all results do: what a pool of processes returns is a pickle."""
+    for remembered in (False, True):
+        found = tierewrite.inspect(FIXTURES / case / "naive")
+        there = pickle.loads(pickle.dumps(found))
+        assert there.to_json() == found.to_json()
+        assert there.ties.remembered is remembered
+        assert there.ties.model is not None
+        with pytest.raises(tierewrite.UsageError, match="came from another process"):
+            there.ties.model.renames.live()
+        copied = deepcopy(found).ties
+        assert copied is not None
+        assert copied.model is not None
+        assert copied.model.renames.live().every
 
 
 # --- the files

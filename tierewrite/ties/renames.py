@@ -10,6 +10,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
+from tierewrite.errors import UsageError
 from tierewrite.ties.tie_group import Part
 
 _BY_NAME_ALONE = frozenset(
@@ -64,6 +65,10 @@ class Live:
     hub: tuple[Any, ...]
 
 
+def _elsewhere() -> Live:
+    raise UsageError("these ties came from another process, and know no more names; ask the class here (TieMap.of)")
+
+
 class Renames:
     """transformers' conversion mapping of one class.
 
@@ -103,6 +108,13 @@ class Renames:
             in_order="GroupWeightRename" in kinds,
             by_name_alone=kinds <= _BY_NAME_ALONE,
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: what was said so far, without transformers' own transforms, which have no pickle."""
+        return {**self.__dict__, "_ask": _elsewhere, "_live": None, "_keep": None}
+
+    def __deepcopy__(self, memo: object) -> Renames:
+        return self  # within a process, what one copy learns is true of the others
 
     def live(self) -> Live:
         """transformers' transforms."""
