@@ -267,7 +267,7 @@ FAST = {
     "an unknown dtype": "{" + tensor(dtype="I3", shape="5") + "}",
     "empty tensors": "{" + ",".join(tensor(n, shape="3,0", offsets="0,0") for n in "abc") + "}",
     "less than a byte": "{" + tensor(dtype="F4", shape="2") + "}",
-    "an escape that has to be": "{" + tensor('\\"\\\\\\n\\u0000', dtype="\\n", shape="1") + "}",
+    "an escape that has to be": "{" + tensor('\\"\\\\\\n\\u0000', dtype="I\\n", shape="1") + "}",
     "another order than the offsets'": "{" + tensor("b", "U8", "0", "1,1") + "," + tensor() + "}",
     "another order of empty ones": "{" + ",".join(tensor(n, "U8", "0", "1,1") for n in "zb") + "," + tensor() + "}",
 }
@@ -938,14 +938,23 @@ def test_other_names_are_those_of_a_model(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("padding", ["", " "])
-def test_an_empty_dtype_is_none(padding: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["", " ", "\n"])
+def test_an_empty_dtype_is_none(dtype: str, padding: str, tmp_path: Path) -> None:
     header = {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
-    header["lm_head.weight"] = {"dtype": "", "shape": [], "data_offsets": [4, 4]}
+    header["lm_head.weight"] = {"dtype": dtype, "shape": [], "data_offsets": [4, 4]}
     text = (padding + json.dumps(header, separators=(",", ":"))).encode()
     (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"1234")
     with pytest.raises(HeaderError, match="dtype is empty") as error:
         open_folder(tmp_path)
     assert error.value.tensor == "lm_head.weight"
+
+
+def test_an_adapter_that_repeats_the_models_names_is_refused_without_a_word_of_an_index(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, ALONE, config={})
+    write_shard(tmp_path / "adapter_model.safetensors", ALONE)
+    with pytest.raises(ShardIndexError, match="named as a PEFT adapter") as error:
+        open_folder(tmp_path)
+    assert "index" not in str(error.value)
 
 
 def test_an_indexed_file_that_is_not_there_is_named_once(tmp_path: Path) -> None:

@@ -255,7 +255,9 @@ def _check_stray(path: Path, held: Tensors, tensors: Tensors, has_index: bool, w
             file=path,
             tensor=twice[0],
             details={"overlap": twice},
-            advice="remove the file, or the index if the file is what counts",
+            advice="remove the file, or the index if the file is what counts"
+            if has_index
+            else "remove the file, or the model's own if this one is what counts",
         )
     warnings.append(f"{shown(path.name)} {why}: copied as it is, its tensors are not looked at")
 

@@ -302,7 +302,7 @@ def _bytes_of(dtype: str, shape: tuple[int, ...], file: object = None, name: str
     Raises:
         HeaderError: more than 64 bits can count, no whole number of bytes, or no dtype.
     """
-    if not dtype:
+    if not dtype.strip():
         raise HeaderError(
             "dtype is empty, which no reader of safetensors takes: the writer had an entry for this tensor, and no "
             "tensor; where it is tied, leave the entry out",
