@@ -522,7 +522,7 @@ def test_shard_whose_time_was_set_back_after_a_change_is_refused_and_found_by_ve
     with pytest.raises(tierewrite.SourceChanged, match="time set back") as raised:
         in_process(own, tmp_path / "work" / "late", Watch("rewriting", change))
     assert SHARD in str(raised.value)
-    with pytest.raises(tierewrite.VerificationFailed):
+    with pytest.raises(tierewrite.SourceChanged, match="changed while the checkpoint was rewritten"):
         in_process(own, tmp_path / "work" / "never", Watch("copying other files", change), verify=True)
     assert names_in(tmp_path / "work") == ["out"]
 
@@ -577,10 +577,19 @@ def test_source_that_changes_before_it_is_swapped_out_in_place_stays(
 
     late = Late()
     options = {"ties": own.ties, "max_shard_size": "50KB", "in_place": True, "backup": backup}
-    with pytest.raises(tierewrite.SourceChanged, match="nothing was swapped"):
+    with pytest.raises(tierewrite.SourceChanged, match="nothing was made or swapped"):
         tierewrite.rewrite(own.path, progress=late, **options)  # type: ignore[arg-type]
     assert snapshot(own.path) == late.state
     assert names_in(own.path.parent) == ["naive"]
+
+
+def test_source_that_changes_before_the_proof_reads_it_again_is_told_as_that(own: Source, tmp_path: Path) -> None:
+    """It was called a bug of ours, or a failing disk."""
+    watch = Watch("copying other files", lambda: added(own.path / SHARD))
+    with pytest.raises(tierewrite.SourceChanged, match=r"new-notes.md: was added while the checkpoint was rewritten"):
+        tierewrite.rewrite(own.path, tmp_path / "work" / "out", ties=own.ties, verify=True, progress=watch)
+    assert watch.acted
+    assert not (tmp_path / "work").exists()
 
 
 # ------------------------------------------------------------------------------------------------------- resuming

@@ -229,7 +229,7 @@ def listing(folder: Path) -> dict[str, tuple[int, int, int, int]]:
                 path = os.path.join(place, name)
                 try:
                     status = os.stat(path)
-                except FileNotFoundError:  # a link to nothing; or gone meanwhile
+                except OSError:  # a link to nothing or to itself; or gone meanwhile
                     status = os.lstat(path)
                 times = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
                 if stat.S_ISDIR(status.st_mode):
@@ -239,7 +239,7 @@ def listing(folder: Path) -> dict[str, tuple[int, int, int, int]]:
 
 
 def still_as_listed(folder: Path, before: Mapping[str, tuple[int, int, int, int]]) -> None:
-    """What is about to be swapped out holds nothing that the new checkpoint was not made from.
+    """SRC is what the new checkpoint was made from: before it is swapped out, and where a proof finds otherwise.
 
     Raises:
         SourceChanged: something was added, removed or changed since `before`.
@@ -249,8 +249,8 @@ def still_as_listed(folder: Path, before: Mapping[str, tuple[int, int, int, int]
         if before.get(name) != now.get(name):
             what = "was added" if name not in before else "was removed" if name not in now else "changed"
             raise SourceChanged(
-                f"{what} while the checkpoint was rewritten in place; SRC is as it is, and nothing was swapped: run "
-                "again when nothing writes to it",
+                f"{what} while the checkpoint was rewritten; nothing was made or swapped: run again when nothing "
+                "writes to SRC",
                 file=folder / name,
             )
 

@@ -6,6 +6,7 @@ digests say otherwise is there another attempt (`--on-mismatch keep`), or the st
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -227,16 +228,22 @@ def prove(
     consumer: ConsumerName | None,
     progress: Progress,
     reading: SourceOptions,
+    unchanged: Callable[[], None] | None,
 ) -> None:
     """Proves the staged output from the source.
 
+    Args:
+        unchanged: raises SourceChanged where the source, which the proof reads again, is not what it was.
+
     Raises:
-        VerificationFailed: it is not what the source makes.
+        VerificationFailed: it is not what the source makes. SourceChanged.
     """
     from tierewrite.proof.verify import verify  # not imported by rewrites that prove nothing: a tenth of a second
 
     result = verify(src, staging.view(), progress=progress, consumer=consumer, **reading, **policy.to_json())
     if not result.ok:
+        if unchanged is not None:
+            unchanged()
         first = result.problems[0]
         raise VerificationFailed(
             f"the output is not what rewriting SRC gives ({count(len(result.problems), 'problem')}, the first at "
