@@ -16,6 +16,7 @@ from typing import Any
 
 from tierewrite.errors import ConfigError, shown
 from tierewrite.ties import meta_model
+from tierewrite.ties.config_limits import CONFIG_FIX, SAY_TIES
 from tierewrite.ties.patterns import PLAIN_NAME
 
 
@@ -43,10 +44,8 @@ def versions(config: Mapping[str, Any]) -> str:
         else "config.json names no transformers_version"
     )
     if written == transformers.__version__:
-        return f"{wrote}, which is installed: say what is tied with --ties FILE"
-    return (
-        f"{wrote}, {transformers.__version__} is installed: install one that fits, or say what is tied with --ties FILE"
-    )
+        return f"{wrote}, which is installed: {SAY_TIES}"
+    return f"{wrote}, {transformers.__version__} is installed: install one that fits, or {SAY_TIES}"
 
 
 def registered_config_class(config: Mapping[str, Any], file: Path) -> Any:
@@ -113,7 +112,7 @@ def named(config: Mapping[str, Any], wanted: str, registered: Any, file: Path) -
         return found
     raise ConfigError(
         f"architectures names {shown(wanted)}, which takes a {own.__name__}, but model_type is "
-        f"'{shown(model_type)}' ({registered.__name__}): fix config.json, or say what is tied with --ties FILE",
+        f"'{shown(model_type)}' ({registered.__name__}): {CONFIG_FIX}",
         file=file,
     )
 

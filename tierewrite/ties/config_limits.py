@@ -14,7 +14,8 @@ from tierewrite.source.table import CONFIG_NAME
 MAX_COUNT = 1_000_000
 MAX_LAYERS = 4_096
 MAX_CONFIG_DEPTH = 64
-CONFIG_FIX = "fix config.json, or say what is tied with --ties FILE"
+SAY_TIES = "say what is tied with --ties FILE ({} in it: nothing is)"
+CONFIG_FIX = f"fix config.json, or {SAY_TIES}"
 
 _LAYER_KEY = re.compile(r"(layers?|blocks?|stages?|depths?|hidden_layers|modules)$", re.IGNORECASE)
 _COUNT_KEY = re.compile(r"^(num|n)_|_(num|count)$|experts?|labels?$", re.IGNORECASE)
