@@ -630,6 +630,23 @@ def test_a_class_that_is_not_known_is_a_note(architecture: str, config: Any, sai
     assert any(said in note for note in report.notes)
 
 
+def test_names_and_dtypes_of_a_class_that_vllm_does_not_have_are_notes(tmp_path: Path) -> None:
+    """A head that was quantized beside its embedding, of a class that only transformers has: vLLM may keep it apart."""
+    draft = plain("LlamaForCausalLM")
+    draft.config = {
+        "architectures": ["T5GemmaForConditionalGeneration"],
+        "model_type": "t5gemma",
+        "quantization_config": {"quant_method": "quark", "exclude": []},
+    }
+    draft["model.decoder.embed_tokens.weight"] = zeros("BF16", 16, 8)
+    draft["lm_head.out_proj.weight"] = zeros("I8", 16, 8)
+    report = checked(draft, tmp_path)
+    assert report.errors == ()
+    told = [note for note in report.notes if "lm_head.out_proj.weight" in note]
+    assert any(note.startswith("names that are one parameter in transformers may be several") for note in told)
+    assert any(note.startswith("whether vLLM's class has parameters for what are no floats") for note in told)
+
+
 def test_a_class_that_nobody_knows_is_an_error(tmp_path: Path) -> None:
     report = checked(unknown("SomebodysForCausalLM", model_type="x"), tmp_path)
     assert errors(report) == {"architectures"}

@@ -106,7 +106,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 # fmt: on
-SIZES = {"BF16": 2, "F32": 4, "I64": 8, "U8": 1, "F8_E4M3": 1, "I32": 4}
+SIZES = {"BF16": 2, "F32": 4, "I64": 8, "U8": 1, "I8": 1, "F8_E4M3": 1, "I32": 4}
 
 
 def zeros(dtype: str, *shape: int) -> Raw:

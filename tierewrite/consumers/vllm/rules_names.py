@@ -13,6 +13,7 @@ from tierewrite.consumers.vllm.sources import DEFAULT_LOADER, MODEL_UTILS, REWRI
 from tierewrite.consumers.vllm.subject import VllmSubject
 from tierewrite.formats import Role
 from tierewrite.source.table import TensorEntry
+from tierewrite.tables import some
 from tierewrite.ties.on_disk import WHOLE
 
 RULES: RuleSet[VllmSubject] = RuleSet()
@@ -71,6 +72,10 @@ def names_that_meet(s: VllmSubject) -> Iterator[Finding]:
     loaded one after the other, in the order of files and of names; the last one stays.
     """
     meeting = s.meeting()
+    if meeting and not s.known:
+        names = [key for keys in meeting for key in keys]
+        s.notes.append(f"names that are one parameter in transformers may be several in vLLM's class: {some(names)}")
+        return
     # Scales first: where they differ, the weights need not be read.
     meeting.sort(key=lambda keys: max(s.entries[k].nbytes for k in keys))
     verdicts = s.equal(tuple(s.entries[k] for k in keys) for keys in meeting)

@@ -15,6 +15,7 @@ from tierewrite.consumers.vllm.schemes import Scheme
 from tierewrite.consumers.vllm.sources import MODELOPT, QUANTIZATION_UTILS, WEIGHT_UTILS
 from tierewrite.consumers.vllm.subject import VllmSubject
 from tierewrite.formats.experts import split_expert
+from tierewrite.tables import some
 
 COUNTERS = {"I64", "BOOL"}  # of buffers such as num_batches_tracked, never of a weight
 
@@ -222,6 +223,9 @@ def dtypes(s: VllmSubject) -> Iterator[Finding]:
         owner = s.modules.get(s.backbone.map(name).rpartition(".")[0])
         if not _packed(s, owner, name) and s.entries[name].dtype not in FLOATS | COUNTERS:
             harmful.append(name)
+    if harmful and not s.known:
+        s.notes.append(f"whether vLLM's class has parameters for what are no floats is not known: {some(harmful)}")
+        harmful.clear()
     scheme = s.scheme
     for module in s.sound.values() if scheme is not None and scheme.detailed else ():
         assert scheme is not None
