@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from functools import lru_cache
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
-@lru_cache(maxsize=1 << 16)
 def pattern_of(name: str) -> str:
     """The name with every word that is a number replaced by `*`."""
     return _NUMBER.sub("*", name)
