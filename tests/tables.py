@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.defects import DEFECTS
 from tests.vllm_loader.behaviour import RECORD
-from tierewrite.cli.topics import exit_codes_table, formats_table, schemas_table
+from tierewrite.cli.topics import exit_codes_table, formats_table, parts_table, schemas_table
 from tierewrite.consumers.explain import holders, table
 from tierewrite.consumers.vllm import VLLM
 
@@ -63,6 +63,7 @@ def defects_table() -> list[str]:
 TABLES: Mapping[str, tuple[str, Callable[[], list[str]]]] = {
     "formats": ("tierewrite/formats/FAMILIES.md", formats_table),
     "schemas": ("tierewrite/cli/JSON_AND_EXIT_CODES.md", schemas_table),
+    "parts": ("tierewrite/cli/JSON_AND_EXIT_CODES.md", parts_table),
     "exit codes": ("tierewrite/cli/JSON_AND_EXIT_CODES.md", exit_codes_table),
     "rules": ("tierewrite/consumers/RULES.md", rules_tables),
     "defects": ("tierewrite/consumers/RULES.md", defects_table),

@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -22,7 +22,7 @@ from tests import tables
 from tests.checkpoints import FIXTURES, edit_tensors, read_tensors
 from tierewrite import cli
 from tierewrite.cli import progress_bar
-from tierewrite.cli.topics import SCHEMAS, TOPICS
+from tierewrite.cli.topics import PARTS, SCHEMAS, TOPICS
 from tierewrite.errors import EXIT_CODES, Refused
 from tierewrite.formats.families import FAMILIES
 from tierewrite.planning.policy import OPTIONS
@@ -232,30 +232,66 @@ def test_every_schema_that_is_printed_is_explained() -> None:
     assert {schema.name for schema in SCHEMAS} >= {name for name in used if name not in internal}
 
 
+DATA = {"actions", "dtypes", "metadata", "differing_aliases", "files", "map", "written", "tensors"}
+"""Members whose own members are named by what was found: keys, files, dtypes."""
+
+
+def members(value: object, inside: str = "") -> Iterator[str]:
+    """All names of members that our JSON has, but for those that the checkpoint chose."""
+    if isinstance(value, list):
+        for one in value:
+            yield from members(one)
+    elif isinstance(value, dict):
+        for name, below in value.items():
+            if inside not in DATA:
+                yield name
+            yield from members(below, name if inside not in DATA else "")
+
+
 def test_every_member_of_an_object_is_explained(tmp_path: Path, capsys: Printed) -> None:
     src, dst = FIXTURES / "qwen3_tied_bf16" / "naive", tmp_path / "dst"
-    explained = {schema.name: set(re.findall(r"`(\w+)`", schema.members)) for schema in SCHEMAS}
-    seen = set()
+    nvfp4, served = FIXTURES / "dg_nvfp4" / "naive", tmp_path / "served"
+    refused, kept = FIXTURES / "qwen3_tied_but_diverged_bf16" / "naive", tmp_path / "kept"
+    explained = {schema.name: set(re.findall(r"`([\w-]+)`", schema.members)) for schema in SCHEMAS}
+    inside = {part.name: set(re.findall(r"`([\w-]+)`", part.members)) for part in PARTS}
+    seen, deep = set(), set()
     for arguments in (
         ("plan", src),
-        ("rewrite", src, dst),
-        ("inspect", src),
+        ("rewrite", src, dst, "--digests"),
+        ("rewrite", nvfp4, served, "--for", "vllm", "--loader", "off"),
+        ("rewrite", nvfp4, tmp_path / "repacked", "--on-mismatch", "repack", "--fill-missing-scales"),
+        ("rewrite", refused, tmp_path / "refused"),
+        ("rewrite", refused, kept, "--on-mismatch", "keep"),
+        ("inspect", nvfp4),
         ("verify", src, dst),
+        ("verify", src, kept),
         ("verify", dst),
-        ("check", dst, "--loader", "off"),
+        ("verify", src),
+        ("check", served, "--loader", "off"),
         ("explain", "parameter-missing"),
-        ("expand", dst, tmp_path / "expanded"),
+        ("expand", dst, tmp_path / "expanded", "--for", "sglang"),
         ("batch", src, "--plan-only"),
-        ("report", dst),
+        ("report", served, "--for", "vllm", "--for", "sglang"),
+        ("report", kept),
         ("plan", tmp_path / "nowhere"),
     ):
         run(*arguments, "--json")
         found = json.loads(capsys.readouterr().out)
         seen.add(found["schema"])
         assert found.keys() - explained[found["schema"]] == {"schema"}, arguments
-    manifest = json.loads((dst / "tierewrite.json").read_text(encoding="utf-8"))
-    assert manifest.keys() - explained[manifest["schema"]] == {"schema"}
+        deep |= {(found["schema"], name) for name in members(found)}
+    for folder in (dst, served, kept):
+        manifest = json.loads((folder / "tierewrite.json").read_text(encoding="utf-8"))
+        assert manifest.keys() - explained[manifest["schema"]] == {"schema"}
+        deep |= {(manifest["schema"], name) for name in members(manifest)}
     assert {*seen, manifest["schema"]} == explained.keys()
+    holding: dict[str, set[str]] = {name: {"schema"} | known for name, known in explained.items()}
+    for part in PARTS:
+        for kind in part.stands_in.split(", "):
+            holding[f"tierewrite/{kind}/1"] |= inside[part.name]
+    for name in ("report", "expansion", "page"):  # these hold a whole object of that schema
+        holding[f"tierewrite/{name}/1"] |= holding["tierewrite/readiness/1"]
+    assert [(schema, name) for schema, name in sorted(deep) if name not in holding[schema]] == []
 
 
 @pytest.mark.parametrize("readme", sorted({place for place, _ in tables.TABLES.values()}))

@@ -77,7 +77,7 @@ ITEM_OPTION_NAMES = f"Options of one checkpoint in a FILE: {', '.join(ITEM_TYPES
 """For `batch --help`; `consumer` is what --for is on the command line."""
 
 json_option: Decorator[Any] = click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON object (see the README)."
+    "--json", "as_json", is_flag=True, help="Print one JSON object; `tierewrite explain json` says what is in it."
 )
 verbose_option: Decorator[Any] = click.option(
     "-v",

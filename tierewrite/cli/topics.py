@@ -19,6 +19,21 @@ class Schema:
     members: str
 
 
+@dataclass(frozen=True)
+class Part:
+    """What stands inside of objects, under the same name in all of them.
+
+    Attributes:
+        name: the member that holds it.
+        stands_in: the objects, by the middle of their schemas' names.
+        members: what its own members are.
+    """
+
+    name: str
+    stands_in: str
+    members: str
+
+
 SCHEMAS = (
     Schema(
         "tierewrite/plan/1",
@@ -104,6 +119,103 @@ SCHEMAS = (
     ),
 )
 
+PARTS = (
+    Part(
+        "options",
+        "plan, report, page, manifest",
+        "those that decide what the output holds: `on_mismatch`, `kv_scales`, `max_shard_size` (bytes, or null), "
+        "`unify_fused_scales`, `fix_ignore`, `fix_config`, `fill_missing_scales`, `keep_names_for`, `exclude`, "
+        "`strip_prefix`, as `rewrite --help` explains the flags",
+    ),
+    Part(
+        "ties",
+        "plan, report, inspection, verification, expansion, page, manifest",
+        "`source`: who declares them (`class`, `config`, `ties-file`, `mapping`, `none`; of a verification also "
+        "`manifest`), and `detail`: which class or file; in plan, report and inspection `unpaired` (aliases that are "
+        "declared without a partner); in an inspection `remembered` (the class was not asked now), `idle` (declared "
+        "aliases of which nothing is stored), and `groups` with `parameters_on_disk`: the names of each stored "
+        "parameter, the canonical one first; null with `--no-ties`",
+    ),
+    Part(
+        "before, after",
+        "plan, report, expansion, batch",
+        "`bytes` of tensors, `tensors` (how many), `shards` (each with `name` and `bytes`: in a report of the whole "
+        "file, else of its tensors; in a plan also `tensors`; of an expansion's `before` their number)",
+    ),
+    Part(
+        "groups",
+        "plan, report, inspection, manifest, error",
+        "one entry a tie: `id`, `canonical` and `aliases` (parameters), `origins` (who declared it), `kind` (the "
+        "parameter without prefix and numbers), `status` (in a plan `planned`, `canonical` or `unconfirmed`; else as "
+        "in a report), `reason` (why it is not confirmed, or null), `dropped_tensors`, `dropped_bytes`, `kept_names` "
+        "(names that stay, for a consumer), `differing_aliases` (alias -> how it differs), and in a report `ratio`: "
+        "the largest of its scales",
+    ),
+    Part(
+        "scales",
+        "report",
+        "one entry a merged scale: `target` (key in DST), `sources` (keys in SRC), `ratio` (largest side by smallest; "
+        "null where fewer than two sides have a value), `calibrated` (false: no side has), `invalid` (the keys whose "
+        "values took no part), `kv` (a scale of the KV cache)",
+    ),
+    Part(
+        "reencoded",
+        "report",
+        "one entry a module of which NVFP4 weights were re-encoded: `module`, `reason` (`mismatch` or `fused`), "
+        "`scale` (the new weight_scale_2 or weight_global_scale), `largest_change` and `rms_change` of its elements",
+    ),
+    Part(
+        "filled",
+        "report",
+        "one entry a scale of an expert: `target` (key in DST), `missing` (else it was there, never calibrated), "
+        "`taken_from` (the key whose value it got, or null where values differ by channel)",
+    ),
+    Part(
+        "counts",
+        "report, verification, batch",
+        "`groups`, `rewritten`, `canonical`, `kept` (ties), `dropped_tensors`, `merged_scales`, `never_calibrated` "
+        "(scales); in a verification how many tensors of SRC were `kept`, `renamed`, `dropped`, `merged`, `repacked`; "
+        "in a batch `checkpoints` and each status",
+    ),
+    Part("ratios", "report, batch", "`median` and `max` of the ratios of all merged scales, or null"),
+    Part("problems", "verification, integrity", "`id` (stable, for scripts), `where`, `message`"),
+    Part(
+        "findings",
+        "readiness",
+        "`id` (a rule; `tierewrite explain ID`), `severity` (`error` or `warning`), `where` (tensors, or entries of "
+        "configs), `found`, `consequence` (what the consumer does with it), `fix`, `fixed_by` (the arguments of "
+        "tierewrite that fix it, such as `rewrite --for vllm`, or null), `source` (where in the consumer it was read)",
+    ),
+    Part("readiness, consumers", "report, expansion, page", "an object of the schema tierewrite/readiness/1, or null"),
+    Part(
+        "shards, dtypes, side_files, recognised, tensors",
+        "inspection",
+        "shards: `name`, `bytes` (of the file), `tensors` (how many), `metadata` (of its header); dtypes: dtype -> "
+        "`tensors`, `bytes`; side files: `name`, `bytes`; recognised: `format`, and the `tensors` and `configs` that "
+        "show it; tensors: `name`, `dtype`, `shape`, `bytes`, `shard`",
+    ),
+    Part(
+        "sizes",
+        "page",
+        "`before_shards`, `after_shards`, and `total`, `by_part` (of the model), `by_tensor` (last word and dtype): "
+        "`name`, `before_tensors`, `before_bytes`, `after_tensors`, `after_bytes`",
+    ),
+    Part(
+        "scales, divergence, worst",
+        "page",
+        "how far the sides of merged scales differ: `projection`, `scales` (how many), `median`, `p90` and `max` of "
+        "the ratios, `max_at` (a key), `one_sided` (scales that one side alone has), `never_calibrated`; worst: "
+        "`name`, `ratio`, `from`",
+    ),
+    Part(
+        "groups, kept",
+        "page",
+        "of each `kind`: how many ties were `rewritten`, `canonical`, `kept`, the `dropped_tensors`, and `actions` "
+        "(action -> tensors); kept: `canonical`, `aliases`, `reason`",
+    ),
+    Part("tool", "page, manifest", "`name` and `version` of what wrote it"),
+)
+
 
 def explained(topic: str) -> str | None:
     """The text of a topic, or None where it is none."""
@@ -124,9 +236,9 @@ def _exit_codes() -> str:
 
 def _json() -> str:
     intro = "Every object has a `schema`. A member may be added under the same number; its meaning never changes."
-    return "\n\n".join([intro, *(f"{one.name}, by {one.printed_by}:\n  {one.members}" for one in SCHEMAS)]).replace(
-        "`", ""
-    )
+    objects = [f"{one.name}, by {one.printed_by}:\n  {one.members}" for one in SCHEMAS]
+    parts = [f"{one.name}, in {one.stands_in}:\n  {one.members}" for one in PARTS]
+    return "\n\n".join([intro, *objects, "What stands inside of them:", *parts]).replace("`", "")
 
 
 def _formats() -> str:
@@ -195,6 +307,16 @@ def schemas_table() -> list[str]:
     """The JSON objects as a table in Markdown, for cli/JSON_AND_EXIT_CODES.md."""
     rows = [f"| `{one.name}` | {one.printed_by} | {one.members} |" for one in SCHEMAS]
     return ["| schema | printed by | members |", "|---|---|---|", *rows]
+
+
+def parts_table() -> list[str]:
+    """What stands inside of the JSON objects, as a table in Markdown, for cli/JSON_AND_EXIT_CODES.md."""
+    rows = [f"| {_in_backquotes(one.name)} | {one.stands_in} | {one.members} |" for one in PARTS]
+    return ["| member | in | what it holds |", "|---|---|---|", *rows]
+
+
+def _in_backquotes(names: str) -> str:
+    return ", ".join(f"`{name}`" for name in names.split(", "))
 
 
 def exit_codes_table() -> list[str]:
