@@ -22,6 +22,7 @@ from tests import tables
 from tests.checkpoints import FIXTURES, edit_tensors, read_tensors
 from tierewrite import cli
 from tierewrite.cli import progress_bar
+from tierewrite.cli.commands import cli as command_line
 from tierewrite.cli.topics import PARTS, SCHEMAS, TOPICS
 from tierewrite.errors import EXIT_CODES, Refused
 from tierewrite.formats.families import FAMILIES
@@ -49,6 +50,7 @@ def test_help_lists_options_below_headings_at_the_terminals_width(
         out = capsys.readouterr().out
         longest[columns] = max(map(len, out.splitlines()))
         headings = (
+            "Arguments:",
             "What the output holds:",
             "What is read:",
             "How the work is done:",
@@ -60,6 +62,15 @@ def test_help_lists_options_below_headings_at_the_terminals_width(
         assert all(f"--{name.replace('_', '-')}" in holds for name in OPTIONS)
         assert "\x1b" not in out
     assert longest[60] < 100 < longest[140] <= 140
+
+
+@pytest.mark.parametrize("command", sorted(command_line.commands))
+def test_help_says_what_every_argument_is(command: str, capsys: Printed) -> None:
+    assert run(command, "--help") == 0
+    out = capsys.readouterr().out
+    options = out[out.index("\nOptions:\n") :].partition("\n\n")[0]
+    assert not re.search(r"^  \[?[A-Z|]", options, re.MULTILINE), "without a word about it"
+    assert re.search(r"\nArguments:\n  [A-Z|.]+  \S", out)
 
 
 @pytest.mark.parametrize(("no_colour", "bold"), [("", True), ("1", False)])
@@ -193,6 +204,32 @@ def test_a_mistyped_path_gets_a_suggestion(typed: str, meant: str | None, capsys
         assert "does not exist" in err
         assert ("did you mean" in err) is (meant is not None)
         assert meant is None or f"did you mean '{FIXTURES / meant}'?" in err
+
+
+def test_what_looks_like_a_hub_id_gets_a_suggestion_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Printed
+) -> None:
+    (tmp_path / "exports" / "gemma-nvfp4").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert run("plan", "exports/gemma-nvfp5") in (4, 5)
+    assert "no folder 'exports/gemma-nvfp5' here (did you mean 'exports/gemma-nvfp4'?)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["verify"], "Missing argument 'DST'."),
+        (["check", "x", "--json", "--format", "sarif"], "--json is --format json; leave it out, or --format sarif"),
+        (["explain", "scale-missin"], "'scale-missin'; did you mean 'scale-missing'?"),
+        (["explain", "exit-code"], "did you mean 'exit-codes'?"),
+        (["explain", "modelop"], "did you mean 'modelopt'?"),
+        (["rewrite", "x", "y", "--max-shard-size", "5gib"], "--max-shard-size '5gib' is no size; write it as 5GB"),
+        (["rewrite", "x", "y", "--max-shard-size", "0"], "--max-shard-size is 0; expected at least 1 byte"),
+    ],
+)
+def test_what_is_typed_wrong_is_named_as_it_was_typed(arguments: list[str], said: str, capsys: Printed) -> None:
+    assert run(*arguments) == 2
+    assert said in capsys.readouterr().err
 
 
 # --- topics -------------------------------------------------------------------------------------------------

@@ -448,7 +448,7 @@ REFUSED = [
         b.q_proj.weight        F8_E4M3[4,4]  keep  =  t
         """,
         config=MODELOPT,
-        reason="'a.q_proj.weight_scale' has no twin on the side of 'b.q_proj.weight'",
+        reason="'a.q_proj.weight_scale' has no twin",
     ),
     Case(
         "activation scales that cannot become one value keep the whole group",

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import tierewrite
-from tierewrite.cli.help import CONTEXT, HelpfulGroup, option
+from tierewrite.cli.help import CONTEXT, HelpfulGroup, argument, option
 from tierewrite.cli.options import (
+    DST,
     ITEM_OPTION_NAMES,
     OUTPUT,
     SOURCE,
+    SRC,
     WORK,
     backbone_option,
     check_loader_options,
@@ -82,8 +84,8 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("src", type=SOURCE)
-@click.argument("dst", type=SOURCE, required=False)
+@argument("src", SRC, type=SOURCE)
+@argument("dst", f"{DST} Left out with --in-place.", type=SOURCE, required=False)
 @policy_options
 @source_options
 @run_options
@@ -154,8 +156,8 @@ def rewrite(
 
 
 @cli.command()
-@click.argument("src", type=SOURCE)
-@click.argument("dst", type=SOURCE)
+@argument("src", SRC, type=SOURCE)
+@argument("dst", DST, type=SOURCE)
 @expand_options
 @source_options
 @quiet_option
@@ -184,7 +186,14 @@ def expand(src: str, dst: str, as_json: bool, quiet: bool, **options: Any) -> No
 
 
 @cli.command(epilog=ITEM_OPTION_NAMES)
-@click.argument("items", type=SOURCE, nargs=-1, required=True, metavar="FILE|FOLDER...")
+@argument(
+    "items",
+    "Folders with checkpoints at or below them, lists of checkpoints, URLs or hub ids.",
+    type=SOURCE,
+    nargs=-1,
+    required=True,
+    metavar="FILE|FOLDER...",
+)
 @option("--into", heading=OUTPUT, type=SOURCE, metavar="OUT", help="Folder or URL below which every DST is made.")
 @click.option(
     "--plan-only",
@@ -280,7 +289,7 @@ def batch(
 
 
 @cli.command()
-@click.argument("src", type=SOURCE)
+@argument("src", SRC, type=SOURCE)
 @policy_options
 @source_options
 @option("--confirm", heading=WORK, is_flag=True, help="Hash the tied tensors too: the plan is then what rewrite does.")
@@ -294,7 +303,7 @@ def batch(
 @json_option
 @verbose_option
 def plan(src: str, as_json: bool, **options: Any) -> None:
-    """Show what `rewrite` would do with SRC. Reads headers only (but with --duplicates) and writes nothing.
+    """Show what `rewrite` would do with SRC. Reads headers alone, unless --confirm or --duplicates; writes nothing.
 
     A plan is what happens if every tie is confirmed. Groups that the headers already refute are listed as
     unconfirmed; the exit code is 0 all the same. With --confirm the bytes are asked, as rewrite asks them: exit code 3
@@ -316,14 +325,16 @@ def plan(src: str, as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("src", type=SOURCE, metavar="[SRC]")
-@click.argument("dst", type=SOURCE, metavar="DST", required=False)
+@argument("src", f"What DST was made of. {SRC}", type=SOURCE, metavar="[SRC]", required=False)
+@argument(
+    "dst", "The folder that a rewrite wrote, its URL, or, alone, a hub id.", type=SOURCE, metavar="DST", required=False
+)
 @source_options
 @policy_options
 @rewritten_for_option
 @json_option
 @verbose_option
-def verify(src: str, dst: str | None, as_json: bool, **options: Any) -> None:
+def verify(src: str | None, dst: str | None, as_json: bool, **options: Any) -> None:
     """Prove that DST is what rewriting SRC with these options makes; or, without SRC, that DST is as it was written.
 
     Every expected value comes from SRC, from the options given here and from whoever declares the ties: give the
@@ -341,6 +352,8 @@ def verify(src: str, dst: str | None, as_json: bool, **options: Any) -> None:
       tierewrite verify s3://bucket/exported s3://bucket/canonical
       tierewrite verify exported/ canonical/ --json | jq '.problems[] | [.id, .where]'
     """
+    if src is None:
+        raise click.UsageError("Missing argument 'DST'.")
     options = given(options)
     result: tierewrite.Integrity | tierewrite.Verification
     if dst is None:
@@ -358,7 +371,7 @@ def verify(src: str, dst: str | None, as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("src", type=SOURCE)
+@argument("src", SRC, type=SOURCE)
 @source_options
 @click.option("--no-ties", is_flag=True, help="Do not ask for declared ties (never imports transformers).")
 @json_option
@@ -380,7 +393,7 @@ def inspect(src: str, as_json: bool, no_ties: bool, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("checkpoint", type=SOURCE)
+@argument("checkpoint", "The folder that the consumer will load, or its URL.", type=SOURCE)
 @loader_option
 @check_loader_options
 @click.option("--strict", is_flag=True, help="Warnings count as errors.")
@@ -391,13 +404,14 @@ def inspect(src: str, as_json: bool, no_ties: bool, **options: Any) -> None:
     "--format",
     "form",
     type=click.Choice(["text", "json", "github", "sarif", "junit"]),
-    default="text",
-    show_default=True,
-    help="For people, for programs, as annotations of a GitHub workflow, for code scanning, or as a test report.",
+    help="For people, for programs (as --json), as annotations of a GitHub workflow, for code scanning, or as a test "
+    "report.  [default: text]",
 )
 @json_option
 @verbose_option
-def check(checkpoint: str, consumer: ConsumerName, strict: bool, form: str, as_json: bool, **options: Any) -> None:
+def check(
+    checkpoint: str, consumer: ConsumerName, strict: bool, form: str | None, as_json: bool, **options: Any
+) -> None:
     """Find what a consumer would load wrong, before it does. Reads headers, configs and scales; weights with --values.
 
     vLLM loads incomplete and contradictory checkpoints without a warning. Each finding has an id, a severity, the
@@ -412,9 +426,11 @@ def check(checkpoint: str, consumer: ConsumerName, strict: bool, form: str, as_j
       tierewrite check s3://bucket/canonical
       tierewrite check downloaded/ --values
     """
+    if as_json and form not in (None, "json"):
+        raise click.UsageError(f"--json is --format json; leave it out, or --format {form}")
     result = tierewrite.check(checkpoint, consumer, **options)
     form = "json" if as_json else form
-    if form != "text":
+    if form not in (None, "text"):
         from tierewrite.cli.findings_formats import FORMATS
 
         sys.stdout.write(FORMATS[form](result))

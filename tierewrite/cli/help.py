@@ -26,6 +26,25 @@ class GroupedOption(click.Option):
         self.heading = heading
 
 
+class DescribedArgument(click.Argument):
+    """An argument that `--help` explains, as it does options."""
+
+    heading = "Arguments"
+
+    def __init__(self, *args: Any, said: str, **rest: Any) -> None:
+        super().__init__(*args, **rest)
+        self.said = said
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
+        """Its name, without the brackets of one that may be left out, and what it is."""
+        return (self.metavar or (self.name or "").upper()).strip("[]"), self.said
+
+
+def argument(name: str, said: str, **rest: Any) -> Callable[[Any], Any]:
+    """`click.argument`, of which `--help` says what it is."""
+    return click.argument(name, cls=DescribedArgument, said=said, **rest)
+
+
 def option(*names: str, heading: str = "Options", **rest: Any) -> Callable[[Any], Any]:
     """`click.option`, listed below `heading`."""
     return click.option(*names, cls=GroupedOption, heading=heading, **rest)

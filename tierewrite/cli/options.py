@@ -19,6 +19,9 @@ Decorator = Callable[[F], F]
 
 SOURCE = click.Path(readable=False)
 """Text: as a path, ./org/name would become a hub id, and a URL would lose a slash."""
+SRC = "A folder with model.safetensors or indexed shards, a hub id (org/name), or a URL (s3://bucket/exported)."
+DST = "The folder to make, or its URL."
+"""What `--help` says of the arguments that most commands have."""
 FILE = click.Path(readable=False)
 """What cannot be read is for the library to say, with exit code 5."""
 

@@ -7,6 +7,7 @@ import sys
 import click
 
 import tierewrite
+from tierewrite.cli.help import HelpfulCommand, argument
 from tierewrite.cli.options import FILE, SOURCE, backbone_option, json_option, report_consumer_option, verbose_option
 from tierewrite.cli.terminal import console, print_json
 from tierewrite.errors import shown
@@ -14,8 +15,8 @@ from tierewrite.planning.policy import ConsumerName
 from tierewrite.stores.places import chain, located
 
 
-@click.command()
-@click.argument("topic", required=False)
+@click.command(cls=HelpfulCommand)
+@argument("topic", "A rule, as `check` names it, or a topic.", required=False)
 @click.option("--list", "all_topics", is_flag=True, help="Name all topics and rules, a line each.")
 @json_option
 @verbose_option
@@ -46,11 +47,13 @@ def explain(topic: str | None, all_topics: bool, as_json: bool) -> None:
     elif topic is None:
         click.echo(f"{topics.listed()}\n\n{rules.listed()}")
     else:
-        click.echo(topics.explained(topic) or rules.explained(topic))
+        click.echo(topics.explained(topic) or rules.explained(topic, topics.names()))
 
 
-@click.command("report", short_help="Show what a rewrite did, here or on a page to pass on.")
-@click.argument("target", type=SOURCE, metavar="DST|MANIFEST")
+@click.command("report", cls=HelpfulCommand, short_help="Show what a rewrite did, here or on a page to pass on.")
+@argument(
+    "target", "The folder that a rewrite wrote, its URL, or its tierewrite.json.", type=SOURCE, metavar="DST|MANIFEST"
+)
 @click.option("--html", type=FILE, metavar="FILE", help="Write one self-contained HTML page.")
 @click.option("--png", type=FILE, metavar="FILE", help="Write its figures and pictures as one PNG.")
 @click.option("--card", is_flag=True, help="Print a few lines of Markdown for the checkpoint's model card.")

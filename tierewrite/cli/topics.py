@@ -224,6 +224,11 @@ def explained(topic: str) -> str | None:
     return TOPICS[topic][1]() if topic in TOPICS else None
 
 
+def names() -> tuple[str, ...]:
+    """All topics, the formats among them."""
+    return (*TOPICS, *FAMILIES)
+
+
 def listed() -> str:
     """A line for each topic."""
     width = max(map(len, TOPICS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -27,8 +28,11 @@ def holders() -> list[Holder]:
     return [*consumers, Holder("check --values", "", VALUE_RULES.records)]
 
 
-def explained(id: str) -> str:
+def explained(id: str, topics: Sequence[str] = ()) -> str:
     """What the rule `id` means for each consumer that has it, what happens, how to fix it and where that was read.
+
+    Args:
+        topics: what else can be explained, and a mistyped `id` may have meant.
 
     Raises:
         UsageError: no consumer has a rule of that id.
@@ -39,7 +43,10 @@ def explained(id: str) -> str:
         if (rules := [rule for rule in holder.records if rule.id == id])
     ]
     if not found:
-        raise UsageError(f"there is no rule or topic '{shown(id)}'; `tierewrite explain --list` names them all")
+        known = [*topics, *(rule.id for holder in holders() for rule in holder.records)]
+        meant = difflib.get_close_matches(id, dict.fromkeys(known), n=1)
+        hint = f"; did you mean '{meant[0]}'?" if meant else ""
+        raise UsageError(f"there is no rule or topic '{shown(id)}'{hint}; `tierewrite explain --list` names them all")
     return f"{id}\n\n" + "\n\n".join(found)
 
 

@@ -260,7 +260,7 @@ class GroupPlanner:
                 at = first[lead] + parts[lacking[0]] if lacking else first[side] + other[extra[0]]
                 raise Unconfirmed(
                     f"'{names[lead]}' and '{names[side]}' are stored differently: '{self._tensors.names[rows[at]]}' "
-                    f"has no twin on the side of '{names[side if lacking else lead]}'",
+                    "has no twin",
                     slot,
                 )
             for part, index in other.items():

@@ -132,7 +132,7 @@ class Policy:
             if isinstance(value, str):
                 object.__setattr__(self, option.name, plain_text(value))
         if self.max_shard_size is not None and self.max_shard_size <= 0:
-            raise UsageError(f"max_shard_size is {self.max_shard_size}; expected at least 1 byte")
+            raise UsageError(f"--max-shard-size is {self.max_shard_size}; expected at least 1 byte")
 
     @classmethod
     def of(cls, consumer: str | None = None, **options: Unpack[PolicyOptions]) -> Policy:
@@ -219,11 +219,12 @@ def _patterns(value: Any) -> tuple[str, ...]:
     """
     found = (value,) if isinstance(value, str) else value
     if not isinstance(found, (list, tuple)) or not all(isinstance(one, str) and one for one in found):
-        raise UsageError(f"exclude is {value!r}; expected wildcards such as '*.bin', a text or a list of texts")
+        raise UsageError(f"--exclude is {value!r}; expected wildcards such as '*.bin', a text or a list of texts")
     try:
         "".join(found).encode()
     except UnicodeEncodeError:
-        raise UsageError(f"exclude is {value!r}, which is no text in UTF-8; write ? in place of what is none") from None
+        said = f"--exclude is {value!r}, which is no text in UTF-8; write ? in place of what is none"
+        raise UsageError(said) from None
     return tuple(map(plain_text, found))
 
 
@@ -245,6 +246,6 @@ def size_in_bytes(text: str) -> int:
     """
     found = _SIZE.fullmatch(text.strip())
     if found is None or (not found[2] and "." in found[1]):
-        raise UsageError(f"max_shard_size '{shown(text)}' is no size; write it as 5GB, 500MB, 200KB or plain bytes")
+        raise UsageError(f"--max-shard-size '{shown(text)}' is no size; write it as 5GB, 500MB, 200KB or plain bytes")
     unit = _UNITS[found[2].upper()]
     return int(found[1]) * unit if found[1].isdecimal() else int(float(found[1]) * unit)

@@ -34,6 +34,7 @@ from tierewrite.errors import (
 )
 from tierewrite.source.folder import assembled, open_folder, safetensors_among
 from tierewrite.source.header import MAX_HEADER_BYTES, parse_header
+from tierewrite.source.suggestion import did_you_mean
 from tierewrite.source.table import CONFIG_NAMES, INDEX_NAME, Checkpoint, Header, Shard, SideFile
 from tierewrite.stores.base import PathLike
 
@@ -314,7 +315,8 @@ def _translated(error: Exception, repo: str, revision: str | None) -> Tierewrite
         answers = [e for e in _chain(error) if isinstance(e, errors.HfHubHTTPError)]
         error = answers[0] if answers else error
     what = f"'{repo}'" if revision is None else f"'{repo}' at revision '{shown(revision)}'"
-    here = f"there is no folder '{repo}' here, and as a hub id"
+    meant = did_you_mean(Path(repo)).removeprefix("; ")
+    here = f"there is no folder '{repo}' here{f' ({meant})' if meant else ''}, and as a hub id"
     log_in = "log in with `hf auth login`, or set HF_TOKEN"
     if isinstance(error, errors.HFValidationError):
         return SourceError(f"{here} huggingface_hub does not take it: {_shown_line(error)}")
