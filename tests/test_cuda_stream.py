@@ -25,7 +25,7 @@ from blake3 import blake3
 
 import tierewrite
 from tests.checkpoints import digests, right_answer
-from tests.test_digest import subtree
+from tests.test_digest import joined, subtree
 from tierewrite import digest
 from tierewrite.digest import DeviceFailed, Span, cuda_stream
 from tierewrite.digest.cuda_driver import Copies
@@ -88,6 +88,9 @@ class NumpyGpu:
             data = ctypes.string_at(start, length)
             counter, root = tag & ~(1 << 63), bool(tag >> 63)
             results[32 * i : 32 * i + 32] = blake3(data).digest() if root else subtree(data, counter)
+
+    def joined(self, leaves: list[Any]) -> list[bytes]:
+        return [joined([value.tobytes() for value in values]) for values in leaves]
 
 
 class _Memory:

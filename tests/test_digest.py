@@ -24,10 +24,15 @@ from tierewrite.digest import cuda as cuda_room
 from tierewrite.digest import schedule as schedule_room
 from tierewrite.digest.cpu import CpuDigester
 from tierewrite.digest.spans import Ledger, checked, host_bytes
-from tierewrite.digest.tree import IV, PARENT, PERMUTATION, ROOT, combine
 from tierewrite.errors import UsageError
 
 MIB = 1 << 20
+
+# BLAKE3 (the specification, sections 2.2 and 2.3)
+IV = (0x6A09E667, 0xBB67AE85, 0x3C6EF372, 0xA54FF53A, 0x510E527F, 0x9B05688C, 0x1F83D9AB, 0x5BE0CD19)
+PERMUTATION = (2, 6, 3, 10, 7, 0, 4, 13, 1, 11, 12, 5, 9, 14, 15, 8)
+PARENT = 4
+ROOT = 8
 
 
 def why_no_gpu() -> str | None:
@@ -109,6 +114,15 @@ def subtree(data: bytes, counter: int = 0, root: bool = False) -> bytes:
     left = 1 << (chunks - 1).bit_length() - 1
     at = left * 1024
     return parent_value(subtree(data[:at], counter), subtree(data[at:], counter + left), root)
+
+
+def joined(values: list[bytes]) -> bytes:
+    """The digest of a tensor whose pieces have these chaining values: neighbours are paired, an odd last one waits."""
+    while len(values) > 1:
+        root = len(values) == 2
+        odd = values[-1:] if len(values) % 2 else []
+        values = [parent_value(a, b, root) for a, b in zip(values[::2], values[1::2])] + odd  # noqa: B905
+    return values[0]
 
 
 @pytest.mark.parametrize("length", [0, 1, 64, 65, 1024, 1025, 2048, 3073, 7 * 1024 + 5])
@@ -349,26 +363,6 @@ def test_cut_takes_all_that_fits_and_else_whole_pieces() -> None:
     assert cut(MIB, MIB - 1) == 0
 
 
-# ---------------------------------------------------------------- the tree above the pieces
-
-
-@pytest.mark.parametrize("leaf", [1, 2, 4])
-def test_subtrees_of_equal_size_combine_to_the_digest(noise: bytes, leaf: int) -> None:
-    width = leaf * 1024
-    lengths = [n * width + extra for n in range(2, 20) for extra in (0, 1 - width, -1)]
-    leaves = []
-    for length in lengths:
-        values = [subtree(noise[at : min(at + width, length)], at // 1024) for at in range(0, length, width)]
-        leaves.append(np.frombuffer(b"".join(values), "<u4").reshape(-1, 8))
-    assert combine(leaves) == [blake3(noise[:length]).digest() for length in lengths]
-
-
-def test_combining_nothing_is_nothing_and_one_subtree_is_refused() -> None:
-    assert combine([]) == []
-    with pytest.raises(ValueError, match="no parent node"):
-        combine([np.zeros((1, 8), np.uint32)])
-
-
 # ---------------------------------------------------------------- what the GPU is told to do
 
 
@@ -390,6 +384,13 @@ def execute(plan: schedule_room.Schedule, data: bytes, fan: int) -> list[bytes]:
             out[job] = value
         else:
             values[me] = value
+    join(plan, values, out, fan)
+    return out
+
+
+def join(plan: schedule_room.Schedule, values: list[bytes], out: list[bytes], fan: int) -> None:
+    """Its levels."""
+    table, root_bit = plan.table.tolist(), 1 << 63
     for level in plan.levels:
         rows = table[level.row : level.row + 4 * level.jobs]
         source, count, place, target = (rows[i * level.jobs : (i + 1) * level.jobs] for i in range(4))
@@ -408,7 +409,6 @@ def execute(plan: schedule_room.Schedule, data: bytes, fan: int) -> list[bytes]:
             else:
                 above[group] = nodes[0]
         values = above
-    return out
 
 
 def test_a_schedule_carried_out_gives_the_digests(monkeypatch: pytest.MonkeyPatch, noise: bytes) -> None:
@@ -429,6 +429,20 @@ def test_a_schedule_of_pieces_gives_their_subtrees(noise: bytes) -> None:
     found = execute(plan, noise, 1024)
     expected = [subtree(noise[int(s) : int(s) + n], c) for s, n, c in zip(start, lengths, counters, strict=True)]
     assert found == expected
+
+
+@pytest.mark.parametrize("leaf", [1, 2, 4])
+def test_pieces_of_one_size_are_joined_to_digests(noise: bytes, leaf: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule_room, "FAN", 4)
+    width = leaf * 1024
+    lengths = [n * width + extra for n in range(2, 20) for extra in (0, 1 - width, -1)]
+    leaves = [[subtree(noise[i : min(i + width, n)], i // 1024) for i in range(0, n, width)] for n in lengths]
+    plan = schedule_room.joining(np.array([len(values) for values in leaves], np.uint64))
+    assert len(plan.levels) == 3
+    out = [b""] * len(lengths)
+    join(plan, [value for values in leaves for value in values], out, 4)
+    assert out == [blake3(noise[:n]).digest() for n in lengths]
+    assert [joined(values) for values in leaves] == out  # the reference of the stream's tests
 
 
 @given(st.lists(st.integers(0, 40 * MIB), min_size=1, max_size=40))

@@ -3,7 +3,7 @@
 How it is laid out: a job is a byte range with a digest of its own. Two kernels do all jobs of a batch at once:
 `chunks` makes one chaining value for each chunk of 1,024 bytes, one thread a chunk; `parents` joins up to 1,024
 chaining values of a job in one thread block. Three launches so serve jobs of up to 1 GiB, however many there are.
-A tensor cut over buffers is a row of jobs of PIECE bytes whose values `tree.combine` joins on the host.
+A tensor cut over buffers is a row of jobs of PIECE bytes; once all are done, `parents` joins their values too.
 
 How fast it can be: a block of 64 bytes takes 448 XORs and rotations on the ALU pipe, 64 lanes a clock and
 multiprocessor, which bounds an H100 (132 of them at 1.98 GHz) at 2.4 TB/s; its memory reads 3 TB/s.
@@ -11,7 +11,7 @@ multiprocessor, which bounds an H100 (132 of them at 1.98 GHz) at 2.4 TB/s; its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -22,14 +22,14 @@ from blake3 import blake3
 from tierewrite.digest import DeviceFailed
 from tierewrite.digest.cuda_driver import Copies
 from tierewrite.digest.kernels import SOURCE
-from tierewrite.digest.schedule import FAN, Schedule, Table, schedule
+from tierewrite.digest.schedule import FAN, Schedule, Table, joining, schedule
 from tierewrite.digest.spans import CHUNK, PIECE, Bytes
-from tierewrite.digest.tree import combine
 
 DIGEST = 32
 """Bytes of a digest, and of a chaining value."""
 _THREADS = 128  # a block of either kernel
 _PAGE = 4096
+_ONE = np.uint32(1)  # a multiplier that the compiler must not know, see the kernels
 _RESIDENT_CHUNKS = 4 << 20
 """Chunks (4 GiB) of one batch of data on the GPU: bounds its scratch memory at 128 MiB."""
 
@@ -103,20 +103,23 @@ class Gpu:
     def launch(self, plan: Schedule, table: int, scratch: int, out: int) -> None:
         """Enqueues a batch on CuPy's current stream. The arguments after the plan are device addresses."""
         u32, u64 = np.uint32, np.uint64
-        one = u32(1)  # a multiplier that the compiler must not know, see the kernels
-        values = scratch
         self._chunks(
             (-(-plan.chunks // _THREADS),),
             (_THREADS,),
-            (u64(table), u32(plan.jobs), u64(plan.chunks), u64(values), u64(out), one),
+            (u64(table), u32(plan.jobs), u64(plan.chunks), u64(scratch), u64(out), _ONE),
         )
-        above = scratch + DIGEST * plan.chunks
+        self._join(plan, table, scratch, out)
+
+    def _join(self, plan: Schedule, table: int, values: int, out: int) -> None:
+        """Enqueues its levels: of the chaining values of all chunks, behind which there is room for more."""
+        u32, u64 = np.uint32, np.uint64
+        above = values + DIGEST * plan.chunks
         for level in plan.levels:
             rows = table + 8 * level.row
             self._parents(
                 (level.groups,),
                 (_THREADS,),
-                (u64(rows), u32(level.jobs), u64(values), u64(above), u64(out), one),
+                (u64(rows), u32(level.jobs), u64(values), u64(above), u64(out), _ONE),
             )
             values, above = above, above + DIGEST * level.groups
 
@@ -160,15 +163,36 @@ class Gpu:
         return out
 
     def _giant(self, address: int, length: int) -> bytes:
-        """One tensor too large for a batch: subtrees of PIECE bytes, joined on the host."""
+        """One tensor too large for a batch: subtrees of PIECE bytes, and then their tree."""
         leaves = []
         batch = _RESIDENT_CHUNKS * CHUNK
         for position in range(0, length, batch):
             columns = _leaf_jobs(address + position, min(batch, length - position), position)
             starts, lengths, counters = (np.array(column, np.uint64) for column in columns)
             plan = schedule(starts, lengths, counters, np.zeros(len(starts), bool))
-            leaves.append(self.cupy.asnumpy(self.resident(plan)).view("<u4"))
-        return combine([np.concatenate(leaves)])[0]
+            leaves.append(self.cupy.asnumpy(self.resident(plan)))
+        return self.joined([np.concatenate(leaves)])[0]
+
+    def joined(self, leaves: Sequence[npt.NDArray[np.uint8]]) -> list[bytes]:
+        """Digests of tensors that were cut, by the chaining values of their pieces.
+
+        BLAKE3 gives a left child the largest power of two of chunks (specification, section 2.1), so pieces of one
+        power of two of them, of which the last may be smaller, are joined as chunks are.
+
+        Runs on CuPy's current stream of this device, and waits for it.
+
+        Args:
+            leaves: for each tensor uint8 (n, 32), n >= 2, in order.
+        """
+        cupy = self.cupy
+        plan = joining(np.array([len(values) for values in leaves], np.uint64))
+        with cupy.cuda.using_allocator(self._pool.malloc):
+            table = cupy.asarray(plan.table)
+            values = cupy.empty((plan.chunks + plan.groups, DIGEST), np.uint8)
+            values[: plan.chunks] = cupy.asarray(np.concatenate(leaves))
+            out = cupy.empty((plan.jobs, DIGEST), np.uint8)
+            self._join(plan, table.data.ptr, values.data.ptr, out.data.ptr)
+            return split(cupy.asnumpy(out))
 
     def _self_test(self) -> None:
         lengths = np.array([0, 1, 64, 1025, 5000, CHUNK * FAN + 1], np.uint64)

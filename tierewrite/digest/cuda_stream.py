@@ -19,12 +19,11 @@ from tierewrite.digest import DeviceFailed
 from tierewrite.digest.cuda_device import DIGEST, Gpu, device_work, pinned, split
 from tierewrite.digest.schedule import Schedule, Table, bounds, schedule
 from tierewrite.digest.spans import CHUNK, PIECE, Bytes, Columns, Ledger, Row, checked, host_bytes
-from tierewrite.digest.tree import combine
 
 _JOBS = 32768
 """Spans of a batch at most."""
 _BATCH = 32
-"""Buffers that are hashed together: launching costs the same for many as for few."""
+"""Buffers that are hashed together: planning and launching cost the same for many as for few."""
 _GROUP = 8
 """Cells that are made at once: each allocation takes a while."""
 _GROUPS = 2 * _BATCH // _GROUP + 2
@@ -33,33 +32,36 @@ _GROUPS = 2 * _BATCH // _GROUP + 2
 
 @dataclass(frozen=True)
 class _Jobs:
-    """What the spans of a batch come to: a job for each whole tensor, and one for each PIECE of the others.
+    """What the spans of a batch come to: a job for each whole tensor, then one for each PIECE of the others.
 
     Attributes:
-        spans: int64 (n, 5), as `Span`; they start at device addresses.
-        first: int64 (n,), the first job of each span.
-        count: int64 (n,), its jobs.
+        whole: int64 (n, 5), as `Span`, at device addresses.
+        pieces: int64 (m, 5), likewise; at most PIECE bytes each.
     """
 
-    spans: Columns
-    first: Columns
-    count: Columns
+    whole: Columns
+    pieces: Columns
 
     @classmethod
     def of(cls, spans: Columns) -> _Jobs:
-        length, total = spans[:, 2], spans[:, 3]
-        count = np.where(length == total, 1, -(-length // PIECE))
-        return cls(spans, np.cumsum(count) - count, count)
+        cut = spans[:, 2] != spans[:, 3]
+        return cls(spans[~cut], _pieces(spans[cut])) if cut.any() else cls(spans, spans[:0])
 
     def schedule(self) -> Schedule:
         """The launches that do them."""
-        _, start, length, total, position = self.spans.T
-        span = np.repeat(np.arange(len(self.spans)), self.count)
-        past = (np.arange(len(span)) - self.first[span]) * PIECE
-        whole = (length == total)[span]
-        lengths = np.where(whole, length[span], np.minimum(PIECE, length[span] - past))
-        address, counter = start[span] + past, (position[span] + past) // CHUNK
-        return schedule(address.astype(np.uint64), lengths.astype(np.uint64), counter.astype(np.uint64), whole)
+        _, start, length, _, position = np.concatenate([self.whole, self.pieces]).T.astype(np.uint64)
+        return schedule(start, length, position // np.uint64(CHUNK), np.arange(len(start)) < len(self.whole))
+
+
+def _pieces(spans: Columns) -> Columns:
+    """Spans of at most PIECE bytes in place of longer ones."""
+    count = -(-spans[:, 2] // PIECE)
+    pieces = np.repeat(spans, count, axis=0)
+    past = (np.arange(len(pieces)) - np.repeat(np.cumsum(count) - count, count)) * PIECE
+    pieces[:, 1] += past
+    pieces[:, 2] = np.minimum(PIECE, pieces[:, 2] - past)
+    pieces[:, 4] += past
+    return pieces
 
 
 class _Cells:
@@ -231,7 +233,8 @@ class Copied:
         """See `Ticket`."""
         with device_work("copying"):
             for event in self.events:
-                event.synchronize()
+                if not event.done:  # asking keeps the interpreter's lock, waiting does not
+                    event.synchronize()
 
 
 class CudaStream:
@@ -248,7 +251,7 @@ class CudaStream:
         self.buffer_size = buffer_size
         self._ledger = Ledger()
         self._digests: dict[int, bytes] = {}
-        self._leaves: dict[int, npt.NDArray[np.uint32]] = {}  # tensor -> chaining values of its pieces
+        self._leaves: dict[int, npt.NDArray[np.uint8]] = {}  # tensor -> chaining values of its pieces, (n, 32)
         self._gathering = threading.Lock()  # held by who adds to a batch
         self._filing = threading.Lock()  # held by who enters results
         self._failure: Exception | None = None  # the first one of hashing
@@ -329,16 +332,16 @@ class CudaStream:
 
     def _file(self, jobs: _Jobs, out: Bytes) -> None:
         """Enters the results of jobs: digests of whole tensors, chaining values of pieces."""
-        tensor, _, length, total, position = jobs.spans.T
-        found = out[: DIGEST * int(jobs.count.sum())].reshape(-1, DIGEST)
-        whole = length == total
-        self._digests.update(zip(tensor[whole].tolist(), split(found[jobs.first[whole]]), strict=True))
-        words = found.view("<u4")
-        for i in np.flatnonzero(~whole).tolist():
-            leaf, job, count = int(position[i]) // PIECE, int(jobs.first[i]), int(jobs.count[i])
-            if int(tensor[i]) not in self._leaves:
-                self._leaves[int(tensor[i])] = np.zeros((-(-int(total[i]) // PIECE), 8), np.uint32)
-            self._leaves[int(tensor[i])][leaf : leaf + count] = words[job : job + count]
+        n, m = len(jobs.whole), len(jobs.pieces)
+        found = out[: DIGEST * (n + m)].reshape(-1, DIGEST)
+        self._digests.update(zip(jobs.whole[:, 0].tolist(), split(found[:n]), strict=True))
+        if m:
+            tensor, total, leaf = jobs.pieces[:, 0], jobs.pieces[:, 3], jobs.pieces[:, 4] // PIECE
+            for one in np.unique(tensor).tolist():
+                mine = tensor == one
+                if one not in self._leaves:
+                    self._leaves[one] = np.zeros((-(-int(total[mine.argmax()]) // PIECE), DIGEST), np.uint8)
+                self._leaves[one][leaf[mine]] = found[n:][mine]
 
     def finish(self) -> dict[int, bytes]:
         """See `Stream`."""
@@ -347,8 +350,12 @@ class CudaStream:
         self._raise_failure()
         self._ledger.close()
         with self._filing:
-            self._digests.update(zip(self._leaves, combine(list(self._leaves.values())), strict=True))
-            self._leaves.clear()
+            if self._leaves:
+                gpu = self._shares[0].gpu
+                with device_work("hashing"), gpu.cupy.cuda.Device(gpu.number):
+                    joined = gpu.joined(list(self._leaves.values()))
+                self._digests.update(zip(self._leaves, joined, strict=True))
+                self._leaves.clear()
             return self._digests
 
     def salvage(self) -> dict[int, bytes]:

@@ -33,7 +33,7 @@ class Schedule:
         table: uint64, flat: for `chunks`, then for each level of `parents`, 4 rows of as many jobs (see kernels).
             Addresses count from the start of the data.
         jobs: byte ranges, which is also digests out.
-        chunks: chunks of all jobs.
+        chunks: chunks of all jobs, each with a chaining value.
         levels: launches of `parents`, from the leaves up.
     """
 
@@ -65,20 +65,37 @@ def schedule(start: Table, length: Table, counter: Table, root: npt.NDArray[np.b
     chunks = np.maximum(np.uint64(1), (length + np.uint64(CHUNK - 1)) // np.uint64(CHUNK))
     first, total = _before(chunks)
     flag = np.where(root, _ROOT_BIT, np.uint64(0))
-    parts: list[Table] = [start, length, first, counter | flag]
-    row = 4 * len(start)
-    levels: list[Level] = []
+    parts = [start, length, first, counter | flag]
     many = chunks > 1
-    source, count, target = first[many], chunks[many], (np.arange(len(start), dtype=np.uint64) | flag)[many]
+    target = np.arange(len(start), dtype=np.uint64) | flag
+    rows, levels = _levels(first[many], chunks[many], target[many], 4 * len(start))
+    return Schedule(np.concatenate(parts + rows), len(start), total, levels)
+
+
+def joining(count: Table) -> Schedule:
+    """Plans the launches of `parents` alone that make digests of tensors which were cut.
+
+    Args:
+        count: uint64 (n,), chaining values of the pieces of each tensor, at least 2. They lie one after the other.
+    """
+    first, total = _before(count)
+    rows, levels = _levels(first, count, np.arange(len(count), dtype=np.uint64) | _ROOT_BIT, 0)
+    return Schedule(np.concatenate(rows), len(count), total, levels)
+
+
+def _levels(source: Table, count: Table, target: Table, row: int) -> tuple[list[Table], tuple[Level, ...]]:
+    """Rows of the table, from `row` on, and launches that join `count` values each, the first of them `source`."""
+    rows: list[Table] = []
+    levels: list[Level] = []
     while len(source):
         groups = (count + np.uint64(FAN - 1)) // np.uint64(FAN)
         place, blocks = _before(groups)
-        parts += [source, count, place, target]
+        rows += [source, count, place, target]
         levels.append(Level(row, len(source), blocks))
         row += 4 * len(source)
         more = groups > 1
         source, count, target = place[more], groups[more], target[more]
-    return Schedule(np.concatenate(parts), len(start), total, tuple(levels))
+    return rows, tuple(levels)
 
 
 def bounds(jobs: int, data: int) -> tuple[int, int]:

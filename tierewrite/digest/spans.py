@@ -95,10 +95,12 @@ def checked(spans: Sequence[Row] | Columns, size: int | Columns) -> Columns:
         first = int(outside.argmax())
         room = np.broadcast_to(size, len(rows))[first]
         raise ValueError(f"{Span(*rows[first].tolist())} does not lie in its buffer of {room} bytes")
-    cut_elsewhere = (length != total) & ((length == 0) | ((length % PIECE != 0) & (end != total)))
-    if cut_elsewhere.any():
-        span = Span(*rows[int(cut_elsewhere.argmax())].tolist())
-        raise ValueError(f"{span}: a tensor may be cut at multiples of {PIECE} bytes only")
+    is_cut = length != total
+    if is_cut.any():
+        elsewhere = is_cut & ((length == 0) | ((length % PIECE != 0) & (end != total)))
+        if elsewhere.any():
+            span = Span(*rows[int(elsewhere.argmax())].tolist())
+            raise ValueError(f"{span}: a tensor may be cut at multiples of {PIECE} bytes only")
     return rows
 
 
