@@ -131,6 +131,7 @@ CLASSES = [
     "llama:nvfp4", "llama:fp8", "llama:ctfp8", "qwen2:bf16", "qwen3:nvfp4", "phi3:nvfp4", "gemma3:nvfp4",
     "mixtral:nvfp4", "mixtral:bf16", "qwen3moe:nvfp4", "olmoe:nvfp4", "glm4moe:nvfp4", "deepseek3:nvfp4",
     "granitemoe:bf16", "gpt2:bf16", "opt:bf16", "gptneox:bf16", "qwen3vl:nvfp4", "whisper:nvfp4",
+    "starcoder2:ctfp8",
 ]  # fmt: skip
 
 
@@ -167,6 +168,30 @@ def test_scales_of_a_module_that_is_built_plain_are_refused_or_passed_over(
     (real,) = fully_loaded([made.write(tmp_path / "ignored")])
     assert real["outcome"] == ends
     assert real.get("key", "").endswith("o_proj.weight_scale") is (ends == "aborts")
+
+
+@pytest.mark.parametrize("scales", [False, True], ids=["without", "with"])
+def test_layers_of_vllms_in_a_model_of_transformers_have_their_own_values(scales: bool, tmp_path: Path) -> None:
+    """vLLM has no Starcoder2: it puts its layers into transformers', whose parameters it allocates anew."""
+    from tests.defects import f32
+    from tests.vllm_loader.breakages import Checkpoint, compressed_fp8
+    from tests.vllm_loader.tiny_models import save
+
+    made = compressed_fp8(Checkpoint.read(save("starcoder2", tmp_path / "plain")))
+    if scales:
+        made.config["quantization_config"]["kv_cache_scheme"] = {
+            "num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False,
+        }  # fmt: skip
+        for layer in (0, 1):
+            for kind in ("k_scale", "v_scale"):
+                made.tensors[f"model.layers.{layer}.self_attn.{kind}"] = f32(0.1)
+    facts = asked([made.write(tmp_path / "sound")])["sound"]
+    assert facts.model_class == "TransformersForCausalLM"
+    assert {one.initial for one in facts.ranks[0].unfilled} == {"default"}
+    subject = VLLM.subject(tmp_path / "sound")
+    subject.loaded = facts
+    assert [finding for finding in VLLM.findings(subject) if finding.severity == "error"] == []
+    assert not any(cast.key.endswith(("k_scale", "v_scale")) for cast in facts.ranks[0].casts)
 
 
 @pytest.mark.long

@@ -74,6 +74,7 @@ MODELS: dict[str, Callable[[], Any]] = {
             max_position_embeddings=256,
         )
     ),
+    "starcoder2": lambda: t.Starcoder2ForCausalLM(t.Starcoder2Config(**without("head_dim"))),
     "qwen3vl": lambda: t.Qwen3VLForConditionalGeneration(
         t.Qwen3VLConfig(
             text_config={**BASE, **MROPE},

@@ -61,7 +61,7 @@ class Vllm:
         registry._run_in_subprocess = lambda function: function()
         for replace in (
             _stub_operators, _any_linear_kernel, _any_moe_kernel, _experts_without_gate, _any_capability,
-            _any_cache_dtype,
+            _any_cache_dtype, _own_layers_stay,
         ):  # fmt: skip
             replace()
         return str(vllm.__version__)
@@ -261,6 +261,29 @@ def _any_cache_dtype() -> None:
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
         CPUAttentionBackend.supports_kv_cache_dtype = classmethod(lambda *args: True)
+
+
+def _own_layers_stay() -> None:
+    """Lets vLLM's own layers in a model of transformers' keep their parameters, and so their initial values.
+
+    models/transformers/base.py allocates anew, in the model's dtype, what is on the meta device after it put vLLM's
+    layers in: else that is transformers' alone, and here it is everything. It passes over what has a `weight_loader`.
+    """
+    with contextlib.suppress(ImportError, AttributeError):
+        from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+        from vllm.model_executor.models.transformers.base import Base
+
+        allocate = Base.init_parameters
+
+        def of_transformers_alone(self: Any, module: torch.nn.Module, *args: Any, **named: Any) -> None:
+            for layer in module.modules():
+                if type(layer).__module__.startswith("vllm."):
+                    for parameter in layer.parameters(recurse=False):
+                        if not hasattr(parameter, "weight_loader"):
+                            parameter.weight_loader = default_weight_loader
+            allocate(self, module, *args, **named)
+
+        Base.init_parameters = of_transformers_alone
 
 
 if __name__ == "__main__":
