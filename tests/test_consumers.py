@@ -255,6 +255,21 @@ def test_missing_expert_and_missing_shard_are_named(good: Good, tmp_path: Path) 
     assert only(report, "fused-shard-missing").where == (f"{DECODER}layers.1.experts.0.up_proj.weight",)
 
 
+@pytest.mark.parametrize("consumer", CONSUMERS)
+@pytest.mark.parametrize(
+    ("base", "router"),
+    [("mixtral", "model.layers.1.block_sparse_moe.gate.weight"), ("qwen3-moe", "model.layers.1.mlp.gate.weight")],
+)
+def test_a_missing_parameter_has_the_name_that_checkpoints_have(
+    base: str, router: str, consumer: str, tmp_path: Path
+) -> None:
+    """In memory Mixtral's router is `mlp.gate`."""
+    draft = BASES[base]()
+    draft.drop(router)
+    draft.write(tmp_path / "v")
+    assert only(check(tmp_path / "v", consumer, loader="off"), "parameter-missing").where == (router,)
+
+
 def test_only_input_scales_of_experts_can_be_filled(good: Good, tmp_path: Path) -> None:
     def edit(d: Draft) -> None:
         d.drop(f"{DECODER}layers.0.experts.2.up_proj.input_scale", f"{DECODER}layers.0.mlp.down_proj.input_scale")

@@ -21,6 +21,7 @@ from tierewrite.consumers.loaded import DryLoad
 from tierewrite.consumers.parts import parts_missing
 from tierewrite.errors import SystemFailure, TierewriteError
 from tierewrite.formats.experts import expert_of
+from tierewrite.formats.numbered import pattern_of, with_numbers
 from tierewrite.numbers.float8 import float8_values
 from tierewrite.source.bytes import open_source, read_tensors
 from tierewrite.source.table import TensorEntry
@@ -284,7 +285,20 @@ class Subject:
         plain = [name for name in plain if expert_of(name) not in lost]
         shards = [name for name in plain if name.endswith(".weight") and self.partner_there(name)]
         of_fused = set(shards)
-        return [name for name in plain if name not in of_fused], shards, gone
+        return [self._as_stored(name) for name in plain if name not in of_fused], shards, gone
+
+    def _as_stored(self, parameter: str) -> str:
+        """Its name as keys write that of another layer: checkpoints may have other names than the class."""
+        like = self._keys_of_like.get(pattern_of(parameter), "*")
+        return with_numbers(like, parameter) if like.count("*") == pattern_of(parameter).count("*") else parameter
+
+    @cached_property
+    def _keys_of_like(self) -> dict[str, str]:
+        """Parameters' names without their numbers -> those of the keys that are such parameters."""
+        whole = [
+            (pattern_of(parameter), pattern_of(key)) for key, (parameter, part) in self.places.items() if part == WHOLE
+        ]
+        return dict(whole) | {parameter: key for parameter, key in whole if parameter == key}
 
     def _group(self, parameter: str) -> str:
         """What the consumer has one parameter for."""
