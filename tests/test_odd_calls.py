@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -141,6 +142,34 @@ def test_option_for_a_consumer_is_not_passed_over_where_there_is_none(
     assert cli.run(["rewrite", str(SRC), str(tmp_path / "out"), "--ties", str(ties), *words]) == 2
     assert not (tmp_path / "out").exists()
     assert f"{words[0]} goes with --for" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"loader": "require"}, "loader goes with consumer"),
+        ({"consumer_python": "/bin/true"}, "consumer_python goes with consumer"),
+        ({"force": True}, "force=True goes with consumer"),
+        ({"backup": False}, "backup=False goes with in_place=True"),
+    ],
+)
+def test_nor_is_it_by_the_library(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    """Whoever asks for the consumer's loader and forgets the consumer would get a checkpoint that nobody checked."""
+    calls: list[Callable[[], object]] = [lambda: tierewrite.rewrite(SRC, tmp_path / "out", ties={}, **options)]
+    if "backup" not in options:
+        calls.append(lambda: tierewrite.stream(SRC, ties={}, **options))
+        calls.append(lambda: tierewrite.batch([SRC], into=tmp_path / "several", ties={}, **options))
+    for call in calls:
+        with pytest.raises(tierewrite.UsageError, match=re.escape(f"{said}; leave it out, or add that")):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+def test_in_a_batch_it_is_for_the_checkpoints_that_have_one(tmp_path: Path) -> None:
+    one, other = {"src": str(SRC), "dst": str(tmp_path / "a")}, {"src": str(SRC), "dst": str(tmp_path / "b")}
+    items = [{**one, "consumer": "transformers"}, other]
+    report = tierewrite.batch(items, force=True, loader="off", ties={})
+    assert [result.status for result in report.results] == ["canonical", "canonical"]
 
 
 def test_loader_that_is_no_loader_is_told_with_what_to_do(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from tierewrite.planning.plan import RewritePlan
 from tierewrite.report import Report
 from tierewrite.rewriting import run as rewriting
 from tierewrite.rewriting.options import ITEM_TYPES, BatchOptions, EngineOptions
+from tierewrite.rewriting.steps import refuse_unusable_loader
 from tierewrite.source.open import fetched, name_in_messages
 from tierewrite.stores.base import PathLike
 from tierewrite.stores.places import is_local, located
@@ -93,6 +94,8 @@ def batch(
     given = [items] if isinstance(items, (str, os.PathLike)) else items
     gatherer = Gatherer(None if into is None else os.fspath(into), item_options, plan_only)
     found = gatherer.gather(given)
+    if not plan_only:
+        _refuse_without_consumer(found)
     with contextlib.ExitStack() as kept:
         if not plan_only:
             # Held for as long as the batch runs: what is wrong with it ends the batch before anything starts, and a
@@ -101,6 +104,21 @@ def batch(
             log.info("hashing begins on %s", engine.device)
             kept.enter_context(_parents_of(found))
         return _Batch(found, plan_only, jobs, engine_options, progress_of(progress)).run()
+
+
+_OF_CONSUMERS = ("force", "loader", "consumer_python")
+"""Options that mean nothing to a checkpoint that no consumer is named for, where others have one."""
+
+
+def _refuse_without_consumer(items: Sequence[Item]) -> None:
+    """Raises UsageError where one of `_OF_CONSUMERS` is given, and no checkpoint has a consumer."""
+    if any(item.options.get("consumer") is not None for item in items):
+        return
+    for item in items:
+        options = item.options
+        refuse_unusable_loader(
+            None, options.get("force", False), options.get("loader", "auto"), options.get("consumer_python")
+        )
 
 
 def _split(options: Mapping[str, Any]) -> tuple[EngineOptions, dict[str, Any]]:
@@ -293,7 +311,8 @@ class _Batch:
         return rewriting.plan(item.src, **item.policy.to_json(), **_chosen(item, (*_READING, "revision")))
 
     def _rewrite(self, item: Item, progress: Progress) -> Report:
-        options = {**self.engine_options, **item.options}
+        unused = _OF_CONSUMERS if item.options.get("consumer") is None else ()
+        options = {**self.engine_options, **{name: x for name, x in item.options.items() if name not in unused}}
         return rewriting.rewrite(item.src, item.dst, progress=_Stoppable(progress, self.stop), **options)
 
     def _made_before(self, item: Item, src: str, dst: str | None) -> BatchResult | None:

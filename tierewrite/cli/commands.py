@@ -127,11 +127,6 @@ def rewrite(
     there and --overwrite starts again.
     """
     options = given(options)
-    if no_backup and "in_place" not in options:
-        raise click.UsageError("--no-backup goes with --in-place; leave it out, or add that")
-    for name in ("force", "loader", "consumer_python"):
-        if consumer is None and options.get(name, "auto") != "auto":
-            raise click.UsageError(f"--{name.replace('_', '-')} goes with --for; leave it out, or add that")
     if consumer is not None:
         options["consumer"] = consumer
     upload = None

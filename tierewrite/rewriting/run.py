@@ -173,8 +173,7 @@ def rewrite(
     started = time.monotonic()
     policy = Policy.of(consumer, **options)
     _refuse(copy, digests, manifest)
-    if consumer is not None:
-        refuse_unusable_loader(consumer, loader, consumer_python)
+    refuse_unusable_loader(consumer, force, loader, consumer_python)
     watched = progress_of(progress)
     reading: SourceOptions = {
         "ties": ties,
@@ -183,6 +182,8 @@ def rewrite(
     }
     if in_place:
         route = Route.in_place(src, dst, backup)
+    elif not backup:
+        raise UsageError("--no-backup goes with --in-place; leave it out, or add that")
     else:
         route = Route.between(src, dst, overwrite, resume, revision, watched)
     with (

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import tierewrite
 from tierewrite.engines import Engine
 from tierewrite.engines.progress import Progress
-from tierewrite.errors import NotReady, VerificationFailed, shown
+from tierewrite.errors import NotReady, UsageError, VerificationFailed, shown
 from tierewrite.output.configs import configs_of
 from tierewrite.output.engine import Hasher
 from tierewrite.output.manifest import (
@@ -253,8 +253,18 @@ def prove(
         )
 
 
-def refuse_unusable_loader(consumer: str, loader: LoaderMode, consumer_python: PathLike | None) -> None:
-    """Before any work is done: raises UsageError where `check_for` could not ask the consumer's own loader this way."""
+def refuse_unusable_loader(
+    consumer: str | None, force: bool, loader: LoaderMode, consumer_python: PathLike | None
+) -> None:
+    """Before any work is done: raises UsageError where `check_for` could not ask the consumer's own loader this way.
+
+    Without a consumer nothing is checked, so that one who wants it checked, or forced, has forgotten to name one.
+    """
+    if consumer is None:
+        for given, flag in ((force, "force"), (loader != "auto", "loader"), (consumer_python, "consumer-python")):
+            if given:
+                raise UsageError(f"--{flag} goes with --for; leave it out, or add that")
+        return
     from tierewrite.consumers import LoaderOptions, refuse_no_interpreter
 
     refuse_no_interpreter(consumer, LoaderOptions(loader, consumer_python))

@@ -203,8 +203,7 @@ def stream(
     """
     policy = Policy.of(consumer, **options)
     watched = progress_of(progress)
-    if consumer is not None:
-        refuse_unusable_loader(consumer, loader, consumer_python)
+    refuse_unusable_loader(consumer, force, loader, consumer_python)
     place = fetched(src, revision=revision, bars=watched.shown)
     with open_engine("local", device=device, threads=threads, progress=watched) as workers:
         opened = Opened.open(
