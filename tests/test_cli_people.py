@@ -371,6 +371,11 @@ def test_findings_as_sarif(written: Path, capsys: Printed) -> None:
     assert {result["ruleId"] for result in found["results"]} <= ids
     where = found["results"][0]["locations"][0]["logicalLocations"][0]["fullyQualifiedName"]
     assert where == "model.decoder.layers.0.layer_scalar"
+    place = found["results"][0]["locations"][0]["physicalLocation"]
+    assert place["region"]["startLine"] == 1
+    assert place["artifactLocation"]["uri"] == str(written).replace("%", "%25"), "a URI, and no path"
+    (invocation,) = found["invocations"]
+    assert "own loader was not asked" in invocation["toolExecutionNotifications"][0]["message"]["text"]
 
 
 def test_findings_as_a_test_report(written: Path, tmp_path: Path, capsys: Printed) -> None:
@@ -378,10 +383,15 @@ def test_findings_as_a_test_report(written: Path, tmp_path: Path, capsys: Printe
     suite = ElementTree.fromstring(capsys.readouterr().out)
     assert (suite.get("tests"), suite.get("failures")) == ("3", "1")
     assert [case.get("name") for case in suite if case.find("failure") is not None] == ["per-side-conflict"]
+    assert "own loader was not asked" in str(suite.findtext("system-out"))
+    assert run("check", written, "--format", "junit", "--strict") == 6
+    suite = ElementTree.fromstring(capsys.readouterr().out)
+    assert suite.get("failures") == "3", "it is what fails the job"
+    assert len(suite.findall("testcase/failure")) == 3
     tierewrite.rewrite(FIXTURES / "qwen3_tied_bf16" / "naive", tmp_path / "good")
     assert run("check", tmp_path / "good", "--format", "junit", "--for", "transformers") == 0
     suite = ElementTree.fromstring(capsys.readouterr().out)
-    assert [case.get("name") for case in suite] == ["ready"]
+    assert [case.get("name") for case in suite.findall("testcase")] == ["ready"]
 
 
 def test_format_json_is_json(written: Path, capsys: Printed) -> None:

@@ -428,7 +428,7 @@ def check(
     if form not in (None, "text"):
         from tierewrite.cli.findings_formats import FORMATS
 
-        sys.stdout.write(FORMATS[form](result))
+        sys.stdout.write(FORMATS[form](result, strict))
     else:
         console().print(result)
     code = result.exit_code(strict=strict)
