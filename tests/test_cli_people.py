@@ -352,7 +352,7 @@ def test_findings_as_annotations_of_github(written: Path, capsys: Printed) -> No
     assert run("check", written, "--format", "github") == 6
     lines = capsys.readouterr().out.splitlines()
     place = str(written).replace("%", "%25").replace(":", "%3A").replace(",", "%2C")
-    assert lines[0].startswith(f"::error file={place},title=vllm%3A per-side-conflict::4 names meet")
+    assert lines[0].startswith(f"::error file={place},title=vllm%3A per-side-conflict::4 names are read")
     assert [line.split()[0] for line in lines[:3]] == ["::error", "::warning", "::warning"]
     assert all(line.startswith("::notice ") for line in lines[3:])
 
@@ -425,7 +425,7 @@ def checking_step(folder: Path, **given: str) -> subprocess.CompletedProcess[str
 def test_the_action_annotates_and_fails_where_check_does(written: Path, tmp_path: Path) -> None:
     done = checking_step(tmp_path, checkpoint=str(written), sarif="findings.sarif")
     assert done.returncode == 6, done
-    assert "title=vllm%3A per-side-conflict::4 names meet" in done.stdout
+    assert "title=vllm%3A per-side-conflict::4 names are read into 2 parameters" in done.stdout
     (result, *_) = json.loads((tmp_path / "findings.sarif").read_text())["runs"][0]["results"]
     assert result["ruleId"] == "per-side-conflict"
 

@@ -13,7 +13,7 @@ from tierewrite.consumers.vllm.sources import DEFAULT_LOADER, MODEL_UTILS, REWRI
 from tierewrite.consumers.vllm.subject import VllmSubject
 from tierewrite.formats import Role
 from tierewrite.source.table import TensorEntry
-from tierewrite.tables import some
+from tierewrite.tables import count, some
 from tierewrite.ties.on_disk import WHOLE
 
 RULES: RuleSet[VllmSubject] = RuleSet()
@@ -44,8 +44,8 @@ SIDES_KV = replace(
 )
 SIDES = replace(
     SIDES_KV,
-    when="tensors that are not tied, one a side",
-    fix="a single backbone cannot represent both: choose one side's values",
+    when="tensors that are not tied, one for each side",
+    fix="a single backbone cannot represent both: choose one side's values, and store them for the other too",
     fixed_by=None,
 )
 DUPLICATE_NAMES = Rule(
@@ -79,14 +79,16 @@ def names_that_meet(s: VllmSubject) -> Iterator[Finding]:
     # Scales first: where they differ, the weights need not be read.
     meeting.sort(key=lambda keys: max(s.entries[k].nbytes for k in keys))
     verdicts = s.equal(tuple(s.entries[k] for k in keys) for keys in meeting)
-    by_rule: dict[Rule, list[str]] = {}
+    by_rule: dict[Rule, list[list[str]]] = {}
     for keys, equal in zip(meeting, verdicts, strict=True):
         rule = _of_names(s, keys, equal)
         if rule is not None:
-            by_rule.setdefault(rule, []).extend(keys)
-    for rule, names in by_rule.items():
-        what = {DUPLICATE_NAMES: ", with equal bytes", NOT_COMPARED: "; they are too large to be compared here"}
-        yield rule.at(names, f"{len(names)} names meet in one parameter each{what.get(rule, f': {rule.when}')}")
+            by_rule.setdefault(rule, []).append(keys)
+    for rule, several in by_rule.items():
+        names = [key for keys in several for key in keys]
+        said = {DUPLICATE_NAMES: ", with equal bytes", NOT_COMPARED: "; they are too large to be compared here"}
+        what = said.get(rule, f": {rule.when}")
+        yield rule.at(names, f"{len(names):,} names are read into {count(len(several), 'parameter')}{what}")
 
 
 def _of_names(s: VllmSubject, keys: list[str], equal: bool | None) -> Rule | None:
