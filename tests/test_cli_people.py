@@ -130,9 +130,20 @@ def test_nothing_to_do_is_one_sentence(naive: Naive, tmp_path: Path, capsys: Pri
     said = "Nothing to do: every tied tensor is stored once, under its canonical name."
     for command in (["plan", tmp_path / "once"], ["rewrite", tmp_path / "once", tmp_path / "twice"]):
         assert run(*command) == 0
-        assert said in capsys.readouterr().out
+        more = " The same tensors are written." if command[0] == "rewrite" else ""
+        assert f"{said}{more}\n" in capsys.readouterr().out
     assert run("plan", naive("qwen3_tied_bf16")) == 0
     assert said not in capsys.readouterr().out
+
+
+def test_a_summary_names_the_configs_that_changed(naive: Naive, tmp_path: Path, capsys: Printed) -> None:
+    case, keep = naive("qwen3_tied_but_diverged_bf16"), ("--on-mismatch", "keep")
+    assert run("rewrite", case, tmp_path / "kept", *keep) == 0
+    assert "Changed beside" not in capsys.readouterr().out
+    assert run("rewrite", case, tmp_path / "said", *keep, "--fix-config") == 0
+    assert "Changed beside the tensors: config.json.\n" in capsys.readouterr().out
+    report = tierewrite.rewrite(case, tmp_path / "again", on_mismatch="keep", fix_config=True)
+    assert report.to_json()["configs"] == ["config.json"]
 
 
 def test_a_plan_says_whether_it_is_a_promise(naive: Naive, capsys: Printed) -> None:

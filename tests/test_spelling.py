@@ -82,6 +82,9 @@ def test_an_error_of_the_library_speaks_python_and_one_of_a_command_flags(
     assert 'on_mismatch="keep"' in failed.error["message"]
     assert cli.run(["rewrite", str(DIVERGED), str(tmp_path / "out")]) == 3
     assert "Keep both with --on-mismatch keep; with --fix-config as well" in capsys.readouterr().err
+    half = FIXTURES / "dg_nvfp4_encoder_bf16" / "naive"  # its other ties hold, and the flag is theirs as well
+    assert cli.run(["rewrite", str(half), str(tmp_path / "out")]) == 3
+    assert capsys.readouterr().err.endswith("Keep both with --on-mismatch keep.\n")
     assert "--" not in str(refused.value)
 
 

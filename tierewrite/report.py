@@ -22,6 +22,7 @@ from tierewrite.tables import (
     kept_lines,
     seconds,
     sizes,
+    some,
     text,
     tied_parameters,
     ties_lines,
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 REPORT_SCHEMA = "tierewrite/report/1"
 
 _RATE_FROM = 1 << 30  # bytes: of less, the time is that of asking the model class, and a rate would say nothing
+_RATIO = "ratio\n(median, max)"
+"""The column that says how far the sides of merged scales differ, largest by smallest. In two lines there is room for
+it in 80 columns."""
 Status = Literal["rewritten", "canonical", "kept"]
 
 
@@ -125,7 +129,12 @@ class GroupReport(Summary):
 
 @dataclass(frozen=True, slots=True)
 class ShardSize:
-    """A shard's name and its size in bytes, header included."""
+    """A shard's file.
+
+    Attributes:
+        name: of the file.
+        nbytes: its size in bytes, header included.
+    """
 
     name: str
     nbytes: int
@@ -133,7 +142,13 @@ class ShardSize:
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """Where an output was uploaded: the hub's id, the commit's hash and its page."""
+    """Where an output was uploaded.
+
+    Attributes:
+        id: `org/name`.
+        commit: its hash, 40 hex digits.
+        url: the page of the commit.
+    """
 
     id: str
     commit: str
@@ -177,14 +192,17 @@ class Report(Summary):
 
     Attributes:
         src, dst: the folders, as they were given.
+        policy: the options that decided what the output holds.
         before_bytes, after_bytes: tensor bytes of source and output.
         before_tensors, after_tensors: number of tensors.
-        before_shards, after_shards: the files.
+        before_shards, after_shards: the files, with their sizes in bytes.
         groups: every declared tie of which something is on disk.
-        ties_source, ties_detail: who declared the ties: "ties-file", "config" or "class", and which.
+        ties_source, ties_detail: who declared the ties: "class", "config", "ties-file", "mapping" or "none", and which.
         unpaired: declared aliases whose partner is not known.
+        formats: names of the quantization formats that were found; ("plain",) where there are none.
         device: what did the hashing.
         reencoded: the NVFP4 blobs that were re-encoded, with how far that moved their weights.
+        configs: the names of config files that the options changed, or that describe tensors by names that changed.
         filled: experts' scales that were missing or never calibrated, and whose value they got.
         readiness: what the consumer will do with the output, if it was prepared for one.
         warnings: what a person should look at; none of them changes the exit code.
@@ -213,6 +231,7 @@ class Report(Summary):
     filled: tuple[Filled, ...] = ()
     readiness: Readiness | None = None
     warnings: tuple[str, ...] = ()
+    configs: tuple[str, ...] = ()
     seconds: float = field(default=0.0, compare=False)
     verified: bool = False
     pushed: Pushed | None = None
@@ -241,8 +260,11 @@ class Report(Summary):
         yield from warning_lines(self.warnings)
         if self.readiness is not None:
             yield from self.readiness.lines()
+        if self.configs:
+            yield text(f"Changed beside the tensors: {some(self.configs)}.")
         if not self.changed_anything():
-            yield text(NOTHING_TO_DO, "green")
+            copied = " The same tensors are written." if self.after_shards else ""
+            yield text(f"{NOTHING_TO_DO}{copied}", "green")
         if self.means is not None and self.means.sentence():
             yield text(f"Shards: {self.means.sentence()}.")
         if self.after_shards:
@@ -260,7 +282,8 @@ class Report(Summary):
         """What was done with which kind of parameter, and which names went or stayed."""
         by_id = {report.group.id: report for report in self.groups}
         changed, others = changed_kinds([report.group for report in self.groups])
-        made = tied_parameters(changed, "groups", "kept", "tensors dropped", "bytes dropped", "scales merged", "ratio")
+        made = tied_parameters(changed, "groups", "kept", "tensors dropped", "bytes dropped", "scales merged", _RATIO)
+        made.columns[-1].no_wrap = True
         for kind, rows in changed.items():
             reports = [by_id[group.id] for group in rows]
             merged = [scale for report in reports for scale in report.scales]
@@ -272,7 +295,7 @@ class Report(Summary):
                 f"{sum(group.dropped for group in rows):,}",
                 size(sum(group.dropped_bytes for group in rows)),
                 f"{len(merged):,}" if merged else "",
-                f"{statistics.median(ratios):.2f}x, at most {max(ratios):.2f}x" if ratios else "",
+                f"{statistics.median(ratios):.2f}x, {max(ratios):.2f}x" if ratios else "",
             )
         if changed:
             yield made
@@ -331,6 +354,7 @@ class Report(Summary):
             "filled": [entry.to_json() for entry in self.filled],
             "readiness": None if self.readiness is None else self.readiness.to_json(),
             "warnings": list(self.warnings),
+            "configs": list(self.configs),
             "seconds": round(self.seconds, 3),
             "verified": self.verified,
             "pushed": None if self.pushed is None else self.pushed.to_json(),

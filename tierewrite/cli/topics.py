@@ -48,9 +48,9 @@ SCHEMAS = (
         "`rewrite --json`",
         "`src`, `dst`, `options`, `ties`, `formats`, `device`, `before`, `after`, `counts`, `ratios`, `groups` "
         "(with `status` `rewritten`, `canonical` or `kept`, `reason`, and `scales` with the `ratio` between the "
-        "sides), `reencoded`, `filled`, `readiness`, `warnings`, `seconds`, `verified`, `pushed` "
-        "(`id`, `commit`, `url`; null without `--push`), `means` (how many bytes of the shards were `shared`, "
-        "`copied_in_kernel`, `copied_by_store`, `written`)",
+        "sides), `reencoded`, `filled`, `readiness`, `warnings`, `configs` (those that were changed), `seconds`, "
+        "`verified`, `pushed` (`id`, `commit`, `url`; null without `--push`), `means` (how many bytes of the "
+        "shards were `shared`, `copied_in_kernel`, `copied_by_store`, `written`)",
     ),
     Schema(
         "tierewrite/inspection/1",

@@ -189,6 +189,7 @@ def finish(
     progress.start("copying other files", sum(side.size for side in checkpoint.side_files))
     files = copy_side_files(checkpoint, staging, progress.advance, configs)
     files[INDEX_NAME] = ManifestFile.of(index)
+    changed = set(configs)
     if consumer is not None and run.policy.fix_ignore:
         from tierewrite.consumers import corrected_configs
 
@@ -198,6 +199,7 @@ def finish(
         for name, data in corrected.items():
             staging.put(name, data)
             files[name] = ManifestFile.of(data)
+            changed.add(name)
         config_warnings = (*config_warnings, *sentences)
     _, metadata_warnings = header_metadata(checkpoint, plan)
     report = build_report(
@@ -218,7 +220,7 @@ def finish(
         described = output_of(plan, output.headers, files, every)
         text = build_manifest(report, opened.disk, listed, tierewrite.__version__, source_of(checkpoint), described)
         staging.put(MANIFEST_NAME, text)
-    return replace(report, means=output.means())
+    return replace(report, means=output.means(), configs=tuple(sorted(changed)))
 
 
 def prove(

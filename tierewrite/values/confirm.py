@@ -90,7 +90,9 @@ def _why_different(
 
 
 TWO_TENSORS = "The model declares these tensors to be one, but the files do not hold them as one."
-KEEP = "Keep both with --on-mismatch keep; with --fix-config as well, tie_word_embeddings says what is stored."
+KEEP = "Keep both with --on-mismatch keep."
+KEEP_AND_SAY = "Keep both with --on-mismatch keep; with --fix-config as well, tie_word_embeddings says what is stored."
+"""Where no other tie has to hold: else the flag cannot say that this one does not."""
 NO_DATA = (
     "'{}' has no elements: whoever wrote it had the name and not the data (a rank of a partitioned model, a tensor on "
     "the meta device). Export again, or leave that tensor out: its tie stands for it."
@@ -103,14 +105,14 @@ def refusal(
     plan: RewritePlan,
     reasons: Mapping[str, str],
     digests: Mapping[str, bytes],
-    advice: str = KEEP,
+    advice: str | None = None,
 ) -> Refused:
     """The error that lists every group that is not confirmed.
 
     Args:
         reasons: group id -> why its bytes refute it.
         digests: as for `refuted`.
-        advice: what to do.
+        advice: what to do; None: what the options of a rewrite can do.
     """
     refused = [group for group in plan.groups if group.id in reasons or group.reason is not None]
     listed: list[dict[str, Any]] = []
@@ -132,6 +134,8 @@ def refusal(
     empty = [name for group in refused if (name := _without_data(checkpoint, group)) is not None]
     parts = [NO_DATA.format(shown(name)) for name in empty[:1]]
     if len(empty) < len(refused):
+        if advice is None:
+            advice = KEEP_AND_SAY if len(refused) == len(plan.groups) else KEEP
         parts += [_what_it_means(checkpoint, plan, refused), *_forced(checkpoint, plan), advice]
     said = " ".join(parts)
     return Refused(
