@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import importlib
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import tierewrite
+from tierewrite.consumers.findings import Finding
+from tierewrite.pages.facts import KeptGroup, SizeRow
+from tierewrite.planning.plan import GroupPlan
+from tierewrite.proof import Problem
+from tierewrite.report import GroupReport, Pushed, ShardSize
+from tierewrite.ties.tie import Tie
+from tierewrite.values.merged import MergedScale
 
 PACKAGE = Path(__file__).parent.parent / "tierewrite"
 
@@ -215,3 +227,27 @@ def is_declaration(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) 
     """Whether its body is `...` alone."""
     only = node.body[0]
     return len(node.body) == 1 and isinstance(only, ast.Expr) and getattr(only.value, "value", None) is ...
+
+
+RESULTS = (
+    *tierewrite.__all__,
+    *(
+        f"{kind.__module__}:{kind.__qualname__}"
+        for kind in (Finding, GroupPlan, GroupReport, MergedScale, Problem, Pushed, ShardSize, SizeRow, KeptGroup, Tie)
+    ),
+)
+"""What a caller gets: the public names, and what their attributes hold."""
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_what_is_public_says_what_each_argument_and_attribute_is(name: str) -> None:
+    module, _, member = name.rpartition(":")
+    found = getattr(importlib.import_module(module), member) if module else getattr(tierewrite, name)
+    if inspect.isclass(found) and dataclasses.is_dataclass(found):
+        named = [field.name for field in dataclasses.fields(found)]
+    elif inspect.isfunction(found):
+        named = [] if "others: as for `rewrite`" in str(found.__doc__) else [*inspect.signature(found).parameters]
+    else:
+        named = []
+    lacking = [one for one in named if not one.startswith("_") and not re.search(rf"\b{one}\b", str(found.__doc__))]
+    assert lacking == []

@@ -165,6 +165,16 @@ def test_nor_is_it_by_the_library(options: dict[str, Any], said: str, tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
+def test_ties_of_another_kind_are_told_with_what_to_give() -> None:
+    ties = tierewrite.TieMap.from_mapping(TIES, [*TIES, *TIES.values()])
+    kinds = {"ties is a TieMap; .* a TieMap's are {tie.alias: ": ties, "ties is a list; expected": [*TIES]}
+    for said, given in kinds.items():
+        with pytest.raises(tierewrite.UsageError, match=said):
+            tierewrite.plan(SRC, ties=given)  # type: ignore[arg-type]
+    pairs = {tie.alias: tie.canonical for tie in ties.ties}
+    assert tierewrite.plan(SRC, ties=pairs).by_id.keys() == {"model.embed_tokens.weight"}
+
+
 def test_in_a_batch_it_is_for_the_checkpoints_that_have_one(tmp_path: Path) -> None:
     one, other = {"src": str(SRC), "dst": str(tmp_path / "a")}, {"src": str(SRC), "dst": str(tmp_path / "b")}
     items = [{**one, "consumer": "transformers"}, other]

@@ -66,6 +66,8 @@ def dedupe_state_dict(
         ties: who declares the ties: a transformers `PreTrainedModel` (also wrapped by DDP, torch.compile or FSDP2), a
             `PretrainedConfig` with its `architectures`, a mapping {alias: canonical} as in a ties file, or a `TieMap`.
         on_mismatch: "error" refuses when a declared tie is not confirmed by the bytes; "keep" leaves such groups whole.
+        keep_names_for: "sglang" or "transformers": every name that its loader would miss stays, with the one value of
+            its tie; None: one name of each tie.
         kv_scales: "keep" leaves KV-cache scales on every side; "merge" leaves one merged canonical value.
         device: where the hashing happens. "auto": tensors on a GPU are hashed there if CuPy works, and else through
             copies, one tensor at a time; "cpu": always so; "cuda": as "auto", but a GPU is a must.

@@ -41,7 +41,13 @@ STATUSES = ("rewritten", "canonical", "kept")
 
 @dataclass(frozen=True, slots=True)
 class SizeRow:
-    """Tensors of one kind before and after; bytes of tensor data."""
+    """Tensors of one kind, in SRC and in DST.
+
+    Attributes:
+        name: what they have in common; "total" for all.
+        before_tensors, after_tensors: how many there are.
+        before_bytes, after_bytes: bytes of their data.
+    """
 
     name: str
     before_tensors: int
@@ -178,7 +184,13 @@ class GroupRow:
 
 @dataclass(frozen=True, slots=True)
 class KeptGroup:
-    """A declared tie, or aliases of one, that was left as it is, and why."""
+    """A declared tie, or aliases of one, that was left as it is.
+
+    Attributes:
+        canonical: the parameter that the others were declared to be.
+        aliases: those that stay stored beside it.
+        reason: why.
+    """
 
     canonical: str
     aliases: tuple[str, ...]

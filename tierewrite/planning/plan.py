@@ -258,7 +258,7 @@ class RewritePlan(Summary):
         shards: the files of the output.
         policy: the options.
         warnings: sentences for people.
-        ties_source, ties_detail: who declared the ties: "ties-file", "config", "class" or "none", and which.
+        ties_source, ties_detail: who declared the ties: "class", "config", "ties-file", "mapping" or "none", and which.
         unpaired: declared aliases whose partner is not known.
         source_bytes: tensor bytes of the source.
         source_shards: number of its files.

@@ -97,8 +97,8 @@ class Verification(Summary):
         problems: what is.
         kept, renamed, dropped, merged, repacked: how many tensors of SRC met which fate (where DST is right; a merged
             scale that also has a new name counts as merged).
-        ties_source, ties_detail: who declared the ties: "ties-file", "config", "class" or "none"; "manifest" where only
-            DST's own could be asked, which proves the bytes and not the ties.
+        ties_source, ties_detail: who declared the ties: "class", "config", "ties-file", "mapping" or "none"; "manifest"
+            where only DST's own could be asked, which proves the bytes and not the ties.
         notes: what a reader should know; nothing that is wrong.
     """
 

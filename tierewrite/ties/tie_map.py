@@ -12,6 +12,7 @@ A tie is `alias -> canonical`, both names of parameters in memory. The first sou
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +39,17 @@ class DeclaresTies(Protocol):
 
 
 class TieMap(Summary, Declared):
-    """All active ties of one model, whoever declared them. Attributes as of `Declared`."""
+    """All active ties of one model, whoever declared them.
+
+    Attributes:
+        ties: each with `alias`, `canonical` and `origin`: parameters as they are called in memory, and who declared it.
+        source: who spoke: "class", "config", "ties-file", "mapping" or "none".
+        detail: the class or file that did.
+        unpaired: aliases that are declared without a partner.
+        warnings: what a person should know.
+        model: names and shapes of the model's parameters; None when no class was asked.
+        instead_of, remembered: as of `Declared`.
+    """
 
     def one_line(self) -> str:
         """See `Summary`."""
@@ -161,6 +172,11 @@ def _given(
     if isinstance(ties, Mapping):
         path, source, what = None, "mapping", "the mapping of ties"
         declared = patterns.checked_mapping(dict(ties), None, TieFileError, what)
+    elif not isinstance(ties, (str, bytes, os.PathLike)):
+        of_it = "; a TieMap's are {tie.alias: tie.canonical for tie in ties.ties}" if isinstance(ties, Declared) else ""
+        raise UsageError(
+            f"ties is a {type(ties).__name__}; expected a JSON file or a mapping {{alias: canonical}}{of_it}"
+        )
     else:
         path, source, what = local_file(ties, "a ties file"), "ties-file", "the ties file"
         declared = patterns.read_ties(path)
