@@ -41,13 +41,8 @@ STATUSES = ("rewritten", "canonical", "kept")
 
 @dataclass(frozen=True, slots=True)
 class SizeRow:
-    """Tensors of one kind, in SRC and in DST.
-
-    Attributes:
-        name: what they have in common; "total" for all.
-        before_tensors, after_tensors: how many there are.
-        before_bytes, after_bytes: bytes of their data.
-    """
+    """Tensors of one kind (`name`) before and after: `before_tensors`, `after_tensors`, and the bytes of their data,
+    `before_bytes`, `after_bytes`."""
 
     name: str
     before_tensors: int
@@ -184,13 +179,7 @@ class GroupRow:
 
 @dataclass(frozen=True, slots=True)
 class KeptGroup:
-    """A declared tie, or aliases of one, that was left as it is.
-
-    Attributes:
-        canonical: the parameter that the others were declared to be.
-        aliases: those that stay stored beside it.
-        reason: why.
-    """
+    """A declared tie, or `aliases` of one, left as it is beside its `canonical` parameter, and the `reason`."""
 
     canonical: str
     aliases: tuple[str, ...]

@@ -172,7 +172,7 @@ def rewrite(
     """
     started = time.monotonic()
     policy = Policy.of(consumer, **options)
-    _refuse(copy, digests, manifest)
+    _refuse(copy, digests, manifest, in_place, backup)
     refuse_unusable_loader(consumer, force, loader, consumer_python)
     watched = progress_of(progress)
     reading: SourceOptions = {
@@ -182,8 +182,6 @@ def rewrite(
     }
     if in_place:
         route = Route.in_place(src, dst, backup)
-    elif not backup:
-        raise UsageError("--no-backup goes with --in-place; leave it out, or add that")
     else:
         route = Route.between(src, dst, overwrite, resume, revision, watched)
     with (
@@ -238,12 +236,14 @@ def _unchanged(src: FilePath) -> Callable[[], None] | None:
     return partial(still_as_listed, src, listing(src)) if is_local(src) else None
 
 
-def _refuse(copy: str, digests: bool, manifest: bool) -> None:
+def _refuse(copy: str, digests: bool, manifest: bool, in_place: bool, backup: bool) -> None:
     """Raises UsageError: these options cannot be."""
     if copy not in COPY_MODES:
         raise UsageError(f"there is no copy '{shown(copy)}'; expected one of {', '.join(COPY_MODES)}")
     if digests and not manifest:
         raise UsageError("digests stand in the manifest: leave out digests, or let the manifest be written")
+    if not (in_place or backup):
+        raise UsageError("--no-backup goes with --in-place; leave it out, or add that")
 
 
 def prepare_for_vllm(src: PathLike, dst: PathLike | None = None, **options: Unpack[RewriteOptions]) -> Report:
