@@ -23,7 +23,7 @@ from tierewrite import formats
 from tierewrite.consumers.dry_load import DryLoader, LoaderOptions, dry_load
 from tierewrite.planning.needed_names import NeededNames
 from tierewrite.planning.policy import Policy
-from tierewrite.source.table import TensorEntry
+from tierewrite.source.table import CONFIG_NAME, TensorEntry
 from tierewrite.ties.on_disk import DiskTies
 from tierewrite.ties.quantizers import BY_MACHINE, ONE_PARAMETER, quant_method
 from tierewrite.values.opened import Opened
@@ -159,7 +159,7 @@ def _missed(config: str, *headers: str) -> frozenset[str] | str:
         folders = {Path(home, str(number)): "the checkpoint" for number in range(len(headers))}
         for folder, header in zip(folders, headers, strict=True):
             folder.mkdir()
-            (folder / "config.json").write_text(config, encoding="utf-8")
+            (folder / CONFIG_NAME).write_text(config, encoding="utf-8")
             text = header.encode()
             (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
         answers = dry_load(LOADER, folders, LoaderOptions(timeout=TIMEOUT_SECONDS))

@@ -39,6 +39,7 @@ from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 import tierewrite
 from tierewrite.consumers.vllm.plugin_options import OF_VLLM, checked_options, refuse_untested
 from tierewrite.errors import UsageError
+from tierewrite.source.table import CONFIG_NAME, QUANT_CONFIG_NAME
 
 log = logging.getLogger("vllm.tierewrite")
 _WARNINGS = 5
@@ -152,14 +153,14 @@ def correct_quantization(
         configs: the configs that a rewrite would change, by name.
     """
     owner, quantization = model_config.hf_config, None
-    if "config.json" in configs:
-        content = json.loads(configs["config.json"])
+    if CONFIG_NAME in configs:
+        content = json.loads(configs[CONFIG_NAME])
         text = content.get("text_config")
         quantization = content.get("quantization_config")
         if quantization is None and isinstance(text, dict) and text.get("quantization_config") is not None:
             owner, quantization = owner.text_config, text["quantization_config"]
-    if quantization is None and "hf_quant_config.json" in configs:
-        quantization = json.loads(configs["hf_quant_config.json"])
+    if quantization is None and QUANT_CONFIG_NAME in configs:
+        quantization = json.loads(configs[QUANT_CONFIG_NAME])
     if quantization is None or model_config.quantization is None:
         return
     owner.quantization_config = quantization

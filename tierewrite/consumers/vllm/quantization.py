@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tierewrite.consumers.vllm.schemes import Scheme, scheme_of
+from tierewrite.source.table import QUANT_CONFIG_NAME
 
 CONFIG = "config.json: quantization_config"
 ALGOS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "MXFP8", "MIXED_PRECISION")
@@ -113,7 +114,7 @@ class Quantization:
             if found is not None:
                 return cls._read(where, found, legacy_file=False) if isinstance(found, Mapping) else cls._odd(where)
         if legacy:
-            return cls._read("hf_quant_config.json", legacy, legacy_file=True)
+            return cls._read(QUANT_CONFIG_NAME, legacy, legacy_file=True)
         return None
 
     @classmethod

@@ -11,6 +11,7 @@ from tierewrite.consumers.vllm.quantization import DEPRECATED, Quantization
 from tierewrite.consumers.vllm.sources import MODELOPT, SCALES_OF_PLAIN, WEIGHT_UTILS
 from tierewrite.consumers.vllm.subject import VllmSubject
 from tierewrite.errors import shown
+from tierewrite.source.table import QUANT_CONFIG_NAME
 
 RULES: RuleSet[VllmSubject] = RuleSet()
 
@@ -150,7 +151,7 @@ QUANT_CONFIG_DISAGREES = Rule(
 def quant_configs_disagree(s: VllmSubject) -> Iterator[Finding]:
     """`get_quant_config`: hf_quant_config.json is read only where config.json says nothing."""
     q = s.quantization
-    if q is None or not s.folder.quant_config or q.where == "hf_quant_config.json" or not q.modelopt:
+    if q is None or not s.folder.quant_config or q.where == QUANT_CONFIG_NAME or not q.modelopt:
         return
     other = Quantization.of({}, s.folder.quant_config)
     assert other is not None
