@@ -56,12 +56,19 @@ except (tierewrite.Refused, tierewrite.SourceError, tierewrite.SystemFailure) as
 """
 
 
+EXAMPLES = ("before_vllm.py", "in_a_conversion.py")
+"""Those of which all imports are installed here."""
+
+
 @pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed (the extra `dev`)")
 def test_mypy_finds_five_misspelt_options_and_nothing_wrong_in_what_is_right(tmp_path: Path) -> None:
     (tmp_path / "misspelt.py").write_text(MISSPELT)
     (tmp_path / "right.py").write_text(RIGHT)
+    for name in EXAMPLES:
+        (tmp_path / name).write_bytes((ROOT / "tests" / "examples" / name).read_bytes())
+    files = ["misspelt.py", "right.py", *EXAMPLES]
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--config-file", ROOT / "pyproject.toml", "misspelt.py", "right.py"],
+        [sys.executable, "-m", "mypy", "--config-file", ROOT / "pyproject.toml", *files],
         cwd=tmp_path,
         env={"MYPYPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
         capture_output=True,
