@@ -217,6 +217,19 @@ def test_a_mistyped_path_gets_a_suggestion(typed: str, meant: str | None, capsys
         assert meant is None or f"did you mean '{FIXTURES / meant}'?" in err
 
 
+def test_whoever_names_a_shard_is_told_the_folder(capsys: Printed) -> None:
+    folder = FIXTURES / "qwen3_tied_bf16" / "naive"
+    for command in ("plan", "check"):
+        assert run(command, folder / "model.safetensors") == 4
+        assert f"not a folder; give the one that it is in: '{folder}'" in capsys.readouterr().err
+
+
+def test_a_summary_has_columns_for_scales_where_there_are_some(naive: Naive, tmp_path: Path, capsys: Printed) -> None:
+    for case, there in (("qwen3_tied_bf16", False), ("dg_nvfp4", True)):
+        assert run("rewrite", naive(case), tmp_path / case) == 0
+        assert ("(median, max)" in capsys.readouterr().out) is there
+
+
 def test_what_looks_like_a_hub_id_gets_a_suggestion_too(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Printed
 ) -> None:

@@ -282,8 +282,9 @@ class Report(Summary):
         """What was done with which kind of parameter, and which names went or stayed."""
         by_id = {report.group.id: report for report in self.groups}
         changed, others = changed_kinds([report.group for report in self.groups])
-        made = tied_parameters(changed, "groups", "kept", "tensors dropped", "bytes dropped", "scales merged", _RATIO)
-        made.columns[-1].no_wrap = True
+        of_scales = ("scales merged", _RATIO) if any(report.scales for report in self.groups) else ()
+        made = tied_parameters(changed, "groups", "kept", "tensors dropped", "bytes dropped", *of_scales)
+        made.columns[-1].no_wrap = bool(of_scales)
         for kind, rows in changed.items():
             reports = [by_id[group.id] for group in rows]
             merged = [scale for report in reports for scale in report.scales]
@@ -294,8 +295,8 @@ class Report(Summary):
                 str(sum(report.status == "kept" for report in reports)),
                 f"{sum(group.dropped for group in rows):,}",
                 size(sum(group.dropped_bytes for group in rows)),
-                f"{len(merged):,}" if merged else "",
-                f"{statistics.median(ratios):.2f}x, {max(ratios):.2f}x" if ratios else "",
+                *([f"{len(merged):,}" if merged else ""] if of_scales else ()),
+                *([f"{statistics.median(ratios):.2f}x, {max(ratios):.2f}x" if ratios else ""] if of_scales else ()),
             )
         if changed:
             yield made

@@ -22,7 +22,7 @@ from tierewrite.source.folder import (
 from tierewrite.source.header import read_header
 from tierewrite.source.index import read_index
 from tierewrite.source.open import RemoteCheckpoint, rename_in_errors
-from tierewrite.source.suggestion import did_you_mean
+from tierewrite.source.suggestion import did_you_mean, not_a_folder
 from tierewrite.source.table import (
     CONFIG_NAME,
     CONFIG_NAMES,
@@ -96,8 +96,9 @@ class Folder:
         else:
             root = where = place
             if not root.is_dir():
-                what = "not a folder" if os.path.lexists(root) else "does not exist"
-                raise SourceError(f"{what}; {WANTED}{did_you_mean(root)}", file=root)
+                if os.path.lexists(root):
+                    raise SourceError(not_a_folder(root), file=root)
+                raise SourceError(f"does not exist; {WANTED}{did_you_mean(root)}", file=root)
             top = [p.name for p in root.iterdir()]
         refuse_half_written(top, where)
         there = sorted(safetensors_among(top), key=natural_key)

@@ -23,7 +23,7 @@ from tierewrite.source.index import check_against_index, check_total, read_index
 from tierewrite.source.regular_files import kind_of_file, names_in, read_small, resolved_path, stat_of
 from tierewrite.source.side_files import in_other_formats
 from tierewrite.source.strict_json import kind_of_json, repeated_key
-from tierewrite.source.suggestion import did_you_mean
+from tierewrite.source.suggestion import did_you_mean, not_a_folder
 from tierewrite.source.table import (
     CONFIG_NAME,
     INCOMPLETE_NAME,
@@ -68,7 +68,7 @@ def open_folder(path: PathLike, *, ignore_unindexed: bool = False) -> Checkpoint
     except SourceError as e:
         raise SourceError(f"{e.args[0]}; {WANTED}{did_you_mean(Path(path))}", file=path) from None
     if not root.is_dir():
-        raise SourceError(f"not a folder; {WANTED}", file=path)
+        raise SourceError(not_a_folder(Path(path)), file=path)
     return assembled(
         root,
         names_in(root),

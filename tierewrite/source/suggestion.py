@@ -9,6 +9,11 @@ from pathlib import Path
 from tierewrite.errors import shown, without_a_folder
 
 
+def not_a_folder(path: Path) -> str:
+    """For a path that is there and no folder: most often a file of the checkpoint that was meant."""
+    return f"not a folder; give the one that it is in: '{shown(path.parent)}'"
+
+
 def did_you_mean(path: Path) -> str:
     """For a path that does not exist: "; did you mean 'exported/naive'?", or "" where nothing is called like it.
 
