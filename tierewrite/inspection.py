@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tierewrite import formats
 from tierewrite.errors import shown
 from tierewrite.formats.detection import Recognised, recognise, unknown_words
 from tierewrite.source.open import open_checkpoint
@@ -52,7 +51,9 @@ class Inspection(Summary):
     def one_line(self) -> str:
         """See `Summary`."""
         there = f"{len(self.checkpoint.tensors):,} tensors, {size(self.checkpoint.total_bytes)}"
-        return f"{shown(self.checkpoint.place)}: {there}, formats: {', '.join(self.families)}"
+        strange = [f"{shown(found.family)} (not known here)" for found in self.recognised if found.is_unknown]
+        named = [name for name in self.families if not strange or name != "plain"]
+        return f"{shown(self.checkpoint.place)}: {there}, formats: {', '.join((*named, *strange))}"
 
     def lines(self) -> Iterator[RenderableType]:
         """See `Summary`."""
@@ -103,10 +104,10 @@ class Inspection(Summary):
 
     def _format_warnings(self) -> Iterator[str]:
         for found in self.recognised:
-            if not found.keys and found.family in formats.FAMILIES:
-                yield f"a config says {shown(found.by)}, but no tensor is in the format '{found.family}'"
-            elif not found.keys:
+            if found.is_unknown:
                 yield f"a config says {shown(found.by)}: that format is not known here"
+            elif not found.keys:
+                yield f"a config says {shown(found.by)}, but no tensor is in the format '{found.family}'"
         tensors = self.checkpoint.tensors
         dtypes = [dtype for dtype, _ in tensors.kinds]
         packed = ((name, dtypes[kind]) for name, kind in zip(tensors.names, tensors.kind.tolist(), strict=True))

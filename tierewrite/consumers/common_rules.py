@@ -9,6 +9,7 @@ from tierewrite import formats
 from tierewrite.consumers.findings import Finding
 from tierewrite.consumers.rules import Rule
 from tierewrite.consumers.subject import Subject
+from tierewrite.errors import shown
 from tierewrite.formats.experts import split_expert
 from tierewrite.source.table import INDEX_NAME
 from tierewrite.ties.on_disk import WHOLE
@@ -47,6 +48,11 @@ def missing_parameters(s: Subject) -> tuple[list[str], list[str], list[str]]:
     if s.model is None:
         s.notes.append("completeness was not checked: no model class says which parameters there are")
         return [], [], []
+    if s.in_unknown_format:
+        s.notes.append(
+            f"{len(s.in_unknown_format)} tensors were not checked, nor whether they are all there: the config says "
+            f"quant_method {shown(s.unknown_format or '')}, and that format is not known here"
+        )
     return ([], [], []) if s.folder.absent else s.missing()
 
 

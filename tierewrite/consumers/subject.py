@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -58,6 +58,19 @@ class Module:
         """The module's name in the checkpoint, for messages."""
         first = next(iter(self.leaves.values()))[0]
         return first.rpartition(".")[0]
+
+
+class Unexplained(NamedTuple):
+    """What a tensor in an unknown format belongs to, by its module.
+
+    Attributes:
+        weight: the module's weight, as it would be on disk if nothing were quantized.
+        parameter, part: where that is loaded.
+    """
+
+    weight: str
+    parameter: str
+    part: Part
 
 
 class Subject:
@@ -219,6 +232,47 @@ class Subject:
         """Names of the quantization formats that it is written in."""
         return formats.detect(self.config, self.folder.quant_config, self.entries)
 
+    def belongs_to_weight(self, key: str) -> bool:
+        """Whether a format gives the tensor to a weight that is another tensor, or to the KV cache: one that the
+        checkpoint is written in, or any other. Of several words (`weight.absmax`) or called like a fused parameter
+        (`gate_up_proj_scales`) too.
+        """
+        leaf = key.rpartition(".")[2]
+        found = formats.classify("weight", leaf, self.families) or formats.classify("weight", leaf)
+        part = formats.part_of_weight(key)
+        return (
+            (found is not None and not found.main)
+            or (part is not None and not part[1].main)
+            or formats.kv_scale(key) is not None
+            or any(main in self.places for p in formats.fused_parameters(key) for main in formats.main_names(p))
+        )
+
+    @cached_property
+    def unknown_format(self) -> str | None:
+        """The method of quantization that a config names, where it is that of no format known here."""
+        found = formats.recognise(self.config, self.folder.quant_config, self.entries)
+        return next((one.family for one in found if one.is_unknown), None)
+
+    @cached_property
+    def in_unknown_format(self) -> Mapping[str, Unexplained]:
+        """Keys that no format explains, in modules of which the class has a weight; only where there is an
+        `unknown_format`, which may call its tensors anything.
+        """
+        if self.model is None or self.unknown_format is None:
+            return {}
+        odd = (key for key in self.entries if key not in self.places and not self.belongs_to_weight(key))
+        weights = {key: _weights_around(key) for key in odd}
+        translator = Translator(self.model, {})
+        names = dict.fromkeys(weight for found in weights.values() for weight in found)
+        located = {name: translator.locate(name) for name in translator.in_loading_order(names)}
+        self.model.renames.settled()
+        found: dict[str, Unexplained] = {}
+        for key, around in weights.items():
+            weight = next((weight for weight in around if located[weight] is not None), None)
+            if weight is not None and (place := located[weight]) is not None:
+                found[key] = Unexplained(weight, *place)
+        return found
+
     @cached_property
     def quantized(self) -> dict[str, Module]:
         """Modules whose weight on disk is quantized: packed or FP8, or with a scale beside it."""
@@ -227,10 +281,11 @@ class Subject:
     @cached_property
     def count_quantized(self) -> int:
         """How many modules hold a quantized weight: those of `quantized`, and those whose packed tensor is no
-        `<module>.<leaf>`, but below the weight's own name (`weight._data`) or called like a fused parameter
-        (`_gate_up_proj_qdata`).
+        `<module>.<leaf>`, but below the weight's own name (`weight._data`), called like a fused parameter
+        (`_gate_up_proj_qdata`), or called as only an unknown format knows.
         """
-        owners = (formats.main_parameter(target) for target in self.targets)
+        owners = {formats.main_parameter(target) for target in self.targets}
+        owners.update(self.backbone.map(found.weight) for found in self.in_unknown_format.values())
         return len(self.quantized.keys() | {owner.rpartition(".")[0] for owner in owners if owner is not None})
 
     def _is_quantized(self, module: Module) -> bool:
@@ -265,6 +320,8 @@ class Subject:
         filled: dict[str, dict[Part, str]] = {}
         for key, (parameter, part) in self.places.items():
             filled.setdefault(self._group(parameter), {})[part] = key
+        for key, found in self.in_unknown_format.items():
+            filled.setdefault(self._group(found.parameter), {}).setdefault(found.part, key)
         for key, parameters in self.split_keys.items():
             filled |= {self._group(parameter): {WHOLE: key} for parameter in parameters}
         wanted: dict[str, str] = {}
@@ -399,6 +456,12 @@ class Subject:
         self.bytes_read += sum(map(len, data.values()))
         for i, group in enumerate(groups):
             yield all(data[f"{i}.{j}"] == data[f"{i}.0"] for j in range(1, len(group)))
+
+
+def _weights_around(key: str) -> list[str]:
+    """The weights that a tensor may belong to: its module's, or that of the one above (`centroids.weight`)."""
+    parent = key.rpartition(".")[0]
+    return [f"{module}.weight" for module in (parent, parent.rpartition(".")[0]) if module]
 
 
 def _siblings(first: str, second: str) -> bool:

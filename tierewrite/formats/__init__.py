@@ -9,7 +9,7 @@ it is left alone by whoever asked.
 
 from __future__ import annotations
 
-from tierewrite.formats.detection import detect
+from tierewrite.formats.detection import detect, recognise
 from tierewrite.formats.families import FAMILIES
 from tierewrite.formats.family import Companion, Family, Role, Signs
 from tierewrite.formats.smoothing import Adjacency
@@ -52,4 +52,5 @@ __all__ = [
     "main_names",
     "main_parameter",
     "part_of_weight",
+    "recognise",
 ]

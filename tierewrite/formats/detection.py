@@ -36,6 +36,11 @@ class Recognised:
     configs: tuple[str, ...]
 
     @property
+    def is_unknown(self) -> bool:
+        """Whether it is a name in a config that no family has."""
+        return self.family not in FAMILIES
+
+    @property
     def by(self) -> str:
         """What it was recognised by, for people."""
         tensors = [f"tensors {', '.join(self.keys[:4])}{', ...' if len(self.keys) > 4 else ''}"] if self.keys else []

@@ -77,8 +77,10 @@ def _fit(model: ModelNames, declared: Declared, keys: Collection[str], config: M
             found.update(map(pattern_of, (place[0], *translator.covers.get(name, ()))))
         elif name in there or name.endswith(".weight"):  # others are guesses at fused experts
             strange.append(name)
-    strange = [name for name in strange if not _is_no_evidence(name, model, config)]
-    ignored = tuple(name for name in strange if any(re.search(safe_pattern(p), name) for p in model.ignored))
+    companions = {name: weight for name in strange if (weight := _weight_beside(name, model)) is not None}
+    found.update(map(pattern_of, companions.values()))  # in whatever form: without it they would not be there
+    strange = [name for name in strange if name not in companions and not _is_no_evidence(name, config)]
+    ignored = tuple(name for name in strange if is_ignored(name, model))
     unexpected = tuple(name for name in strange if name not in ignored)
     return Fit(unexpected, tuple(_missing(model, declared, found)), ignored)
 
@@ -94,17 +96,29 @@ def all_loaded(model: ModelNames, parameters: Collection[str], keys: Collection[
     return False
 
 
-def _is_no_evidence(name: str, model: ModelNames, config: Mapping[str, Any]) -> bool:
-    """Whether a name without a parameter says nothing against the class."""
-    if _FORMER_BUFFER.search(name):
-        return True
+def is_ignored(name: str, model: ModelNames) -> bool:
+    """Whether the class says that it passes over such a name, where it has no parameter for it."""
+    return any(re.search(safe_pattern(pattern), name) for pattern in model.ignored)
+
+
+def is_former_buffer(name: str) -> bool:
+    """Whether older checkpoints hold such a buffer, which transformers passes over without a word."""
+    return _FORMER_BUFFER.search(name) is not None
+
+
+def _weight_beside(name: str, model: ModelNames) -> str | None:
+    """The weight to which a companion in a format that nobody knows belongs."""
     parent, _, leaf = name.rpartition(".")
-    if leaf not in _MAIN and any(f"{module}.weight" in model.shapes for module in (parent, parent.rpartition(".")[0])):
-        return True  # a companion in a format that nobody knows
-    return _predicts_further_tokens(name, config)
+    weights = (f"{module}.weight" for module in (parent, parent.rpartition(".")[0]))
+    return None if leaf in _MAIN else next((weight for weight in weights if weight in model.shapes), None)
 
 
-def _predicts_further_tokens(name: str, config: Mapping[str, Any]) -> bool:
+def _is_no_evidence(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a name without a parameter says nothing against the class."""
+    return is_former_buffer(name) or predicts_further_tokens(name, config)
+
+
+def predicts_further_tokens(name: str, config: Mapping[str, Any]) -> bool:
     """Whether it belongs to layers for multi-token prediction, which releases keep beside the model."""
     if name.startswith(("mtp.", "model.mtp.")):
         return True

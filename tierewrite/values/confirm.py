@@ -168,8 +168,10 @@ def _what_it_means(checkpoint: Checkpoint, plan: RewritePlan, refused: Sequence[
         rows = np.flatnonzero(plan.group == number).tolist()
         shapes = [checkpoint.tensors.kinds[checkpoint.tensors.kind[row]][1] for row in rows]
         quantized, plain = sorted_modules(zip([plan.source.names[row] for row in rows], shapes, strict=True))
-        if quantized and plain:
-            return ONE_QUANTIZED.format(shown(min(quantized)), shown(min(plain)))
+        # What lies below a quantized module is a part of it (`lm_head.centroids`), and no side.
+        whole = [module for module in plain if not module.startswith(tuple(f"{one}." for one in quantized))]
+        if quantized and whole:
+            return ONE_QUANTIZED.format(shown(min(quantized)), shown(min(whole)))
     return TWO_TENSORS
 
 

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from tierewrite import formats
 from tierewrite.consumers import common_rules
 from tierewrite.consumers.findings import Finding
 from tierewrite.consumers.rules import Rule, RuleSet
@@ -23,6 +22,7 @@ from tierewrite.consumers.subject import Subject
 from tierewrite.consumers.transformers.names import missed_names
 from tierewrite.source.folder import loader_of
 from tierewrite.source.table import INDEX_NAME
+from tierewrite.ties.fit import is_former_buffer, is_ignored
 from tierewrite.ties.on_disk import WHOLE, Part, on_disk
 from tierewrite.ties.quantizers import FLOAT8_STAYS, QUANT_METHODS
 from tierewrite.ties.quantizers import quant_method as quant_method_of
@@ -240,16 +240,16 @@ UNEXPECTED_TENSOR = Rule(
 
 @RULES.add(UNEXPECTED_TENSOR)
 def unexpected_tensors(s: Subject) -> Iterator[Finding]:
-    """modeling_utils.py `log_state_dict_report`: UNEXPECTED in the table; never an error."""
-    if s.model is None:
+    """modeling_utils.py `log_state_dict_report`: UNEXPECTED in the table; never an error. Not in it is what
+    `_adjust_missing_and_unexpected_keys` takes out.
+    """
+    model = s.model
+    if model is None:
         return
     known = quantization(s) is not None
-    keys = tuple(
-        key
-        for key in s.entries
-        if key not in s.places
-        and not (known and (formats.classify("weight", key.rpartition(".")[2]) or formats.kv_scale(key)))
-    )
+    odd = (key for key in s.entries if key not in s.places and key not in s.in_unknown_format)
+    listed = (key for key in odd if not is_former_buffer(key) and not is_ignored(key, model))
+    keys = tuple(key for key in listed if not (known and s.belongs_to_weight(key)))
     if keys:
         yield UNEXPECTED_TENSOR.at(keys, f"{len(keys)} {UNEXPECTED_TENSOR.title}")
 

@@ -104,7 +104,7 @@ def _place_of(s: VllmSubject, found: Unread, key: str) -> list[str] | None:
         if what == "refused" or (what is None and _prefixed_once_more(s, unquantized)):
             return found.other_names
         return found.passed_over if what == "ignored" and s.places[key][1] else None
-    if s.model is None and what is None:
+    if (s.model is None and what is None) or key in s.in_unknown_format:
         return None
     if key in s.mtp_keys and not s.backbone.passes_over(s.backbone.map(key)):
         return _of_mtp(s, found, key)
