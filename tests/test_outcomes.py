@@ -69,6 +69,19 @@ def test_a_refusal_names_the_alias_that_differs_and_those_that_do_not(tmp_path: 
     assert caught.value.details["groups"][0]["differing_aliases"].keys() == {"lm_head.weight"}
 
 
+def test_a_refusal_does_not_say_that_what_is_not_stored_agrees(tmp_path: Path) -> None:
+    given = checkpoint(tmp_path, encoder__embed__weight=bf16(OTHER))
+    kept = read_tensors(given["src"])
+    del kept["shared.weight"], kept["lm_head.weight"]
+    (tmp_path / "src" / "model.safetensors").unlink()
+    write_checkpoint(given["src"], kept, config={})
+    with pytest.raises(Refused) as caught:
+        tierewrite.rewrite(dst=tmp_path / "dst", **given)
+    (line,) = [line for line in str(caught.value).splitlines() if "differ" in line]
+    assert "agree" not in line
+    assert "lm_head.weight" not in line
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [

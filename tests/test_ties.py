@@ -207,6 +207,13 @@ def test_asking_the_class_is_silent_and_leaves_every_setting_as_it_was(capfd: py
     assert capfd.readouterr() == ("", "")
 
 
+def test_the_refusal_of_remote_code_says_where_that_is(tmp_path: Path) -> None:
+    remote = {**QWEN, "model_type": "unheard_of", "architectures": ["Thing"]}
+    for named, where in (("modeling.Thing", "in the folder"), ("some/one--modeling.Thing", "of some/one on the hub")):
+        with pytest.raises(ConfigError, match=f"Python files {where} "):
+            resolve({**remote, "auto_map": {"AutoModel": named}}, tmp_path)
+
+
 def test_the_network_is_never_touched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from huggingface_hub import constants
 

@@ -100,7 +100,7 @@ def named(config: Mapping[str, Any], wanted: str, registered: Any, file: Path) -
     if registered is None and own is not None and own.model_type == model_type:
         return Candidate(own, model_class)  # a part of a model, whose type AutoConfig does not list
     if auto_map and (registered is None or model_class is None):
-        raise needs_leave(wanted, file)
+        raise needs_leave(wanted, config, file)
     if model_class is None:
         raise ConfigError(f"the class '{shown(wanted)}' is unknown; {versions(config)}", file=file)
     if registered is None:
@@ -117,10 +117,13 @@ def named(config: Mapping[str, Any], wanted: str, registered: Any, file: Path) -
     )
 
 
-def needs_leave(wanted: object, file: Path) -> ConfigError:
-    """The refusal of remote code."""
+def needs_leave(wanted: object, config: Mapping[str, Any], file: Path) -> ConfigError:
+    """The refusal of remote code, which is in the folder or, as `org/name--module.Class`, in another repository."""
+    named = [name for name in (config.get("auto_map") or {}).values() if isinstance(name, str)]
+    elsewhere = sorted({name.partition("--")[0] for name in named if "--" in name})
+    whose = f"of {shown(', '.join(elsewhere))} on the hub" if elsewhere else "in the folder"
     return ConfigError(
-        f"{shown(wanted)} is defined by Python files in the folder (auto_map), which are not run "
+        f"{shown(wanted)} is defined by Python files {whose} (auto_map), which are not run "
         "without leave: use --trust-remote-code after reading them, or --ties FILE",
         file=file,
     )

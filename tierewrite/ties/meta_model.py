@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tierewrite.errors import Interrupted, SystemFailure, shown
+from tierewrite.errors import Interrupted, SystemFailure, shown, without_a_folder
 from tierewrite.ties import this_thread
 from tierewrite.ties.flags import flag_places
 from tierewrite.ties.patterns import safe_pattern
@@ -54,9 +54,9 @@ def _importing() -> Iterator[None]:
         yield
     except BaseException as exc:  # a library that was built for another system raises much else than ImportError
         stop_if_fatal(exc)
+        advice = without_a_folder() or "repair their installation, or say what is tied with --ties FILE"
         raise SystemFailure(
-            f"torch and transformers, which know what is tied, cannot be imported here: {in_one_line(exc)}; repair "
-            "their installation, or say what is tied with --ties FILE"
+            f"torch and transformers, which know what is tied, cannot be imported here: {in_one_line(exc)}; {advice}"
         ) from exc
 
 

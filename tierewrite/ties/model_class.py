@@ -229,7 +229,7 @@ def _first_choice(config: dict[str, Any], names: tuple[str, ...], registered: An
     if registered is not None:
         return candidates.automodel(config, registered, file)
     if config.get("auto_map"):
-        raise candidates.needs_leave(config.get("model_type"), file)
+        raise candidates.needs_leave(config.get("model_type"), config, file)
     raise ConfigError(
         f"model_type '{shown(config.get('model_type'))}' is unknown; {candidates.versions(config)}", file=file
     )

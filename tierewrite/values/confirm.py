@@ -127,7 +127,7 @@ def refusal(
                 "differing_aliases": dict(differing),
             }
         )
-    lines = [_line(entry) for entry in listed[:_LISTED]]
+    lines = [_line(entry, group) for entry, group in zip(listed[:_LISTED], refused, strict=False)]
     if len(listed) > _LISTED:
         lines.append(f"  ... and {len(listed) - _LISTED} more (all of them with --json)")
     count = f"{len(listed)} declared tie{'s' if len(listed) > 1 else ''}"
@@ -144,11 +144,16 @@ def refusal(
     )
 
 
-def _line(entry: Mapping[str, Any]) -> str:
-    """One refused group, as a line for people: of several aliases those that differ are named."""
+def _line(entry: Mapping[str, Any], group: GroupPlan) -> str:
+    """One refused group, as a line for people: of several aliases those that differ are named.
+
+    What is not stored is not named; nor does the side agree that the others are held against.
+    """
     differing, aliases = entry["differing_aliases"], entry["aliases"]
-    agreeing = [alias for alias in aliases if alias not in differing] if differing else []
-    told = list(differing) if agreeing else aliases
+    first = {group.side_names[side] for side in group.checks.sides.ravel()[:1].tolist()}
+    others = [alias for alias in aliases if alias not in differing and alias not in group.absent]
+    agreeing = [alias for alias in others if alias not in first] if differing else []
+    told = list(differing) if agreeing else [alias for alias in aliases if alias not in group.absent]
     lead = f"{shown(', '.join(told))} -> {shown(entry['canonical'])}"
     said = f"  {of_which(lead, (entry['canonical'], *told), entry['reason'])}"
     return f"{said}; {shown(', '.join(agreeing))} agree{'' if agreeing[1:] else 's'}" if agreeing else said
