@@ -130,6 +130,8 @@ SOUND: dict[str, Callable[[], Draft]] = {
         lambda name: name.replace("vision_tower.", "vision_tower.vision_model."),
     ),
     "qwen3moe quark fp8": lambda: quark_fp8(plain("Qwen3MoeForCausalLM"), exclude=("re:.*mlp.gate$",)),
+    "lfm2 nvfp4, a dense mlp of w1, w2 and w3": lambda: nvfp4(plain("Lfm2ForCausalLM")),
+    "lfm2 compressed fp8": lambda: compressed_fp8(plain("Lfm2ForCausalLM")),
     "whisper nvfp4 with another q": lambda: cross_attention(plain("WhisperForConditionalGeneration")),
 }
 
@@ -327,6 +329,16 @@ KINDS: dict[str, Kind] = {
         fixed=True,
     ),
     "nvfp4 with half the block scales": Kind(lambda: half_scales(nvfp4(plain("Qwen3ForCausalLM"))), "wrong-shape"),
+    "nvfp4 with w1 and w3 of a dense mlp of other scales": Kind(
+        lambda: other_scale(nvfp4(plain("Lfm2ForCausalLM")), f"{L0}.feed_forward.w1"),
+        "fused-weight-scale-differs",
+        fixed=True,
+    ),
+    "lfm2 nvfp4 without a scale of w2": Kind(
+        lambda: dropped(nvfp4(plain("Lfm2ForCausalLM")), f"{L0}.feed_forward.w2.weight_scale"),
+        "scale-missing",
+        f"{L0}.feed_forward.w2.weight_scale",
+    ),
     "kv scale of a fused qkv missing": Kind(
         lambda: kv_scales(nvfp4(plain("Phi3ForCausalLM"), kv=True), "k"),
         "kv-scale-missing",

@@ -40,6 +40,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Glm4MoeForCausalLM": TEXT | ROUTED | {"first_k_dense_replace": 1},
     "GptOssForCausalLM": TEXT | SLIDING | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "GPT2LMHeadModel": {"vocab_size": 64, "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    "Lfm2ForCausalLM": NO_HEAD_DIM | {"layer_types": ["conv", "full_attention"]},
     "Gemma4ForCausalLM": TEXT
     | {
         "sliding_window": 32,

@@ -145,16 +145,18 @@ class ClassFacts:
         found = self.reads.get(pattern_of(key))
         if found is None:
             return None
+        owner = self.listed_as.get(found, found)
         parent, _, leaf = found.rpartition(".")
-        owner = parent if _EXPERTS.fullmatch(leaf) else found
-        return with_numbers(self.listed_as.get(owner, owner), key)
+        if owner not in self.takes and _EXPERTS.fullmatch(leaf):
+            owner = self.listed_as.get(parent, parent)
+        return with_numbers(owner, key)
 
     def kind(self, module: str) -> str | None:
         """The kind of a module of `takes`; None where it takes no quantization or is not known."""
         return self.takes.get(pattern_of(module))
 
 
-_EXPERTS = re.compile(r"w\d+")  # w13, w2: the parameters of fused experts
+_EXPERTS = re.compile(r"w\d+")  # w13, w2: the parameters of fused experts; in some classes modules of a dense MLP
 
 
 def _without_weight(name: str) -> str:
