@@ -23,7 +23,7 @@ CLASSES = Path(consumers.__file__).parent / "vllm" / "classes.json"
 FUSED = Path(formats.__file__).parent / "fused_sets.json"
 ASKED = [
     "BartForConditionalGeneration", "DeepseekV3ForCausalLM", "GPT2LMHeadModel", "Gemma3ForConditionalGeneration",
-    "LlamaForCausalLM", "MixtralForCausalLM", "WhisperForConditionalGeneration",
+    "LlamaForCausalLM", "MixtralForCausalLM", "NemotronForCausalLM", "WhisperForConditionalGeneration",
 ]  # fmt: skip
 
 

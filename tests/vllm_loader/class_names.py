@@ -17,6 +17,7 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,15 @@ import transformers
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "decoder_layers", "depth",
           "num_decoder_layers")  # fmt: skip
 LAYERS_KEPT = 4
+# What some default configs leave out, though their classes cannot be built without it.
+NEEDED: dict[str, Callable[[Any], Any]] = {
+    "num_key_value_heads": lambda config: config.num_attention_heads,
+    "head_dim": lambda config: config.hidden_size // config.num_attention_heads,
+    "layer_types": lambda config: ["full_attention"] * config.num_hidden_layers,
+    "n_routed_experts": lambda config: 4,
+    "n_shared_experts": lambda config: 1,
+    "num_experts_per_tok": lambda config: 2,
+}
 
 
 def pattern(name: str) -> str:
@@ -60,10 +70,19 @@ def small_config(config_class: Any) -> Any:
     return default
 
 
+def whole_config(config_class: Any) -> Any:
+    """The small config with what the default one leaves out."""
+    config = small_config(config_class)
+    for name, value in NEEDED.items():
+        if getattr(config, name, 0) is None:
+            setattr(config, name, value(config))
+    return config
+
+
 def build(config_class: Any, model_class: Any) -> tuple[Any, Any]:
-    """(config, model on the meta device), of the small config or else of the default one."""
+    """(config, model on the meta device), of the small config or else of a whole or the default one."""
     last: Exception | None = None
-    for make in (small_config, lambda c: c()):
+    for make in (small_config, whole_config, lambda c: c()):
         try:
             config = make(config_class)
             with torch.device("meta"):

@@ -518,9 +518,9 @@ def retired() -> dict[str, str]:
     return dict(_PREVIOUSLY_SUPPORTED_MODELS)
 
 
-def one(architecture: str, names: list[dict[str, Any]], known: bool) -> dict[str, Any]:
-    """The facts of one class, or what is known without building it."""
-    problem = "transformers has no class of this name: its names are not known"
+def one(architecture: str, names: list[dict[str, Any]], known: bool, unbuilt: str) -> dict[str, Any]:
+    """The facts of one class, or what is known without building it; `unbuilt`: why transformers' own has no names."""
+    problem = f"transformers {unbuilt}: its names are not known"
     if names:
         try:
             return facts(architecture, names)
@@ -552,12 +552,14 @@ def run_all(target: Path, files: list[str], only: list[str]) -> None:
         file = target / f"{architecture}.json"
         if file.exists() and not only:
             continue
-        names = [t[architecture] for t in tables if "hub" in t.get(architecture, {})]
+        told = [t[architecture] for t in tables if architecture in t]
+        names = [table for table in told if "hub" in table]
+        unbuilt = "could not build the class from its default config" if told else "has no class of this name"
         pid = os.fork()
         if pid == 0:
             signal.alarm(SECONDS)
             try:
-                found = one(architecture, names, architecture in registered)
+                found = one(architecture, names, architecture in registered, unbuilt)
                 file.write_text(json.dumps(found | {"registered": architecture in registered}), encoding="utf-8")
             except BaseException:
                 traceback.print_exc()
