@@ -261,7 +261,9 @@ def test_what_is_typed_wrong_is_named_as_it_was_typed(arguments: list[str], said
 
 def test_topics_are_made_from_the_records(capsys: Printed) -> None:
     assert run("explain", "--list") == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.partition("\n\n")[0].splitlines()] == list(TOPICS)
+    topics = capsys.readouterr().out.partition("\n\n")[0]
+    assert [line.split()[0] for line in topics.splitlines()] == list(TOPICS)
+    assert all(family in topics for family in FAMILIES), "each of them is a topic"
     assert run("explain", "exit-codes") == 0
     assert capsys.readouterr().out.splitlines() == [f"{code:>3}  {text}" for code, text in EXIT_CODES.items()]
     assert run("explain", "json") == 0

@@ -230,9 +230,11 @@ def names() -> tuple[str, ...]:
 
 
 def listed() -> str:
-    """A line for each topic."""
+    """A line for each topic; those of the formats stand in one."""
     width = max(map(len, TOPICS))
-    return "\n".join(f"{name:<{width}}  {title}" for name, (title, _) in TOPICS.items())
+    lines = {name: f"{name:<{width}}  {title}" for name, (title, _) in TOPICS.items()}
+    lines["formats"] += f"; of one: {', '.join(FAMILIES)}"
+    return "\n".join(lines.values())
 
 
 def _exit_codes() -> str:
