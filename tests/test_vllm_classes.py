@@ -117,6 +117,9 @@ SOUND: dict[str, Callable[[], Draft]] = {
     "mixtral awq": lambda: awq(plain("MixtralForCausalLM")),
     "llama nvfp4": lambda: nvfp4(plain("LlamaForCausalLM")),
     "qwen3moe nvfp4": lambda: nvfp4(plain("Qwen3MoeForCausalLM"), ignore=("lm_head", "model.layers.*.mlp.gate")),
+    "qwen3moe nvfp4 with plain experts of one tensor each projection": lambda: nvfp4(
+        plain("Qwen3MoeForCausalLM", memory=True), ignore=(*PLAIN_ROUTERS, "*.mlp.experts")
+    ),
     "deepseek fp8 blocks": lambda: without_mtp(fp8_blocks(plain("DeepseekV3ForCausalLM"))),
     "llama compressed fp8": lambda: compressed_fp8(plain("LlamaForCausalLM")),
     "llama compressed fp8, a pattern": lambda: compressed_fp8(
@@ -338,6 +341,12 @@ KINDS: dict[str, Kind] = {
         lambda: dropped(nvfp4(plain("Lfm2ForCausalLM")), f"{L0}.feed_forward.w2.weight_scale"),
         "scale-missing",
         f"{L0}.feed_forward.w2.weight_scale",
+    ),
+    "nvfp4 with plain experts of one tensor each projection, not listed": Kind(
+        lambda: nvfp4(plain("Qwen3MoeForCausalLM", memory=True), ignore=PLAIN_ROUTERS),
+        "unlisted-unquantized",
+        f"{L0}.mlp.experts.gate_up_proj",
+        fixed=True,
     ),
     "kv scale of a fused qkv missing": Kind(
         lambda: kv_scales(nvfp4(plain("Phi3ForCausalLM"), kv=True), "k"),

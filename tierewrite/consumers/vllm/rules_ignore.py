@@ -42,7 +42,7 @@ def ignore_partly_fused(s: VllmSubject) -> Iterator[Finding]:
         if named:
             parent, _, leaf = module.rpartition(".")
             others = [x for x in s.backbone.fused.get(leaf, ("others",)) if x not in named]
-            plain = [n for n, m in s.linear[module].items() if n not in s.quantized and m.weight]
+            plain = [n for n, m in s.linear[module].items() if n not in s.quantized and s.weight_of(m)]
             rule = PARTLY_QUANTIZED if 0 < len(plain) < len(s.linear[module]) else PARTLY_FUSED
             found = (
                 f"'{parent}' is one parameter for {', '.join((*named, *others))}, and only {', '.join(named)} is listed"
@@ -184,9 +184,10 @@ def unlisted_unquantized(s: VllmSubject) -> Iterator[Finding]:
     whole: list[str] = []
     partly: list[str] = []
     for name, parts in s.linear.items():
-        plain = [m for p, m in parts.items() if p not in s.quantized and m.weight and name not in (head, "lm_head")]
+        weights = (s.weight_of(m) for p, m in parts.items() if p not in s.quantized and name not in (head, "lm_head"))
+        plain = [weight for weight in weights if weight is not None]
         if plain and name not in s.excluded and not s.ignore.partly(name):
-            (whole if len(plain) == len(parts) else partly).extend(m.weight or "" for m in plain)
+            (whole if len(plain) == len(parts) else partly).extend(plain)
     for rule, keys in ((UNLISTED, whole), (UNLISTED_PART, partly)):
         if keys:
             yield rule.at(keys, f"{len(keys)} unquantized weights of modules that the ignore list does not name")

@@ -11,7 +11,7 @@ from typing import Any
 from tierewrite import formats
 from tierewrite.consumers.backbone import matches
 from tierewrite.consumers.class_facts import ClassFacts
-from tierewrite.consumers.subject import PACKED, Module, Subject
+from tierewrite.consumers.subject import FLOATS, PACKED, Module, Subject
 from tierewrite.consumers.vllm.ignore import ExactIgnore, Ignore, ModeloptIgnore
 from tierewrite.consumers.vllm.quantization import VISION, Quantization
 from tierewrite.consumers.vllm.schemes import Scheme
@@ -275,9 +275,17 @@ class VllmSubject(Subject):
         """vLLM's linear modules: name -> the checkpoint modules that it is made of."""
         found: dict[str, dict[str, Module]] = {}
         for name, module in self.modules.items():
-            if module.weight is not None and self.is_linear(name):
+            if self.weight_of(module) is not None and self.is_linear(name):
                 found.setdefault(self.built_as(name), {})[name] = module
         return found
+
+    def weight_of(self, module: Module) -> str | None:
+        """The key of its weight; of plain experts that are stored as one tensor a projection, the first of these."""
+        if module.weight is not None or self.facts is None or self.facts.kind(self.built_as(module.name)) != "experts":
+            return module.weight
+        keys = (keys[0] for keys in module.leaves.values())
+        plain = (key for key in keys if self.entries[key].dtype in FLOATS and len(self.entries[key].shape) == 3)
+        return next((key for key in plain if self.facts.what(key) == "reads"), None)
 
     @cached_property
     def excluded(self) -> set[str]:
