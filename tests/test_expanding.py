@@ -129,6 +129,27 @@ def test_a_source_that_no_rewrite_makes_is_told_from_a_failing_disk(tmp_path: Pa
     tierewrite.expand(tmp_path / "canonical", tmp_path / "out", verify=True)
 
 
+@pytest.mark.parametrize("left", [Tensor("F32", [], b"4321"), Tensor("F32", [1], b"1234")], ids=["bytes", "shape"])
+def test_a_side_is_not_completed_into_a_mixture_of_two_weights(left: Tensor, tmp_path: Path) -> None:
+    """A scale is left of a side whose weight somebody lost: it is that of another weight."""
+    tensors = {"a.q_proj.weight": EIGHT, "a.q_proj.weight_scale": SCALE, "b.q_proj.weight_scale": left}
+    with pytest.raises(Refused, match=r"'b\.q_proj\.weight_scale' differs from 'a\.q_proj\.weight_scale'"):
+        tierewrite.expand(checkpoint(tmp_path, tensors), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_side_that_is_there_in_part_is_completed_and_no_rewrite_makes_such_a_source(tmp_path: Path) -> None:
+    """bitsandbytes' names of several words, which `save_pretrained` leaves under the alias without their weight."""
+    src = FIXTURES / "dg_bnb_nf4_saved" / "naive"
+    tierewrite.expand(src, tmp_path / "out")
+    made, had = read_tensors(tmp_path / "out"), read_tensors(src)
+    side = "model.encoder.language_model.layers.0.mlp.down_proj.weight"
+    assert side not in had
+    assert made[side] == had["model.decoder.layers.0.mlp.down_proj.weight"]
+    with pytest.raises(VerificationFailed, match="SRC itself is not what a rewrite makes"):
+        tierewrite.expand(src, tmp_path / "proved", verify=True)
+
+
 def test_a_mapping_or_a_file_of_ties_speaks_of_names_that_are_not_there(tmp_path: Path) -> None:
     src = write_checkpoint(tmp_path / "src", {"a.q_proj.weight": ONE}, config={})
     (tmp_path / "ties.json").write_text(json.dumps(TIES))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tierewrite import interrupts
 from tierewrite.engines import Engine, open_engine
 from tierewrite.engines.progress import Progress, ProgressLike, progress_of
-from tierewrite.errors import SourceError, UsageError, VerificationFailed, shown
+from tierewrite.errors import Refused, SourceError, UsageError, VerificationFailed, shown
 from tierewrite.formats.numbered import pattern_of
 from tierewrite.output.manifest import read_manifest
 from tierewrite.output.metadata import header_metadata, index_metadata, with_descriptions
@@ -161,7 +161,8 @@ def expand(
 
     Raises:
         UsageError: the call cannot be carried out, or it is not known which names `consumer` needs (exit 2).
-        Refused: a companion is of no known format, or a name is that of another tensor (exit 3).
+        Refused: a companion is of no known format, a name is that of another tensor, or a side whose weight is not
+            stored has a scale of another weight (exit 3).
         SourceError: something is wrong in `src` (exit 4). SystemFailure: disk, permission, I/O (exit 5).
         NotReady, VerificationFailed: as for `rewrite` (exit 6). Whatever is raised, nothing is left behind.
     """
@@ -190,6 +191,7 @@ def expand(
         needed = ask(_with_aliases(opened, aliases)) if ask is not None else None
         if needed is not None:
             aliases = [alias for alias in aliases if alias.name in needed.names]
+        _refuse_mixtures(checkpoint, aliases, workers)
         notes = needed.notes if needed is not None else ()
         plan = expansion(checkpoint, aliases, limit, (*checkpoint.warnings, *opened.ties.warnings, *notes))
         side_file_clashes(checkpoint, plan.shards)
@@ -253,6 +255,30 @@ def _with_aliases(opened: Opened, aliases: Sequence[Alias]) -> Opened:
     ]
     checkpoint = replace(opened.checkpoint, tensors=Tensors.of(entries))
     return Opened(checkpoint, opened.ties, on_disk(opened.ties, checkpoint.tensors, checkpoint.tensors))
+
+
+def _refuse_mixtures(checkpoint: Checkpoint, aliases: Sequence[Alias], workers: Engine) -> None:
+    """What a side has of its weight already (a scale whose weight is gone) is what the first side has.
+
+    Raises:
+        Refused: it is not: what is written out would belong to another weight than what is there.
+        SourceError, SourceChanged, SystemFailure: reading failed.
+    """
+    tensors = checkpoint.tensors
+    pairs = {(tensors.names[one], tensors.names[own]): alias.name for alias in aliases for one, own in alias.beside}
+    if not pairs:
+        return
+    digests = workers.hash(checkpoint, {key for pair in pairs for key in pair}, "hashing")
+    for (first, own), lacking in pairs.items():
+        kinds = [(tensors[key].dtype, tensors[key].shape) for key in (first, own)]
+        if kinds[0] != kinds[1] or digests[first] != digests[own]:
+            raise Refused(
+                f"'{shown(own)}' differs from '{shown(first)}', and '{shown(lacking)}' beside it is not stored: copied "
+                "from the other side, it would belong to another weight. Export again, or leave "
+                f"'{shown(own)}' out of SRC",
+                file=checkpoint.place,
+                tensor=own,
+            )
 
 
 def _modules(tensors: Tensors, aliases: Sequence[Alias]) -> dict[str, list[str]]:
@@ -340,7 +366,8 @@ def _prove(
             return [problem.where for problem in proof.problems]
 
         wrong = unlike_source(written, after)
-        if wrong and (not_canonical := unlike_source(source, before)):
+        in_part = [names[own] for alias in aliases for _, own in alias.beside]
+        if wrong and (not_canonical := unlike_source(source, before) or in_part):
             raise VerificationFailed(
                 f"rewriting the output cannot give SRC again: SRC itself is not what a rewrite makes, as at "
                 f"'{shown(not_canonical[0])}'; nothing was left behind. Rewrite SRC first, or leave out --verify",

@@ -33,11 +33,14 @@ class Alias(NamedTuple):
         name: its key.
         row: of the tensor that it is a copy of.
         group: id of the tie.
+        beside: what its side has of the weight already: rows of the first side's tensors, each with its own. Where one
+            pair differs, the side would become a mixture of two weights.
     """
 
     name: str
     row: int
     group: str
+    beside: tuple[tuple[int, int], ...] = ()
 
 
 def missing_aliases(checkpoint: Checkpoint, ties: DiskTies, kv_scales: KVScales = "keep") -> list[Alias]:
@@ -60,7 +63,7 @@ def missing_aliases(checkpoint: Checkpoint, ties: DiskTies, kv_scales: KVScales 
         for slot in tie.slots:
             places = range(at, at := at + len(slot))
             if tie.problem is None:
-                found.extend(Alias(name, row, tie.id) for name, row in _of_slot(sides, slot, places))
+                found.extend(_of_slot(sides, slot, places, tie.id))
         if tie.problem is None:
             attentions.add(tie, range(len(tie.slots)))
     if kv_scales == "merge":
@@ -69,8 +72,8 @@ def missing_aliases(checkpoint: Checkpoint, ties: DiskTies, kv_scales: KVScales 
     return found
 
 
-def _of_slot(sides: Sides, slot: Sequence[str], places: Sequence[int]) -> Iterator[tuple[str, int]]:
-    """What the sides of a slot lack: keys, and the rows that they are copies of.
+def _of_slot(sides: Sides, slot: Sequence[str], places: Sequence[int], group: str) -> Iterator[Alias]:
+    """What the sides of a slot of the tie `group` lack.
 
     Raises:
         Refused: the side that is there has a tensor of no known format.
@@ -86,11 +89,16 @@ def _of_slot(sides: Sides, slot: Sequence[str], places: Sequence[int]) -> Iterat
             f"'{shown(slot[lead])}', so what its other names are on disk is not known"
         )
     parts = {**there.exact, **{part: index for part, (index, _) in there.ranges.items()}}
-    for name, one in zip(slot, compositions, strict=True):
+    first = sides.first[places[lead]]
+    for name, one, place in zip(slot, compositions, places, strict=True):
         if one.unknown < 0 and _is_lacking(one, there):
             lacking = parts.keys() - one.exact.keys() - one.ranges.keys()
+            beside = tuple(
+                (int(sides.rows[first + there.exact[part]]), int(sides.rows[sides.first[place] + index]))
+                for part, index in one.exact.items()
+            )
             for part in (part for part in parts if part in lacking):
-                yield canonical_key(name, part), int(sides.rows[sides.first[places[lead]] + parts[part]])
+                yield Alias(canonical_key(name, part), int(sides.rows[first + parts[part]]), group, beside)
 
 
 def _is_lacking(side: Composition, lead: Composition) -> bool:
