@@ -51,9 +51,7 @@ class Forger:
         self.shards = {path.name: read_shard(path) for path in sorted(dst.glob("*.safetensors"))}
         self.manifest: dict[str, Any] = json.loads((dst / MANIFEST).read_text())
         self.index: dict[str, Any] = json.loads((dst / INDEX).read_text())
-        self.others = {
-            path.name: path.read_bytes() for path in dst.iterdir() if path.suffix != ".safetensors"
-        }
+        self.others = {path.name: path.read_bytes() for path in dst.iterdir() if path.suffix != ".safetensors"}
         self.keep_manifest = True
 
     def write(self, folder: Path) -> None:

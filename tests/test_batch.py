@@ -1147,9 +1147,7 @@ def test_an_interrupt_during_the_proof_leaves_no_dst(
 
 @pytest.mark.parametrize("jobs", [1, 2])
 @pytest.mark.parametrize("method", ["start", "advance", "part", "finish"])
-def test_what_the_callers_progress_raises_is_passed_on(
-    method: str, jobs: int, tmp_path: Path, ties_file: Path
-) -> None:
+def test_what_the_callers_progress_raises_is_passed_on(method: str, jobs: int, tmp_path: Path, ties_file: Path) -> None:
     """It was told as an internal error of each checkpoint."""
     for name in "abc":
         tiny(tmp_path / "models" / name)

@@ -22,10 +22,7 @@ def same_layer_scalars(src: Path) -> Path:
     tensors = read_tensors(src)
     edit_tensors(
         src,
-        {
-            f"{ENCODER}.layers.{n}.layer_scalar": tensors[f"{DECODER}.layers.{n}.layer_scalar"]
-            for n in range(2)
-        },
+        {f"{ENCODER}.layers.{n}.layer_scalar": tensors[f"{DECODER}.layers.{n}.layer_scalar"] for n in range(2)},
     )
     return src
 

@@ -240,5 +240,3 @@ def test_strict_readers_take_every_json_of_ours_where_a_ratio_is_beyond_float64(
     assert found["rewrite"]["ratios"] == {"median": None, "max": None}
     manifest = orjson.loads((out / "tierewrite.json").read_bytes())
     assert manifest["groups"][0]["tensors"]["a.q_proj.input_scale"]["ratio"] is None
-
-

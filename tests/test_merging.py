@@ -213,9 +213,7 @@ def test_bf16_rounds_up_for_max_and_down_for_min() -> None:
 def test_quiet_f16_scale_is_valid_as_a_scale_and_not_as_a_reciprocal() -> None:
     quiet = 2.0**-16  # a subnormal of F16
     assert merge(MAX, side("a", quiet, dtype="F16"), side("b", quiet / 2, dtype="F16")).calibrated
-    assert read("F16", merge(MIN, side("a", quiet, dtype="F16"), side("b", 300.0, dtype="F16")).data) == [
-        300.0
-    ]
+    assert read("F16", merge(MIN, side("a", quiet, dtype="F16"), side("b", 300.0, dtype="F16")).data) == [300.0]
 
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F8_E8M0"])
@@ -228,16 +226,11 @@ def test_eight_bit_scales_agree_with_torch_for_every_pair_of_codes(dtype: str) -
     pairs = [(a, b) for a in range(256) for b in range(0, 256, 17)]
     for companion in (MAX, MIN):
         results = merge_many(
-            [
-                ((Side("a", dtype, (), bytes([a])), Side("b", dtype, (), bytes([b]))), companion)
-                for a, b in pairs
-            ]
+            [((Side("a", dtype, (), bytes([a])), Side("b", dtype, (), bytes([b]))), companion) for a, b in pairs]
         )
         for (a, b), result in zip(pairs, results, strict=True):
             valid = [
-                values[c]
-                for c in (a, b)
-                if normal <= values[c] < math.inf and values[c] not in companion.uncalibrated
+                values[c] for c in (a, b) if normal <= values[c] < math.inf and values[c] not in companion.uncalibrated
             ]
             if not valid:
                 assert result.data == bytes([a])
@@ -264,9 +257,7 @@ def test_shapes_that_differ_by_axes_of_length_one_merge_into_the_first_shape() -
         ([("F32", ()), ("F6_E2M3", ())], "dtype F6_E2M3"),
     ],
 )
-def test_mergeable_tells_from_headers_alone(
-    headers: list[tuple[str, tuple[int, ...]]], reason: str | None
-) -> None:
+def test_mergeable_tells_from_headers_alone(headers: list[tuple[str, tuple[int, ...]]], reason: str | None) -> None:
     found = mergeable(headers)
     assert found is None if reason is None else found is not None and reason in found
 

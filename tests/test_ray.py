@@ -589,15 +589,13 @@ def test_without_ray_the_extra_is_named(naive: Naive, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"engine": "local", "ray_address": "auto"}, "belongs to engine=\"ray\""),
+        ({"engine": "local", "ray_address": "auto"}, 'belongs to engine="ray"'),
         ({"engine": "ray", "threads": 2}, "belongs to the local engine"),
         ({"engine": "ray", "device": "tpu"}, "there is no device 'tpu'"),
         ({"engine": "dask"}, "there is no engine 'dask'"),
     ],
 )
-def test_options_that_do_not_go_together(
-    options: dict[str, Any], message: str, naive: Naive, tmp_path: Path
-) -> None:
+def test_options_that_do_not_go_together(options: dict[str, Any], message: str, naive: Naive, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message):
         tierewrite.rewrite(naive("bart_bf16"), tmp_path / "out", **options)
     assert names_in(tmp_path) == []

@@ -142,9 +142,7 @@ def test_unify_gives_fused_projections_the_largest_scale(naive: Naive, tmp_path:
         for module in after
         if module.endswith(".weight_scale_2") and after[module] != plain[module]
     }
-    untouched = {
-        name for name in after if not any(name.startswith(f"{module}.weight") for module in moved)
-    }
+    untouched = {name for name in after if not any(name.startswith(f"{module}.weight") for module in moved)}
     assert all(after[name] == plain[name] for name in untouched)
 
 

@@ -279,9 +279,7 @@ def test_every_command_takes_urls(naive: Naive, store: Store, tmp_path: Path) ->
     assert [problem.where for problem in tierewrite.verify(src, out, **options).problems] == ["tokenizer.json"]
 
 
-def test_command_line_takes_urls(
-    naive: Naive, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_command_line_takes_urls(naive: Naive, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TIEREWRITE_CACHE", str(tmp_path / "answers"))
     src, out = store.upload(naive("qwen3_tied_bf16")), store.url("out")
     written = client(store, "rewrite", src, out, "--json", "--verify")
@@ -448,9 +446,7 @@ def test_url_of_nothing_is_exit_4(store: Store, memory: Callable[[str], str], tm
 
 def test_missing_bucket_for_dst_is_exit_5(naive: Naive, store: Store) -> None:
     dst = "s3://there-is-no-such-bucket/out"
-    refused(
-        lambda: tierewrite.rewrite(naive("qwen3_tied_bf16"), dst), tierewrite.SystemFailure, dst, "make the bucket"
-    )
+    refused(lambda: tierewrite.rewrite(naive("qwen3_tied_bf16"), dst), tierewrite.SystemFailure, dst, "make the bucket")
 
 
 def test_kinds_of_file_system_that_are_not_there_are_exit_2(

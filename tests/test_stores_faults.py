@@ -152,9 +152,7 @@ def test_upload_that_always_fails_leaves_nothing(op: str, how: Any, case: Case, 
     ("op", "how"), [*(("get", how) for how in ("cut", SLOW_DOWN, BROKEN)), ("head", "cut"), ("list", "cut")]
 )
 @pytest.mark.usefixtures("impatient")
-def test_download_that_always_fails_leaves_nothing(
-    op: str, how: Any, case: Case, store: Store, tmp_path: Path
-) -> None:
+def test_download_that_always_fails_leaves_nothing(op: str, how: Any, case: Case, store: Store, tmp_path: Path) -> None:
     store.faults.append(Fault(of(op, "" if op == "list" else "model.safetensors"), how, EVER))
     with pytest.raises(tierewrite.SystemFailure) as error:
         down(case, store, tmp_path)
@@ -213,9 +211,7 @@ def test_key_that_may_only_read_is_told_so_and_leaves_nothing(case: Case, store:
     assert store.objects() == {}
 
 
-def test_no_credentials_at_all_is_exit_5_with_advice(
-    case: Case, store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_credentials_at_all_is_exit_5_with_advice(case: Case, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     with pytest.raises(tierewrite.SystemFailure, match="check the credentials"):
@@ -323,13 +319,9 @@ def test_run_whose_place_another_took_over_stops_and_touches_nothing(case: Case,
     assert not store.asked("delete")
 
 
-
-
 def run_until(case: Case, store: Store, number: int, signum: int = signal.SIGKILL) -> subprocess.Popen[str]:
     """A rewrite in a process of its own, which gets a signal instead of an answer to its write of that number."""
-    code = (
-        "from tierewrite import cli; from tierewrite.stores import remote; remote._PART_BYTES = 5 << 20; cli.main()"
-    )
+    code = "from tierewrite import cli; from tierewrite.stores import remote; remote._PART_BYTES = 5 << 20; cli.main()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, "rewrite", str(case.src), store.url("out"), *case.words, "--threads", "1"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},

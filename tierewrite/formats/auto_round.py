@@ -14,9 +14,7 @@ from tierewrite.formats.family import Family, Signs, activation, main, weight
 
 FAMILY = Family(
     name="auto-round",
-    signs=Signs(
-        methods=("auto-round", "intel/auto-round"), endings=("weight_zp", "w_bf16_to_fp8_scale", "act_scales")
-    ),
+    signs=Signs(methods=("auto-round", "intel/auto-round"), endings=("weight_zp", "w_bf16_to_fp8_scale", "act_scales")),
     companions=(
         *main("weight", "qweight"),
         *weight("qzeros", "scales", "g_idx", "weight_scale", "weight_zp", "w_bf16_to_fp8_scale"),

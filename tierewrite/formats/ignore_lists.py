@@ -179,9 +179,7 @@ class _Entries:
         self.covered = {module for covered in self.covers.values() for module in covered}
 
 
-def _covered_by_simple(
-    patterns: Mapping[str, BoundedRegex], language: Language, modules: Collection[str]
-) -> list[str]:
+def _covered_by_simple(patterns: Mapping[str, BoundedRegex], language: Language, modules: Collection[str]) -> list[str]:
     """The modules that some simple pattern may cover: most are covered by none, and one look at each tells."""
     beginnings = tuple({_beginning(entry, language) for entry in patterns})
     likely = [module for module in modules if module.startswith(beginnings)]

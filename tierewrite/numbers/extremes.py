@@ -77,10 +77,7 @@ class Extremes:
         if len(rows) == 1:
             return [self]
         ends = list(itertools.accumulate(rows))
-        return [
-            self.mapped(itemgetter(slice(end - count, end)))
-            for end, count in zip(ends, rows, strict=True)
-        ]
+        return [self.mapped(itemgetter(slice(end - count, end))) for end, count in zip(ends, rows, strict=True)]
 
     @classmethod
     def joined(cls, parts: Sequence[Extremes]) -> Extremes:

@@ -106,9 +106,7 @@ def exact_files(opened: Opened, policy: Policy, digests: Mapping[str, bytes]) ->
         return None
     checkpoint = opened.checkpoint
     metadata, _ = header_metadata(checkpoint, plan)
-    headers = {
-        shard.name: (shard_header(shard, metadata), shard.nbytes) for shard in plan.shards
-    }
+    headers = {shard.name: (shard_header(shard, metadata), shard.nbytes) for shard in plan.shards}
     nbytes = {tensor.name: tensor.end - tensor.start for shard in plan.shards for tensor in shard.tensors}
     made = {
         name: made_of(content, nbytes[name])

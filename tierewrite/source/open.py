@@ -101,9 +101,7 @@ class RemoteCheckpoint:
     """
 
     def __init__(self, folder: RemoteFolder, python: bool = False) -> None:
-        self.mirror = Mirror(
-            folder, lambda name: name in _COPIED or (python and name.endswith(".py")), MAX_INDEX_BYTES
-        )
+        self.mirror = Mirror(folder, lambda name: name in _COPIED or (python and name.endswith(".py")), MAX_INDEX_BYTES)
         self.folder, self.infos = folder, self.mirror.infos
         self.root, self.top = self.mirror.root, self.mirror.top
 
@@ -143,9 +141,7 @@ class RemoteCheckpoint:
         for name in self.folder.overlay:
             if name not in listed:
                 now = store_of(self.root / name).stamp(self.root / name)
-                sides.append(
-                    SideFile(name, now.path, now.size, now.mtime_ns, inode=now.inode, ctime_ns=now.ctime_ns)
-                )
+                sides.append(SideFile(name, now.path, now.size, now.mtime_ns, inode=now.inode, ctime_ns=now.ctime_ns))
         return tuple(sorted(sides, key=lambda side: side.name)), hub.folders_of(self.infos)
 
 
@@ -166,9 +162,7 @@ def remote_header(path: RemotePath, info: Mapping[str, Any], shard: int = 0) -> 
     base = 8 + length
     header = start[8:base] if len(start) >= base else start[8:] + file.read(len(start), base)
     metadata, tensors = parse_header(header, size - base, file=path, shard=shard, base=base)
-    found = Shard(
-        path.name, path, size, 0, 0, base, metadata, version=identity(info), header_digest=digest_of(header)
-    )
+    found = Shard(path.name, path, size, 0, 0, base, metadata, version=identity(info), header_digest=digest_of(header))
     return found, tensors
 
 

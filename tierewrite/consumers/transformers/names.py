@@ -68,9 +68,7 @@ def needed_by_rule(method: str, sides: Mapping[str, Sequence[str]]) -> frozenset
     if method in ONE_PARAMETER:
         return frozenset()
     quantized = {name: keys for name, keys in sides.items() if any(key != name for key in keys)}
-    return frozenset(
-        key for name, keys in quantized.items() for key in keys if key != name or method in BY_MACHINE
-    )
+    return frozenset(key for name, keys in quantized.items() for key in keys if key != name or method in BY_MACHINE)
 
 
 def dropped_names_warning(opened: Opened) -> tuple[str, ...]:
