@@ -159,7 +159,7 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     "not UTF-8": (raw(b'{"\xff":1}'), "UTF-8"),
     "an encoded surrogate": (raw(b'{"\xed\xa0\x80":1}'), "UTF-8"),
     "half a surrogate pair": (raw(b'{"\\ud800":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'), "surrogate"),
-    "a byte order mark": (raw(b"\xef\xbb\xbf{}"), "JSON"),
+    "a byte order mark": (raw(b"\xef\xbb\xbf{}"), "begins with a byte order mark"),
     "an array": (raw([]), "an array"),
     "a number": (raw(3), "a number"),
     "NaN": (raw(b'{"a":NaN}'), "NaN"),

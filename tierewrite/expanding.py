@@ -94,7 +94,7 @@ class Expansion(Summary):
         before = self.before_bytes, self.before_tensors, self.before_shards
         yield sizes(before, (self.after_bytes, self.after_tensors, len(self.shards)))
         kinds = [*dict.fromkeys(map(pattern_of, self.written))]
-        yield text(f"Names written out: {some(kinds)}." if kinds else "Every name was there already.")
+        yield text(f"Names written out: {some(kinds)}." if kinds else "Nothing was to be written out.")
         for warning in self.warnings:
             yield text(f"warning: {warning}", "yellow")
         if self.readiness is not None:

@@ -97,6 +97,8 @@ def strict_json(text: str) -> Any:
     Raises:
         BadJson: with the reason.
     """
+    if text.startswith("\ufeff"):
+        raise BadJson("it begins with a byte order mark, which JSON has not: save it as UTF-8 without one")
     try:
         found = _parsed(text)
         if _SURROGATE.search(text):

@@ -73,7 +73,7 @@ INDEX_NAMES_MISSING_TENSOR = Rule(
     title="the index lists tensors that the file does not hold",
     severity="warning",
     consequence="vLLM goes by the files; tools that go by the index fail",
-    fix="remove them from the index",
+    fix="name the file that holds them; remove those that no file holds",
     source=f"{WEIGHT_UTILS} safetensors_weights_iterator",
 )
 
