@@ -22,8 +22,8 @@ from blake3 import blake3
 from tierewrite.digest import DeviceFailed
 from tierewrite.digest.cuda_driver import Copies
 from tierewrite.digest.kernels import SOURCE
-from tierewrite.digest.schedule import FAN, Schedule, Table, joining, schedule
-from tierewrite.digest.spans import CHUNK, PIECE, Bytes
+from tierewrite.digest.schedule import FAN, Schedule, Table, joining, schedule, schedule_of
+from tierewrite.digest.spans import CHUNK, Bytes, Span, pieces
 
 DIGEST = 32
 """Bytes of a digest, and of a chaining value."""
@@ -44,16 +44,6 @@ def device_work(what: str) -> Iterator[None]:
     except Exception as error:
         text = str(error).strip() or type(error).__name__
         raise DeviceFailed(f"{what} failed on the GPU: {text}") from error
-
-
-def _leaf_jobs(start: int, length: int, position: int) -> tuple[list[int], list[int], list[int]]:
-    """Starts, lengths and chunk counters of the PIECE-sized jobs of a piece that begins at byte `position`."""
-    offsets = range(0, length, PIECE)
-    return (
-        [start + at for at in offsets],
-        [min(PIECE, length - at) for at in offsets],
-        [(position + at) // CHUNK for at in offsets],
-    )
 
 
 def split(digests: npt.NDArray[np.uint8]) -> list[bytes]:
@@ -167,10 +157,9 @@ class Gpu:
         leaves = []
         batch = _RESIDENT_CHUNKS * CHUNK
         for position in range(0, length, batch):
-            columns = _leaf_jobs(address + position, min(batch, length - position), position)
-            starts, lengths, counters = (np.array(column, np.uint64) for column in columns)
-            plan = schedule(starts, lengths, counters, np.zeros(len(starts), bool))
-            leaves.append(self.cupy.asnumpy(self.resident(plan)))
+            part = Span(0, address + position, min(batch, length - position), length, position)
+            jobs = pieces(np.array([part], np.int64))
+            leaves.append(self.cupy.asnumpy(self.resident(schedule_of(jobs, np.zeros(len(jobs), bool)))))
         return self.joined([np.concatenate(leaves)])[0]
 
     def joined(self, leaves: Sequence[npt.NDArray[np.uint8]]) -> list[bytes]:

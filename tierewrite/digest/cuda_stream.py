@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from tierewrite.digest import DeviceFailed
 from tierewrite.digest.cuda_device import DIGEST, Gpu, device_work, pinned, split
-from tierewrite.digest.schedule import Schedule, Table, bounds, schedule
-from tierewrite.digest.spans import CHUNK, PIECE, Bytes, Columns, Ledger, Row, checked, host_bytes
+from tierewrite.digest.schedule import Schedule, Table, bounds, schedule_of
+from tierewrite.digest.spans import PIECE, Bytes, Columns, Ledger, Row, checked, host_bytes, pieces
 
 _JOBS = 32768
 """Spans of a batch at most."""
@@ -45,23 +45,12 @@ class _Jobs:
     @classmethod
     def of(cls, spans: Columns) -> _Jobs:
         cut = spans[:, 2] != spans[:, 3]
-        return cls(spans[~cut], _pieces(spans[cut])) if cut.any() else cls(spans, spans[:0])
+        return cls(spans[~cut], pieces(spans[cut])) if cut.any() else cls(spans, spans[:0])
 
     def schedule(self) -> Schedule:
         """The launches that do them."""
-        _, start, length, _, position = np.concatenate([self.whole, self.pieces]).T.astype(np.uint64)
-        return schedule(start, length, position // np.uint64(CHUNK), np.arange(len(start)) < len(self.whole))
-
-
-def _pieces(spans: Columns) -> Columns:
-    """Spans of at most PIECE bytes in place of longer ones."""
-    count = -(-spans[:, 2] // PIECE)
-    pieces = np.repeat(spans, count, axis=0)
-    past = (np.arange(len(pieces)) - np.repeat(np.cumsum(count) - count, count)) * PIECE
-    pieces[:, 1] += past
-    pieces[:, 2] = np.minimum(PIECE, pieces[:, 2] - past)
-    pieces[:, 4] += past
-    return pieces
+        jobs = np.concatenate([self.whole, self.pieces])
+        return schedule_of(jobs, np.arange(len(jobs)) < len(self.whole))
 
 
 class _Cells:

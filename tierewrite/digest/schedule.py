@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tierewrite.digest.spans import CHUNK
+from tierewrite.digest.spans import CHUNK, Columns
 
 FAN = 1024
 """Chaining values that one block of `parents` joins."""
@@ -70,6 +70,12 @@ def schedule(start: Table, length: Table, counter: Table, root: npt.NDArray[np.b
     target = np.arange(len(start), dtype=np.uint64) | flag
     rows, levels = _levels(first[many], chunks[many], target[many], 4 * len(start))
     return Schedule(np.concatenate(parts + rows), len(start), total, levels)
+
+
+def schedule_of(spans: Columns, root: npt.NDArray[np.bool_]) -> Schedule:
+    """`schedule` for spans, int64 (n, 5), that start at addresses: each a whole tensor, or at most a PIECE of one."""
+    _, start, length, _, position = spans.T.astype(np.uint64)
+    return schedule(start, length, position // np.uint64(CHUNK), root)
 
 
 def joining(count: Table) -> Schedule:

@@ -104,6 +104,17 @@ def checked(spans: Sequence[Row] | Columns, size: int | Columns) -> Columns:
     return rows
 
 
+def pieces(spans: Columns) -> Columns:
+    """Spans of at most PIECE bytes in place of longer ones; int64 (n, 5) both."""
+    count = -(-spans[:, 2] // PIECE)
+    found: Columns = np.repeat(spans, count, axis=0)
+    past = (np.arange(len(found)) - np.repeat(np.cumsum(count) - count, count)) * PIECE
+    found[:, 1] += past
+    found[:, 2] = np.minimum(PIECE, found[:, 2] - past)
+    found[:, 4] += past
+    return found
+
+
 class Ledger:
     """All that was handed over, to see at the end that every tensor came whole, once, and in its order."""
 
