@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tierewrite.errors import shown
-from tierewrite.formats.detection import Recognised, recognise, unknown_words
+from tierewrite.formats.detection import Recognised, recognise, unknown_words, written_in
 from tierewrite.source.open import open_checkpoint
 from tierewrite.source.table import Checkpoint
 from tierewrite.spelling import said_once
@@ -46,7 +46,7 @@ class Inspection(Summary):
     @property
     def families(self) -> tuple[str, ...]:
         """Names of the quantization families that tensors are written in; ("plain",) where there are none."""
-        return tuple(found.family for found in self.recognised if found.keys) or ("plain",)
+        return written_in(self.recognised)
 
     def one_line(self) -> str:
         """See `Summary`."""

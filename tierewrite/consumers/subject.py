@@ -25,6 +25,7 @@ from tierewrite.formats.numbered import pattern_of, with_numbers
 from tierewrite.numbers.float8 import float8_values
 from tierewrite.source.bytes import open_source, read_tensors
 from tierewrite.source.table import TensorEntry
+from tierewrite.ties.fit import weights_around
 from tierewrite.ties.on_disk import WHOLE, Part, on_disk, wrappers_of
 from tierewrite.ties.tie import ModelNames, TiesGiven
 from tierewrite.ties.tie_map import TieMap
@@ -230,7 +231,11 @@ class Subject:
     @cached_property
     def families(self) -> tuple[str, ...]:
         """Names of the quantization formats that it is written in."""
-        return formats.detect(self.config, self.folder.quant_config, self.entries)
+        return formats.written_in(self._recognised)
+
+    @cached_property
+    def _recognised(self) -> tuple[formats.Recognised, ...]:
+        return formats.recognise(self.config, self.folder.quant_config, self.entries)
 
     def belongs_to_weight(self, key: str) -> bool:
         """Whether a format gives the tensor to a weight that is another tensor, or to the KV cache: one that the
@@ -250,8 +255,7 @@ class Subject:
     @cached_property
     def unknown_format(self) -> str | None:
         """The method of quantization that a config names, where it is that of no format known here."""
-        found = formats.recognise(self.config, self.folder.quant_config, self.entries)
-        return next((one.family for one in found if one.is_unknown), None)
+        return next((one.family for one in self._recognised if one.is_unknown), None)
 
     @cached_property
     def in_unknown_format(self) -> Mapping[str, Unexplained]:
@@ -261,7 +265,7 @@ class Subject:
         if self.model is None or self.unknown_format is None:
             return {}
         odd = (key for key in self.entries if key not in self.places and not self.belongs_to_weight(key))
-        weights = {key: _weights_around(key) for key in odd}
+        weights = {key: weights_around(key) for key in odd}
         translator = Translator(self.model, {})
         names = dict.fromkeys(weight for found in weights.values() for weight in found)
         located = {name: translator.locate(name) for name in translator.in_loading_order(names)}
@@ -456,12 +460,6 @@ class Subject:
         self.bytes_read += sum(map(len, data.values()))
         for i, group in enumerate(groups):
             yield all(data[f"{i}.{j}"] == data[f"{i}.0"] for j in range(1, len(group)))
-
-
-def _weights_around(key: str) -> list[str]:
-    """The weights that a tensor may belong to: its module's, or that of the one above (`centroids.weight`)."""
-    parent = key.rpartition(".")[0]
-    return [f"{module}.weight" for module in (parent, parent.rpartition(".")[0]) if module]
 
 
 def _siblings(first: str, second: str) -> bool:

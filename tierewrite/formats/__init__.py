@@ -9,7 +9,7 @@ it is left alone by whoever asked.
 
 from __future__ import annotations
 
-from tierewrite.formats.detection import detect, recognise
+from tierewrite.formats.detection import Recognised, detect, recognise, written_in
 from tierewrite.formats.families import FAMILIES
 from tierewrite.formats.family import Companion, Family, Role, Signs
 from tierewrite.formats.smoothing import Adjacency
@@ -35,6 +35,7 @@ __all__ = [
     "Adjacency",
     "Companion",
     "Family",
+    "Recognised",
     "Role",
     "Signs",
     "beginnings",
@@ -53,4 +54,5 @@ __all__ = [
     "main_parameter",
     "part_of_weight",
     "recognise",
+    "written_in",
 ]

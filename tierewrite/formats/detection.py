@@ -175,7 +175,12 @@ def detect(config: Mapping[str, Any], quant_config: Mapping[str, Any], keys: Col
     Returns:
         Names of families in the order of `FAMILIES`; ("plain",) when none shows.
     """
-    return tuple(found.family for found in recognise(config, quant_config, keys) if found.keys) or ("plain",)
+    return written_in(recognise(config, quant_config, keys))
+
+
+def written_in(recognised: Iterable[Recognised]) -> tuple[str, ...]:
+    """`detect`, of what was recognised already."""
+    return tuple(found.family for found in recognised if found.keys) or ("plain",)
 
 
 _PACKED = re.compile(r"[IU](4|8|16|32)|F(4|6|8)_.*")

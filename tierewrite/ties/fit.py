@@ -79,7 +79,7 @@ def _fit(model: ModelNames, declared: Declared, keys: Collection[str], config: M
             strange.append(name)
     companions = {name: weight for name in strange if (weight := _weight_beside(name, model)) is not None}
     found.update(map(pattern_of, companions.values()))  # in whatever form: without it they would not be there
-    strange = [name for name in strange if name not in companions and not _is_no_evidence(name, config)]
+    strange = [name for name in strange if name not in companions and not is_no_evidence(name, config)]
     ignored = tuple(name for name in strange if is_ignored(name, model))
     unexpected = tuple(name for name in strange if name not in ignored)
     return Fit(unexpected, tuple(_missing(model, declared, found)), ignored)
@@ -106,19 +106,27 @@ def is_former_buffer(name: str) -> bool:
     return _FORMER_BUFFER.search(name) is not None
 
 
+def weights_around(name: str) -> list[str]:
+    """The weights that a tensor may belong to: its module's, or that of the one above (`centroids.weight`)."""
+    parent = name.rpartition(".")[0]
+    return [f"{module}.weight" for module in (parent, parent.rpartition(".")[0]) if module]
+
+
 def _weight_beside(name: str, model: ModelNames) -> str | None:
     """The weight to which a companion in a format that nobody knows belongs."""
-    parent, _, leaf = name.rpartition(".")
-    weights = (f"{module}.weight" for module in (parent, parent.rpartition(".")[0]))
-    return None if leaf in _MAIN else next((weight for weight in weights if weight in model.shapes), None)
+    if name.rpartition(".")[2] in _MAIN:
+        return None
+    return next((weight for weight in weights_around(name) if weight in model.shapes), None)
 
 
-def _is_no_evidence(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether a name without a parameter says nothing against the class."""
-    return is_former_buffer(name) or predicts_further_tokens(name, config)
+def is_no_evidence(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a name without a parameter says nothing against the class: a table that is computed anyway, or layers
+    that speculative decoding reads.
+    """
+    return is_former_buffer(name) or _predicts_further_tokens(name, config)
 
 
-def predicts_further_tokens(name: str, config: Mapping[str, Any]) -> bool:
+def _predicts_further_tokens(name: str, config: Mapping[str, Any]) -> bool:
     """Whether it belongs to layers for multi-token prediction, which releases keep beside the model."""
     if name.startswith(("mtp.", "model.mtp.")):
         return True

@@ -10,7 +10,7 @@ from tierewrite.consumers import common_rules, modelopt
 from tierewrite.consumers.findings import Finding
 from tierewrite.consumers.rules import Rule, RuleSet
 from tierewrite.consumers.sglang.subject import SglangSubject, is_head
-from tierewrite.ties.fit import is_former_buffer, predicts_further_tokens
+from tierewrite.ties.fit import is_no_evidence
 from tierewrite.ties.on_disk import WHOLE
 
 RULES: RuleSet[SglangSubject] = RuleSet()
@@ -231,8 +231,8 @@ def unexpected_tensors(s: SglangSubject) -> Iterator[Finding]:
         leaf = key.rpartition(".")[2]
         if key in s.places or key in s.in_unknown_format or s.belongs_to_weight(key) or formats.is_main(leaf):
             continue
-        if is_former_buffer(key) or predicts_further_tokens(key, s.config):
-            continue  # tables that are computed anyway, and layers that speculative decoding reads
+        if is_no_evidence(key, s.config):
+            continue
         fused = any(f".{shard}." in key for shard in ("q_proj", "k_proj", "v_proj"))
         does = s.known.leftover_fused if fused else s.known.leftover
         (refused if does == "refused" and leaf != "bias" else ignored).append(key)
