@@ -289,14 +289,14 @@ class Report(Summary):
             reports = [by_id[group.id] for group in rows]
             merged = [scale for report in reports for scale in report.scales]
             ratios = [scale.ratio for scale in merged if scale.ratio is not None]
+            ratio = f"{statistics.median(ratios):.2f}x, {max(ratios):.2f}x" if ratios else ""
             made.add_row(
                 text(shown(kind)),
                 str(len(rows)),
                 str(sum(report.status == "kept" for report in reports)),
                 f"{sum(group.dropped for group in rows):,}",
                 size(sum(group.dropped_bytes for group in rows)),
-                *([f"{len(merged):,}" if merged else ""] if of_scales else ()),
-                *([f"{statistics.median(ratios):.2f}x, {max(ratios):.2f}x" if ratios else ""] if of_scales else ()),
+                *((f"{len(merged):,}" if merged else "", ratio) if of_scales else ()),
             )
         if changed:
             yield made
